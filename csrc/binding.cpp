@@ -1,0 +1,87 @@
+// Python binding: raw addresses and sizes in, no torch headers. The callers in
+// zorba_kernels/backends check every argument; here only what would corrupt memory is checked again.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cpu/kernels.h"
+#include "noise.h"
+
+#if defined(ZORBA_WITH_CUDA)
+#include "cuda/binding.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+static_assert(sizeof(zorba::Segment) == 7 * sizeof(int64_t), "Python packs seven int64 a row");
+
+const zorba::Kernels& kernels_for(const std::string& isa) {
+  const zorba::Kernels* kernels = zorba::find_kernels(isa.c_str());
+  if (kernels == nullptr) {
+    throw std::invalid_argument("instruction set '" + isa +
+                                "' is not available: it is unknown, was not built, or this "
+                                "processor lacks it");
+  }
+  return *kernels;
+}
+
+bool runs(const std::string& isa) { return zorba::find_kernels(isa.c_str()) != nullptr; }
+
+template <typename T>
+const T* at(uintptr_t address) {
+  return reinterpret_cast<const T*>(address);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled part of zorba_kernels.";
+  m.attr("noise_version") = zorba::ZORBA_ISA::kNoiseVersion;
+  m.attr("compiler") = __VERSION__;
+#if defined(ZORBA_WITH_CUDA)
+  m.attr("cuda") = true;
+  zorba::bind_cuda(m);
+#else
+  m.attr("cuda") = false;
+#endif
+
+  m.def("cpu_isa", [](const std::string& isa) { return std::string(kernels_for(isa).isa); });
+  m.def("cpu_runs", &runs);
+
+  m.def("cpu_add_noise",
+        [](const std::string& isa, int threads, uintptr_t segments, int64_t count, uintptr_t seeds,
+           uintptr_t samples, uintptr_t coefs, int64_t terms, uintptr_t round_ends,
+           uintptr_t rounding_seeds, int64_t rounds, bool gaussian, bool stochastic) {
+          const zorba::Kernels& kernels = kernels_for(isa);
+          const zorba::Program program{at<uint64_t>(seeds),
+                                       at<uint32_t>(samples),
+                                       at<float>(coefs),
+                                       terms,
+                                       at<int64_t>(round_ends),
+                                       at<uint64_t>(rounding_seeds),
+                                       rounds,
+                                       gaussian,
+                                       stochastic};
+          py::gil_scoped_release release;
+          kernels.add_noise(at<zorba::Segment>(segments), count, program, threads);
+        });
+
+  m.def("cpu_noise", [](const std::string& isa, int threads, uintptr_t out, int64_t numel,
+                        int64_t offset, uint64_t seed, uint64_t stream, uint32_t sample,
+                        bool gaussian) {
+    const zorba::Kernels& kernels = kernels_for(isa);
+    py::gil_scoped_release release;
+    kernels.noise(reinterpret_cast<float*>(out), numel, offset, seed, stream, sample, gaussian,
+                  threads);
+  });
+
+  m.def("cpu_fingerprint",
+        [](const std::string& isa, int threads, uintptr_t segments, int64_t count) {
+          const zorba::Kernels& kernels = kernels_for(isa);
+          py::gil_scoped_release release;
+          return kernels.fingerprint(at<zorba::Segment>(segments), count, threads);
+        });
+}

@@ -1,0 +1,125 @@
+// The CPU kernels, compiled once for each instruction set (setup.py sets ZORBA_ISA and the flags).
+#include "add_noise.h"
+
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
+namespace zorba {
+namespace ZORBA_ISA {
+namespace {
+
+constexpr int64_t kGrain = 16;  // tiles a thread takes at a time
+
+// Gradual underflow and round-to-nearest are part of the contract; a caller's thread may have
+// switched either off (torch.set_flush_denormal).
+class FloatingPointState {
+ public:
+#if defined(__SSE2__)
+  FloatingPointState() : saved_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
+  ~FloatingPointState() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#endif
+};
+
+int64_t first_tile(const Segment& s) { return s.offset / kTile; }
+int64_t tile_count(const Segment& s) {
+  return s.numel == 0 ? 0 : (s.offset + s.numel - 1) / kTile - first_tile(s) + 1;
+}
+
+using TileFunction = void (*)(const Prepared&, const Segment&, int64_t, Scratch&);
+
+template <bool stochastic>
+TileFunction tile_function(int64_t dtype) {
+  switch (static_cast<DType>(dtype)) {
+    case DType::kBFloat16: return add_tile<DType::kBFloat16, stochastic>;
+    case DType::kFloat16: return add_tile<DType::kFloat16, stochastic>;
+    default: return add_tile<DType::kFloat32, false>;  // float32 always rounds to nearest
+  }
+}
+
+void add_noise(const Segment* segments, int64_t count, const Program& program, int threads) {
+  int64_t groups = 1;
+  for (int64_t i = 0; i < count; ++i) groups = std::max(groups, segments[i].group + 1);
+  const Prepared prepared(program, groups);
+  std::vector<int64_t> ends(count);  // tiles up to and including each segment
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) ends[i] = total += tile_count(segments[i]);
+
+  parallel_for(total, kGrain, threads, [&](int64_t begin, int64_t end) {
+    const FloatingPointState state;
+    Scratch scratch;
+    int64_t at = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
+    for (int64_t tile = begin; tile < end; ++tile) {
+      while (tile >= ends[at]) ++at;
+      const Segment& segment = segments[at];
+      const int64_t before = at == 0 ? 0 : ends[at - 1];
+      const TileFunction add = program.stochastic ? tile_function<true>(segment.dtype)
+                                                  : tile_function<false>(segment.dtype);
+      add(prepared, segment, first_tile(segment) + tile - before, scratch);
+    }
+  });
+}
+
+void noise(float* out, int64_t numel, int64_t offset, uint64_t seed, uint64_t stream,
+           uint32_t sample, bool gaussian, int threads) {
+  const Segment run{0, 0, numel, offset, 0, 0, 0};
+  const PhiloxKeys keys = philox_keys(seed);
+  parallel_for(tile_count(run), kGrain, threads, [&](int64_t begin, int64_t end) {
+    const FloatingPointState state;
+    alignas(64) float z[kTile];
+    for (int64_t tile = first_tile(run) + begin; tile < first_tile(run) + end; ++tile) {
+      if (gaussian) {
+        gaussian_tile(tile, Stream(stream), sample, keys, z);
+      } else {
+        rademacher_tile(tile, Stream(stream), sample, keys, z);
+      }
+      const int64_t lo = std::max(tile * kTile, offset);
+      const int64_t hi = std::min((tile + 1) * kTile, offset + numel);
+      std::memcpy(out + (lo - offset), z + (lo - tile * kTile), (hi - lo) * sizeof(float));
+    }
+  });
+}
+
+// Sum of the lanes [begin, end) of a parameter, and its last lane filled up with zero bytes.
+uint64_t lanes_sum(const unsigned char* bytes, int64_t size, uint64_t stream, int64_t begin,
+                   int64_t end) {
+  uint64_t sum = 0;
+  const int64_t whole = std::min(end, size / 8);
+  for (int64_t lane = begin; lane < whole; ++lane) {
+    uint64_t value;
+    std::memcpy(&value, bytes + 8 * lane, 8);
+    sum += fingerprint_lane(value, stream, static_cast<uint64_t>(lane));
+  }
+  if (whole < end) {
+    uint64_t value = 0;
+    std::memcpy(&value, bytes + 8 * whole, size % 8);
+    sum += fingerprint_lane(value, stream, static_cast<uint64_t>(whole));
+  }
+  return sum;
+}
+
+uint64_t fingerprint(const Segment* segments, int64_t count, int threads) {
+  std::atomic<uint64_t> total{0};
+  for (int64_t i = 0; i < count; ++i) {
+    const Segment& s = segments[i];
+    const int64_t size = s.numel * (static_cast<DType>(s.dtype) == DType::kFloat32 ? 4 : 2);
+    const auto* bytes = reinterpret_cast<const unsigned char*>(s.src);
+    const uint64_t stream = static_cast<uint64_t>(s.stream);
+    parallel_for((size + 7) / 8, 1 << 16, threads, [&](int64_t begin, int64_t end) {
+      total += lanes_sum(bytes, size, stream, begin, end);
+    });
+  }
+  return total;
+}
+
+}  // namespace
+
+#define ZORBA_STRING_OF(x) #x
+#define ZORBA_STRING(x) ZORBA_STRING_OF(x)
+extern const Kernels kKernels{ZORBA_STRING(ZORBA_ISA), add_noise, noise, fingerprint};
+
+}  // namespace ZORBA_ISA
+}  // namespace zorba

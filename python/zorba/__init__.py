@@ -1,0 +1,1 @@
+"""Zeroth-order fine-tuning of language models, alone or as a federation."""

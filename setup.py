@@ -1,0 +1,138 @@
+"""Builds zorba_kernels._C with ninja: C++ for the CPU and, where nvcc is found, CUDA.
+
+ZORBA_CUDA=auto (default) builds the CUDA part if nvcc is on the PATH and works, 0 leaves it out, 1
+fails without it. ZORBA_CUDA_ARCHS (default "80;90;100") names the compute capabilities. torch is
+never imported here: the extension does not link against it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CXX_FLAGS = (
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -pthread "
+    # Equal bits on every instruction set: no contraction into FMA behind our back.
+    "-ffp-contract=off -fno-math-errno -fno-trapping-math"
+).split()
+# Baseline first: code that several objects share (std templates) is taken from the first one linked.
+ISA_FLAGS = {"baseline": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma"]
+    ISA_FLAGS["avx512"] = [
+        *"-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512".split(),
+        # GCC 12 warns inside its own intrinsics (GCC bug 105593).
+        *"-Wno-uninitialized -Wno-maybe-uninitialized".split(),
+    ]
+
+
+def cuda_toolchain() -> tuple[str, list[str]] | None:
+    """nvcc and the folders of its libraries, or None when it should not or cannot be used."""
+    wish = os.environ.get("ZORBA_CUDA", "auto")
+    if wish not in ("auto", "0", "1"):
+        raise SystemExit(f"ZORBA_CUDA is {wish!r}; expected auto, 0 or 1")
+    if wish == "0":
+        return None
+    nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
+    reason = "nvcc is not on the PATH"
+    if nvcc:
+        # nvcc may be a wrapper script, so ask it where its libraries are.
+        dry = subprocess.run(
+            [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True
+        )
+        folders = re.findall(r'"-L([^"]+)"', dry.stderr)
+        folders = [f for f in folders if (Path(f) / "libcudart_static.a").is_file()]
+        if dry.returncode == 0 and folders:
+            return nvcc, folders
+        reason = f"{nvcc} does not work or its libcudart_static.a is missing"
+    if wish == "1":
+        raise SystemExit(f"ZORBA_CUDA=1, but {reason}")
+    print(f"zorba: building without CUDA: {reason}")
+    return None
+
+
+class NinjaBuild(build_ext):
+    """Writes one build.ninja, runs it and imports the result."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        work = Path(self.build_temp).resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (work / "build.ninja").write_text(self.rules(target))
+        subprocess.run([*ninja_command(), "-C", str(work)], check=True)
+        # An undefined symbol shows up at import, not at link time.
+        check = "import importlib.util as u, sys; s = u.spec_from_file_location('_C', sys.argv[1])"
+        check += "; u.module_from_spec(s)"
+        subprocess.run([sys.executable, "-c", check, str(target)], check=True)
+
+    def rules(self, target: Path) -> str:
+        import pybind11
+
+        cuda = cuda_toolchain()
+        includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+        defines = ["-DZORBA_WITH_CUDA"] if cuda else []
+        defines += ["-DZORBA_X86"] if "avx2" in ISA_FLAGS else []
+        cxx = os.environ.get("CXX", "c++")
+        nvcc, folders = cuda or ("", [])
+        archs = os.environ.get("ZORBA_CUDA_ARCHS", "80;90;100").split(";")
+        gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        lines = [
+            "rule cxx",
+            f"  command = {cxx} -MD -MF $out.d {quote(CXX_FLAGS + defines)} $flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule nvcc",
+            f"  command = {nvcc} -MD -MF $out.d -std=c++17 -O3 -fmad=false -lineinfo --threads 0 "
+            f"-Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off {quote(gencode)} "
+            "-c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            f"  command = {cxx} -shared -pthread $in -o $out $libs",
+        ]
+        objects: list[str] = []
+
+        def compile_(rule: str, source: str, name: str, flags: list[str] | None = None) -> None:
+            objects.append(f"{name}.o")
+            lines.append(f"build {name}.o: {rule} {ROOT / 'csrc' / source}")
+            lines.append(f"  flags = {quote(flags or [])}")
+
+        for isa, flags in ISA_FLAGS.items():
+            compile_("cxx", "cpu/kernels.cpp", f"cpu_{isa}", [f"-DZORBA_ISA={isa}", *flags])
+        for source in ("cpu/dispatch.cpp", "cpu/threads.cpp"):
+            compile_("cxx", source, source.replace("/", "_"))
+        compile_("cxx", "binding.cpp", "binding", includes)
+        libs: list[str] = []
+        if cuda:
+            for path in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+                compile_("nvcc", f"cuda/{path.name}", f"cuda_{path.stem}")
+            libs = [*(f"-L{f}" for f in folders), "-lcudart_static", "-ldl", "-lrt"]
+        lines += [f"build {target}: link {' '.join(objects)}", f"  libs = {quote(libs)}", ""]
+        return "\n".join(lines)
+
+
+def quote(flags: list[str]) -> str:
+    return " ".join(shlex.quote(flag) for flag in flags)
+
+
+def ninja_command() -> list[str]:
+    return [sys.executable, "-m", "ninja"]
+
+
+setup(
+    ext_modules=[Extension("zorba_kernels._C", sources=[])],
+    cmdclass={"build_ext": NinjaBuild},
+)

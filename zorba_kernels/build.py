@@ -1,0 +1,50 @@
+"""What was compiled into this installation."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from typing import Any
+
+from zorba_kernels.noise import NOISE_VERSION
+
+
+@cache
+def extension() -> tuple[Any, str | None]:
+    """Returns the compiled module ``_C`` and None, or None and why it cannot be used."""
+    try:
+        compiled = importlib.import_module("zorba_kernels._C")
+    except ImportError as error:
+        return None, (
+            f"the compiled part is missing or broken ({error}); install the package with a C++ "
+            "compiler present: pip install ."
+        )
+    if compiled.noise_version != NOISE_VERSION:
+        return None, (
+            f"the compiled part has noise version {compiled.noise_version}, the Python part "
+            f"{NOISE_VERSION}: build the package again"
+        )
+    return compiled, None
+
+
+def build_info() -> dict[str, Any]:
+    """Returns what was built.
+
+    Keys: ``compiled`` (bool), ``reason`` (why not, or None), ``noise_version``, ``compiler``,
+    ``cpu_isas`` (instruction sets that were built and that this processor runs, best first) and
+    ``cuda`` (whether the CUDA part was built).
+    """
+    compiled, reason = extension()
+    info: dict[str, Any] = {
+        "compiled": compiled is not None,
+        "reason": reason,
+        "noise_version": NOISE_VERSION,
+        "compiler": None,
+        "cpu_isas": [],
+        "cuda": False,
+    }
+    if compiled is not None:
+        info["compiler"] = compiled.compiler
+        info["cpu_isas"] = [i for i in ("avx512", "avx2", "baseline") if compiled.cpu_runs(i)]
+        info["cuda"] = compiled.cuda
+    return info

@@ -53,13 +53,14 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("cpu_add_noise",
         [](const std::string& isa, int threads, uintptr_t segments, int64_t count, uintptr_t seeds,
-           uintptr_t samples, uintptr_t coefs, int64_t terms, uintptr_t round_ends,
-           uintptr_t rounding_seeds, int64_t rounds, bool gaussian, bool stochastic) {
+           uintptr_t samples, uintptr_t coefs, uintptr_t decays, int64_t terms,
+           uintptr_t round_ends, uintptr_t rounding_seeds, int64_t rounds, bool gaussian, bool stochastic) {
           const zorba::Kernels& kernels = kernels_for(isa);
           const zorba::Program program{at<uint64_t>(seeds),
                                        at<uint32_t>(samples),
                                        at<float>(coefs),
                                        terms,
+                                       at<float>(decays),
                                        at<int64_t>(round_ends),
                                        at<uint64_t>(rounding_seeds),
                                        rounds,

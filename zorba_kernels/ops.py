@@ -25,15 +25,16 @@ def add_noise_(
     *,
     samples: int | Sequence[int] | None = None,
     rounds: Sequence[int] | None = None,
+    decay: float | Sequence[float] | Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """Adds a linear combination of seeded noises to every tensor of the table, in place.
 
-    ``w <- round(w + sum_k coefs[group, k] * z(seeds[k], stream, samples[k], .))``, the sum in
-    float32 in the order of k, each weight read once and written once. Perturbing, restoring and
+    ``w <- round(w - decay * w + sum_k coefs[group, k] * z(seeds[k], stream, samples[k], .))``, the
+    sum in float32 in the order of k, each weight read once and written once. Perturbing, restoring and
     updating of zeroth-order methods are calls of it (MeZO, arXiv 2305.17333, algorithm 1). A term
-    whose coefficient is 0 is skipped; a group all of whose coefficients of a round are 0 keeps its
-    bits.
+    whose coefficient is 0 is skipped; a group whose decay and coefficients of a round are all 0
+    keeps its bits.
 
     Args:
         table: the tensors; modified in place.
@@ -47,6 +48,8 @@ def add_noise_(
         samples: which perturbation of its seed each term is, below 2**31, [terms]; 0 by default.
         rounds: terms in each round; one round of all terms by default. Weights are rounded after
             each round: R rounds in one call give the bits of R calls.
+        decay: share of each weight that is taken off in the same rounding (learning rate times
+            weight decay); a number, [groups] or [groups, rounds].
         backend: name of a backend, or None for the best that can serve.
 
     Raises:
@@ -55,14 +58,9 @@ def add_noise_(
         RuntimeError: a tensor of the table was moved or resized.
     """
     program = make_program(
-        seeds, coefs, table.num_groups, distribution, rounding, rounding_seed, samples, rounds
+        seeds, coefs, table.num_groups, distribution, rounding, rounding_seed, samples, rounds, decay
     )
-    table.check()
-    module = choose(backend, table.device)
-    if table.contiguous():
-        module.add_noise(table, table, program)
-    else:
-        _through_copies(module, table, table, program)
+    run_program(table, table, program, backend)
 
 
 def add_noise(
@@ -76,6 +74,7 @@ def add_noise(
     *,
     samples: int | Sequence[int] | None = None,
     rounds: Sequence[int] | None = None,
+    decay: float | Sequence[float] | Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """The same as ``add_noise_``, written to the tensors of ``out``; ``table`` is only read.
@@ -91,19 +90,31 @@ def add_noise(
         rounding_seed: see ``add_noise_``.
         samples: see ``add_noise_``.
         rounds: see ``add_noise_``.
+        decay: see ``add_noise_``.
         backend: see ``add_noise_``.
 
     Raises:
         ValueError: the tables differ, besides what ``add_noise_`` raises.
     """
     program = make_program(
-        seeds, coefs, table.num_groups, distribution, rounding, rounding_seed, samples, rounds
+        seeds, coefs, table.num_groups, distribution, rounding, rounding_seed, samples, rounds, decay
     )
-    table.check()
-    out.check()
     table.check_like(out)
+    run_program(table, out, program, backend)
+
+
+def run_program(
+    table: ParamTable, out: ParamTable, program: Program, backend: str | None = None
+) -> None:
+    """Runs a checked program; ``out`` is the table itself or one like it.
+
+    For callers that use one program on many tables: ``add_noise`` without its argument checks.
+    """
+    table.check()
+    if out is not table:
+        out.check()
     module = choose(backend, table.device)
-    if table.contiguous() and out.contiguous():
+    if table.contiguous and out.contiguous:
         module.add_noise(table, out, program)
     else:
         _through_copies(module, table, out, program)
@@ -118,7 +129,7 @@ def fingerprint(table: ParamTable, *, backend: str | None = None) -> int:
     """
     table.check()
     module = choose(backend, table.device)
-    source = table if table.contiguous() else _contiguous_copy(table)
+    source = table if table.contiguous else _contiguous_copy(table)
     return int(module.fingerprint(source))
 
 
@@ -182,6 +193,7 @@ def _through_copies(module: object, table: ParamTable, out: ParamTable, program:
             {source.name: source.tensor.contiguous().clone()},
             groups={source.name: source.group},
             offsets={source.name: source.offset},
+            num_groups=table.num_groups,
         )
         module.add_noise(piece, piece, program)  # type: ignore[attr-defined]
         target.tensor.copy_(piece.entries[0].tensor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -21,6 +20,7 @@ class Program:
         seeds: uint64 of each term, [terms].
         samples: uint32 below 2**31 of each term, [terms].
         coefs: float32 [groups, terms].
+        decays: float32 [groups, rounds].
         round_ends: index one past each round's last term, [rounds].
         rounding_seeds: uint64 of each round, [rounds].
         distribution: of every term.
@@ -30,6 +30,7 @@ class Program:
     seeds: tuple[int, ...]
     samples: tuple[int, ...]
     coefs: Tensor
+    decays: Tensor
     round_ends: tuple[int, ...]
     rounding_seeds: tuple[int, ...]
     distribution: Distribution
@@ -45,6 +46,7 @@ def make_program(
     rounding_seed: int | Sequence[int] | None,
     samples: int | Sequence[int] | None,
     rounds: Sequence[int] | None,
+    decay: float | Sequence[float] | Tensor | None = None,
 ) -> Program:
     """Checks the arguments of ``add_noise_`` (see there) and returns them in one shape."""
     check_choice("distribution", distribution, DISTRIBUTIONS)
@@ -62,6 +64,7 @@ def make_program(
         seeds=tuple(seed_list),
         samples=tuple(sample_list),
         coefs=_coefs(coefs, num_groups, terms),
+        decays=_decays(decay, num_groups, len(lengths)),
         round_ends=tuple(ends),
         rounding_seeds=_rounding_seeds(rounding_seed, seed_list, ends),
         distribution=cast(Distribution, distribution),
@@ -117,15 +120,33 @@ def _coefs(
             f"coefs has shape {tuple(torch.as_tensor(coefs).shape)}; expected [{terms}] (one a "
             f"seed) or [{groups}, {terms}] (one a group and seed)"
         )
+    return _finite(matrix, "coefs")
+
+
+def _decays(
+    decay: float | Sequence[float] | Tensor | None, groups: int, rounds: int
+) -> Tensor:
+    if decay is None:
+        return torch.zeros(groups, rounds)
+    matrix = torch.as_tensor(decay, dtype=torch.float64).detach().cpu()
+    if matrix.ndim == 1:
+        matrix = matrix.unsqueeze(1)
+    try:
+        full = matrix.expand(groups, rounds)
+    except RuntimeError:
+        raise ValueError(
+            f"decay has shape {tuple(torch.as_tensor(decay).shape)}; expected a number, [{groups}] "
+            f"(one a group) or [{groups}, {rounds}] (one a group and round)"
+        ) from None
+    return _finite(full, "decay")
+
+
+def _finite(matrix: Tensor, what: str) -> Tensor:
     narrow = matrix.to(torch.float32).contiguous()
     if not bool(torch.isfinite(narrow).all()):
-        worst = next(v for v in matrix.flatten().tolist() if not _fits(v))
-        raise ValueError(f"coefs must be finite float32 numbers, got {worst}")
+        bad = matrix[~torch.isfinite(narrow)][0].item()
+        raise ValueError(f"{what} must be finite float32 numbers, got {bad}")
     return narrow
-
-
-def _fits(value: float) -> bool:
-    return math.isfinite(value) and abs(value) < 3.4028235677973366e38
 
 
 def _rounding_seeds(

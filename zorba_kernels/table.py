@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ class Entry:
     """One parameter of a table."""
 
     name: str
-    tensor: Tensor
+    source: Tensor  # as it was given
+    tensor: Tensor  # the same storage without autograd
     stream: int  # uint64
     group: int  # row of coefs
     offset: int  # index of the tensor's first element in the whole parameter
@@ -48,6 +50,7 @@ class ParamTable:
             accepted; a pass copies it into a contiguous buffer and back.
         groups: group of each name, an integer from 0; names left out, or None, mean group 0. A
             group selects a row of coefficients.
+        num_groups: rows that coefficients have; one more than the largest group by default.
         offsets: for shards: row-major index of the tensor's first element in the whole parameter,
             0 for names left out. The shard must be a contiguous range of the row-major order.
 
@@ -62,6 +65,7 @@ class ParamTable:
         tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
         groups: Mapping[str, int] | None = None,
         offsets: Mapping[str, int] | None = None,
+        num_groups: int | None = None,
     ) -> None:
         pairs = list(tensors.items()) if isinstance(tensors, Mapping) else list(tensors)
         names = [canonical_name(name) for name, _ in pairs]
@@ -91,10 +95,13 @@ class ParamTable:
                 continue
             if tensor.numel():
                 first_name[identity] = name
-            self.entries.append(Entry(name, tensor.detach(), stream_of(name), group, offset))
+            self.entries.append(
+                Entry(name, tensor, tensor.detach(), stream_of(name), group, offset)
+            )
         _refuse_overlap(self.entries)
-        self._identities = [_identity(entry.tensor) for entry in self.entries]
-        self._packed: dict[int, Tensor] = {}
+        self._identities = [_identity(entry.source) for entry in self.entries]
+        self._packed: WeakKeyDictionary[ParamTable, Tensor] = WeakKeyDictionary()
+        self.contiguous = all(entry.tensor.is_contiguous() for entry in self.entries)
         devices = {entry.tensor.device for entry in self.entries}
         if len(devices) > 1:
             raise ValueError(
@@ -102,7 +109,10 @@ class ParamTable:
                 "table for each device"
             )
         self.device = devices.pop() if devices else torch.device("cpu")
-        self.num_groups = 1 + max((entry.group for entry in self.entries), default=0)
+        least = 1 + max((entry.group for entry in self.entries), default=0)
+        self.num_groups = least if num_groups is None else num_groups
+        if self.num_groups < least:
+            raise ValueError(f"num_groups is {num_groups}, but group {least - 1} is in use")
 
     def _add_alias(self, name: str, first: str, group: int, offset: int) -> None:
         entry = next(e for e in self.entries if e.name == first)
@@ -135,7 +145,7 @@ class ParamTable:
     def check(self) -> None:
         """Raises RuntimeError if a tensor was moved, resized or freed since the table was made."""
         for entry, before in zip(self.entries, self._identities, strict=True):
-            if _identity(entry.tensor) != before:
+            if _identity(entry.source) != before:
                 raise RuntimeError(
                     f"the storage or shape of {entry.name!r} changed after its ParamTable was "
                     "made: make a new table"
@@ -156,18 +166,13 @@ class ParamTable:
                     f"{a[0]!r} {a[1:]} and {b[0]!r} {b[1:]}"
                 )
 
-    def contiguous(self) -> bool:
-        """Whether every tensor can be worked on without a copy."""
-        return all(entry.tensor.is_contiguous() for entry in self.entries)
-
-    def packed(self, out: ParamTable | None = None) -> Tensor:
+    def packed(self, out: ParamTable) -> Tensor:
         """Returns the rows that the compiled backends read: int64 [tensors, 7], on the CPU.
 
-        Cached; ``out`` is where the pass writes (None: in place).
+        Cached for as long as ``out``, where the pass writes, is alive. In place, ``out`` is the
+        table itself.
         """
-        key = id(out) if out is not None else 0
-        if key not in self._packed:
-            targets: Sequence[Entry] = (out or self).entries
+        if out not in self._packed:
             rows = [
                 (
                     e.tensor.data_ptr(),
@@ -178,13 +183,11 @@ class ParamTable:
                     DTYPE_CODES[e.tensor.dtype],
                     e.group,
                 )
-                for e, t in zip(self.entries, targets, strict=True)
+                for e, t in zip(self.entries, out.entries, strict=True)
             ]
             packed = torch.tensor(rows, dtype=torch.int64).reshape(-1, SEGMENT_FIELDS)
-            if out is not None:
-                return packed  # an id may be reused after `out` is gone: never cached
-            self._packed[key] = packed
-        return self._packed[key]
+            self._packed[out] = packed
+        return self._packed[out]
 
 
 def _as_int64(value: int) -> int:

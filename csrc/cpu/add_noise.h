@@ -1,4 +1,5 @@
-// w <- round(w + sum_k coef[group, k] * z(seed_k, stream, sample_k, .)), rounds in order, one pass.
+// w <- round(w - decay * w + sum_k coef[group, k] * z(seed_k, stream, sample_k, .)), rounds in order,
+// one pass.
 #pragma once
 
 #include <algorithm>
@@ -34,6 +35,7 @@ inline Storage<dtype> store(float value) {
 struct Prepared {
   struct Round {
     int64_t index;
+    float decay;
     std::vector<int64_t> terms;  // those with a coefficient other than zero
   };
 
@@ -48,11 +50,11 @@ struct Prepared {
       rounding_keys.push_back(philox_keys(p.rounding_seeds[r]));
       const int64_t first = r == 0 ? 0 : p.round_ends[r - 1];
       for (int64_t g = 0; g < group_count; ++g) {
-        Round round{r, {}};
+        Round round{r, p.decays[g * p.rounds + r], {}};
         for (int64_t k = first; k < p.round_ends[r]; ++k) {
           if (p.coefs[g * p.terms + k] != 0.0f) round.terms.push_back(k);
         }
-        if (!round.terms.empty()) groups[g].push_back(std::move(round));
+        if (!round.terms.empty() || round.decay != 0.0f) groups[g].push_back(std::move(round));
       }
     }
   }
@@ -82,8 +84,8 @@ struct Buffered {
   void set(int i, float value) const { at[i] = value; }
 };
 
-// One round on elements [begin, end) of a tile. The last term is added in the loop that rounds, so
-// that a pass with a single seed stores nothing but its noise and the weights.
+// One round on elements [begin, end) of a tile. The last term is added in the loop that rounds: a
+// pass with a single seed stores nothing but its noise and the weights.
 template <DType dtype, bool stochastic, typename In, typename Out>
 inline void add_round(const Prepared& prepared, const Prepared::Round& round, const float* coefs,
                       int64_t tile, Stream stream, int begin, int end, In in, Out out, Scratch& s) {
@@ -91,36 +93,44 @@ inline void add_round(const Prepared& prepared, const Prepared::Round& round, co
   if (stochastic) {
     rounding_tile(tile, stream, prepared.rounding_keys[round.index], s.random16, s.dither);
   }
-  const bool single = round.terms.size() == 1;
-  for (const int64_t k : round.terms) {
+  const float decay = round.decay;
+  // What the sum starts from. Nothing to start from is 0, not weight * 0: a weight may be infinite.
+  const auto start = [&](int i, float weight) {
+    if (stochastic) return weight * (s.dither[i] - decay);
+    return decay != 0.0f ? weight * -decay : 0.0f;
+  };
+  const auto finish = [&](int i, float weight, float sum) {
+    const float value = weight + sum;
+    out.set(i, stochastic ? round_stochastic<dtype>(value, s.random16[i])
+                          : round_nearest<dtype>(value));
+  };
+  const size_t count = round.terms.size();
+  for (size_t t = 0; t < count; ++t) {
+    const int64_t k = round.terms[t];
+    const float coef = coefs[k];
     if (program.gaussian) {
       gaussian_tile(tile, stream, program.samples[k], prepared.term_keys[k], s.z);
     } else {
       rademacher_tile(tile, stream, program.samples[k], prepared.term_keys[k], s.z);
     }
-    if (k == round.terms.back()) break;
-    const float coef = coefs[k];
-    if (k == round.terms.front()) {
+    if (count == 1) {
       for (int i = begin; i < end; ++i) {
-        s.sum[i] = fma_rn(coef, s.z[i], stochastic ? in.get(i) * s.dither[i] : 0.0f);
+        const float weight = in.get(i);
+        finish(i, weight, fma_rn(coef, s.z[i], start(i, weight)));
       }
-    } else {
+    } else if (t == 0) {
+      for (int i = begin; i < end; ++i) s.sum[i] = fma_rn(coef, s.z[i], start(i, in.get(i)));
+    } else if (t + 1 < count) {
       for (int i = begin; i < end; ++i) s.sum[i] = fma_rn(coef, s.z[i], s.sum[i]);
+    } else {
+      for (int i = begin; i < end; ++i) finish(i, in.get(i), fma_rn(coef, s.z[i], s.sum[i]));
     }
   }
-  const float coef = coefs[round.terms.back()];
-  const auto finish = [&](int i, float weight, float sum) {
-    const float value = weight + fma_rn(coef, s.z[i], sum);
-    out.set(i, stochastic ? round_stochastic<dtype>(value, s.random16[i])
-                          : round_nearest<dtype>(value));
-  };
-  if (single) {
+  if (count == 0) {
     for (int i = begin; i < end; ++i) {
       const float weight = in.get(i);
-      finish(i, weight, stochastic ? weight * s.dither[i] : 0.0f);
+      finish(i, weight, start(i, weight));
     }
-  } else {
-    for (int i = begin; i < end; ++i) finish(i, in.get(i), s.sum[i]);
   }
 }
 

@@ -16,12 +16,13 @@ struct Segment {
   int64_t group;   // row of coefs
 };
 
-// The linear combination of noises that a pass adds: rounds of terms.
+// What a pass adds: rounds of noise terms, each with a share of the weight itself taken off.
 struct Program {
   const uint64_t* seeds;           // [terms]
   const uint32_t* samples;         // [terms]
   const float* coefs;              // [groups, terms]
   int64_t terms;                   //
+  const float* decays;             // [groups, rounds]
   const int64_t* round_ends;       // [rounds], index one past each round's last term
   const uint64_t* rounding_seeds;  // [rounds]
   int64_t rounds;                  //

@@ -35,7 +35,7 @@ def isa() -> str:
 
 def add_noise(table: ParamTable, out: ParamTable, program: Program) -> None:
     """``out <- round(table + sum of noises)``, see ``zorba_kernels.add_noise_``."""
-    segments = table.packed(None if out is table else out)
+    segments = table.packed(out)
     seeds = _uint64(program.seeds)
     rounding_seeds = _uint64(program.rounding_seeds)
     samples = torch.tensor(program.samples, dtype=torch.int64).to(torch.int32)
@@ -48,6 +48,7 @@ def add_noise(table: ParamTable, out: ParamTable, program: Program) -> None:
         seeds.data_ptr(),
         samples.data_ptr(),
         program.coefs.data_ptr(),
+        program.decays.data_ptr(),
         program.coefs.shape[1],
         round_ends.data_ptr(),
         rounding_seeds.data_ptr(),
@@ -84,7 +85,7 @@ def noise(
 
 def fingerprint(table: ParamTable) -> int:
     """Returns the 64-bit fingerprint of the table's tensors."""
-    segments = table.packed()
+    segments = table.packed(table)
     return int(
         extension()[0].cpu_fingerprint(
             isa(), torch.get_num_threads(), segments.data_ptr(), len(segments)

@@ -156,16 +156,18 @@ def _add_chunk(entry: Entry, piece: Tensor, offset: int, program: Program) -> Te
     coefs = program.coefs[entry.group]
     stored = piece
     start = 0
-    for end, rounding_seed in zip(program.round_ends, program.rounding_seeds, strict=True):
+    ends_and_seeds = zip(program.round_ends, program.rounding_seeds, strict=True)
+    for decay, (end, rounding_seed) in zip(program.decays[entry.group], ends_and_seeds, strict=True):
         terms = [k for k in range(start, end) if float(coefs[k]) != 0.0]
         start = end
-        if not terms:
+        if not terms and float(decay) == 0.0:
             continue
         weights = stored.to(torch.float32)
-        total = torch.zeros_like(weights)
+        decay = decay.to(weights.device)
+        total = weights * -decay if float(decay) != 0.0 else torch.zeros_like(weights)
         if stochastic:
             random16, dither = _rounding_at(index, entry.stream, rounding_seed)
-            total = weights * dither
+            total = weights * (dither - decay)
         for k in terms:
             z = _noise_at(
                 index, program.seeds[k], entry.stream, program.samples[k], program.distribution

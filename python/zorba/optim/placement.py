@@ -1,0 +1,138 @@
+"""Where perturbed weights live: the interface, and the placement that perturbs in place."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+import zorba_kernels as zk
+from zorba.optim.interrupt import deferred_interrupts
+from zorba.optim.terms import NoiseTerms
+
+PlacementName = Literal["scratch", "inplace"]
+PLACEMENTS: tuple[PlacementName, ...] = get_args(PlacementName)
+
+
+class Placement(ABC):
+    """Shows a model perturbed weights, and writes updates.
+
+    Attributes:
+        table: the weights; its groups are the rows of every ``NoiseTerms`` given.
+        distribution: of the noise.
+        kernel_seconds: time spent in passes over weights so far.
+    """
+
+    exact = True
+    """Whether evaluations leave the bits of the weights alone."""
+
+    def __init__(self, table: zk.ParamTable, distribution: str) -> None:
+        self.table = table
+        self.distribution = distribution
+        self.kernel_seconds = 0.0
+
+    @abstractmethod
+    def session(self) -> contextmanager[None]:  # type: ignore[type-arg]
+        """Context of a step. On leaving it, by an exception too, no perturbation is left."""
+
+    @abstractmethod
+    def move_to(self, terms: NoiseTerms) -> None:
+        """Makes the following forwards see the weights plus ``terms``; inside a session."""
+
+    @abstractmethod
+    def update(
+        self,
+        terms: NoiseTerms,
+        rounding: str,
+        rounding_seed: int | None = None,
+        decay: Tensor | None = None,
+    ) -> None:
+        """Writes ``w <- round(w - decay * w + terms)``, w being the unperturbed weights.
+
+        Args:
+            terms: what to add.
+            rounding: "nearest" or "stochastic".
+            rounding_seed: uint64; the first seed of ``terms`` by default.
+            decay: float32 [groups], or None.
+        """
+
+    def _add(
+        self,
+        terms: NoiseTerms,
+        rounding: str = "nearest",
+        rounding_seed: int | None = None,
+        decay: Tensor | None = None,
+    ) -> None:
+        started = time.perf_counter()
+        zk.add_noise_(
+            self.table,
+            terms.seeds,
+            terms.coefs,
+            self.distribution,
+            rounding,
+            rounding_seed,
+            samples=terms.samples,
+            decay=decay,
+        )
+        self.kernel_seconds += time.perf_counter() - started
+
+
+class InplacePlacement(Placement):
+    """Perturbs the weights themselves. No extra memory; restoring rounds, so 16-bit weights drift.
+
+    A central difference costs three passes: perturb, flip, and one that restores and updates.
+    """
+
+    exact = False
+
+    def __init__(self, table: zk.ParamTable, distribution: str) -> None:
+        super().__init__(table, distribution)
+        self._current = NoiseTerms.none(table.num_groups)
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """See ``Placement.session``; restores to rounding."""
+        try:
+            yield
+        finally:
+            self.move_to(NoiseTerms.none(self.table.num_groups))
+
+    def move_to(self, terms: NoiseTerms) -> None:
+        """See ``Placement.move_to``; one pass, or none where nothing changes."""
+        delta = _difference(terms, self._current)
+        if delta.seeds:
+            with deferred_interrupts():
+                self._add(delta)
+                self._current = terms
+
+    def update(
+        self,
+        terms: NoiseTerms,
+        rounding: str,
+        rounding_seed: int | None = None,
+        decay: Tensor | None = None,
+    ) -> None:
+        """See ``Placement.update``; restores in the same pass."""
+        delta = _difference(terms, self._current)
+        with deferred_interrupts():
+            self._add(delta, rounding, rounding_seed, decay)
+            self._current = NoiseTerms.none(self.table.num_groups)
+
+
+def _difference(target: NoiseTerms, current: NoiseTerms) -> NoiseTerms:
+    """Terms that lead from one combination to another, equal noises merged, in a fixed order."""
+    merged: dict[tuple[int, int], Tensor] = {}
+    for sign, terms in ((-1.0, current), (1.0, target)):
+        for k, key in enumerate(zip(terms.seeds, terms.samples, strict=True)):
+            column = sign * terms.coefs[:, k].double()
+            merged[key] = merged[key] + column if key in merged else column
+    kept = {key: column for key, column in merged.items() if bool((column != 0).any())}
+    if not kept:
+        return NoiseTerms.none(target.coefs.shape[0])
+    seeds, samples = zip(*kept, strict=True)
+    return NoiseTerms(seeds, samples, torch.stack(list(kept.values()), dim=1).float())

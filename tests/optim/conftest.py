@@ -1,0 +1,14 @@
+"""Small models run on one thread: more would only wait for each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: None) -> Iterator[None]:
+    torch.set_num_threads(1)
+    yield

@@ -1,0 +1,57 @@
+"""Small models and what to compare of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Tied(nn.Module):
+    """Embedding, two layers, and a head that is the embedding: a weight with two owners."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(37, 16)
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+        self.norm = nn.LayerNorm(16)
+        self.head = nn.Linear(16, 37, bias=False)
+        self.head.weight = self.embed.weight
+        self.to(dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.embed(ids)
+        for layer in self.layers:
+            hidden = hidden + torch.tanh(layer(layer(hidden)))  # called twice in a forward
+        return self.head(self.norm(hidden))
+
+
+class Adapter(nn.Module):
+    """A parameter of its own and a child that runs inside: nested owners."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * self.scale
+
+
+def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(0, 37, (4, 9), generator=generator)
+    return ids, torch.randint(0, 37, (4, 9), generator=generator)
+
+
+def loss_of(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(ids).float().flatten(0, 1), labels.flatten())
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same_bits(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    def bits(t: Tensor) -> Tensor:
+        return t.detach().view(torch.int32 if t.element_size() == 4 else torch.int16)
+
+    return all(torch.equal(bits(p), bits(before[n])) for n, p in model.named_parameters())

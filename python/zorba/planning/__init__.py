@@ -1,1 +1,21 @@
-""""""
+"""Plans which client activates which blocks, under each client's memory budget."""
+
+from zorba.planning.memory import IdlePolicy, MemoryModel, weights_memory
+from zorba.planning.picture import draw_plan
+from zorba.planning.plan import BlockPlan, ParetoPoint, mask_version
+from zorba.planning.planner import plan_blocks
+from zorba.planning.problem import InfeasiblePlanError
+from zorba.planning.program import PlanSolverError
+
+__all__ = [
+    "BlockPlan",
+    "IdlePolicy",
+    "InfeasiblePlanError",
+    "MemoryModel",
+    "ParetoPoint",
+    "PlanSolverError",
+    "draw_plan",
+    "mask_version",
+    "plan_blocks",
+    "weights_memory",
+]

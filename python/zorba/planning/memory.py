@@ -1,0 +1,158 @@
+"""What a client's device holds, in bytes: the numbers that a plan is made from."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, SupportsIndex, get_args
+
+import torch
+
+IdlePolicy = Literal["resident", "offload"]
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """Bytes on the device of a client, block by block.
+
+    The memory of client n is ``fixed[n] + sum_b (active[b] if a[n, b] else idle[b])``. What can
+    fill these fields can be planned with: ``weights_memory`` counts weights, a calibrated model
+    would put measured bytes in the same places.
+
+    Args:
+        active: bytes of each block where it is active.
+        idle: bytes of each block where it is idle, at most its active bytes.
+        fixed: bytes that do not depend on the mask (context, embeddings and head, activations of
+            one block, logits, scratch): one number for all clients, a sequence in client order,
+            or a mapping from client name.
+        block_names: names of the blocks; ``block-0``, ``block-1``, ... where not given.
+    """
+
+    active: Sequence[int]
+    idle: Sequence[int]
+    fixed: int | Sequence[int] | Mapping[str, int] = 0
+    block_names: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        active = tuple(whole_bytes(v, f"active[{b}]") for b, v in enumerate(self.active))
+        idle = tuple(whole_bytes(v, f"idle[{b}]") for b, v in enumerate(self.idle))
+        if not active:
+            raise ValueError("a memory model needs at least one block")
+        if len(idle) != len(active):
+            raise ValueError(f"idle has {len(idle)} blocks, active has {len(active)}")
+        names = self.block_names
+        names = [f"block-{b}" for b in range(len(active))] if names is None else names
+        names = unique_names(names, "block")
+        if len(names) != len(active):
+            raise ValueError(f"block_names has {len(names)} names for {len(active)} blocks")
+        for name, on, off in zip(names, active, idle, strict=True):
+            if off > on:
+                raise ValueError(
+                    f"block {name!r} takes {off:,} bytes idle, more than {on:,} active"
+                )
+        object.__setattr__(self, "active", active)
+        object.__setattr__(self, "idle", idle)
+        object.__setattr__(self, "block_names", names)
+
+    def fixed_bytes(self, clients: Sequence[str]) -> tuple[int, ...]:
+        """Returns the fixed bytes of each client."""
+        if isinstance(self.fixed, Mapping | Sequence):
+            return per_client(self.fixed, clients, "fixed")
+        return (whole_bytes(self.fixed, "fixed"),) * len(clients)
+
+
+def weights_memory(
+    block_parameters: Sequence[int] | Mapping[str, int],
+    *,
+    fixed_parameters: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    idle: IdlePolicy = "resident",
+    overhead: int | Sequence[int] | Mapping[str, int] = 0,
+) -> MemoryModel:
+    """Counts the weights on the device, and nothing that was not given.
+
+    ``resident`` keeps idle blocks on the device: an idle block costs what an active one does, so a
+    mask saves no memory in this model and every plan with the same sizes takes the same bytes.
+    ``offload`` keeps them on the host, 0 bytes on the device, and adds a double buffer to stream
+    them through: the two largest blocks, counted even if the plan leaves no block idle.
+
+    Args:
+        block_parameters: number of parameters of each block, in order; a mapping names the blocks.
+        fixed_parameters: parameters outside the blocks (embeddings, final norm, head).
+        dtype: dtype of the weights.
+        idle: where idle blocks live.
+        overhead: further bytes (context, activations, logits, scratch), for all clients or each.
+    """
+    if idle not in get_args(IdlePolicy):
+        raise ValueError(f"idle must be one of {get_args(IdlePolicy)}, not {idle!r}")
+    named = isinstance(block_parameters, Mapping)
+    names = tuple(block_parameters) if isinstance(block_parameters, Mapping) else None
+    counts = (
+        block_parameters.values() if isinstance(block_parameters, Mapping) else block_parameters
+    )
+    label = "parameters of block"
+    sizes = [whole_bytes(c, f"{label} {b}") * dtype.itemsize for b, c in enumerate(counts)]
+    fixed = whole_bytes(fixed_parameters, "fixed_parameters") * dtype.itemsize
+    if idle == "offload":
+        fixed += sum(sorted(sizes)[-2:])
+    total: int | list[int] | dict[str, int]
+    if isinstance(overhead, Mapping):
+        total = {name: fixed + whole_bytes(v, "overhead") for name, v in overhead.items()}
+    elif isinstance(overhead, Sequence):
+        total = [fixed + whole_bytes(v, "overhead") for v in overhead]
+    else:
+        total = fixed + whole_bytes(overhead, "overhead")
+    return MemoryModel(
+        active=sizes,
+        idle=sizes if idle == "resident" else [0] * len(sizes),
+        fixed=total,
+        block_names=names if named else None,
+    )
+
+
+def whole_bytes(value: SupportsIndex | float, what: str) -> int:
+    """Returns a count as an int; refuses negative, fractional and non-finite ones."""
+    if isinstance(value, bool):
+        raise ValueError(f"{what} must be a number of bytes, not {value}")
+    if isinstance(value, float):
+        if not math.isfinite(value) or not value.is_integer():
+            raise ValueError(f"{what} must be a whole number, not {value}")
+        number = int(value)
+    else:
+        try:
+            number = operator.index(value)
+        except TypeError:
+            raise ValueError(f"{what} must be a whole number, not {value!r}") from None
+    if number < 0:
+        raise ValueError(f"{what} must not be negative, but is {number:,}")
+    return number
+
+
+def unique_names(names: Sequence[str], kind: str) -> tuple[str, ...]:
+    """Returns the names as a tuple; refuses one that is not a string or comes twice."""
+    seen: set[str] = set()
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{kind} names must be non-empty strings, not {name!r}")
+        if name in seen:
+            raise ValueError(f"two {kind}s are named {name!r}")
+        seen.add(name)
+    return tuple(names)
+
+
+def per_client(
+    values: Sequence[int] | Mapping[str, int], clients: Sequence[str], what: str
+) -> tuple[int, ...]:
+    """Returns whole byte counts in client order from a sequence or a mapping by client name."""
+    if isinstance(values, Mapping):
+        missing = [name for name in clients if name not in values]
+        unknown = [name for name in values if name not in clients]
+        if missing or unknown:
+            raise ValueError(f"{what}: no bytes for clients {missing}, unknown clients {unknown}")
+        return tuple(whole_bytes(values[name], f"{what} of client {name!r}") for name in clients)
+    if len(values) != len(clients):
+        raise ValueError(f"{what} has {len(values)} values for {len(clients)} clients")
+    pairs = zip(clients, values, strict=True)
+    return tuple(whole_bytes(v, f"{what} of client {name!r}") for name, v in pairs)

@@ -1,0 +1,148 @@
+"""A finished plan: the mask, the front it was picked from, and what it costs each client."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from zorba.planning.problem import Mask
+
+
+@dataclass(frozen=True, eq=False)
+class ParetoPoint:
+    """One mask of the front.
+
+    Attributes:
+        f1: convergence surrogate, sum_b priority / coverage.
+        f2: relative memory, sum_n V_n / C_n.
+        mask: bool [N, B], read-only.
+        memory: predicted bytes of each client.
+        gap: the larger relative gap of the two solves behind this point (F2 without its part that
+            no mask changes).
+        proven: whether both solves reached the gap asked for within the time limit.
+    """
+
+    f1: float
+    f2: float
+    mask: Mask
+    memory: tuple[int, ...]
+    gap: float
+    proven: bool
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPlan:
+    """Which client activates which blocks.
+
+    Attributes:
+        clients: client names, the rows of the mask.
+        blocks: block names, its columns.
+        budgets: bytes that each client may use.
+        front: Pareto front, by rising F1 and falling F2.
+        chosen: index in `front` of the point that this plan is.
+        seconds: time that planning took.
+    """
+
+    clients: tuple[str, ...]
+    blocks: tuple[str, ...]
+    budgets: tuple[int, ...]
+    front: tuple[ParetoPoint, ...]
+    chosen: int
+    seconds: float
+
+    @property
+    def point(self) -> ParetoPoint:
+        """The point of the front that this plan is."""
+        return self.front[self.chosen]
+
+    @property
+    def mask(self) -> Mask:
+        """Bool [N, B]: whether client n activates block b."""
+        return self.point.mask
+
+    @property
+    def memory(self) -> tuple[int, ...]:
+        """Predicted bytes of each client."""
+        return self.point.memory
+
+    @property
+    def coverage(self) -> tuple[int, ...]:
+        """How many clients have each block active."""
+        return tuple(self.mask.sum(axis=0).tolist())
+
+    @property
+    def version(self) -> int:
+        """Mask version, see `mask_version`."""
+        return mask_version(self.clients, self.blocks, self.mask)
+
+    def active_blocks(self, client: str) -> tuple[str, ...]:
+        """Returns the names of the blocks that a client activates."""
+        if client not in self.clients:
+            raise KeyError(f"no client {client!r} in this plan")
+        row = self.mask[self.clients.index(client)]
+        return tuple(name for name, active in zip(self.blocks, row, strict=True) if active)
+
+    def choose(self, index: int) -> BlockPlan:
+        """Returns the plan at another point of the same front."""
+        if not 0 <= index < len(self.front):
+            raise IndexError(f"the front has points 0..{len(self.front) - 1}, not {index}")
+        return replace(self, chosen=index)
+
+    def render(self) -> str:
+        """Returns the activation map as plain text, one row a client and one column a block."""
+        point, width = self.point, max(len(name) for name in (*self.clients, "coverage"))
+        proof = f"gap {point.gap:.1%}" + ("" if point.proven else ", stopped by the time limit")
+        lines = [
+            f"block plan {self.version:016x}: {len(self.clients)} clients, "
+            f"{len(self.blocks)} blocks",
+            f"F1 {point.f1:.4g}, F2 {point.f2:.4g}, point {self.chosen + 1} of {len(self.front)}, "
+            f"{proof}, {self.seconds:.2f} s",
+            f"columns: {self.blocks[0]} to {self.blocks[-1]}",
+            "",
+        ]
+        unit, name = _unit(max(self.budgets))
+        map_width = max(len(self.blocks), 6)
+        lines.append(
+            f"{'client':<{width}}  {'blocks':<{map_width}}  active  memory / budget ({name})"
+        )
+        for n, client in enumerate(self.clients):
+            row = "".join("#" if active else "." for active in self.mask[n])
+            used, budget = self.memory[n], self.budgets[n]
+            lines.append(
+                f"{client:<{width}}  {row:<{map_width}}  {row.count('#'):>6}  "
+                f"{used / unit:.2f} / {budget / unit:.2f}  {used / budget:4.0%}"
+            )
+        digits = len(str(max(self.coverage)))
+        for i in range(digits):
+            row = "".join(f"{count:>{digits}}"[i] for count in self.coverage)
+            lines.append(f"{'coverage' if i == 0 else '':<{width}}  {row}".rstrip())
+        return "\n".join(lines)
+
+
+def mask_version(clients: Sequence[str], blocks: Sequence[str], mask: Mask) -> int:
+    """Returns the mask's version: uint64, a hash of who activates what.
+
+    The first 8 bytes, little-endian, of SHA-256 of the names and the mask. Equal plans have equal
+    versions wherever they were made; anything else in a plan (front, timing) does not count.
+    """
+    rows = ["".join("1" if active else "0" for active in row) for row in mask]
+    text = json.dumps([list(clients), list(blocks), rows], separators=(",", ":"))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+def pareto_front(points: Sequence[ParetoPoint]) -> tuple[ParetoPoint, ...]:
+    """Returns the points that no other dominates, by rising F1; one of each equal pair."""
+    front: list[ParetoPoint] = []
+    for point in sorted(points, key=lambda p: (p.f1, p.f2)):
+        if not front or point.f2 < front[-1].f2:
+            front.append(point)
+    return tuple(front)
+
+
+def _unit(size: int) -> tuple[int, str]:
+    for power, name in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size >= 1 << power:
+            return 1 << power, name
+    return 1, "B"

@@ -1,0 +1,166 @@
+"""The epsilon-constraint lexicographic sweep over convergence (F1) and memory (F2)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+from zorba.planning.diagnosis import check_clients_alone, explain_infeasible
+from zorba.planning.memory import MemoryModel
+from zorba.planning.plan import BlockPlan, ParetoPoint, pareto_front
+from zorba.planning.problem import Mask, Problem, make_problem
+from zorba.planning.program import (
+    InfeasibleProgramError,
+    Limit,
+    PlanSolverError,
+    Program,
+    Row,
+    Solution,
+)
+
+
+def plan_blocks(
+    memory: MemoryModel,
+    budgets: Sequence[int] | Mapping[str, int],
+    *,
+    priorities: Sequence[float] | None = None,
+    min_coverage: int = 1,
+    min_active: int = 1,
+    max_active: int | None = None,
+    tolerance: float = 0.0,
+    num_points: int = 8,
+    mip_rel_gap: float = 0.01,
+    time_limit: float = 60.0,
+) -> BlockPlan:
+    """Decides which client activates which blocks, within every client's memory budget.
+
+    Trades the convergence surrogate ``F1 = sum_b priorities[b] / coverage[b]`` (derived in
+    docs/theory.md) against relative memory ``F2 = sum_n V_n / budgets[n]``. The plan is the
+    point of least F2 among those with ``F1 <= (1 + tolerance) * least F1``; ``BlockPlan.front``
+    holds the other points of the Pareto front and ``BlockPlan.choose`` switches to one.
+
+    Args:
+        memory: bytes of each block, active and idle, and fixed bytes.
+        budgets: bytes that each client may use; a mapping names the clients.
+        priorities: weight of each block in F1; 1 where not given.
+        min_coverage: clients that must have each block active, 1 to the number of clients.
+        min_active: blocks that each client must have active.
+        max_active: blocks that a client may have active; all where not given.
+        tolerance: how far F1 may be above its least value to save memory; 0.05 is 5 %.
+        num_points: points of the sweep, at least 2; dominated ones are dropped.
+        mip_rel_gap: relative gap at which a solve stops; 0 solves to optimality. The gaps of the F1
+            and the F2 solve add up along the two stages, so a point may be a gap away from the true
+            front in either objective.
+        time_limit: seconds for all solves together. A solve that runs out keeps its best plan, and
+            the point says so (``ParetoPoint.proven``).
+
+    Raises:
+        InfeasiblePlanError: no mask fits; names clients, blocks and the bytes that are missing.
+        PlanSolverError: time ran out before any plan was found, or the solver failed.
+        ValueError: an argument makes no sense.
+    """
+    if not (math.isfinite(tolerance) and tolerance >= 0):
+        raise ValueError(f"tolerance must be finite and >= 0, not {tolerance}")
+    if num_points < 2:
+        raise ValueError(f"num_points must be at least 2, not {num_points}")
+    if not 0 <= mip_rel_gap < 1:
+        raise ValueError(f"mip_rel_gap must be in [0, 1), not {mip_rel_gap}")
+    if not time_limit > 0:
+        raise ValueError(f"time_limit must be positive, not {time_limit}")
+    start = time.monotonic()
+    problem = make_problem(memory, budgets, priorities, min_coverage, min_active, max_active)
+    check_clients_alone(problem)
+    solves = _Solves(Program(problem), mip_rel_gap, start + time_limit)
+    try:
+        solutions = list(_sweep(solves, num_points, tolerance))
+    except InfeasibleProgramError:
+        raise explain_infeasible(problem, min(time_limit, 10.0)) from None
+    front = pareto_front([_point(problem, solution) for solution in solutions])
+    bound = (1 + tolerance) * front[0].f1
+    chosen = max(i for i, point in enumerate(front) if point.f1 <= bound)
+    return BlockPlan(
+        clients=problem.clients,
+        blocks=problem.blocks,
+        budgets=problem.budgets,
+        front=front,
+        chosen=chosen,
+        seconds=time.monotonic() - start,
+    )
+
+
+class _Solves:
+    """Runs solves in two stages, sharing the time that is left evenly among those to come."""
+
+    def __init__(self, program: Program, gap: float, end: float) -> None:
+        self.program = program
+        self.left = 0
+        self._gap = gap
+        self._end = end
+
+    def lexicographic(
+        self, first: Row, second: Row, limits: Sequence[Limit] = ()
+    ) -> Solution | None:
+        """Minimizes `first` within limits, then `second` keeping `first`; None without time."""
+        best = self._minimize(first, limits)
+        if best is None:
+            self.left -= 1
+            return None
+        kept = (first, self.program.value(first, best.mask))
+        try:
+            refined = self._minimize(second, [*limits, kept], known=best.mask)
+        except InfeasibleProgramError:
+            # `best` is a solution of this program, so only rounding can say otherwise.
+            refined = None
+        if refined is None:
+            return Solution(best.mask, best.gap, proven=False)
+        return Solution(refined.mask, max(best.gap, refined.gap), best.proven and refined.proven)
+
+    def _minimize(
+        self, objective: Row, limits: Sequence[Limit], known: Mask | None = None
+    ) -> Solution | None:
+        seconds = max(self._end - time.monotonic(), 0.0) / max(self.left, 1)
+        self.left -= 1
+        return self.program.minimize(objective, limits, gap=self._gap, seconds=seconds, known=known)
+
+
+def _sweep(solves: _Solves, num_points: int, tolerance: float) -> Iterator[Solution]:
+    program = solves.program
+    # Two solves a point, and two for the pick where it is no end of the sweep.
+    solves.left = 2 * num_points + (2 if tolerance else 0)
+    fastest = solves.lexicographic(program.f1, program.f2)
+    if fastest is None:
+        raise PlanSolverError("time ran out before any plan was found: raise time_limit")
+    yield fastest
+    if not program.f2:  # masks save no memory: the front is one point
+        return
+    if tolerance:
+        bound = (1 + tolerance) * program.value(program.f1, fastest.mask)
+        picked = solves.lexicographic(program.f2, program.f1, [(program.f1, bound)])
+        if picked is not None:
+            yield picked
+    leanest = solves.lexicographic(program.f2, program.f1)
+    if leanest is None:
+        return
+    yield leanest
+    low, high = (program.value(program.f2, s.mask) for s in (leanest, fastest))
+    for i in range(1, num_points - 1):
+        epsilon = low + (high - low) * i / (num_points - 1)
+        try:
+            between = solves.lexicographic(program.f1, program.f2, [(program.f2, epsilon)])
+        except InfeasibleProgramError:
+            continue  # `leanest` satisfies it, so only rounding can say so; it is on the front
+        if between is not None:
+            yield between
+
+
+def _point(problem: Problem, solution: Solution) -> ParetoPoint:
+    solution.mask.flags.writeable = False
+    return ParetoPoint(
+        f1=problem.f1(solution.mask),
+        f2=problem.f2(solution.mask),
+        mask=solution.mask,
+        memory=problem.memory(solution.mask),
+        gap=solution.gap,
+        proven=solution.proven,
+    )

@@ -1,0 +1,1 @@
+"""Tests of zorba_kernels and zorba; helpers are imported as tests.x."""

@@ -1,0 +1,109 @@
+"""What plan_blocks says when there is no plan, or the question makes no sense."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+pytest.importorskip("scipy")
+
+from zorba.planning import InfeasiblePlanError, MemoryModel, plan_blocks
+
+
+def test_names_the_client_and_the_missing_bytes() -> None:
+    memory = MemoryModel([400_000, 500_000], [0, 0], 834_567)
+    with pytest.raises(InfeasiblePlanError) as error:
+        plan_blocks(memory, {"phone-2": 2_000_000, "phone-3": 1_000_000})
+    assert str(error.value) == (
+        "client 'phone-3' has 1,000,000 bytes but needs at least 1,234,567 for 1 active block: "
+        "234,567 bytes short"
+    )
+    assert error.value.shortfalls == {"phone-3": 234_567}
+
+
+def test_the_bytes_it_asks_for_are_enough() -> None:
+    memory = MemoryModel([400_000, 500_000], [0, 0], 834_567)
+    plan = plan_blocks(memory, {"phone-2": 2_000_000, "phone-3": 1_234_567})
+    assert plan.active_blocks("phone-3") == ("block-0",)
+
+
+def test_names_every_client_that_is_short() -> None:
+    with pytest.raises(InfeasiblePlanError) as error:
+        plan_blocks(MemoryModel([10, 20, 30], [0] * 3, 5), [34, 35, 30], min_active=2)
+    assert error.value.shortfalls == {"client-0": 1, "client-2": 5}
+    assert "2 active blocks" in str(error.value)
+
+
+def test_idle_blocks_count() -> None:
+    with pytest.raises(InfeasiblePlanError) as error:
+        plan_blocks(MemoryModel([10, 10], [10, 10], 5), [24])
+    assert error.value.shortfalls == {"client-0": 1}
+
+
+def test_coverage_names_blocks_and_total_shortfall() -> None:
+    # Each client holds one block of 100, or none beyond it: the third block has no place.
+    memory = MemoryModel([100, 100, 130], [0] * 3, block_names=["h.0", "h.1", "h.2"])
+    with pytest.raises(InfeasiblePlanError) as error:
+        plan_blocks(memory, {"a": 110, "b": 110})
+    assert error.value.missing_coverage == {"h.2": 1}
+    # Least: both blocks of 100 on one client (90 more), 130 on the other (20 more).
+    assert sum(error.value.shortfalls.values()) == 110
+    assert "block 'h.2' lacks 1" in str(error.value)
+    assert "110 bytes short in all" in str(error.value)
+
+
+def test_the_shortfall_of_coverage_is_enough() -> None:
+    memory = MemoryModel([70, 90, 110, 130], [0] * 4)
+    budgets = {"a": 150, "b": 160, "c": 140}
+    with pytest.raises(InfeasiblePlanError) as error:
+        plan_blocks(memory, budgets, min_coverage=2)
+    raised = {name: b + error.value.shortfalls.get(name, 0) for name, b in budgets.items()}
+    plan = plan_blocks(memory, raised, min_coverage=2)
+    assert min(plan.coverage) >= 2
+
+
+def test_max_active_alone_can_rule_out_coverage() -> None:
+    with pytest.raises(InfeasiblePlanError, match="4 missing, whatever the budgets"):
+        plan_blocks(MemoryModel([1] * 4, [0] * 4), [100, 100], min_coverage=2, max_active=2)
+
+
+MODEL = MemoryModel([10, 20], [0, 0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budgets": []}, "at least one client"),
+        ({"budgets": {}}, "at least one client"),
+        ({"budgets": [-1]}, "must not be negative"),
+        ({"budgets": [math.nan]}, "whole number, not nan"),
+        ({"budgets": [math.inf]}, "whole number, not inf"),
+        ({"budgets": [10.5]}, "whole number, not 10.5"),
+        ({"budgets": ["10"]}, "whole number, not '10'"),
+        ({"budgets": [True]}, "number of bytes"),
+        ({"budgets": [0]}, "must be positive"),
+        ({"budgets": {"": 10}}, "non-empty"),
+        ({"priorities": [1.0]}, "1 values for 2 blocks"),
+        ({"priorities": [1.0, math.nan]}, "'block-1' must be finite"),
+        ({"priorities": [1.0, -1.0]}, "'block-1' must be finite"),
+        ({"priorities": [0.0, 0.0]}, "one priority must be positive"),
+        ({"min_coverage": 3}, r"in 1..2 \(clients\), not 3"),
+        ({"min_coverage": 0}, r"in 1..2 \(clients\), not 0"),
+        ({"min_active": -1}, "min_active"),
+        ({"min_active": 2, "max_active": 1}, "min_active"),
+        ({"max_active": 3}, "max_active"),
+        ({"min_active": 0, "max_active": 0}, "max_active >= 1"),
+        ({"tolerance": -0.1}, "tolerance"),
+        ({"tolerance": math.nan}, "tolerance"),
+        ({"num_points": 1}, "num_points"),
+        ({"mip_rel_gap": 1.0}, "mip_rel_gap"),
+        ({"time_limit": 0.0}, "time_limit"),
+        ({"memory": MemoryModel([10], [0], [1, 2, 3])}, "3 values for 2 clients"),
+        ({"memory": MemoryModel([10], [0], {"a": 1})}, "unknown clients"),
+    ],
+    ids=lambda v: ",".join(v) if isinstance(v, dict) else "",
+)
+def test_refuses(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_blocks(**({"memory": MODEL, "budgets": [100, 100]} | arguments))

@@ -1,0 +1,173 @@
+"""plan_blocks against brute force, its limits, and the sizes people will use."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+pytest.importorskip("scipy")
+
+from zorba.planning import BlockPlan, InfeasiblePlanError, MemoryModel, plan_blocks
+from zorba.planning.problem import Problem, make_problem
+
+# HiGHS lets rows be off by 1e-6 on objectives scaled to at most 1, so the second stage may move the
+# first objective by that much; priorities of two decimals keep distinct F1 values further apart.
+SOLVER_TOLERANCE = 2e-6
+
+
+def random_case(seed: int, num_clients: int, num_blocks: int) -> dict[str, object]:
+    rng = np.random.default_rng(seed)
+    active = rng.integers(50, 200, num_blocks)
+    idle = active // rng.integers(2, 9, num_blocks)
+    fixed = rng.integers(10, 60, num_clients)
+    share = rng.uniform(0.3, 1.1, num_clients)
+    budgets = fixed + idle.sum() + np.maximum(active.max(), share * (active - idle).sum())
+    return {
+        "memory": MemoryModel(active.tolist(), idle.tolist(), fixed.tolist()),
+        "budgets": [int(b) for b in budgets],
+        "priorities": np.round(rng.uniform(0.5, 3.0, num_blocks), 2).tolist(),
+    }
+
+
+def all_values(problem: Problem) -> np.ndarray:
+    """F1 and F2 of every mask that satisfies the problem: [masks, 2]."""
+    num_clients, num_blocks = len(problem.clients), len(problem.blocks)
+    rows = np.array(list(itertools.product([0, 1], repeat=num_blocks)))
+    used = rows @ np.array(problem.extra)
+    active = rows.sum(axis=1)
+    allowed = (active >= problem.min_active) & (active <= problem.max_active)
+    picks = [np.flatnonzero(allowed & (used <= spare)) for spare in problem.spare]
+    grid = np.array(list(itertools.product(*picks)), dtype=np.int64)  # [masks, N]: a row each
+    grid = grid.reshape(-1, num_clients)
+    coverage = rows[grid].sum(axis=1)
+    grid, coverage = (x[(coverage >= problem.min_coverage).all(axis=1)] for x in (grid, coverage))
+    f1 = (np.array(problem.priorities) / coverage).sum(axis=1)
+    memory = np.array(problem.base) + used[grid]
+    return np.stack([f1, (memory / np.array(problem.budgets)).sum(axis=1)], axis=1)
+
+
+def check(plan: BlockPlan, problem: Problem) -> None:
+    for point in plan.front:
+        memory = problem.memory(point.mask)
+        assert point.memory == memory
+        assert all(used <= limit for used, limit in zip(memory, problem.budgets, strict=True))
+        assert (point.mask.sum(axis=0) >= problem.min_coverage).all()
+        assert (point.mask.sum(axis=1) >= problem.min_active).all()
+        assert (point.mask.sum(axis=1) <= problem.max_active).all()
+        assert point.f1 == problem.f1(point.mask)
+        assert point.f2 == problem.f2(point.mask)
+    for left, right in itertools.pairwise(plan.front):
+        assert left.f1 < right.f1
+        assert left.f2 > right.f2
+
+
+SHAPES = [(3, 3), (4, 4), (5, 3), (3, 4)]
+LIMITS = [
+    {},
+    {"min_coverage": 2},
+    {"min_active": 2, "max_active": 3},
+    {"tolerance": 0.2},
+]
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=["plain", "covered", "bounded", "tolerant"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("seed", range(3))
+def test_matches_brute_force(seed: int, shape: tuple[int, int], limits: dict[str, float]) -> None:
+    case = random_case(seed, *shape)
+    bounds = {k: v for k, v in limits.items() if k != "tolerance"}
+    problem = make_problem(
+        case["memory"],
+        case["budgets"],
+        case["priorities"],
+        **({"min_coverage": 1, "min_active": 1, "max_active": None} | bounds),
+    )
+    values = all_values(problem)
+    if not len(values):
+        with pytest.raises(InfeasiblePlanError):
+            plan_blocks(**case, **limits)
+        return
+    plan = plan_blocks(**case, **limits, mip_rel_gap=0.0, num_points=5)
+    check(plan, problem)
+    slack = SOLVER_TOLERANCE * np.array([sum(problem.priorities), len(problem.clients)])
+    for point in plan.front:
+        dominated = (values < np.array([point.f1, point.f2]) - slack).all(axis=1)
+        assert not dominated.any()
+    least_f1, least_f2 = values.min(axis=0)
+    first, last = plan.front[0], plan.front[-1]
+    assert first.f1 == pytest.approx(least_f1, abs=slack[0])
+    assert first.f2 == pytest.approx(
+        values[values[:, 0] <= least_f1 + slack[0], 1].min(), abs=slack[1]
+    )
+    assert last.f2 == pytest.approx(least_f2, abs=slack[1])
+    near = values[:, 0] <= (1 + limits.get("tolerance", 0.0)) * least_f1 + slack[0]
+    assert plan.point.f2 == pytest.approx(values[near, 1].min(), abs=slack[1])
+
+
+def test_permuting_blocks_and_clients_changes_nothing() -> None:
+    case = random_case(7, 4, 4)
+    memory, budgets = case["memory"], case["budgets"]
+    names = ["a", "b", "c", "d"]
+    order = [2, 0, 3, 1]
+    plan = plan_blocks(memory, budgets, priorities=case["priorities"], mip_rel_gap=0.0)
+    turned = plan_blocks(
+        MemoryModel(
+            [memory.active[b] for b in order],
+            [memory.idle[b] for b in order],
+            {names[n]: memory.fixed[n] for n in range(4)},
+        ),
+        {names[n]: budgets[n] for n in order},
+        priorities=[case["priorities"][b] for b in order],
+        mip_rel_gap=0.0,
+    )
+    assert turned.point.f1 == pytest.approx(plan.point.f1, abs=SOLVER_TOLERANCE)
+    assert turned.point.f2 == pytest.approx(plan.point.f2, abs=4 * SOLVER_TOLERANCE)
+    assert turned.clients == tuple(names[n] for n in order)
+
+
+def test_equal_blocks_are_dealt_evenly() -> None:
+    plan = plan_blocks(MemoryModel([100] * 6, [0] * 6), [200, 200, 300])
+    assert sum(plan.coverage) == 7
+    assert max(plan.coverage) - min(plan.coverage) == 1
+
+
+def test_resident_blocks_leave_nothing_to_trade() -> None:
+    plan = plan_blocks(MemoryModel([100] * 4, [100] * 4), [400, 500])
+    assert plan.mask.all()
+    assert len(plan.front) == 1
+
+
+def test_budget_is_exact_where_the_solver_cannot_see_a_byte() -> None:
+    sizes = [10**12, 10**12 + 1, 10**12 + 2]
+    total = sum(sizes)
+    memory = MemoryModel(sizes, [0] * 3)
+    exact = plan_blocks(memory, [total, total], mip_rel_gap=0.0)
+    assert exact.mask.all()
+    # One byte less: three blocks no longer fit, nor do the two largest on the second client.
+    plan = plan_blocks(memory, [total - 1, sum(sizes[1:]) - 1], mip_rel_gap=0.0)
+    assert plan.mask.sum(axis=1).tolist() == [2, 2]
+    for used, limit in zip(plan.memory, plan.budgets, strict=True):
+        assert used <= limit
+
+
+@pytest.mark.parametrize("equal", [True, False], ids=["equal", "unequal"])
+def test_twenty_clients_24_blocks(equal: bool) -> None:
+    rng = np.random.default_rng(0)
+    sizes = [4 * 10**8] * 24 if equal else rng.integers(2 * 10**8, 6 * 10**8, 24).tolist()
+    memory = MemoryModel(sizes, [0] * 24, 10**9)
+    budgets = [10**9 + int(s * sum(sizes)) for s in rng.uniform(0.15, 0.8, 20)]
+    plan = plan_blocks(memory, budgets, num_points=3)
+    check(plan, make_problem(memory, budgets, None, 1, 1, None))
+
+
+def test_a_short_time_limit_still_gives_a_plan_and_says_so() -> None:
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(2 * 10**8, 6 * 10**8, 24).tolist()
+    memory = MemoryModel(sizes, [0] * 24)
+    plan = plan_blocks(memory, [int(0.3 * sum(sizes))] * 20, mip_rel_gap=0.0, time_limit=1.0)
+    check(plan, make_problem(memory, plan.budgets, None, 1, 1, None))
+    assert not plan.point.proven
+    assert plan.point.gap > 0
+    assert "time limit" in plan.render()

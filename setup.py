@@ -1,8 +1,9 @@
 """Builds zorba_kernels._C with ninja: C++ for the CPU and, where nvcc is found, CUDA.
 
 ZORBA_CUDA=auto (default) builds the CUDA part if nvcc is on the PATH and works, 0 leaves it out, 1
-fails without it. ZORBA_CUDA_ARCHS (default "80;90;100") names the compute capabilities. torch is
-never imported here: the extension does not link against it.
+fails without it. ZORBA_CUDA_ARCHS (default "80;90;100", as far as nvcc knows them) names the
+compute capabilities; the last one is also kept as PTX. torch is never imported here: the extension
+does not link against it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -31,35 +34,84 @@ ISA_FLAGS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma"]
     ISA_FLAGS["avx512"] = [
-        *"-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512".split(),
+        *[
+            "-mavx512f",
+            "-mavx512bw",
+            "-mavx512dq",
+            "-mavx512vl",
+            "-mfma",
+            "-mprefer-vector-width=512",
+        ],
         # GCC 12 warns inside its own intrinsics (GCC bug 105593).
-        *"-Wno-uninitialized -Wno-maybe-uninitialized".split(),
+        *["-Wno-uninitialized", "-Wno-maybe-uninitialized"],
     ]
 
 
-def cuda_toolchain() -> tuple[str, list[str]] | None:
-    """nvcc and the folders of its libraries, or None when it should not or cannot be used."""
+class Cuda(NamedTuple):
+    """A CUDA compiler that was seen to work."""
+
+    nvcc: str
+    libraries: list[str]  # folders
+    gencode: list[str]
+
+
+CUDA_FLAGS = [
+    *["-std=c++17", "-O3", "-fmad=false", "-lineinfo"],
+    "-diag-suppress=1675",  # GCC's unroll pragma in noise.h
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off",
+]
+
+
+def cuda_toolchain() -> Cuda | None:
+    """The CUDA compiler, or None when it should not or cannot be used."""
     wish = os.environ.get("ZORBA_CUDA", "auto")
     if wish not in ("auto", "0", "1"):
         raise SystemExit(f"ZORBA_CUDA is {wish!r}; expected auto, 0 or 1")
     if wish == "0":
         return None
     nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
-    reason = "nvcc is not on the PATH"
-    if nvcc:
-        # nvcc may be a wrapper script, so ask it where its libraries are.
-        dry = subprocess.run(
-            [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True
-        )
-        folders = re.findall(r'"-L([^"]+)"', dry.stderr)
-        folders = [f for f in folders if (Path(f) / "libcudart_static.a").is_file()]
-        if dry.returncode == 0 and folders:
-            return nvcc, folders
-        reason = f"{nvcc} does not work or its libcudart_static.a is missing"
+    found = try_cuda(nvcc) if nvcc else "nvcc is not on the PATH"
+    if isinstance(found, Cuda):
+        print(f"zorba: building with CUDA: {found.nvcc}, {' '.join(found.gencode)}")
+        return found
     if wish == "1":
-        raise SystemExit(f"ZORBA_CUDA=1, but {reason}")
-    print(f"zorba: building without CUDA: {reason}")
+        raise SystemExit(f"ZORBA_CUDA=1, but {found}")
+    print(f"zorba: building without CUDA: {found}")
     return None
+
+
+def try_cuda(nvcc: str) -> Cuda | str:
+    """The toolchain of an nvcc, or why it cannot be used: it must find its parts and compile."""
+    # nvcc may be a wrapper script, so ask it where its libraries are.
+    dry = output_of([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull])
+    folders = re.findall(r'"-L([^"]+)"', dry or "")
+    folders = [f for f in folders if (Path(f) / "libcudart_static.a").is_file()]
+    if not folders:
+        return f"{nvcc} does not work or its libcudart_static.a is missing"
+    archs = os.environ.get("ZORBA_CUDA_ARCHS", "").replace(",", ";").split(";")
+    if archs == [""]:
+        known = re.findall(r"compute_(\w+)", output_of([nvcc, "--list-gpu-arch"]) or "")
+        archs = [a for a in ("80", "90", "100") if a in known]
+        if not archs:
+            return f"{nvcc} compiles for none of sm_80, sm_90 and sm_100"
+    gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder) / "probe.cu"
+        probe.write_text("__global__ void probe(int *out) { *out = 1; }\n")
+        command = [nvcc, *CUDA_FLAGS, *gencode, "-c", str(probe), "-o", f"{probe}.o"]
+        if output_of(command) is None:
+            return f"{nvcc} does not compile: {quote(command)}"
+    return Cuda(nvcc, folders, gencode)
+
+
+def output_of(command: list[str]) -> str | None:
+    """What a command prints, or None if it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout + done.stderr
 
 
 class NinjaBuild(build_ext):
@@ -85,24 +137,22 @@ class NinjaBuild(build_ext):
         defines = ["-DZORBA_WITH_CUDA"] if cuda else []
         defines += ["-DZORBA_X86"] if "avx2" in ISA_FLAGS else []
         cxx = os.environ.get("CXX", "c++")
-        nvcc, folders = cuda or ("", [])
-        archs = os.environ.get("ZORBA_CUDA_ARCHS", "80;90;100").split(";")
-        gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-        gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
         lines = [
             "rule cxx",
             f"  command = {cxx} -MD -MF $out.d {quote(CXX_FLAGS + defines)} $flags -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
-            "rule nvcc",
-            f"  command = {nvcc} -MD -MF $out.d -std=c++17 -O3 -fmad=false -lineinfo --threads 0 "
-            f"-Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off {quote(gencode)} "
-            "-c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
             "rule link",
             f"  command = {cxx} -shared -pthread $in -o $out $libs",
         ]
+        if cuda:
+            flags = quote([*CUDA_FLAGS, "--threads=0", *cuda.gencode])
+            lines += [
+                "rule nvcc",
+                f"  command = {cuda.nvcc} -MD -MF $out.d {flags} -c $in -o $out",
+                "  depfile = $out.d",
+                "  deps = gcc",
+            ]
         objects: list[str] = []
 
         def compile_(rule: str, source: str, name: str, flags: list[str] | None = None) -> None:
@@ -119,7 +169,8 @@ class NinjaBuild(build_ext):
         if cuda:
             for path in sorted((ROOT / "csrc/cuda").glob("*.cu")):
                 compile_("nvcc", f"cuda/{path.name}", f"cuda_{path.stem}")
-            libs = [*(f"-L{f}" for f in folders), "-lcudart_static", "-ldl", "-lrt"]
+            compile_("cxx", "cuda/binding.cpp", "cuda_binding", includes)
+            libs = [*(f"-L{f}" for f in cuda.libraries), "-lcudart_static", "-ldl", "-lrt"]
         lines += [f"build {target}: link {' '.join(objects)}", f"  libs = {quote(libs)}", ""]
         return "\n".join(lines)
 

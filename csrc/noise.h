@@ -173,11 +173,21 @@ ZORBA_HD uint32_t rounding_bits(uint32_t first, uint32_t second, int e) {
   return (((word >> own) & 0xFFu) << 8) | ((word >> next) & 0xFFu);
 }
 
-// Relative dither of a block, uniform in +-2^-16: times the weight it starts the accumulator of a
-// stochastic update, which spreads it over many float32 ulps. Without it an update below half a
-// float32 ulp of the weight would be lost before the random bits are added.
+// Dither of a block, uniform in +-2^-23. Without it an update below half a float32 ulp of the weight
+// would be lost before the random bits are added.
 ZORBA_HD float rounding_dither(uint32_t first, uint32_t second) {
-  return static_cast<float>(static_cast<int32_t>(first + second)) * 0x1p-47f;
+  return static_cast<float>(static_cast<int32_t>(first + second)) * 0x1p-54f;
+}
+
+// Where the accumulator of a stochastic update starts: the dither, uniform over a whole number (one
+// or two) of the steps on which weight + sum will land, so that the rounding of that sum is unbiased
+// too. The scale is the weight's power of two with the last exponent bit cleared, which leaves it
+// finite for an infinite weight. A float16 below 2^-14 lands on steps of 2^-37 (see round_stochastic).
+template <DType dtype>
+ZORBA_HD float rounding_start(float weight, float dither) {
+  uint32_t scale = as_bits(weight) & 0x7F000000u;
+  if constexpr (dtype == DType::kFloat16) scale = scale < 0x38000000u ? 0x38000000u : scale;
+  return as_float(scale) * dither;
 }
 
 // float32 -> the nearest value of the dtype (ties to even), still as a float32.
@@ -264,7 +274,13 @@ ZORBA_HD uint64_t mix64(uint64_t x) {
   return x;
 }
 
-// Hash of the 8 bytes at lane `lane` of a parameter; the fingerprint is the sum over all lanes.
+// The fingerprint is the sum, over all parameters, of a header and of all lanes. The header tells
+// dtypes apart, and zeros at the end from the zero bytes that fill up the last lane.
+ZORBA_HD uint64_t fingerprint_header(uint64_t numel, DType dtype, uint64_t stream) {
+  return mix64((numel << 2 | static_cast<uint64_t>(dtype)) ^ stream);
+}
+
+// Hash of the 8 bytes at lane `lane` of a parameter.
 ZORBA_HD uint64_t fingerprint_lane(uint64_t bytes, uint64_t stream, uint64_t lane) {
   return mix64(bytes ^ (stream + 0x9E3779B97F4A7C15ull * (lane + 1)));
 }

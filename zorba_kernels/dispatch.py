@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from zorba_kernels.backends import cpu, reference
+from zorba_kernels.backends import cpu, cuda, reference
 
-_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+_BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "cpu": cpu, "reference": reference}
 """In order of preference."""
 
 
@@ -42,16 +42,23 @@ def choose(name: str | None, device: torch.device) -> Any:
     """Returns the backend module for tensors on the device.
 
     Args:
-        name: a backend, or None for what ``ZORBA_BACKEND`` names, or else the first that can serve.
+        name: a backend, or None for what ``ZORBA_BACKEND`` names, or else the first that can serve
+            (for CPU tensors ``cpu`` when ``ZORBA_CPU_ISA`` is set).
         device: where the tensors are.
 
     Raises:
         ValueError: an unknown name.
-        BackendUnavailableError: a named backend cannot serve; the message says why.
+        BackendUnavailableError: the named one, or every one, cannot serve; the message says why.
     """
     asked = name or os.environ.get("ZORBA_BACKEND") or None
+    if asked is None and device.type == "cpu" and cpu.isa():
+        asked = "cpu"  # ZORBA_CPU_ISA asks for it: no quiet fall back on a slower one
     if asked is None:
-        return next(m for m in _BACKENDS.values() if m.unavailable(device) is None)
+        reasons = {n: m.unavailable(device) for n, m in _BACKENDS.items()}
+        best = next((n for n, reason in reasons.items() if reason is None), None)
+        if best is None:
+            raise BackendUnavailableError(f"no backend can serve {device} tensors: {reasons}")
+        return _BACKENDS[best]
     if asked not in _BACKENDS:
         raise ValueError(f"unknown backend {asked!r}; there are {', '.join(_BACKENDS)}")
     reason = _BACKENDS[asked].unavailable(device)

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from zorba_kernels.dispatch import choose
 from zorba_kernels.noise import DISTRIBUTIONS, MAX_ELEMENTS, Distribution
-from zorba_kernels.program import Program, check_choice, check_sample, check_uint64, make_program
+from zorba_kernels.program import (
+    Program,
+    check_choice,
+    check_sample,
+    check_uint64,
+    integer,
+    make_program,
+)
 from zorba_kernels.table import ParamTable
 
 Coefs = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
@@ -58,7 +65,15 @@ def add_noise_(
         RuntimeError: a tensor of the table was moved or resized.
     """
     program = make_program(
-        seeds, coefs, table.num_groups, distribution, rounding, rounding_seed, samples, rounds, decay
+        seeds,
+        coefs,
+        table.num_groups,
+        distribution,
+        rounding,
+        rounding_seed,
+        samples,
+        rounds,
+        decay,
     )
     run_program(table, table, program, backend)
 
@@ -97,7 +112,15 @@ def add_noise(
         ValueError: the tables differ, besides what ``add_noise_`` raises.
     """
     program = make_program(
-        seeds, coefs, table.num_groups, distribution, rounding, rounding_seed, samples, rounds, decay
+        seeds,
+        coefs,
+        table.num_groups,
+        distribution,
+        rounding,
+        rounding_seed,
+        samples,
+        rounds,
+        decay,
     )
     table.check_like(out)
     run_program(table, out, program, backend)
@@ -161,10 +184,11 @@ def noise(
     """
     check_choice("distribution", distribution, DISTRIBUTIONS)
     size = torch.Size((shape,) if isinstance(shape, int) else tuple(shape))
+    offset = integer(offset, "offset")
+    if any(n < 0 for n in size):
+        raise ValueError(f"shape must not be negative, got {tuple(size)}")
     if offset < 0 or offset + size.numel() > MAX_ELEMENTS:
-        raise ValueError(
-            f"elements {offset} to {offset + size.numel()} are outside of [0, 2**35)"
-        )
+        raise ValueError(f"elements {offset} to {offset + size.numel()} are outside of [0, 2**35)")
     where = torch.device(device)
     z: Tensor = choose(backend, where).noise(
         size.numel(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -56,7 +56,7 @@ def make_program(
     sample_list = [0] * terms if samples is None else [check_sample(s) for s in _as_list(samples)]
     if len(sample_list) != terms:
         raise ValueError(f"{terms} seeds but {len(sample_list)} samples")
-    lengths = [terms] if rounds is None else [int(n) for n in rounds]
+    lengths = [terms] if rounds is None else [integer(n, "terms of a round") for n in rounds]
     if any(n < 0 for n in lengths) or sum(lengths) != terms:
         raise ValueError(f"rounds {lengths} must be terms per round and add up to {terms} seeds")
     ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
@@ -80,7 +80,7 @@ def check_choice(what: str, value: str, choices: Sequence[str]) -> None:
 
 def check_uint64(value: int, what: str) -> int:
     """Returns value as an int, or raises ValueError when it is no uint64."""
-    number = _integer(value, what)
+    number = integer(value, what)
     if not 0 <= number < 1 << 64:
         raise ValueError(f"{what} must be in [0, 2**64), got {number}")
     return number
@@ -88,13 +88,14 @@ def check_uint64(value: int, what: str) -> int:
 
 def check_sample(value: int) -> int:
     """Returns value as an int, or raises ValueError when it is no sample."""
-    number = _integer(value, "sample")
+    number = integer(value, "sample")
     if not 0 <= number < ROUNDING_DOMAIN:
         raise ValueError(f"sample must be in [0, 2**31), got {number}")
     return number
 
 
-def _integer(value: int, what: str) -> int:
+def integer(value: int, what: str) -> int:
+    """Returns value as an int, or raises TypeError when it is no integer."""
     try:
         return value.__index__()
     except AttributeError:
@@ -103,8 +104,8 @@ def _integer(value: int, what: str) -> int:
 
 def _as_list(value: int | Sequence[int]) -> list[int]:
     if isinstance(value, Tensor):
-        return [int(v) for v in value.reshape(-1).tolist()]
-    return list(value) if hasattr(value, "__len__") else [cast(int, value)]
+        return list(value.reshape(-1).tolist())
+    return list(value) if isinstance(value, Iterable) else [value]
 
 
 def _coefs(
@@ -123,9 +124,7 @@ def _coefs(
     return _finite(matrix, "coefs")
 
 
-def _decays(
-    decay: float | Sequence[float] | Tensor | None, groups: int, rounds: int
-) -> Tensor:
+def _decays(decay: float | Sequence[float] | Tensor | None, groups: int, rounds: int) -> Tensor:
     if decay is None:
         return torch.zeros(groups, rounds)
     matrix = torch.as_tensor(decay, dtype=torch.float64).detach().cpu()
@@ -146,7 +145,8 @@ def _finite(matrix: Tensor, what: str) -> Tensor:
     if not bool(torch.isfinite(narrow).all()):
         bad = matrix[~torch.isfinite(narrow)][0].item()
         raise ValueError(f"{what} must be finite float32 numbers, got {bad}")
-    return narrow
+    # A subnormal counts as zero: whether a term is skipped must not depend on the flush mode.
+    return torch.where(narrow.abs() < torch.finfo(torch.float32).tiny, 0.0, narrow)
 
 
 def _rounding_seeds(
@@ -158,5 +158,5 @@ def _rounding_seeds(
         if len(out) != len(ends):
             raise ValueError(f"{len(ends)} rounds but {len(out)} rounding seeds")
         return tuple(out)
-    starts = [0, *ends[:-1]]
+    starts = [0, *ends][: len(ends)]
     return tuple(seeds[a] if a < b else 0 for a, b in zip(starts, ends, strict=True))

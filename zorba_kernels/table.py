@@ -32,7 +32,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class _Identity:
+    device: torch.device
     address: int
+    dtype: torch.dtype
     shape: torch.Size
     stride: tuple[int, ...]
 
@@ -154,7 +156,9 @@ class ParamTable:
     def check_like(self, other: ParamTable) -> None:
         """Raises ValueError unless ``other`` holds the same parameters in the same layout."""
         mine = [(e.name, e.tensor.shape, e.tensor.dtype, e.group, e.offset) for e in self.entries]
-        theirs = [(e.name, e.tensor.shape, e.tensor.dtype, e.group, e.offset) for e in other.entries]
+        theirs = [
+            (e.name, e.tensor.shape, e.tensor.dtype, e.group, e.offset) for e in other.entries
+        ]
         if self.device != other.device:
             raise ValueError(f"the tables are on {self.device} and {other.device}")
         if len(mine) != len(theirs):
@@ -165,6 +169,13 @@ class ParamTable:
                     "the tables differ in (name, shape, dtype, group, offset): "
                     f"{a[0]!r} {a[1:]} and {b[0]!r} {b[1:]}"
                 )
+        # Written in place where both are the same tensor; anything between would be read torn.
+        apart = [
+            b
+            for a, b in zip(self.entries, other.entries, strict=True)
+            if _identity(a.tensor) != _identity(b.tensor)
+        ]
+        _refuse_overlap([*self.entries, *apart])
 
     def packed(self, out: ParamTable) -> Tensor:
         """Returns the rows that the compiled backends read: int64 [tensors, 7], on the CPU.
@@ -195,7 +206,7 @@ def _as_int64(value: int) -> int:
 
 
 def _identity(tensor: Tensor) -> _Identity:
-    return _Identity(tensor.data_ptr(), tensor.shape, tensor.stride())
+    return _Identity(tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
 
 def _refuse_duplicates(names: list[str]) -> None:
@@ -216,10 +227,14 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name!r} has dtype {tensor.dtype}; supported are {supported}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name!r} has layout {tensor.layout}; only strided tensors are supported")
-    if any(s == 0 and n > 1 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
-        raise ValueError(
-            f"{name!r} is an expanded view: several of its elements share one memory location"
-        )
+    reach = 0
+    for stride, count in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if tensor.numel() and count > 1 and stride <= reach:
+            raise ValueError(
+                f"{name!r} is an expanded or overlapping view (shape {tuple(tensor.shape)}, "
+                f"strides {tensor.stride()}): several of its elements may share one memory location"
+            )
+        reach += (count - 1) * stride
 
 
 def _non_negative(value: int, what: str) -> int:
@@ -239,7 +254,9 @@ def _refuse_overlap(entries: list[Entry]) -> None:
         t = entry.tensor
         if t.numel():
             reach = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1
-            spans.append((t.device, t.data_ptr(), t.data_ptr() + reach * t.element_size(), entry.name))
+            spans.append(
+                (t.device, t.data_ptr(), t.data_ptr() + reach * t.element_size(), entry.name)
+            )
     spans.sort(key=lambda s: (str(s[0]), s[1]))
     for before, after in zip(spans, spans[1:], strict=False):
         if before[0] == after[0] and after[1] < before[2]:

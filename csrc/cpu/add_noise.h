@@ -96,8 +96,8 @@ inline void add_round(const Prepared& prepared, const Prepared::Round& round, co
   const float decay = round.decay;
   // What the sum starts from. Nothing to start from is 0, not weight * 0: a weight may be infinite.
   const auto start = [&](int i, float weight) {
-    if (stochastic) return weight * (s.dither[i] - decay);
-    return decay != 0.0f ? weight * -decay : 0.0f;
+    const float dither = stochastic ? rounding_start<dtype>(weight, s.dither[i]) : 0.0f;
+    return decay != 0.0f ? fma_rn(weight, -decay, dither) : dither;
   };
   const auto finish = [&](int i, float weight, float sum) {
     const float value = weight + sum;

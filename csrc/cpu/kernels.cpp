@@ -105,9 +105,11 @@ uint64_t fingerprint(const Segment* segments, int64_t count, int threads) {
   std::atomic<uint64_t> total{0};
   for (int64_t i = 0; i < count; ++i) {
     const Segment& s = segments[i];
-    const int64_t size = s.numel * (static_cast<DType>(s.dtype) == DType::kFloat32 ? 4 : 2);
+    const DType dtype = static_cast<DType>(s.dtype);
+    const int64_t size = s.numel * (dtype == DType::kFloat32 ? 4 : 2);
     const auto* bytes = reinterpret_cast<const unsigned char*>(s.src);
     const uint64_t stream = static_cast<uint64_t>(s.stream);
+    total += fingerprint_header(static_cast<uint64_t>(s.numel), dtype, stream);
     parallel_for((size + 7) / 8, 1 << 16, threads, [&](int64_t begin, int64_t end) {
       total += lanes_sum(bytes, size, stream, begin, end);
     });

@@ -48,7 +48,7 @@ inline void rademacher_tile(int64_t tile, Stream stream, uint32_t sample, const 
   }
 }
 
-// Rounding bits of a tile: 16 for each element, and each element's relative dither.
+// Rounding bits of a tile: 16 for each element, and its block's dither.
 inline void rounding_tile(int64_t tile, Stream stream, const PhiloxKeys& keys, uint32_t* random16,
                           float* dither) {
   alignas(64) uint32_t words[4][kBlocks / 2];

@@ -6,21 +6,24 @@ float operation is one IEEE-754 operation, so the bits do not depend on the devi
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from zorba_kernels.noise import BLOCK_ELEMENTS, ROUNDING_DOMAIN, Distribution
 from zorba_kernels.program import Program
-from zorba_kernels.table import Entry, ParamTable
+from zorba_kernels.table import DTYPE_CODES, Entry, ParamTable
 
 CHUNK = 1 << 20  # elements worked on at a time: bounds the memory of the int64 intermediates
 _MASK32 = 0xFFFFFFFF
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Returns why this backend cannot serve tensors on the device: never."""
-    del device
-    return None
+    """Returns why this backend cannot serve tensors on the device, or None."""
+    return "meta tensors hold no values" if device.type == "meta" else None
 
 
 def add_noise(table: ParamTable, out: ParamTable, program: Program) -> None:
@@ -30,7 +33,9 @@ def add_noise(table: ParamTable, out: ParamTable, program: Program) -> None:
         result = torch.empty_like(flat)
         for start in range(0, flat.numel(), CHUNK):
             piece = flat[start : start + CHUNK]
-            result[start : start + CHUNK] = _add_chunk(source, piece, source.offset + start, program)
+            with _gradual_underflow():
+                changed = _add_chunk(source, piece, source.offset + start, program)
+            result[start : start + CHUNK] = changed
         target.tensor.copy_(result.reshape(source.tensor.shape))
 
 
@@ -53,10 +58,12 @@ def noise(
 
 
 def fingerprint(table: ParamTable) -> int:
-    """Returns the sum of the hashes of all 8-byte lanes, modulo 2**64."""
+    """Returns the sum of the hashes of all headers and 8-byte lanes, modulo 2**64."""
     total = 0
     for entry in table.entries:
         flat = entry.tensor.reshape(-1)
+        header = flat.numel() << 2 | DTYPE_CODES[flat.dtype]
+        total += int(_mix64(torch.tensor(header ^ _signed(entry.stream))))
         per_lane = 8 // flat.element_size()
         for start in range(0, flat.numel(), CHUNK):
             piece = flat[start : start + CHUNK]
@@ -157,17 +164,24 @@ def _add_chunk(entry: Entry, piece: Tensor, offset: int, program: Program) -> Te
     stored = piece
     start = 0
     ends_and_seeds = zip(program.round_ends, program.rounding_seeds, strict=True)
-    for decay, (end, rounding_seed) in zip(program.decays[entry.group], ends_and_seeds, strict=True):
+    for decay, (end, rounding_seed) in zip(
+        program.decays[entry.group], ends_and_seeds, strict=True
+    ):
         terms = [k for k in range(start, end) if float(coefs[k]) != 0.0]
         start = end
         if not terms and float(decay) == 0.0:
             continue
         weights = stored.to(torch.float32)
         decay = decay.to(weights.device)
-        total = weights * -decay if float(decay) != 0.0 else torch.zeros_like(weights)
+        total = torch.zeros_like(weights)
         if stochastic:
             random16, dither = _rounding_at(index, entry.stream, rounding_seed)
-            total = weights * (dither - decay)
+            scale = _as_bits(weights) & 0x7F000000
+            if piece.dtype == torch.float16:
+                scale = scale.clamp(min=0x38000000)
+            total = _as_float(scale) * dither
+        if float(decay) != 0.0:
+            total = _fma(weights, -decay, total)
         for k in terms:
             z = _noise_at(
                 index, program.seeds[k], entry.stream, program.samples[k], program.distribution
@@ -179,7 +193,7 @@ def _add_chunk(entry: Entry, piece: Tensor, offset: int, program: Program) -> Te
 
 
 def _rounding_at(index: Tensor, stream: int, seed: int) -> tuple[Tensor, Tensor]:
-    """16 random bits of each element (int64) and the relative dither of its block (float32)."""
+    """16 random bits of each element (int64) and the dither of its block (float32)."""
     block = index // 8
     calls = ((block >> 6) << 5) | (block & 31)
     unique, where = torch.unique(calls, return_inverse=True)
@@ -193,7 +207,7 @@ def _rounding_at(index: Tensor, stream: int, seed: int) -> tuple[Tensor, Tensor]
     following = 8 * ((element + 1) & 3)
     random16 = (((word >> own) & 0xFF) << 8) | ((word >> following) & 0xFF)
     mixed = _to_int32((first + second) & _MASK32)
-    return random16, mixed.to(torch.float32) * 2.0**-47
+    return random16, mixed.to(torch.float32) * 2.0**-54
 
 
 def _stochastic(value: Tensor, random16: Tensor, dtype: torch.dtype) -> Tensor:
@@ -209,6 +223,20 @@ def _stochastic(value: Tensor, random16: Tensor, dtype: torch.dtype) -> Tensor:
         rounded = torch.where(bits >= 0x80000000, -rounded, rounded)
     rounded = torch.where(size > 0x7F800000, torch.nan, rounded)
     return rounded.to(dtype)  # exact
+
+
+@contextmanager
+def _gradual_underflow() -> Iterator[None]:
+    """Gradual underflow is part of the contract; the caller may have switched it off."""
+    smallest = sys.float_info.min
+    flushed = smallest * 0.5 == 0.0
+    if flushed:
+        torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        if flushed:
+            torch.set_flush_denormal(True)
 
 
 # --- Bits ----------------------------------------------------------------------------------------

@@ -77,6 +77,17 @@ class _Run:
         self.curves = Curves()
         self.train_seconds = 0.0
         self.peak_memory = 0
+        self.catch_up = "nobody missed a round"
+
+    def _watch_catch_up(self, rounds_before: int, passes_before: int) -> None:
+        """Notes the longest catch-up of the client apart: rounds applied, passes they took."""
+        replica = self.federation.replicas[APART]
+        rounds, passes = replica.applied_round - rounds_before, replica.passes - passes_before
+        if rounds > 1:
+            word = "pass" if passes == 1 else "passes"
+            self.catch_up = (
+                f"{APART} was away, then applied {rounds} rounds in {passes} {word} over its weights"
+            )
 
     def score(self, round_number: int) -> Score:
         score = self.federation.held_out.score(self.federation.suffixes["shared"])
@@ -93,9 +104,13 @@ class _Run:
         evaluating = 0.0
         with _progress(self.console) as progress:
             bar = progress.add_task("rounds", total=settings.rounds, note="")
+            apart = self.federation.replicas[APART]
+            seen = (apart.applied_round, apart.passes)
 
             def on_round(report: RoundReport) -> None:
-                nonlocal evaluating
+                nonlocal evaluating, seen
+                self._watch_catch_up(*seen)
+                seen = (apart.applied_round, apart.passes)
                 self.curves.losses.append(report.loss)
                 number = len(self.curves.losses)
                 note = f"loss {report.loss:.3f}"
@@ -132,8 +147,6 @@ class _Run:
         steps = max(1, federation.seconds.count)
         kernels = sum(s.placement.kernel_seconds for s in federation.suffixes.values())
         step_seconds = federation.seconds.steps / steps
-        apart = federation.replicas[APART]
-        away = sum(settings.sits_out(r) for r in range(1, settings.rounds + 1))
         return {
             "accuracy_before": first.accuracy,
             "accuracy_after": last.accuracy,
@@ -152,10 +165,7 @@ class _Run:
             "step_seconds": step_seconds,
             "kernel_seconds": kernels / steps,
             "forward_seconds": step_seconds - kernels / steps,
-            "catch_up": (
-                f"{APART} missed {away} of {settings.rounds} rounds and took "
-                f"{apart.passes} passes over its weights for all of them"
-            ),
+            "catch_up": self.catch_up,
             "fingerprints": {name: f"{value:016x}" for name, value in result.fingerprints.items()},
             "settings": asdict(settings),
             "clients": {

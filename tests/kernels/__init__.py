@@ -1,0 +1,1 @@
+"""Tests of the noise contract and of every backend against it."""

@@ -1,0 +1,178 @@
+"""The code of the CUDA kernels, compiled for the host, equals the oracle bit for bit.
+
+``csrc/cuda/warp.h`` is what a warp runs. Here 32 lanes run it one after the other, so what this
+proves is the arithmetic, the addressing and the sharing of work; not the machine code of a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import zorba_kernels as zk
+from tests.kernels.bits import assert_same_bits
+from zorba_kernels.backends import reference
+from zorba_kernels.program import make_program
+
+SOURCE = Path(__file__).parent / "cuda_on_host.cpp"
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+
+
+@pytest.fixture(scope="session")
+def kernel(tmp_path_factory):
+    library = tmp_path_factory.mktemp("cuda") / "cuda_on_host.so"
+    flags = "-std=c++17 -O1 -fPIC -shared -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas"
+    command = [str(COMPILER), *flags.split(), str(SOURCE), "-o", str(library)]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(library)).add_noise
+
+
+def uint64(values):
+    return torch.tensor([v - (1 << 64) if v >= 1 << 63 else v for v in values], dtype=torch.int64)
+
+
+def run(kernel, table, out, program, single):
+    arrays = [
+        uint64(program.seeds),
+        torch.tensor(program.samples, dtype=torch.int64),
+        program.coefs,
+        program.decays,
+    ]
+    ends = torch.tensor(program.round_ends, dtype=torch.int64)
+    rounding_seeds = uint64(program.rounding_seeds)
+    segments = table.packed(out)
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    kernel(
+        pointer(segments.data_ptr()),
+        number(len(segments)),
+        *(pointer(a.data_ptr()) for a in arrays),
+        number(len(program.coefs)),
+        number(len(program.seeds)),
+        pointer(ends.data_ptr()),
+        pointer(rounding_seeds.data_ptr()),
+        number(len(program.round_ends)),
+        ctypes.c_bool(program.distribution == "gaussian"),
+        ctypes.c_bool(program.rounding == "stochastic"),
+        ctypes.c_bool(single),
+    )
+
+
+def misaligned(size, dtype, shift, rng):
+    """A contiguous tensor whose first element is `shift` elements behind a 64-byte boundary."""
+    return rng.weights(size + shift, dtype)[shift:]
+
+
+def check(kernel, weights, program_of, offsets=None, groups=None, singles=(False,)):
+    """In place and out of place, every way the program can be launched."""
+    table = zk.ParamTable(weights, groups=groups, offsets=offsets)
+    program = program_of(table.num_groups)
+    expected = {n: torch.empty_like(w) for n, w in weights.items()}
+    reference.add_noise(
+        table, zk.ParamTable(expected, groups=groups, offsets=offsets), program
+    )
+    for single in singles:
+        results = {n: torch.full_like(w, torch.nan) for n, w in weights.items()}
+        out = zk.ParamTable(results, groups=groups, offsets=offsets)
+        run(kernel, table, out, program, single)
+        for name, tensor in results.items():
+            assert_same_bits(tensor, expected[name])
+    for single in singles:
+        spare = 8  # the surroundings must keep their bits
+        padded = {n: torch.full((w.numel() + 2 * spare,), 7.0, dtype=w.dtype) for n, w in weights.items()}
+        copies = {n: p[spare:-spare] for n, p in padded.items()}
+        for name, copy in copies.items():
+            copy.copy_(weights[name])
+        mine = zk.ParamTable(copies, groups=groups, offsets=offsets)
+        run(kernel, mine, mine, program, single)
+        for name, copy in copies.items():
+            assert_same_bits(copy, expected[name])
+            assert bool((padded[name][:spare] == 7).all() and (padded[name][-spare:] == 7).all())
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 511, 512, 1023, 1024, 4095, 4096, 4097, 9001])
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_one_term(kernel, rng, dtype, rounding, distribution, size):
+    def program(groups):
+        seed, coef, sample = rng.integer(64), rng.coefs(1), rng.integer(31)
+        return make_program(
+            seed, coef, groups, distribution, rounding, rng.integer(64), sample, None
+        )
+
+    weights = {"w": rng.weights(size, dtype)}
+    for offset in (0, 3, 8, 512, 4100, (1 << 33) - 520):
+        check(kernel, weights, program, offsets={"w": offset}, singles=(True, False))
+    check(kernel, {"w": misaligned(size, dtype, 3, rng)}, program, singles=(True, False))
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("terms", [1, 2, 8, 19])
+def test_many_terms_and_rounds(kernel, rng, terms, rounding, distribution):
+    """Mixed dtypes and groups, zero coefficients, decay, and rounds that leave a group alone."""
+
+    def program(groups):
+        coefs = torch.as_tensor(rng.coefs(groups * terms)).reshape(groups, terms).clone()
+        coefs[0, terms // 2 :] = 0
+        coefs[1, 0] = 0
+        cut = [terms // 3, 0, terms - terms // 3]
+        decay = torch.tensor([[0.0, 0.0, 0.0], [0.01, 0.0, 0.02], [0.0, 0.5, 0.0]])
+        return make_program(
+            rng.integers(terms), coefs, groups, distribution, rounding,
+            rng.integers(3), rng.integers(terms, bits=31), cut, decay,
+        )  # fmt: skip
+
+    weights = {
+        "a": rng.weights(5000, torch.bfloat16),
+        "b": rng.weights(0, torch.float32),
+        "c": rng.weights(4612, torch.float16),
+        "d": misaligned(2050, torch.bfloat16, 1, rng),
+        "e": rng.weights(4096, torch.float32),
+        "f": rng.weights(1, torch.float16),
+        "g": rng.weights(9000, torch.bfloat16),
+    }
+    groups = {"a": 1, "c": 2, "e": 1, "f": 2, "g": 2}
+    check(kernel, weights, program, groups=groups, offsets={"e": 5, "g": 24})
+
+
+@pytest.mark.parametrize("coef", [0.0, 1e-3])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_no_coefficient_and_decay(kernel, rng, rounding, coef, decay):
+    def program(groups):
+        return make_program(
+            rng.integer(64), [coef], groups, "gaussian", rounding, None, None, None, decay
+        )
+
+    weights = {str(d): rng.weights(5000, d) for d in (torch.float32, torch.bfloat16, torch.float16)}
+    check(kernel, weights, program, singles=(True, False))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_special_values(kernel, rng, dtype, rounding):
+    """Infinite, NaN, largest and subnormal weights, whole and in the midst of ordinary ones."""
+    info = torch.finfo(dtype)
+    special = [torch.inf, -torch.inf, torch.nan, info.max, info.min, info.tiny, 0.0, -0.0]
+    special.append(info.smallest_normal * info.eps)
+    weights = rng.weights(8192, dtype)
+    weights[100:4096:37] = torch.tensor(special * 12, dtype=dtype)[: len(weights[100:4096:37])]
+    for coef in (1e-3, 3e38, 1e-38):
+        for terms in (1, 3):
+
+            def program(groups, coef=coef, terms=terms):
+                return make_program(
+                    rng.integers(terms), [coef] * terms, groups, "rademacher", rounding,
+                    rng.integers(terms), None, [1] * terms,
+                )  # fmt: skip
+
+            check(kernel, {"w": weights}, program, singles=(True, False) if terms == 1 else (False,))

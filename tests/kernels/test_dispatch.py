@@ -1,0 +1,108 @@
+"""Which backend serves, and what is said when one cannot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import zorba_kernels as zk
+from tests.conftest import CPU_ISAS, processor_lacks
+from zorba_kernels.backends import cpu
+from zorba_kernels.build import extension
+
+
+@pytest.fixture(autouse=True)
+def unforced(monkeypatch):
+    monkeypatch.delenv("ZORBA_BACKEND", raising=False)
+    monkeypatch.delenv("ZORBA_CPU_ISA", raising=False)
+
+
+def one_noise(**call):
+    return zk.noise(8, seed=1, stream=2, **call)
+
+
+def test_backends_lists_all_with_reasons():
+    rows = {row.name: row for row in zk.backends()}
+    assert {"cpu", "reference"} <= set(rows)
+    for row in rows.values():
+        assert row.available == (row.reason is None)
+    assert rows["cpu"].available, rows["cpu"].reason
+    assert rows["reference"].available
+    assert list(rows)[-1] == "reference", "the oracle is the last resort"
+    meta = {row.name: row for row in zk.backends("meta")}
+    assert "meta" in meta["cpu"].reason
+    assert "no values" in meta["reference"].reason
+
+
+def test_best_by_default(monkeypatch):
+    def served(*args, **kwargs):
+        raise AssertionError("served by cpu")
+
+    monkeypatch.setattr(cpu, "noise", served)
+    with pytest.raises(AssertionError, match="served by cpu"):
+        one_noise()
+    one_noise(backend="reference")
+    monkeypatch.setenv("ZORBA_BACKEND", "reference")
+    one_noise()
+    with pytest.raises(AssertionError, match="served by cpu"):
+        one_noise(backend="cpu")
+
+
+def test_empty_variables_force_nothing(monkeypatch):
+    monkeypatch.setenv("ZORBA_BACKEND", "")
+    monkeypatch.setenv("ZORBA_CPU_ISA", "")
+    assert one_noise().shape == (8,)
+
+
+@pytest.mark.parametrize("name", ["cpu ", "CPU", "opencl"])
+def test_unknown_backend(monkeypatch, name):
+    with pytest.raises(ValueError, match=r"unknown backend .* cpu, reference"):
+        one_noise(backend=name)
+    monkeypatch.setenv("ZORBA_BACKEND", name)
+    with pytest.raises(ValueError, match="unknown backend"):
+        one_noise()
+
+
+@pytest.mark.parametrize("backend", ["cpu", None])
+def test_unknown_instruction_set(monkeypatch, backend):
+    """Without a backend too: nobody who asks for an instruction set wants the oracle instead."""
+    monkeypatch.setenv("ZORBA_CPU_ISA", "avx1024")
+    with pytest.raises(zk.BackendUnavailableError, match="ZORBA_CPU_ISA='avx1024'"):
+        one_noise(backend=backend)
+    assert not {row.name: row for row in zk.backends()}["cpu"].available
+    with pytest.raises(ValueError, match="avx1024"):
+        extension()[0].cpu_isa("avx1024")
+
+
+@pytest.mark.parametrize("isa", CPU_ISAS)
+def test_forced_instruction_set_serves_or_says_why(monkeypatch, isa):
+    monkeypatch.setenv("ZORBA_CPU_ISA", isa)
+    if processor_lacks(isa):
+        with pytest.raises(zk.BackendUnavailableError, match=isa):
+            one_noise()
+    else:
+        one_noise()
+        assert extension()[0].cpu_isa(isa) == isa
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", None])
+def test_other_devices_are_refused_with_a_reason(backend):
+    meta = torch.zeros(8, device="meta")
+    for call in (
+        lambda: one_noise(device="meta", backend=backend),
+        lambda: zk.add_noise_(zk.ParamTable({"w": meta}), 1, 0.1, backend=backend),
+        lambda: zk.fingerprint(zk.ParamTable({"w": meta}), backend=backend),
+    ):
+        with pytest.raises(zk.BackendUnavailableError, match="meta"):
+            call()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+def test_cpu_says_that_it_serves_no_cuda_tensors():
+    assert cpu.unavailable(torch.device("cuda")) == "it serves CPU tensors, not cuda"
+
+
+def test_the_op_carries_the_names_of_its_module():
+    assert callable(zk.noise)
+    for name in ("philox4x32", "stream_of", "canonical_name", "NOISE_VERSION", "Distribution"):
+        assert hasattr(zk.noise, name)

@@ -1,0 +1,256 @@
+"""Every backend and instruction set equals the oracle bit for bit, however the work is cut up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import zorba_kernels as zk
+from tests.kernels.bits import assert_same_bits
+from zorba_kernels.backends import reference
+
+SPLITS = (1, 7, 8, 127, 128, 257, 2047, 2048, 2049, 4000)
+
+
+def changed(tensors, *args, offsets=None, groups=None, **kwargs):
+    """Copies of the tensors after a pass in place."""
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    zk.add_noise_(zk.ParamTable(copies, groups=groups, offsets=offsets), *args, **kwargs)
+    return copies
+
+
+def test_noise(compiled, rng, distribution, size):
+    for offset in (0, 3, 2045, rng.integer(34)):
+        call = {
+            "seed": rng.integer(64),
+            "stream": rng.integer(64),
+            "sample": rng.integer(31),
+            "offset": offset,
+            "distribution": distribution,
+        }
+        assert_same_bits(zk.noise(size, **call), zk.noise(size, **call, backend="reference"))
+
+
+def test_every_radius_and_angle(compiled):
+    """Both halves of the 65,536 radii and 32,768 angles occur in this noise, and agree."""
+    count = 1 << 22
+    call = {"seed": 2026, "stream": 1, "sample": 0}
+    index = torch.arange(count)
+    words, _ = reference._words_at(index, 8, call["stream"], call["sample"], call["seed"])
+    assert len(torch.unique(words & 0xFFFF)) == 1 << 16
+    assert len(torch.unique(words >> 16)) == 1 << 16
+    del words
+    assert_same_bits(zk.noise(count, **call), zk.noise(count, **call, backend="reference"))
+
+
+def test_add_noise(compiled, rng, dtype, rounding, distribution, size):
+    weights = {"w": rng.weights(size, dtype)}
+    seeds, coefs = rng.integers(3), rng.coefs(3)
+    call = {"distribution": distribution, "rounding": rounding, "samples": rng.integers(3, bits=31)}
+    mine = changed(weights, seeds, coefs, **call)["w"]
+    assert_same_bits(mine, changed(weights, seeds, coefs, **call, backend="reference")["w"])
+    assert size < 1000 or not torch.equal(mine, weights["w"])
+
+
+@pytest.mark.parametrize("terms", [1, 2, 5])
+def test_decay(compiled, rng, dtype, rounding, terms):
+    weights = {"w": rng.weights(1000, dtype)}
+    seeds, coefs = rng.integers(terms), rng.coefs(terms)
+    call = {"rounding": rounding, "decay": 0.01}
+    expected = changed(weights, seeds, coefs, **call, backend="reference")
+    assert_same_bits(changed(weights, seeds, coefs, **call)["w"], expected["w"])
+
+
+def test_decay_alone(server, rng, dtype):
+    weights = {"w": rng.weights(1000, dtype)}
+    mine = changed(weights, [], [], decay=0.5)["w"]
+    assert_same_bits(mine, (weights["w"].float() + weights["w"].float() * -0.5).to(dtype))
+
+
+def test_a_shard_is_a_slice_of_the_whole(server, rng, dtype, rounding, distribution):
+    weights = rng.weights(4097, dtype)
+    seeds, coefs = rng.integers(2), rng.coefs(2)
+    call = {"distribution": distribution, "rounding": rounding}
+    whole = changed({"w": weights}, seeds, coefs, **call)["w"]
+    for split in SPLITS:
+        parts = [weights[:split], weights[split:]]
+        for part, offset in zip(parts, (0, split), strict=True):
+            shard = changed({"w": part}, seeds, coefs, offsets={"w": offset}, **call)["w"]
+            assert_same_bits(shard, whole[offset : offset + len(part)])
+
+
+def test_noise_split(server, rng, distribution):
+    call = {"seed": rng.integer(64), "stream": rng.integer(64), "distribution": distribution}
+    start = rng.integer(34)
+    whole = zk.noise(4097, **call, offset=start)
+    for split in SPLITS:
+        parts = [
+            zk.noise(split, **call, offset=start),
+            zk.noise(4097 - split, **call, offset=start + split),
+        ]
+        assert_same_bits(torch.cat(parts), whole)
+
+
+def test_noise_is_what_add_noise_adds(server, rng, distribution):
+    weights = torch.zeros(1000)
+    name, seed, sample = "layer.weight", rng.integer(64), rng.integer(31)
+    mine = changed({name: weights}, seed, 1.0, distribution, samples=sample)[name]
+    stream = zk.noise.stream_of(name)
+    z = zk.noise(1000, seed=seed, stream=stream, sample=sample, distribution=distribution)
+    assert_same_bits(mine, z)
+
+
+def test_noise_shape_is_row_major(server, rng):
+    call = {"seed": rng.integer(64), "stream": rng.integer(64)}
+    assert_same_bits(zk.noise((5, 7, 3), **call).reshape(-1), zk.noise(105, **call))
+    assert zk.noise((), **call).shape == ()
+    assert zk.noise((4, 0), **call).shape == (4, 0)
+
+
+def test_the_last_elements_of_the_contract(server, distribution):
+    """Indices beyond 2^32, up to the last one there is."""
+    last = zk.noise.MAX_ELEMENTS
+    call = {"seed": 1, "stream": 2, "distribution": distribution}
+    z = zk.noise(100, **call, offset=last - 100)
+    assert_same_bits(z, zk.noise(100, **call, offset=last - 100, backend="reference"))
+    assert not torch.equal(z, zk.noise(100, **call, offset=last - 100 - (1 << 32)))
+    with pytest.raises(ValueError, match="outside"):
+        zk.noise(100, **call, offset=last - 99)
+
+
+@pytest.mark.usefixtures("threads")
+def test_threads(compiled, rng, dtype, rounding, distribution):
+    """More pieces than threads: 300,000 elements are ten pieces of work and a ragged end."""
+    weights = {"a": rng.weights(300_001, dtype), "b": rng.weights(63, dtype)}
+    seeds, coefs = rng.integers(2), rng.coefs(2)
+    call = {"distribution": distribution, "rounding": rounding, "offsets": {"a": 2045}}
+    results = []
+    for count in (1, 2, 7):
+        torch.set_num_threads(count)
+        results.append(changed(weights, seeds, coefs, **call))
+    expected = changed(weights, seeds, coefs, **call, backend="reference")
+    for result in results:
+        for name in weights:
+            assert_same_bits(result[name], expected[name])
+
+
+def test_out_of_place(server, rng, dtype, rounding):
+    weights = {"a": rng.weights((31, 33), dtype), "b": rng.weights(1000, dtype)}
+    before = {name: tensor.clone() for name, tensor in weights.items()}
+    out = {name: torch.full_like(tensor, torch.nan) for name, tensor in weights.items()}
+    seeds, coefs = rng.integers(2), rng.coefs(2)
+    zk.add_noise(zk.ParamTable(weights), zk.ParamTable(out), seeds, coefs, rounding=rounding)
+    expected = changed(weights, seeds, coefs, rounding=rounding)
+    for name in weights:
+        assert_same_bits(weights[name], before[name])
+        assert_same_bits(out[name], expected[name])
+
+
+def test_out_of_place_with_zero_coefs_copies(server, rng, dtype):
+    weights = {"w": rng.weights(1000, dtype)}
+    out = {"w": torch.full_like(weights["w"], torch.nan)}
+    zk.add_noise(zk.ParamTable(weights), zk.ParamTable(out), 1, 0.0, rounding="stochastic")
+    assert_same_bits(out["w"], weights["w"])
+
+
+def test_groups(server, rng, dtype, rounding):
+    names = ["a", "b", "c", "d"]
+    weights = {name: rng.weights(500, dtype) for name in names}
+    groups = {"b": 2, "c": 1, "d": 2}
+    seeds, coefs = rng.integers(3), rng.coefs(3, 3)
+    together = changed(weights, seeds, coefs, groups=groups, rounding=rounding)
+    for name in names:
+        row = coefs[groups.get(name, 0)]
+        alone = changed({name: weights[name]}, seeds, row, rounding=rounding)
+        assert_same_bits(together[name], alone[name])
+
+
+def test_samples_differ_and_repeat(server, rng):
+    weights = {"w": torch.zeros(1000)}
+    seed = rng.integer(64)
+    first, again, other = (changed(weights, seed, 1.0, samples=sample)["w"] for sample in (3, 3, 4))
+    assert_same_bits(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_order_of_terms_is_the_order_of_the_sum(server, rng):
+    weights = {"w": rng.weights(4097, torch.float32)}
+    seeds, coefs = rng.integers(4), [1.0, 1e-4, 0.3, 1e-6]
+    call = {"samples": rng.integers(4, bits=31)}
+    mine = changed(weights, seeds, coefs, **call)["w"]
+    stream = zk.noise.stream_of("w")
+    total = torch.zeros(4097)
+    for seed, sample, coef in zip(seeds, call["samples"], coefs, strict=True):
+        z = zk.noise(4097, seed=seed, stream=stream, sample=sample)
+        total = reference._fma(torch.tensor(coef), z, total)
+    assert_same_bits(mine, weights["w"] + total)
+
+
+def test_rounds_in_one_call_equal_calls(server, rng, dtype, rounding, distribution):
+    lengths = [2, 1, 0, 3]
+    weights = {"a": rng.weights(1000, dtype), "b": rng.weights(300, dtype)}
+    groups = {"b": 1}
+    seeds, coefs, rounding_seeds = rng.integers(6), rng.coefs(2, 6), rng.integers(4)
+    coefs[1, 2] = 0.0  # group 1 sits out the second round
+    samples, decay = rng.integers(6, bits=31), torch.tensor([[0.0, 0.1, 0.0, 0.0]]).expand(2, -1)
+    call = {"distribution": distribution, "rounding": rounding, "groups": groups}
+    together = changed(
+        weights,
+        seeds,
+        coefs,
+        rounding_seed=rounding_seeds,
+        samples=samples,
+        rounds=lengths,
+        decay=decay,
+        **call,
+    )
+    start = 0
+    for number, length in enumerate(lengths):
+        part = slice(start, start + length)
+        start += length
+        weights = changed(
+            weights,
+            seeds[part],
+            coefs[:, part],
+            rounding_seed=rounding_seeds[number],
+            samples=samples[part],
+            decay=decay[:, number],
+            **call,
+        )
+    for name in weights:
+        assert_same_bits(together[name], weights[name])
+
+
+def test_default_rounding_seed_is_the_first_of_the_round(server, rng):
+    weights = {"w": rng.weights(1000, torch.bfloat16)}
+    seeds, coefs = rng.integers(3), rng.coefs(3)
+    call = {"rounding": "stochastic", "rounds": [2, 1]}
+    implied = changed(weights, seeds, coefs, **call)["w"]
+    given = changed(weights, seeds, coefs, rounding_seed=[seeds[0], seeds[2]], **call)["w"]
+    assert_same_bits(implied, given)
+
+
+def test_many_parameters_of_many_kinds(compiled, rng, rounding):
+    """One launch over tensors that differ in dtype, size, offset and group."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    weights = {f"p{i}": rng.weights(rng.integer(11), dtypes[i % 3]) for i in range(40)}
+    groups = {f"p{i}": i % 4 for i in range(40)}
+    offsets = {f"p{i}": rng.integer(12) for i in range(40)}
+    call = {"groups": groups, "offsets": offsets, "rounding": rounding}
+    seeds, coefs = rng.integers(2), rng.coefs(4, 2)
+    mine = changed(weights, seeds, coefs, **call)
+    expected = changed(weights, seeds, coefs, **call, backend="reference")
+    for name in weights:
+        assert_same_bits(mine[name], expected[name])
+
+
+def test_reference_chunks(monkeypatch, rng, dtype):
+    """The oracle works in chunks; where they end does not show."""
+    weights = {"w": rng.weights(1000, dtype)}
+    call = {"rounding": "stochastic", "backend": "reference"}
+    whole = changed(weights, 1, 0.1, **call)["w"]
+    table = zk.ParamTable(weights)
+    hash_whole = zk.fingerprint(table, backend="reference")
+    monkeypatch.setattr(reference, "CHUNK", 24)
+    assert_same_bits(changed(weights, 1, 0.1, **call)["w"], whole)
+    assert zk.fingerprint(table, backend="reference") == hash_whole

@@ -1,0 +1,148 @@
+"""The oracle against a second implementation, written from the words of the contract.
+
+It works in exact fractions, so it also proves the software FMA and the roundings right.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from fractions import Fraction
+
+import pytest
+import torch
+
+import zorba_kernels as zk
+from tests.kernels import exact
+from zorba_kernels.backends import reference
+
+INDICES = [0, 1, 7, 8, 127, 128, 255, 256, 511, 512, (1 << 32) + 5, (1 << 35) - 1]
+
+
+def test_gaussian(server, rng):
+    seed, stream, sample = rng.integer(64), rng.integer(64), rng.integer(31)
+    for index in [*INDICES, *rng.integers(20, bits=35)]:
+        z = zk.noise(1, seed=seed, stream=stream, sample=sample, offset=index)
+        assert z.item() == exact.gaussian(index, seed, stream, sample)
+
+
+def test_rademacher(server, rng):
+    seed, stream, sample = rng.integer(64), rng.integer(64), rng.integer(31)
+    for index in [*INDICES, *rng.integers(20, bits=35)]:
+        z = zk.noise(
+            1, seed=seed, stream=stream, sample=sample, offset=index, distribution="rademacher"
+        )
+        assert z.item() == exact.rademacher(index, seed, stream, sample)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding(server, rng, dtype):
+    count = 520  # both halves of a shared Philox call, and one block more
+    half = dtype == torch.float16
+    seed, rounding_seed, offset = rng.integer(64), rng.integer(64), rng.integer(34)
+    coef = rng.coefs(1).item()
+    weights = rng.weights(count, dtype)
+    changed = weights.clone()
+    table = zk.ParamTable({"w": changed}, offsets={"w": offset})
+    zk.add_noise_(table, seed, coef, rounding="stochastic", rounding_seed=rounding_seed, decay=0.25)
+    stream = zk.noise.stream_of("w")
+    for i, weight in enumerate(weights.tolist()):
+        random16, dither = exact.rounding_noise(offset + i, rounding_seed, stream)
+        start = exact.rounding_start(weight, dither, half)
+        total = exact.fma(weight, -0.25, start)
+        total = exact.fma(coef, exact.gaussian(offset + i, seed, stream, 0), total)
+        assert changed[i].item() == exact.round_stochastic(weight, total, random16, half)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "grid"),
+    [
+        (torch.float32, (24, -149, 128)),
+        (torch.bfloat16, (8, -133, 128)),
+        (torch.float16, (11, -24, 16)),
+    ],
+    ids=["float32", "bfloat16", "float16"],
+)
+def test_nearest_rounding(server, rng, dtype, grid):
+    seeds, coefs = rng.integers(3), rng.coefs(3).tolist()
+    weights = rng.weights(200, dtype)
+    changed = weights.clone()
+    zk.add_noise_(zk.ParamTable({"w": changed}), seeds, coefs)
+    stream = zk.noise.stream_of("w")
+    for i, weight in enumerate(weights.tolist()):
+        total = 0.0
+        for seed, coef in zip(seeds, coefs, strict=True):
+            total = exact.fma(coef, exact.gaussian(i, seed, stream, 0), total)
+        assert changed[i].item() == exact.to_grid(Fraction(exact.add(weight, total)), *grid)
+
+
+# --- The software FMA ----------------------------------------------------------------------------
+
+
+def random_floats(rng, count):
+    """Any finite bit patterns, and around 1 where sums cancel."""
+    patterns = [p for p in rng.integers(count, bits=32) if p >> 23 & 0xFF != 0xFF]
+    ordinary = [p & 0x80FFFFFF | 0x3F000000 for p in rng.integers(count, bits=32)]
+    return [exact.float_of(p) for p in patterns + ordinary]
+
+
+def hard_products(rng, count):
+    """(a, b, c) where the exact sum is near, or within 2^-70 of, halfway between two float32.
+
+    Rounding the sum to double first, and to float32 after, gets these wrong.
+    """
+    for pattern in rng.integers(count, bits=30):
+        a = 1.0 + (pattern & 0x7FFFFF) * 2.0**-23
+        b = (1.0 + (pattern >> 23) * 2.0**-23) * 2.0 ** -(24 + pattern % 40)
+        big = 1.0 + (pattern >> 7 & 0x7FFFFF) * 2.0**-23
+        for sign in (1.0, -1.0):
+            yield a, sign * b, big
+            yield 1.0 + 2.0**-23, sign * (1.0 - 2.0**-23) * 2.0**-24, big
+            yield 2.0**-60, sign * 2.0**-60, big
+
+
+def test_reference_fma_rounds_once(rng):
+    values = random_floats(rng, 600)
+    third = len(values) // 3
+    triples = list(zip(values, values[third:], values[2 * third :], strict=False))
+    triples += list(zip(values, values[::-1], (-v for v in values), strict=False))
+    # c cancels the product but for its low half.
+    triples += [
+        (a, b, -struct.unpack("<f", struct.pack("<f", a * b))[0])
+        for a, b in zip(values, values[7:], strict=False)
+        if abs(a * b) < 1e38
+    ]
+    triples += list(hard_products(rng, 200))
+    a, b, c = (
+        torch.tensor(column, dtype=torch.float64).float() for column in zip(*triples, strict=True)
+    )
+    fused = reference._fma(a, b, c).tolist()
+    for got, triple in zip(fused, triples, strict=True):
+        assert got == exact.fma(*triple), triple
+
+
+def test_double_rounding_would_be_seen(rng):
+    """The inputs above tell a correct FMA from one that rounds to double first."""
+    triples = list(hard_products(rng, 200))
+    naive = [torch.tensor(a * b + c, dtype=torch.float64).float().item() for a, b, c in triples]
+    correct = [exact.fma(*triple) for triple in triples]
+    assert naive != correct
+    assert torch.tensor((1 - 2.0**-46) * 2.0**-24 + (1 + 2.0**-23)).item() == 1 + 2.0**-22
+    assert exact.fma(1 + 2.0**-23, (1 - 2.0**-23) * 2.0**-24, 1 + 2.0**-23) == 1 + 2.0**-23
+
+
+def test_fma_through_the_primitive(server, rng):
+    """coef * (+-1) + w with coef halfway between two float32 of w: each server's FMA and add."""
+    weights = torch.tensor([1.0, 1.0 + 2.0**-23, 2.0, 0.5, -1.0, -0.0, 0.0, 2.0**-149] * 32)
+    coefs = [2.0**-24, 2.0**-24 + 2.0**-47, -(2.0**-25), 2.0**-126 * (1 + 2.0**-23)]
+    seeds = rng.integers(len(coefs))
+    changed = weights.clone()
+    zk.add_noise_(zk.ParamTable({"w": changed}), seeds, coefs)
+    stream = zk.noise.stream_of("w")
+    for i, weight in enumerate(weights.tolist()):
+        total = 0.0
+        for seed, coef in zip(seeds, coefs, strict=True):
+            total = exact.fma(coef, exact.gaussian(i, seed, stream, 0), total)
+        expected = exact.add(weight, total)
+        assert changed[i].item() == expected
+        assert math.isfinite(expected)

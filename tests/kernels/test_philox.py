@@ -1,0 +1,99 @@
+"""Philox4x32-10 against its published vectors, and the names of streams."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+
+import zorba_kernels as zk
+from zorba_kernels.backends import reference
+from zorba_kernels.noise import canonical_name, philox4x32, stream_of
+
+# Random123 1.14, tests/kat_vectors, rows "philox4x32 10": counter, key, result.
+KNOWN = {
+    "zeros": ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    "ones": (
+        (0xFFFFFFFF,) * 4,
+        (0xFFFFFFFF,) * 2,
+        (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+    ),
+    "pi": (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+}
+
+
+@pytest.mark.parametrize("vector", KNOWN)
+def test_published_vectors(vector):
+    counter, key, expected = KNOWN[vector]
+    assert philox4x32(counter, key) == expected
+    assert zk.noise.philox4x32(list(counter), list(key)) == expected
+
+
+@pytest.mark.parametrize("vector", KNOWN)
+def test_published_vectors_in_torch(vector):
+    counter, key, expected = KNOWN[vector]
+    stream = counter[2] << 32 | counter[1]
+    seed = key[1] << 32 | key[0]
+    words = reference._philox(torch.tensor([counter[0]]), stream, counter[3], seed)
+    assert tuple(int(word) for word in words) == expected
+
+
+def test_noise_is_made_of_philox_words(server, rng):
+    """Rademacher noise shows every bit of every word, so it shows the whole generator."""
+    seed, stream, sample = rng.integer(64), rng.integer(64), rng.integer(31)
+    block = rng.integer(28)
+    z = zk.noise(
+        256, seed=seed, stream=stream, sample=sample, distribution="rademacher", offset=128 * block
+    )
+    bits = []
+    for number in (block, block + 1):
+        counter = (number, stream & 0xFFFFFFFF, stream >> 32, sample)
+        for word in philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32)):
+            bits += [word >> i & 1 for i in range(32)]
+    assert [int(v < 0) for v in z.tolist()] == bits
+
+
+@pytest.mark.parametrize(
+    ("counter", "key"),
+    [((0, 0, 0), (0, 0)), ((0, 0, 0, 0), (0,)), ((0, 0, 0, 1 << 32), (0, 0)), ((0,) * 4, (-1, 0))],
+    ids=["three-words", "one-key", "too-large", "negative"],
+)
+def test_words_out_of_range_are_refused(counter, key):
+    with pytest.raises(ValueError, match="philox4x32"):
+        philox4x32(counter, key)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        "model.layers.0.weight",
+        "module.model.layers.0.weight",
+        "module.module.model.layers.0.weight",
+        "_orig_mod.model.layers.0.weight",
+        "module._orig_mod.model.layers.0.weight",
+        "_orig_mod.module.model.layers.0.weight",
+        "model.layers.0._orig_mod.weight",
+        "_fsdp_wrapped_module.model.layers.0._fsdp_wrapped_module.weight",
+        "model.layers.0._checkpoint_wrapped_module.weight",
+    ],
+)
+def test_wrappers_leave_the_stream(wrapped):
+    assert canonical_name(wrapped) == "model.layers.0.weight"
+    assert stream_of(wrapped) == 0x625598898F6BC740
+
+
+def test_only_wrapper_prefixes_are_left_out():
+    for name in ("model.module.weight", "submodule.weight", "my_orig_mod", "weight"):
+        assert canonical_name(name) == name
+
+
+def test_stream_is_the_start_of_sha256():
+    name = "model.embed_tokens.weight"
+    digest = hashlib.sha256(name.encode()).digest()
+    assert stream_of(name) == sum(byte << 8 * i for i, byte in enumerate(digest[:8]))
+    assert stream_of("é") == int.from_bytes(hashlib.sha256(b"\xc3\xa9").digest()[:8], "little")

@@ -1,0 +1,160 @@
+"""The thread pool after fork and under several callers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import zorba_kernels as zk
+from tests.kernels.bits import assert_same_bits
+
+LIMIT = 20.0  # seconds; the work takes milliseconds
+NUMEL = 1 << 18  # 128 tiles: 8 pieces of work, so that threads are used
+
+
+def work(seed: int) -> torch.Tensor:
+    """Noise made by the pool."""
+    return zk.noise(NUMEL, seed=seed, stream=2)
+
+
+def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """By numpy: torch's own OpenMP threads do not survive a fork."""
+    return bool((a.numpy() == b.numpy()).all())
+
+
+def in_child(body) -> int:
+    """Runs body in a forked child; returns its exit status, or fails when it hangs."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os._exit(0 if body() else 1)
+        except BaseException:
+            os._exit(2)
+    deadline = time.monotonic() + LIMIT
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    pytest.fail(f"the forked child did not finish in {LIMIT} s")
+
+
+@pytest.fixture(autouse=True)
+def several_threads(monkeypatch, threads):
+    """The cpu backend, on threads of its own also where there is one core."""
+    monkeypatch.setenv("ZORBA_BACKEND", "cpu")
+    torch.set_num_threads(4)
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+# Python warns that a process with threads forks, which is what is tested.
+quiet = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+@needs_fork
+@quiet
+def test_forked_child_has_a_pool_of_its_own():
+    """The child inherits the pool's memory but none of its threads."""
+    expected = work(1)
+    assert in_child(lambda: equal(work(1), expected)) == 0
+    assert in_child(lambda: in_child(lambda: equal(work(1), expected)) == 0) == 0
+    assert_same_bits(work(1), expected)
+
+
+@needs_fork
+@quiet
+def test_fork_while_the_pool_works():
+    """The child may inherit locked mutexes: several forks, each in the middle of a job."""
+    expected = work(1)
+    stop = threading.Event()
+    rounds = 0
+
+    def busy() -> None:
+        nonlocal rounds
+        while not stop.is_set():
+            work(3)
+            rounds += 1
+
+    thread = threading.Thread(target=busy)
+    thread.start()
+    try:
+        for _ in range(10):
+            assert in_child(lambda: equal(work(1), expected)) == 0
+    finally:
+        stop.set()
+        thread.join()
+    assert rounds > 0
+
+
+def test_several_python_threads():
+    """Each gets its own results, whoever's turn the pool is."""
+    expected = [work(seed) for seed in range(8)]
+
+    def repeat(seed: int) -> bool:
+        weights = torch.zeros(NUMEL)
+        table = zk.ParamTable({"w": weights})
+        fine = True
+        for _ in range(5):
+            fine &= torch.equal(work(seed), expected[seed])
+            weights.zero_()
+            zk.add_noise_(table, seed, 1.0)
+            z = zk.noise(NUMEL, seed=seed, stream=zk.noise.stream_of("w"))
+            fine &= torch.equal(weights, z)
+        return fine
+
+    with ThreadPoolExecutor(8) as executor:
+        jobs = [executor.submit(repeat, seed) for seed in range(8)]
+        assert all(job.result(timeout=LIMIT) for job in jobs)
+
+
+def test_one_table_in_several_threads():
+    """Reads may overlap: fingerprints and passes out of place of one table."""
+    weights = torch.linspace(-1, 1, NUMEL).bfloat16()
+    table = zk.ParamTable({"w": weights})
+    expected = zk.fingerprint(table)
+
+    def read(seed: int) -> bool:
+        out = torch.empty_like(weights)
+        zk.add_noise(table, zk.ParamTable({"w": out}), seed, 0.1)
+        again = torch.empty_like(weights)
+        zk.add_noise(table, zk.ParamTable({"w": again}), seed, 0.1)
+        return zk.fingerprint(table) == expected and torch.equal(out, again)
+
+    with ThreadPoolExecutor(4) as executor:
+        jobs = [executor.submit(read, seed) for seed in range(16)]
+        assert all(job.result(timeout=LIMIT) for job in jobs)
+
+
+def test_the_interpreter_runs_while_the_pool_works():
+    """A pass releases the GIL."""
+    ticks = 0
+    stop = threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not stop.is_set():
+            ticks += 1
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=tick)
+    weights = torch.zeros(1 << 16)
+    table = zk.ParamTable({"w": weights})
+    rounds = 10_000  # a few hundred milliseconds in one call
+    thread.start()
+    try:
+        time.sleep(0.01)
+        before = ticks
+        zk.add_noise_(table, [1] * rounds, [0.1] * rounds)
+        during = ticks - before
+    finally:
+        stop.set()
+        thread.join()
+    assert during > 5

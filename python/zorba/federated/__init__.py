@@ -1,1 +1,55 @@
-""""""
+"""Federated zeroth-order fine-tuning: server, clients, messages, log, and the loop over them.
+
+See ``docs/protocol.md``.
+"""
+
+from zorba.federated.client import Client, Evaluate, Objective
+from zorba.federated.entry import LogEntry
+from zorba.federated.errors import (
+    DivergedError,
+    FederationError,
+    GapError,
+    LogError,
+    MessageError,
+    ReplicaError,
+)
+from zorba.federated.identity import ModelIdentity, model_fingerprint
+from zorba.federated.log import LogHeader, RoundLog
+from zorba.federated.loop import FederationResult, RoundReport, run_federation
+from zorba.federated.messages import Greeting, Hello, Plan, Reply, decode
+from zorba.federated.replica import Replica
+from zorba.federated.server import Receipt, RoundOutcome, Server
+from zorba.federated.settings import FederationSettings
+from zorba.federated.transport import LocalTransport, Transport
+
+__all__ = [
+    "Client",
+    "DivergedError",
+    "Evaluate",
+    "FederationError",
+    "FederationResult",
+    "FederationSettings",
+    "GapError",
+    "Greeting",
+    "Hello",
+    "LocalTransport",
+    "LogEntry",
+    "LogError",
+    "LogHeader",
+    "MessageError",
+    "ModelIdentity",
+    "Objective",
+    "Plan",
+    "Receipt",
+    "Replica",
+    "ReplicaError",
+    "Reply",
+    "RoundLog",
+    "RoundOutcome",
+    "RoundReport",
+    "Server",
+    "Transport",
+    "decode",
+    "model_fingerprint",
+    "run_federation",
+]

@@ -1,0 +1,111 @@
+"""A replica on disk: one safetensors file, written in one step."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+import zorba_kernels as zk
+from zorba.federated.errors import ReplicaError
+from zorba.federated.files import write_whole
+from zorba.federated.identity import ModelIdentity
+from zorba_kernels.noise import NOISE_VERSION, Distribution, Rounding
+
+CHECKPOINT_SCHEMA = 1
+_KEY = "zorba_replica"
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint tells besides its tensors.
+
+    Attributes:
+        job: uint64; 0 for none.
+        applied_round: last round that is in the weights.
+        fingerprint: of the weights.
+        identity: of the model at theta_0.
+        distribution: of the noise.
+        rounding: of 16-bit weights.
+        noise_version: of the noise contract.
+        schema: of this record.
+    """
+
+    job: int
+    applied_round: int
+    fingerprint: int
+    identity: ModelIdentity
+    distribution: Distribution
+    rounding: Rounding
+    noise_version: int = NOISE_VERSION
+    schema: int = CHECKPOINT_SCHEMA
+
+
+def save_checkpoint(path: Path, table: zk.ParamTable, info: CheckpointInfo) -> None:
+    """Writes the table's tensors and ``info``; needs the package safetensors."""
+    from safetensors.torch import save_file  # optional: only checkpoints need it
+
+    # safetensors refuses tensors that share a storage, which slices of one buffer do.
+    tensors = {
+        e.name: t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
+        for e in table.entries
+        for t in [e.tensor.contiguous()]
+    }
+    metadata = {_KEY: json.dumps(asdict(info), sort_keys=True)}
+    write_whole(path, lambda draft: save_file(tensors, draft, metadata=metadata))
+
+
+def load_checkpoint(path: Path, table: zk.ParamTable) -> tuple[CheckpointInfo, dict[str, Tensor]]:
+    """Reads a checkpoint and checks that it is whole and fits the table.
+
+    Args:
+        path: of the file.
+        table: whose names, shapes and dtypes it must have; not modified.
+
+    Returns:
+        What it tells, and its tensors by name.
+
+    Raises:
+        ReplicaError: it is damaged or does not fit.
+    """
+    from safetensors import SafetensorError, safe_open  # optional: only checkpoints need it
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ReplicaError(f"checkpoint {path} cannot be read: {error}") from None
+    info = _read_info(path, metadata)
+    _check_fit(path, table, tensors)
+    loaded = zk.ParamTable(tensors, offsets={e.name: e.offset for e in table.entries})
+    if zk.fingerprint(loaded) != info.fingerprint:
+        raise ReplicaError(f"checkpoint {path} is damaged: its fingerprint does not match")
+    return info, tensors
+
+
+def _read_info(path: Path, metadata: dict[str, str]) -> CheckpointInfo:
+    try:
+        fields = json.loads(metadata[_KEY])
+        fields["identity"] = ModelIdentity(**fields["identity"])
+        info = CheckpointInfo(**fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ReplicaError(f"{path} is no replica checkpoint: {error!r}") from None
+    if (info.schema, info.noise_version) != (CHECKPOINT_SCHEMA, NOISE_VERSION):
+        raise ReplicaError(
+            f"checkpoint {path} has schema {info.schema} and noise version {info.noise_version}; "
+            f"this package reads schema {CHECKPOINT_SCHEMA} and noise version {NOISE_VERSION}"
+        )
+    return info
+
+
+def _check_fit(path: Path, table: zk.ParamTable, tensors: dict[str, Tensor]) -> None:
+    mine = {e.name: (tuple(e.tensor.shape), e.tensor.dtype) for e in table.entries}
+    theirs = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    for name in sorted(mine.keys() | theirs.keys()):
+        if mine.get(name) != theirs.get(name):
+            raise ReplicaError(
+                f"checkpoint {path} has {name!r} as {theirs.get(name)}, expected {mine.get(name)}"
+            )

@@ -1,0 +1,179 @@
+"""Client: answers a plan with what it measured. It knows no network."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from zorba.federated.aggregate import clip_scalars, update_coefs
+from zorba.federated.codec import check_name
+from zorba.federated.errors import DivergedError, FederationError, GapError, MessageError
+from zorba.federated.identity import package_version
+from zorba.federated.messages import Greeting, Hello, Plan, Reply, decode
+from zorba.federated.replica import Replica
+from zorba.optim.estimator import finite_differences
+from zorba.optim.terms import NoiseTerms
+from zorba_kernels.noise import NOISE_VERSION
+
+Evaluate = Callable[[NoiseTerms], float]
+Objective = Callable[[int, int], tuple[Evaluate, int]]
+"""``objective(round, step)`` picks a batch and returns (the loss on it at the weights plus given
+noise, its number of examples). The same round and step must pick the same batch."""
+
+
+class Client:
+    """One participant: a replica, and an objective on its own data.
+
+    Args:
+        name: 1 to 64 letters, digits and ``._+-``.
+        replica: its weights; other clients of the same process may hold the same one.
+        objective: see ``Objective``. What it evaluates must leave the weights as they are, and make
+            noise of the replica's distribution.
+        checkpoint: path of a checkpoint that is kept up to date; None for none. To continue from
+            it, call ``replica.load`` before.
+        checkpoint_every: rounds between checkpoints.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        replica: Replica,
+        objective: Objective,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int = 50,
+    ) -> None:
+        self.name = check_name(name, "client name")
+        self.replica = replica
+        self.objective = objective
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.checkpoint_every = checkpoint_every
+        self._saved_round = replica.applied_round
+        self._last: tuple[bytes, bytes] | None = None  # digest of the last plan, the reply to it
+
+    def handle(self, data: bytes) -> bytes:
+        """Answers a message of the server.
+
+        A plan is answered with a Reply, or, when the replica cannot follow it, with a Hello that
+        tells how far it is; a greeting with a Hello. The same plan again gets the same bytes again.
+
+        Args:
+            data: the message.
+
+        Returns:
+            The answer.
+
+        Raises:
+            MessageError: the message is malformed, of another job, or of a round that is over.
+            ReplicaError: the replica is of another job, or was interrupted while it was written.
+            FederationError: a scalar or loss is not finite.
+            Exception: what the objective raises. Log entries stay applied; nothing else changed.
+        """
+        message = decode(data)
+        if isinstance(message, Greeting):
+            self.replica.bind(message.job)
+            return self._hello(message.job).encode()
+        if not isinstance(message, Plan):
+            raise MessageError(f"a server sends no {type(message).__name__.lower()}")
+        digest = hashlib.sha256(data).digest()
+        if self._last is not None and self._last[0] == digest:
+            return self._last[1]
+        self._check(message)
+        try:
+            self.replica.bind(message.job)
+            self.replica.apply(message.entries)
+        except (GapError, DivergedError):  # the server judges, and knows what to send
+            return self._hello(message.job).encode()
+        reached = message.base_round + len(message.entries)
+        if self.replica.applied_round < (message.round - 1 if message.seeds else reached):
+            return self._hello(message.job).encode()
+        if self.replica.applied_round >= message.round:
+            raise MessageError(
+                f"{self.name} got a plan of round {message.round} but has applied round "
+                f"{self.replica.applied_round}: the plan is stale"
+            )
+        answer = self._measure(message).encode()
+        self._last = (digest, answer)
+        self._save()
+        return answer
+
+    def _hello(self, job: int) -> Hello:
+        replica = self.replica
+        return Hello(
+            client=self.name,
+            job=job,
+            identity=replica.identity,
+            distribution=replica.distribution,
+            rounding=replica.rounding,
+            applied_round=replica.applied_round,
+            fingerprint=replica.fingerprint(fresh=True),
+            package=package_version(),
+        )
+
+    def _check(self, plan: Plan) -> None:
+        """Refuses a plan that this client cannot serve, before anything is applied."""
+        for what, theirs, mine in (
+            ("noise version", plan.noise_version, NOISE_VERSION),
+            ("distribution", plan.distribution, self.replica.distribution),
+            ("rounding", plan.rounding, self.replica.rounding),
+            ("number of blocks", len(plan.mask), self.replica.identity.num_blocks),
+        ):
+            if theirs != mine:
+                raise MessageError(f"the plan is for {what} {theirs}, {self.name} has {mine}")
+
+    def _measure(self, plan: Plan) -> Reply:
+        """Runs the local steps; steps after the first see the earlier ones as pending noise."""
+        mask = torch.tensor(plan.mask, dtype=torch.float32)
+        clip = plan.clip if math.isfinite(plan.clip) else None
+        pending = NoiseTerms.none(len(mask))
+        scalars = np.zeros((len(plan.seeds), plan.num_perturbations), dtype=np.float32)
+        losses: list[float] = []
+        examples = 0
+        for step, seed in enumerate(plan.seeds):
+            evaluate, count = self.objective(plan.round, step)
+            measured, loss = finite_differences(
+                evaluate,
+                seed,
+                plan.eps,
+                plan.num_perturbations,
+                plan.estimator,
+                mask.tolist(),
+                pending,
+            )
+            with np.errstate(over="ignore"):
+                scalars[step] = np.array(measured, dtype=np.float64)
+            if not (np.isfinite(scalars[step]).all() and math.isfinite(loss)):
+                raise FederationError(
+                    f"{self.name}, round {plan.round}, step {step}: the loss {loss} or a scalar "
+                    f"{measured} is not finite; this client sits the round out"
+                )
+            losses.append(loss)
+            examples += count
+            coefs = update_coefs(clip_scalars(scalars[step : step + 1], clip), plan.local_lr)
+            pending = pending.plus(
+                NoiseTerms(
+                    (seed,) * plan.num_perturbations,
+                    tuple(range(plan.num_perturbations)),
+                    mask[:, None] * torch.from_numpy(coefs),
+                )
+            )
+        return Reply(
+            job=plan.job,
+            round=plan.round,
+            client=self.name,
+            applied_round=self.replica.applied_round,
+            fingerprint=self.replica.fingerprint(),
+            scalars=scalars,
+            num_examples=examples,
+            loss=math.fsum(losses) / len(losses) if losses else 0.0,
+        )
+
+    def _save(self) -> None:
+        due = self._saved_round + self.checkpoint_every
+        if self.checkpoint is not None and self.replica.applied_round >= due:
+            self.replica.save(self.checkpoint)
+            self._saved_round = self.replica.applied_round

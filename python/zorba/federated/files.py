@@ -1,0 +1,34 @@
+"""Files that are whole or not there, whatever happens to the machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a created or renamed file's name survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Puts a file at ``path`` in one step: readers see what was there before, or all of it.
+
+    Args:
+        path: of the file; an existing one is replaced. Its folder must exist.
+        write: writes the content to the path it is given, which is in the same folder.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(draft)
+        with draft.open("rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    sync_folder(path.parent)

@@ -1,0 +1,184 @@
+"""The loop: server and transport, round after round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from zorba.federated.entry import LogEntry
+from zorba.federated.server import Server
+from zorba.federated.transport import Transport
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What a round did and cost.
+
+    Attributes:
+        round: from 1.
+        loss: mean of the clients' losses by their examples; nan when nobody replied.
+        clients: whose replies went into the log entry.
+        bytes_up: encoded answers, greetings' included, by client.
+        bytes_down: encoded messages, by client.
+        scalar_bytes_up: of these answers the scalars alone, by client.
+        scalar_bytes_down: coefficients and seeds alone of the round's log entry.
+        seconds: that the round took.
+        failures: why there is no answer, by client.
+        refusals: why an answer was refused, by client.
+        fingerprints_equal: whether all clients that answered hold the weights of their round.
+        problem: why replies that came were not used; empty when they were, or none came.
+        entry: of the log.
+    """
+
+    round: int
+    loss: float
+    clients: tuple[str, ...]
+    bytes_up: dict[str, int]
+    bytes_down: dict[str, int]
+    scalar_bytes_up: dict[str, int]
+    scalar_bytes_down: int
+    seconds: float
+    failures: dict[str, str]
+    refusals: dict[str, str]
+    fingerprints_equal: bool
+    problem: str
+    entry: LogEntry
+
+
+@dataclass(frozen=True)
+class FederationResult:
+    """What a run came to.
+
+    Attributes:
+        reports: of each round.
+        final_round: last round in the log.
+        fingerprints: of each client that answered at the end, all after ``final_round``.
+        replicas_identical: whether every reachable client answered, with the same fingerprint.
+        flush_bytes_down: encoded messages of the last exchange, by client.
+        failures: why a client did not answer at the end, or was refused.
+    """
+
+    reports: tuple[RoundReport, ...]
+    final_round: int
+    fingerprints: dict[str, int]
+    replicas_identical: bool
+    flush_bytes_down: dict[str, int]
+    failures: dict[str, str]
+
+
+@dataclass
+class _Exchange:
+    """Counters of the messages of one round."""
+
+    server: Server
+    transport: Transport
+    timeout: float | None
+    up: dict[str, int] = field(default_factory=dict)
+    down: dict[str, int] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    refusals: dict[str, str] = field(default_factory=dict)
+    diverged: bool = False
+
+    def run(self, messages: Mapping[str, bytes]) -> None:
+        """Sends messages and gives the answers to the server."""
+        if not messages:
+            return
+        replies, failures = self.transport.exchange(messages, self.timeout)
+        for name, data in messages.items():
+            self.down[name] = self.down.get(name, 0) + len(data)
+        self.failures.update(failures)
+        for name, data in replies.items():
+            self.up[name] = self.up.get(name, 0) + len(data)
+            receipt = self.server.receive(name, data)
+            if not receipt.accepted:
+                self.refusals[name] = receipt.reason
+                self.diverged |= receipt.diverged
+
+
+def run_federation(
+    server: Server,
+    transport: Transport,
+    rounds: int,
+    on_round: Callable[[RoundReport], None] | None = None,
+    available: Callable[[int], Iterable[str]] | None = None,
+    timeout: float | None = None,
+) -> FederationResult:
+    """Runs rounds, then sends every reachable client the rest of the log.
+
+    One exchange a round: a round's log entry rides on the next plan. A client that the server does
+    not know is greeted, and takes part from the next round on; only when it knows nobody, as after
+    a restart, the greetings are an exchange of their own.
+
+    Args:
+        server: of the job; it may have rounds behind it.
+        transport: that reaches the clients.
+        rounds: how many to run now.
+        on_round: called after each round; what it raises ends the run, with the round in the log.
+        available: clients that take part in a round, by its number; None for all that are
+            reachable.
+        timeout: seconds for an exchange.
+
+    Returns:
+        What the run came to.
+    """
+    reports: list[RoundReport] = []
+    for _ in range(rounds):
+        nodes = set(transport.nodes())
+        wanted = nodes if available is None else nodes & set(available(server.round))
+        report = _run_round(server, transport, wanted, timeout)
+        reports.append(report)
+        if on_round is not None:
+            on_round(report)
+    return _flush(server, transport, timeout, tuple(reports))
+
+
+def _run_round(
+    server: Server, transport: Transport, nodes: set[str], timeout: float | None
+) -> RoundReport:
+    started = time.perf_counter()
+    exchange = _Exchange(server, transport, timeout)
+    if not nodes & set(server.admitted):
+        exchange.run(server.greetings(nodes))
+    exchange.run(server.begin_round(nodes))
+    outcome = server.end_round()
+    entry = outcome.entry
+    return RoundReport(
+        round=entry.round,
+        loss=outcome.loss,
+        clients=tuple(sorted(outcome.replies)),
+        bytes_up=exchange.up,
+        bytes_down=exchange.down,
+        scalar_bytes_up={name: r.scalar_bytes for name, r in sorted(outcome.replies.items())},
+        scalar_bytes_down=entry.scalar_bytes,
+        seconds=time.perf_counter() - started,
+        failures=exchange.failures,
+        refusals=exchange.refusals | outcome.diverged,
+        fingerprints_equal=not (exchange.diverged or outcome.diverged),
+        problem=outcome.problem,
+        entry=entry,
+    )
+
+
+def _flush(
+    server: Server, transport: Transport, timeout: float | None, reports: tuple[RoundReport, ...]
+) -> FederationResult:
+    nodes = [name for name in server.names if name in set(transport.nodes())]
+    exchange = _Exchange(server, transport, timeout)
+    exchange.run(server.greetings(nodes))
+    lacking: int | None = None
+    # Once, unless a client lacks more than fits in a message.
+    while lacking is None or 0 < sum(map(server.lacking, nodes)) < lacking:
+        lacking = sum(map(server.lacking, nodes))
+        exchange.run(server.final_plan(nodes))
+    last = server.log.last_round
+    told = {name: server.fingerprints[name] for name in nodes if name in server.fingerprints}
+    fingerprints = {name: mark[1] for name, mark in told.items() if mark[0] == last}
+    return FederationResult(
+        reports=reports,
+        final_round=last,
+        fingerprints=fingerprints,
+        replicas_identical=len(fingerprints) == len(nodes) and len(set(fingerprints.values())) == 1,
+        flush_bytes_down=exchange.down,
+        failures=exchange.failures | exchange.refusals,
+    )

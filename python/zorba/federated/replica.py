@@ -1,0 +1,203 @@
+"""Replica: a client's copy of the trainable weights, which is theta_0 and the log applied to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import zorba_kernels as zk
+from zorba.federated.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
+from zorba.federated.entry import LogEntry
+from zorba.federated.errors import DivergedError, GapError, ReplicaError
+from zorba.federated.identity import identity_of
+from zorba_kernels.noise import NOISE_VERSION, Distribution, Rounding
+
+
+class Replica:
+    """Weights in a ParamTable, and the round up to which the log was applied to them.
+
+    Make it while the weights are theta_0: it takes the model's identity from them. Several clients
+    of one process may hold the same replica, since applying what was applied already does nothing.
+
+    Args:
+        table: the trainable weights; group b of it is block b. ``apply`` and ``load`` modify them.
+        origin: ``model_fingerprint`` of all parameters at theta_0, frozen ones too, so that two
+            models that differ only in frozen weights are told apart.
+        distribution: of the noise that the client's objective makes.
+        rounding: of 16-bit weights in updates.
+
+    Attributes:
+        applied_round: the last round whose entry was applied; 0 at theta_0.
+        job: of the log that was applied; None as long as any will do.
+        passes: how often the weights were read and written by ``apply``.
+    """
+
+    def __init__(
+        self,
+        table: zk.ParamTable,
+        origin: int,
+        distribution: Distribution = "gaussian",
+        rounding: Rounding = "stochastic",
+    ) -> None:
+        self.table = table
+        self.identity = identity_of(table, origin)
+        self.distribution = distribution
+        self.rounding = rounding
+        self.applied_round = 0
+        self.job: int | None = None
+        self.passes = 0
+        self._fingerprint: int | None = self.identity.start
+        self._interrupted = False
+
+    def bind(self, job: int) -> None:
+        """Ties the replica to a job, or raises ReplicaError when it holds rounds of another."""
+        if self.job is not None and self.job != job and self.applied_round:
+            raise ReplicaError(
+                f"the replica has {self.applied_round} rounds of job {self.job:#018x} applied and "
+                f"cannot join job {job:#018x}: start again from the original model"
+            )
+        self.job = job
+
+    def fingerprint(self, *, fresh: bool = False) -> int:
+        """Returns the uint64 fingerprint of the weights.
+
+        Args:
+            fresh: read the weights; otherwise they are read once after every change that this
+                object knows of.
+        """
+        self._check_whole()
+        if fresh or self._fingerprint is None:
+            self._fingerprint = zk.fingerprint(self.table)
+        return self._fingerprint
+
+    def apply(self, entries: Iterable[LogEntry]) -> int:
+        """Applies log entries in one pass over the weights.
+
+        Entries that were applied before are left out. R entries in one call leave the bits of R
+        calls.
+
+        Args:
+            entries: in the order of rounds, without a gap among them.
+
+        Returns:
+            How many rounds were new.
+
+        Raises:
+            GapError: entries are missing after ``applied_round``.
+            DivergedError: the weights are not those that the entries were measured at.
+            ReplicaError: an entry is for other noise, rounding or number of blocks.
+            In all cases the weights are as before.
+        """
+        self._check_whole()
+        new = [entry for entry in entries if entry.round > self.applied_round]
+        for at, entry in enumerate(new):
+            if entry.round != self.applied_round + 1 + at:
+                raise GapError(self.applied_round + at, entry.round)
+            self._check_entry(entry)
+        if not new:
+            return 0
+        base = new[0].base_fingerprint
+        if base is not None and base != self.fingerprint():
+            raise DivergedError(
+                f"after round {self.applied_round} this replica has fingerprint "
+                f"{self.fingerprint():#018x}, the others have {base:#018x}: its weights were "
+                "changed from outside; load a checkpoint, or start again from the original model"
+            )
+        self._add(new)
+        self.applied_round = new[-1].round
+        return len(new)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a checkpoint in one step: a file that was there stays until the new one is whole.
+
+        Args:
+            path: of a safetensors file; its folder must exist.
+        """
+        info = CheckpointInfo(
+            job=self.job or 0,
+            applied_round=self.applied_round,
+            fingerprint=self.fingerprint(fresh=True),
+            identity=self.identity,
+            distribution=self.distribution,
+            rounding=self.rounding,
+        )
+        save_checkpoint(Path(path), self.table, info)
+
+    def load(self, path: str | Path) -> None:
+        """Puts the weights of a checkpoint in the place of the present ones.
+
+        Raises:
+            ReplicaError: the file is damaged or of another model, noise or rounding; nothing was
+                changed.
+        """
+        info, tensors = load_checkpoint(Path(path), self.table)
+        for what in ("distribution", "rounding"):
+            mine, theirs = getattr(self, what), getattr(info, what)
+            if mine != theirs:
+                raise ReplicaError(f"{path} is of {what} {theirs}, this replica of {mine}")
+        wrong = self.identity.difference(info.identity)
+        if wrong:
+            raise ReplicaError(f"{path} is of {wrong}")
+        self._interrupted = True
+        with torch.no_grad():
+            for entry in self.table.entries:
+                entry.tensor.copy_(tensors[entry.name])
+        self._interrupted = False
+        self.applied_round = info.applied_round
+        self.job = info.job or None
+        self._fingerprint = info.fingerprint
+
+    def _check_entry(self, entry: LogEntry) -> None:
+        for what, mine, theirs in (
+            ("noise version", NOISE_VERSION, entry.noise_version),
+            ("distribution", self.distribution, entry.distribution),
+            ("rounding", self.rounding, entry.rounding),
+            ("number of blocks", self.identity.num_blocks, entry.num_blocks),
+        ):
+            if mine != theirs:
+                raise ReplicaError(
+                    f"log entry of round {entry.round} is for {what} {theirs}, this replica is for "
+                    f"{mine}"
+                )
+
+    def _add(self, entries: list[LogEntry]) -> None:
+        """One call for all entries; a round without terms needs no part in it."""
+        entries = [entry for entry in entries if not entry.empty]
+        if not entries:
+            return
+        seeds: list[int] = []
+        samples: list[int] = []
+        for entry in entries:
+            for seed in entry.seeds:
+                seeds += [seed] * entry.num_perturbations
+                samples += range(entry.num_perturbations)
+        # Set while weights are written: a Ctrl-C then leaves a replica that says so, not one that
+        # applies the same rounds a second time.
+        before, self._fingerprint = self._fingerprint, None
+        self._interrupted = True
+        try:
+            zk.add_noise_(
+                self.table,
+                seeds,
+                torch.from_numpy(np.concatenate([e.block_coefs() for e in entries], axis=1)),
+                self.distribution,
+                self.rounding,
+                [entry.rounding_seed for entry in entries],
+                samples=samples,
+                rounds=[len(e.seeds) * e.num_perturbations for e in entries],
+            )
+        except (TypeError, ValueError, zk.BackendUnavailableError):
+            self._interrupted, self._fingerprint = False, before  # refused: nothing was written
+            raise
+        self._interrupted = False
+        self.passes += 1
+
+    def _check_whole(self) -> None:
+        if self._interrupted:
+            raise ReplicaError(
+                "the replica was interrupted while its weights were written: load a checkpoint, or "
+                "start again from the original model"
+            )

@@ -1,0 +1,375 @@
+"""Server: turns messages into messages and a log. It knows no network and holds no model."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zorba.federated.aggregate import Measurement, aggregate
+from zorba.federated.entry import UNCOVERED, LogEntry
+from zorba.federated.errors import MessageError
+from zorba.federated.identity import ModelIdentity, package_version
+from zorba.federated.log import LogHeader, RoundLog
+from zorba.federated.masks import Masks
+from zorba.federated.messages import Greeting, Hello, Plan, Reply, decode
+from zorba.federated.settings import FederationSettings
+from zorba_kernels.noise import NOISE_VERSION
+
+MAX_PLAN_LOG_BYTES = 1 << 26
+"""Log bytes in one plan. A client that lacks more gets them in several, and measures after that."""
+
+
+class _DivergedClientError(MessageError):
+    """A client's weights are not those of its round."""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What became of a message.
+
+    Attributes:
+        accepted: whether it changed anything.
+        reason: why not; empty when it was accepted.
+        diverged: refused because the client's weights are not those of its round.
+    """
+
+    accepted: bool
+    reason: str = ""
+    diverged: bool = False
+
+
+@dataclass
+class RoundOutcome:
+    """What a round came to.
+
+    Attributes:
+        entry: as it is in the log.
+        replies: that went into it, by client.
+        loss: mean of the clients' losses by their examples; nan when nobody replied.
+        diverged: clients whose weights differ from the others', and why that is believed.
+        problem: why replies that came were not used; empty when they were, or none came.
+    """
+
+    entry: LogEntry
+    replies: dict[str, Reply]
+    loss: float
+    diverged: dict[str, str] = field(default_factory=dict)
+    problem: str = ""
+
+
+class Server:
+    """The federation's state: settings, masks, and the log, from which all else follows.
+
+    A server that is started on an existing log continues at the round after its last entry, with
+    the seeds that it would have used anyway.
+
+    Args:
+        settings: of the job.
+        identity: of the model at theta_0, ``Replica.identity`` of any replica of it.
+        names: of the clients, 1 to 64 letters, digits and ``._+-`` each.
+        masks: which client activates which block, bool [clients, blocks].
+        log_path: of the log; made when it does not exist.
+
+    Attributes:
+        settings: of the job.
+        identity: of the model.
+        log: the log.
+        fingerprints: what each client last told of its replica: (applied round, fingerprint).
+    """
+
+    def __init__(
+        self,
+        settings: FederationSettings,
+        identity: ModelIdentity,
+        names: Sequence[str],
+        masks: Any,
+        log_path: str | Path,
+    ) -> None:
+        self.settings = settings
+        self.identity = identity
+        self.fingerprints: dict[str, tuple[int, int]] = {}
+        # A mark is what the client itself told; a server that was started again asks anew.
+        self._marks: dict[str, int] = {}
+        self._plans: dict[str, Plan] = {}
+        self._replies: dict[str, Reply] = {}
+        self.set_masks(names, masks)
+        self.log = RoundLog(
+            log_path,
+            LogHeader(settings.job_id, identity, settings.distribution, settings.rounding),
+        )
+
+    @property
+    def round(self) -> int:
+        """The round that is measured now, or next."""
+        return self.log.last_round + 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all clients."""
+        return tuple(self._masks.rows)
+
+    @property
+    def admitted(self) -> tuple[str, ...]:
+        """Clients whose hello was accepted."""
+        return tuple(name for name in self._masks.rows if name in self._marks)
+
+    def set_masks(self, names: Sequence[str], masks: Any) -> None:
+        """Replaces clients and masks; the round that is under way is given up.
+
+        Args:
+            names: of the clients.
+            masks: bool [clients, blocks]; each client activates at least one block.
+
+        Raises:
+            ValueError: shapes or names do not fit; nothing was changed.
+        """
+        self._masks = Masks(names, masks, self.identity.num_blocks)
+        self._plans, self._replies = {}, {}
+
+    def set_settings(self, settings: FederationSettings) -> None:
+        """Replaces settings, the learning rate for example; the round under way is given up.
+
+        Raises:
+            ValueError: they are of another job; nothing was changed.
+        """
+        for what in ("job_id", "distribution", "rounding"):
+            mine, theirs = getattr(self.settings, what), getattr(settings, what)
+            if mine != theirs:
+                raise ValueError(f"{what} of a running job must stay {mine}, got {theirs}")
+        self.settings = settings
+        self._plans, self._replies = {}, {}
+
+    def greetings(self, available: Iterable[str] | None = None) -> dict[str, bytes]:
+        """Returns a greeting for each client that was not admitted yet (of those available)."""
+        message = Greeting(self.settings.job_id).encode()
+        return {name: message for name in self._masks.present(available) if name not in self._marks}
+
+    def begin_round(self, available: Iterable[str] | None = None) -> dict[str, bytes]:
+        """Starts a round, or starts it over: replies that came to an unfinished one are dropped.
+
+        Args:
+            available: clients that can take part; None for all.
+
+        Returns:
+            A plan for each client drawn, and a greeting for each available one not admitted.
+        """
+        ready = [name for name in self._masks.present(available) if name in self._marks]
+        limit = self.settings.clients_per_round
+        if limit is not None and limit < len(ready):
+            rank = self.settings.rank_of
+            ready = sorted(sorted(ready, key=lambda name: rank(self.round, name))[:limit])
+        self._plans = {name: self._plan(name, measure=True) for name in ready}
+        self._replies = {}
+        messages = {name: plan.encode() for name, plan in self._plans.items()}
+        return messages | self.greetings(available)
+
+    def receive(self, name: str, data: bytes) -> Receipt:
+        """Takes a client's answer.
+
+        Args:
+            name: of the client, as the transport knows it.
+            data: the message.
+
+        Returns:
+            Whether it was accepted. A message that is not changes nothing.
+        """
+        try:
+            message = decode(data)
+            if name not in self._masks.rows:
+                raise MessageError(f"{name!r} is no client of this job")
+            if isinstance(message, Greeting | Plan):
+                raise MessageError(f"a client sends no {type(message).__name__.lower()}")
+            if message.client != name:
+                raise MessageError(f"{name} sent a message in the name of {message.client}")
+            if message.job != self.settings.job_id:
+                raise MessageError(
+                    f"{name} answers for job {message.job:#018x}, this is "
+                    f"{self.settings.job_id:#018x}"
+                )
+            if isinstance(message, Hello):
+                self._take_hello(name, message)
+            else:
+                self._take_reply(name, message)
+        except MessageError as error:
+            return Receipt(False, str(error), isinstance(error, _DivergedClientError))
+        return Receipt(True)
+
+    def end_round(self) -> RoundOutcome:
+        """Aggregates the replies that came and writes the log entry; it is on disk on return.
+
+        The entry has no columns, and the round changes nothing, when no reply came, when the
+        coefficients overflow, and when the clients disagree about their weights and no majority
+        tells who is right.
+
+        Raises:
+            LogError: the entry could not be written; the round can be ended again.
+        """
+        replies, diverged = self._agreeing()
+        problem = ""
+        try:
+            entry = self._entry(replies)
+        except MessageError as error:
+            problem, replies = f"{error}: set clip, or lower lr", {}
+            entry = self._entry(replies)
+        self.log.append(entry)
+        for name in diverged:
+            self._marks.pop(name, None)  # greeted next, and judged by what it says then
+        self._plans, self._replies = {}, {}
+        examples = sum(r.num_examples for r in replies.values())
+        loss = sum(r.loss * r.num_examples for r in replies.values())
+        mean = loss / examples if examples else math.nan
+        return RoundOutcome(entry, replies, mean, diverged, problem)
+
+    def final_plan(self, available: Iterable[str] | None = None) -> dict[str, bytes]:
+        """Returns plans that measure nothing for the admitted clients: they end with all the log.
+
+        Args:
+            available: clients that can be reached; None for all.
+        """
+        self._plans = {
+            name: self._plan(name, measure=False)
+            for name in self._masks.present(available)
+            if name in self._marks
+        }
+        self._replies = {}
+        return {name: plan.encode() for name, plan in self._plans.items()}
+
+    def lacking(self, name: str) -> int:
+        """Returns how many log entries the client is known to lack; all of them if unknown."""
+        return self.log.last_round - self._marks.get(name, 0)
+
+    def close(self) -> None:
+        """Closes the log."""
+        self.log.close()
+
+    def _plan(self, name: str, *, measure: bool) -> Plan:
+        s, mark = self.settings, self._marks[name]
+        entries = tuple(self.log.entries(mark + 1, max_bytes=MAX_PLAN_LOG_BYTES))
+        measure = measure and mark + len(entries) == self.log.last_round
+        steps = range(s.local_steps if measure else 0)
+        return Plan(
+            job=s.job_id,
+            round=self.round,
+            base_round=mark,
+            entries=entries,
+            seeds=tuple(s.seed_of(self.round, step) for step in steps),
+            num_perturbations=s.num_perturbations,
+            eps=s.eps,
+            estimator=s.estimator,
+            distribution=s.distribution,
+            rounding=s.rounding,
+            mask=tuple(bool(a) for a in self._masks.rows[name]),
+            mask_version=self._masks.version,
+            local_lr=s.lr_at(self.round),
+            clip=s.clip or math.inf,
+        )
+
+    def _take_hello(self, name: str, hello: Hello) -> None:
+        for what, theirs, mine in (
+            ("noise version", hello.noise_version, NOISE_VERSION),
+            ("package version", hello.package, package_version()),
+            ("distribution", hello.distribution, self.settings.distribution),
+            ("rounding", hello.rounding, self.settings.rounding),
+        ):
+            if theirs != mine:
+                raise MessageError(f"{name} has {what} {theirs}, this job is of {mine}")
+        wrong = self.identity.difference(hello.identity)
+        if wrong:
+            raise MessageError(f"{name} has {wrong}")
+        self._check_position(name, hello.applied_round, hello.fingerprint)
+        self._marks[name] = hello.applied_round
+        self.fingerprints[name] = (hello.applied_round, hello.fingerprint)
+
+    def _take_reply(self, name: str, reply: Reply) -> None:
+        plan = self._plans.get(name)
+        if reply.round != self.round or plan is None:
+            raise MessageError(
+                f"{name} replies to round {reply.round}; "
+                + (f"round {self.round} is under way" if plan else "it was asked nothing now")
+            )
+        if name in self._replies:
+            raise MessageError(f"{name} replied to round {reply.round} already")
+        shape = (len(plan.seeds), plan.num_perturbations)
+        if reply.scalars.shape != shape:
+            raise MessageError(
+                f"{name} sent scalars of shape {list(reply.scalars.shape)}, expected {list(shape)}"
+            )
+        reached = plan.base_round + len(plan.entries)
+        if reply.applied_round < reached or reply.applied_round >= self.round:
+            raise MessageError(
+                f"{name} measured after round {reply.applied_round}, expected round {reached}"
+            )
+        if plan.seeds and reply.num_examples == 0:
+            raise MessageError(f"{name} measured on no examples")
+        self._check_position(name, reply.applied_round, reply.fingerprint)
+        self._marks[name] = reply.applied_round
+        self.fingerprints[name] = (reply.applied_round, reply.fingerprint)
+        if plan.seeds:
+            self._replies[name] = reply
+
+    def _check_position(self, name: str, applied: int, fingerprint: int) -> None:
+        """Compares a client's weights with what the log knows of that round's."""
+        if applied > self.log.last_round:
+            raise MessageError(
+                f"{name} has applied round {applied}, but the log ends at {self.log.last_round}: "
+                "it followed another log of this job"
+            )
+        known = self.identity.start if applied == 0 else None
+        later = applied + 1
+        while known is None and later <= self.log.last_round:  # else the majority will tell
+            entry = self.log.entry(later)
+            known = entry.base_fingerprint
+            if not entry.empty:
+                break
+            later += 1
+        if known is not None and fingerprint != known:
+            raise _DivergedClientError(
+                f"{name} has diverged: after round {applied} its fingerprint is "
+                f"{fingerprint:#018x}, expected {known:#018x}; load a checkpoint or start it again "
+                "from the original model"
+            )
+
+    def _agreeing(self) -> tuple[dict[str, Reply], dict[str, str]]:
+        """Splits replies by fingerprint: the majority's, and those that differ, with the reason."""
+        votes = Counter(reply.fingerprint for reply in self._replies.values())
+        if len(votes) <= 1:
+            return dict(self._replies), {}
+        winner, count = votes.most_common(1)[0]
+        if 2 * count <= len(self._replies):
+            reason = "the clients' fingerprints differ and no majority tells which are right"
+            return {}, dict.fromkeys(self._replies, reason)
+        good = {n: r for n, r in self._replies.items() if r.fingerprint == winner}
+        return good, {
+            n: f"fingerprint {r.fingerprint:#018x} after round {r.applied_round}, most clients "
+            f"have {winner:#018x}"
+            for n, r in self._replies.items()
+            if n not in good
+        }
+
+    def _entry(self, replies: dict[str, Reply]) -> LogEntry:
+        s = self.settings
+        coefs = np.zeros((s.local_steps, s.num_perturbations, 0), dtype=np.float32)
+        columns = np.full(self.identity.num_blocks, UNCOVERED, dtype=np.int32)
+        if replies:
+            measured = {
+                name: Measurement(reply.scalars, self._masks.rows[name], reply.num_examples)
+                for name, reply in replies.items()
+            }
+            coefs, columns = aggregate(measured, s.lr_at(self.round), s.weighting, s.clip)
+        return LogEntry(
+            round=self.round,
+            seeds=tuple(s.seed_of(self.round, step) for step in range(s.local_steps)),
+            coefs=coefs,
+            columns=columns,
+            rounding_seed=s.rounding_seed_of(self.round),
+            mask_version=self._masks.version,
+            base_fingerprint=next((r.fingerprint for r in replies.values()), None),
+            distribution=s.distribution,
+            rounding=s.rounding,
+        )

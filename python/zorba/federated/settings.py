@@ -1,0 +1,130 @@
+"""FederationSettings: what the server decides for a job."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from zorba.optim.estimator import ESTIMATORS, Estimator
+from zorba_kernels.noise import DISTRIBUTIONS, ROUNDINGS, Distribution, Rounding
+
+Weighting = Literal["examples", "uniform"]
+WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
+
+MAX_STEPS = 4096
+"""Most local steps of a round, and most perturbations of a step: bounds what a message may ask."""
+
+
+@dataclass(frozen=True)
+class FederationSettings:
+    """Settings of a federated job. They live on the server; plans carry what clients need.
+
+    ``job``, ``seed``, ``distribution`` and ``rounding`` are the job's identity and must stay as
+    they are when a server continues a log. The others may change from one start to the next: log
+    entries hold final coefficients.
+
+    Attributes:
+        job: name of the job.
+        seed: uint64 from which every seed of the job is derived.
+        num_perturbations: P, perturbations of a local step.
+        local_steps: K, local steps of a round.
+        eps: distance of the evaluations.
+        lr: learning rate, or a function from the round (from 1) to it.
+        estimator: "central" or "forward".
+        distribution: of the noise, "gaussian" or "rademacher".
+        rounding: of 16-bit weights in an update, "nearest" or "stochastic".
+        clip: largest absolute value of a scalar; larger ones are cut to it. None for no limit.
+        clients_per_round: how many clients take part in a round; None for all.
+        weighting: clients weigh by their "examples", or all alike: "uniform".
+    """
+
+    job: str
+    seed: int
+    lr: float | Callable[[int], float]
+    num_perturbations: int = 5
+    local_steps: int = 1
+    eps: float = 1e-3
+    estimator: Estimator = "central"
+    distribution: Distribution = "gaussian"
+    rounding: Rounding = "stochastic"
+    clip: float | None = None
+    clients_per_round: int | None = None
+    weighting: Weighting = "examples"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError or TypeError where a setting makes no sense."""
+        if not isinstance(self.job, str) or not 1 <= len(self.job) <= 200:
+            raise ValueError(f"job must be a name of 1 to 200 characters, got {self.job!r}")
+        _check_int("seed", self.seed, 0, (1 << 64) - 1)
+        _check_int("num_perturbations", self.num_perturbations, 1, MAX_STEPS)
+        _check_int("local_steps", self.local_steps, 1, MAX_STEPS)
+        if self.clients_per_round is not None:
+            _check_int("clients_per_round", self.clients_per_round, 1, 1 << 31)
+        _check_positive("eps", self.eps)
+        if self.clip is not None:
+            _check_positive("clip", self.clip)
+        _check_choice("estimator", self.estimator, ESTIMATORS)
+        _check_choice("distribution", self.distribution, DISTRIBUTIONS)
+        _check_choice("rounding", self.rounding, ROUNDINGS)
+        _check_choice("weighting", self.weighting, WEIGHTINGS)
+        if not callable(self.lr):
+            _check_rate(self.lr, "lr")
+
+    @property
+    def job_id(self) -> int:
+        """uint64 that messages and the log carry: a hash of the job's name and seed."""
+        return self._derive("job", self.job.encode())
+
+    def lr_at(self, round_number: int) -> float:
+        """Returns the learning rate of a round, or raises ValueError where the schedule fails."""
+        if not callable(self.lr):
+            return float(self.lr)
+        return _check_rate(self.lr(round_number), f"lr of round {round_number}")
+
+    def seed_of(self, round_number: int, step: int) -> int:
+        """Returns the uint64 seed of a local step: the same for every client and every restart."""
+        return self._derive("seed", struct.pack("<II", round_number, step))
+
+    def rounding_seed_of(self, round_number: int) -> int:
+        """Returns the uint64 seed of a round's stochastic rounding."""
+        return self._derive("rounding", struct.pack("<I", round_number))
+
+    def rank_of(self, round_number: int, client: str) -> int:
+        """Returns the number by which clients are drawn: the lowest take part in the round."""
+        return self._derive("draw", struct.pack("<I", round_number) + client.encode())
+
+    def _derive(self, purpose: str, data: bytes) -> int:
+        """First 8 bytes of SHA-256 of the purpose, the job's seed and data."""
+        text = b"zorba " + purpose.encode() + b"\0" + struct.pack("<Q", self.seed) + data
+        return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
+
+
+def _check_int(what: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{what} must be an integer from {low} to {high}, got {value!r}")
+
+
+def _check_positive(what: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{what} must be a number, got {value!r}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{what} must be positive and finite, got {value!r}")
+
+
+def _check_rate(value: Any, what: str) -> float:
+    try:
+        rate = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{what} must be a number or a function of the round: {value!r}") from None
+    if not (math.isfinite(rate) and rate >= 0):
+        raise ValueError(f"{what} must be finite and not negative, got {rate!r}")
+    return rate
+
+
+def _check_choice(what: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{what} is {value!r}; expected one of {', '.join(choices)}")

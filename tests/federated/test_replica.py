@@ -1,0 +1,248 @@
+"""Replicas: the same log makes the same bits, however it arrives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from zorba.federated import DivergedError, GapError, LogEntry, Replica, ReplicaError
+from zorba.federated.entry import UNCOVERED
+from zorba.federated.settings import FederationSettings
+
+import zorba_kernels as zk
+from tests.federated.world import BLOCKS, make_replica, weights_of
+
+SETTINGS = FederationSettings(job="replica", seed=3, lr=0.1)
+
+
+def make_log(
+    rounds: int, distribution: Any = "gaussian", rounding: Any = "stochastic", steps: int = 2
+) -> list[LogEntry]:
+    """Entries of random coefficients; every fifth is empty, every block is uncovered at times."""
+    rng = np.random.default_rng(0)
+    entries = []
+    for t in range(1, rounds + 1):
+        width = 0 if t % 5 == 0 else 2
+        coefs = rng.normal(size=(steps, 3, width)).astype(np.float32) * 0.01
+        columns = rng.integers(UNCOVERED, width, BLOCKS).astype(np.int32)
+        entries.append(
+            LogEntry(
+                round=t,
+                seeds=tuple(SETTINGS.seed_of(t, k) for k in range(steps)),
+                coefs=coefs,
+                columns=columns if width else np.full(BLOCKS, UNCOVERED, np.int32),
+                rounding_seed=SETTINGS.rounding_seed_of(t),
+                mask_version=0,
+                base_fingerprint=None,
+                distribution=distribution,
+                rounding=rounding,
+            )
+        )
+    return entries
+
+
+def assert_same(one: Replica, other: Replica) -> None:
+    """The same bits and the same round."""
+    for a, b in zip(weights_of(one), weights_of(other), strict=True):
+        assert torch.equal(a, b)
+    assert one.fingerprint(fresh=True) == other.fingerprint(fresh=True)
+    assert one.applied_round == other.applied_round
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_catching_up_in_one_pass_equals_round_by_round(
+    dtype: torch.dtype, rounding: str, distribution: str
+) -> None:
+    log = make_log(23, distribution, rounding)
+    at_once, one_by_one, in_parts = (make_replica(dtype, distribution, rounding) for _ in range(3))
+    assert at_once.apply(log) == 23
+    for entry in log:
+        one_by_one.apply([entry])
+    for first in range(0, 23, 7):
+        in_parts.apply(log[first : first + 7])
+    assert_same(at_once, one_by_one)
+    assert_same(at_once, in_parts)
+    assert at_once.passes == 1
+    assert at_once.fingerprint() != at_once.identity.start
+
+
+def test_update_is_the_one_of_the_entry() -> None:
+    """By hand, in float64: the contract's own tests compare bits."""
+    (entry,) = make_log(1)
+    replica, before = make_replica(), make_replica()
+    replica.apply([entry])
+    rows = entry.block_coefs()
+    for new, old in zip(replica.table.entries, before.table.entries, strict=True):
+        expected = old.tensor.double()
+        for term, seed in enumerate(np.repeat(entry.seeds, 3)):
+            z = zk.noise(old.tensor.shape, seed=int(seed), stream=old.stream, sample=term % 3)
+            expected += float(rows[old.group, term]) * z.double()
+        # one float32 sum of 6 terms of size 0.01 and weights of size 1: a few 6e-8
+        torch.testing.assert_close(new.tensor.double(), expected, rtol=0, atol=5e-7)
+
+
+def test_rounding_follows_the_seed_of_the_entry() -> None:
+    (entry,) = make_log(1)
+    replica, table = make_replica(torch.bfloat16), make_replica(torch.bfloat16).table
+    replica.apply([entry])
+    seeds = [s for s in entry.seeds for _ in range(3)]
+    rows = torch.from_numpy(entry.block_coefs())
+    zk.add_noise_(
+        table, seeds, rows, "gaussian", "stochastic", entry.rounding_seed, samples=[0, 1, 2] * 2
+    )
+    assert zk.fingerprint(table) == replica.fingerprint(fresh=True)
+
+
+def test_applied_rounds_are_not_applied_twice() -> None:
+    log = make_log(6)
+    twice, once = make_replica(), make_replica()
+    once.apply(log)
+    twice.apply(log[:4])
+    assert twice.apply(log[:4]) == 0
+    assert twice.apply(log[2:]) == 2
+    assert twice.apply(log) == 0
+    assert_same(twice, once)
+
+
+def test_a_gap_is_refused_and_says_what_is_missing() -> None:
+    log = make_log(6)
+    replica = make_replica()
+    replica.apply(log[:2])
+    before = weights_of(replica)
+    for entries, needed in ((log[3:], 3), ([log[2], log[4]], 4), ([log[2], log[2]], 4)):
+        with pytest.raises(GapError) as caught:
+            replica.apply(entries)
+        assert caught.value.needed_round == needed
+    assert replica.applied_round == 2
+    assert all(torch.equal(a, b) for a, b in zip(before, weights_of(replica), strict=True))
+
+
+def test_entries_for_another_replica_are_refused() -> None:
+    for replica, told in (
+        (make_replica(distribution="rademacher"), "distribution"),
+        (make_replica(rounding="nearest"), "rounding"),
+    ):
+        with pytest.raises(ReplicaError, match=told):
+            replica.apply(make_log(2))
+        assert replica.fingerprint(fresh=True) == replica.identity.start
+
+
+def test_weights_changed_from_outside_are_noticed() -> None:
+    log = make_log(3)
+    replica = make_replica()
+    replica.apply(log[:1])
+    good = replica.fingerprint()
+    with torch.no_grad():
+        replica.table.entries[0].tensor[3] += 1
+    replica.fingerprint(fresh=True)
+    with pytest.raises(DivergedError, match="changed from outside"):
+        replica.apply([replace(log[1], base_fingerprint=good)])
+    assert replica.applied_round == 1
+
+
+def test_interrupted_pass_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = make_replica()
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zk, "add_noise_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            replica.apply(make_log(1))
+    with pytest.raises(ReplicaError, match="interrupted"):
+        replica.apply(make_log(1))
+    with pytest.raises(ReplicaError, match="interrupted"):
+        replica.fingerprint()
+
+
+def test_refused_pass_leaves_the_replica_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = make_replica()
+    with monkeypatch.context() as patch:
+        patch.setenv("ZORBA_BACKEND", "none such")
+        with pytest.raises(ValueError, match="none such"):
+            replica.apply(make_log(1))
+    assert replica.apply(make_log(1)) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpoint_comes_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    log = make_log(8)
+    replica = make_replica(dtype)
+    replica.bind(SETTINGS.job_id)
+    replica.apply(log[:5])
+    replica.save(tmp_path / "replica.safetensors")
+    replica.save(tmp_path / "replica.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["replica.safetensors"], "no drafts are left"
+    loaded = make_replica(dtype)
+    loaded.load(tmp_path / "replica.safetensors")
+    assert (loaded.applied_round, loaded.job) == (5, SETTINGS.job_id)
+    assert_same(loaded, replica)
+    loaded.apply(log)
+    replica.apply(log)
+    assert_same(loaded, replica)
+
+
+def test_checkpoint_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "replica.safetensors"
+    replica = make_replica()
+    replica.apply(make_log(2))
+    replica.save(path)
+    for other, told in (
+        (make_replica(torch.bfloat16), "expected"),
+        (make_replica(distribution="rademacher"), "distribution"),
+        (make_replica(rounding="nearest"), "rounding"),
+        (make_replica(frozen=2.0), "another model"),
+    ):
+        with pytest.raises(ReplicaError, match=told):
+            other.load(path)
+        assert other.applied_round == 0
+        assert other.fingerprint(fresh=True) == other.identity.start
+
+
+def test_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "replica.safetensors"
+    make_replica().save(path)
+    data = path.read_bytes()
+    flipped = data[:-9] + bytes([data[-9] ^ 4]) + data[-8:]
+    for damaged in (data[:-1], data[:20], b"", flipped):
+        path.write_bytes(damaged)
+        replica = make_replica()
+        with pytest.raises(ReplicaError, match=r"replica\.safetensors"):
+            replica.load(path)
+        assert replica.fingerprint(fresh=True) == replica.identity.start
+    with pytest.raises(ReplicaError):
+        make_replica().load(tmp_path / "none")
+
+
+def test_replica_of_another_job_is_refused() -> None:
+    replica = make_replica()
+    replica.bind(1)
+    replica.bind(2)  # nothing of job 1 was applied
+    replica.apply(make_log(1))
+    with pytest.raises(ReplicaError, match="start again from the original model"):
+        replica.bind(3)
+
+
+def test_models_that_share_shapes_have_other_identities() -> None:
+    mine = make_replica().identity
+    assert mine == make_replica().identity
+    assert "all parameters" in (mine.difference(make_replica(frozen=2.0).identity) or "")
+    assert mine.difference(make_replica(torch.bfloat16).identity) is not None
+    table = make_replica().table
+    renamed = zk.ParamTable(
+        {e.name.replace("blocks", "layers"): e.tensor for e in table.entries},
+        groups={e.name.replace("blocks", "layers"): e.group for e in table.entries},
+    )
+    assert "names" in (mine.difference(Replica(renamed, mine.origin).identity) or "")
+    swapped = zk.ParamTable(
+        {e.name: e.tensor for e in table.entries},
+        groups={e.name: (e.group + 1) % BLOCKS for e in table.entries},
+    )
+    assert "blocks" in (mine.difference(Replica(swapped, mine.origin).identity) or "")

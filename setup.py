@@ -176,10 +176,12 @@ class NinjaBuild(build_ext):
 
 
 def quote(flags: list[str]) -> str:
+    """A line of a shell, from its words."""
     return " ".join(shlex.quote(flag) for flag in flags)
 
 
 def ninja_command() -> list[str]:
+    """How to start ninja."""
     return [sys.executable, "-m", "ninja"]
 
 

@@ -1,15 +1,15 @@
 """Issue slots per weight of the CUDA kernels, counted in their machine code. Needs no GPU.
 
 A warp scheduler issues one instruction a cycle, so the instructions on the hot path of a kernel's
-loop, divided by the weights that a lane handles there, bound its speed from above: an H200 has about
-28 to 31 slots to spend on a 16-bit weight before a pass is bound by something else than memory.
+loop, divided by the weights that a lane handles there, bound its speed from above: an H200 has
+about 28 to 31 slots to spend on a 16-bit weight before a pass is bound by more than memory.
 These are counts, not measured times.
 
     python benchmarks/sass.py [--arch sm_90] [--json FILE] [FILE]
 
 FILE is anything cuobjdump reads (an extension, an object, a cubin); the installed extension by
-default. The hot path is the shortest cycle of the control flow graph through a 16-byte store and the
-arithmetic that leads to it; for kernels of many terms the path of one more term is counted too.
+default. The hot path is the shortest cycle of the control flow graph through a 16-byte store and
+the arithmetic that leads to it; for kernels of many terms the path of one more term is counted too.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 MATH = ("FFMA", "FADD", "FMUL", "LOP3", "IMAD", "PRMT", "SHF", "F2FP", "IADD3")
@@ -145,14 +146,14 @@ def blocks_of(instructions: list[Instruction]) -> dict[int, Block]:
         if i.name.startswith("BRA") and jump:
             targets[i.address] = int(jump[1], 16)
     starts = {instructions[0].address, *targets.values()}
-    for i, following in zip(instructions, instructions[1:], strict=False):
+    for i, after in pairwise(instructions):
         if i.name.startswith(("BRA", "EXIT", "RET", "BRX")):
-            starts.add(following.address)
+            starts.add(after.address)
     blocks: dict[int, Block] = {}
-    for i in instructions:
-        if i.address in starts:
-            current = blocks[i.address] = Block([], [])
-        current.instructions.append(i)
+    for one in instructions:
+        if one.address in starts:
+            current = blocks[one.address] = Block([], [])
+        current.instructions.append(one)
     order = list(blocks)
     for start, following in zip(order, [*order[1:], None], strict=True):
         last = blocks[start].instructions[-1]
@@ -226,12 +227,11 @@ def term_paths(blocks: dict[int, Block]) -> Iterator[list[Instruction]]:
 # --- Rows ----------------------------------------------------------------------------------------
 
 
-def dtype_of(path: list[Instruction]) -> str:
-    """Weight dtype of a hot path, by how it loads weights or looks for infinite ones."""
-    names = [i.name for i in path]
-    if any(name.startswith("HADD2.F32") for name in names):
-        return "float16"
-    return "bfloat16" if any("BF16" in name for name in names) else "float32"
+def dtype_of(path: list[Instruction], strips: int) -> str:
+    """Weight dtype of a hot path: float32 needs twice the stores, float16 a conversion on load."""
+    if sum(map(is_wide_store, path)) > 2 * strips:
+        return "float32"
+    return "float16" if any(i.name.startswith("HADD2.F32") for i in path) else "bfloat16"
 
 
 def rows(path: Path, arch: str) -> list[Row]:
@@ -267,7 +267,7 @@ def rows(path: Path, arch: str) -> list[Row]:
             )
 
         for hot in hot_paths(blocks):
-            dtype = dtype_of(hot)
+            dtype = dtype_of(hot, strips=1 if many else 2)
             weights = sum(map(is_wide_store, hot)) * (4 if dtype == "float32" else 8)
             found.append(row(hot, "besides terms" if many else "one", dtype, weights))
         if many:
@@ -300,7 +300,8 @@ def main() -> int:
     if not table:
         raise SystemExit(f"{path} holds no add_noise kernel for {arguments.arch}")
     failed = False
-    print(f"{'kernel':<17} {'noise':<10} {'rounding':<10} {'terms':<14} {'dtype':<8} slots/weight regs")
+    heads = f"{'kernel':<17} {'noise':<10} {'rounding':<10} {'terms':<14} {'dtype':<8}"
+    print(f"{heads} slots/weight regs")
     for r in table:
         plain = r.terms == "one" and r.dtype == "bfloat16" and not r.decay
         limit = LIMITS.get((r.distribution, r.rounding)) if plain else None

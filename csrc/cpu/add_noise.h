@@ -14,21 +14,27 @@
 namespace zorba {
 namespace ZORBA_ISA {
 
+// 32-bit words of weights: one float32, or two 16-bit weights, the first in the low half.
 template <DType dtype>
-using Storage = std::conditional_t<dtype == DType::kFloat32, float, uint16_t>;
+constexpr int kParts = dtype == DType::kFloat32 ? 1 : 2;
+template <DType dtype>
+constexpr int kWords = kTile / kParts<dtype>;
 
 template <DType dtype>
-inline float load(Storage<dtype> stored) {
-  if constexpr (dtype == DType::kFloat32) return stored;
-  if constexpr (dtype == DType::kBFloat16) return load_bfloat16(stored);
-  if constexpr (dtype == DType::kFloat16) return load_float16(stored);
+inline float unpack(uint32_t word, int part) {
+  const uint32_t half = part == 0 ? word & 0xFFFFu : word >> 16;
+  if constexpr (dtype == DType::kFloat32) return as_float(word);
+  if constexpr (dtype == DType::kBFloat16) return as_float(part ? word & 0xFFFF0000u : word << 16);
+  if constexpr (dtype == DType::kFloat16) return load_float16(static_cast<uint16_t>(half));
 }
 
 template <DType dtype>
-inline Storage<dtype> store(float value) {
-  if constexpr (dtype == DType::kFloat32) return value;
-  if constexpr (dtype == DType::kBFloat16) return store_bfloat16(value);
-  if constexpr (dtype == DType::kFloat16) return store_float16(value);
+inline uint32_t pack(const float (&values)[kParts<dtype>]) {
+  if constexpr (dtype == DType::kFloat32) return as_bits(values[0]);
+  if constexpr (dtype == DType::kBFloat16) return as_bits(values[0]) >> 16 | as_bits(values[1]);
+  if constexpr (dtype == DType::kFloat16) {
+    return store_float16(values[0]) | static_cast<uint32_t>(store_float16(values[1])) << 16;
+  }
 }
 
 // What is the same for every tile of a launch: keys, and for each group the rounds that change it.
@@ -61,106 +67,156 @@ struct Prepared {
 };
 
 // Buffers of one tile, on the stack of the thread that works on it.
+template <DType dtype>
 struct Scratch {
-  alignas(64) float weights[kTile];
-  alignas(64) float sum[kTile];
-  alignas(64) float z[kTile];
-  alignas(64) float dither[kTile];
-  alignas(64) uint32_t random16[kTile];
+  alignas(64) float weights[kParts<dtype>][kWords<dtype>];  // between two rounds
+  alignas(64) float sum[kParts<dtype>][kWords<dtype>];
+  alignas(64) float z[kParts<dtype>][kWords<dtype>];
+  alignas(64) float dither[kTile / 2];
+  alignas(64) uint32_t random[kTile / 2];
+  alignas(64) uint32_t edge[kWords<dtype>];  // a tile that the parameter fills in part
 };
 
-// How a round reads and writes the weights: the parameter's own storage, or the tile's float32
-// buffer between two rounds.
+// How a round reads and writes weights: the words of the parameter, or the buffer between rounds.
 template <DType dtype>
 struct Stored {
-  Storage<dtype>* at;
-  float get(int i) const { return load<dtype>(at[i]); }
-  void set(int i, float value) const { at[i] = store<dtype>(value); }
+  uint32_t* at;  // need not be aligned
+  float get(int part, int word) const {
+    uint32_t bits;
+    std::memcpy(&bits, at + word, sizeof bits);
+    return unpack<dtype>(bits, part);
+  }
+  void set(int word, const float (&values)[kParts<dtype>]) const {
+    const uint32_t bits = pack<dtype>(values);
+    std::memcpy(at + word, &bits, sizeof bits);
+  }
 };
 
+template <DType dtype>
 struct Buffered {
-  float* at;
-  float get(int i) const { return at[i]; }
-  void set(int i, float value) const { at[i] = value; }
+  float (*at)[kWords<dtype>];
+  float get(int part, int word) const { return at[part][word]; }
+  void set(int word, const float (&values)[kParts<dtype>]) const {
+    for (int part = 0; part < kParts<dtype>; ++part) at[part][word] = values[part];
+  }
 };
 
-// One round on elements [begin, end) of a tile. The last term is added in the loop that rounds: a
-// pass with a single seed stores nothing but its noise and the weights.
+// One round on a whole tile. The last term is added in the loop that rounds: a pass with a single
+// seed stores nothing but its noise and the weights.
 template <DType dtype, bool stochastic, typename In, typename Out>
 inline void add_round(const Prepared& prepared, const Prepared::Round& round, const float* coefs,
-                      int64_t tile, Stream stream, int begin, int end, In in, Out out, Scratch& s) {
+                      int64_t tile, Stream stream, In in, Out out, Scratch<dtype>& s) {
+  constexpr int parts = kParts<dtype>;
   const Program& program = prepared.program;
-  if (stochastic) {
-    rounding_tile(tile, stream, prepared.rounding_keys[round.index], s.random16, s.dither);
+  if constexpr (stochastic) {
+    rounding_tile(tile, stream, prepared.rounding_keys[round.index], s.random, s.dither);
   }
   const float decay = round.decay;
   // What the sum starts from. Nothing to start from is 0, not weight * 0: a weight may be infinite.
-  const auto start = [&](int i, float weight) {
-    const float dither = stochastic ? rounding_start<dtype>(weight, s.dither[i]) : 0.0f;
+  const auto start = [&](int word, float weight) {
+    const float dither = stochastic ? rounding_start<dtype>(weight, s.dither[word]) : 0.0f;
     return decay != 0.0f ? fma_rn(weight, -decay, dither) : dither;
   };
-  const auto finish = [&](int i, float weight, float sum) {
-    const float value = weight + sum;
-    out.set(i, stochastic ? round_stochastic<dtype>(value, s.random16[i])
-                          : round_nearest<dtype>(value));
+  const auto rounded = [&](int part, int word, float value) {
+    if constexpr (!stochastic) return round_nearest<dtype>(value);
+    const uint32_t random = s.random[word];
+    return round_stochastic<dtype>(value, part == 0 ? random & 0xFFFFu : random >> 16);
+  };
+  // Weights get what `total` says of (part, word, weight). Source and target are the same tensor or
+  // apart from each other: no iteration reads what another has written.
+  const auto write = [&](auto total) {
+#pragma GCC ivdep
+    for (int word = 0; word < kWords<dtype>; ++word) {
+      float values[parts];
+      for (int part = 0; part < parts; ++part) {
+        const float weight = in.get(part, word);
+        values[part] = rounded(part, word, weight + total(part, word, weight));
+      }
+      out.set(word, values);
+    }
   };
   const size_t count = round.terms.size();
   for (size_t t = 0; t < count; ++t) {
     const int64_t k = round.terms[t];
     const float coef = coefs[k];
     if (program.gaussian) {
-      gaussian_tile(tile, stream, program.samples[k], prepared.term_keys[k], s.z);
+      gaussian_tile<parts>(tile, stream, program.samples[k], prepared.term_keys[k], s.z);
     } else {
-      rademacher_tile(tile, stream, program.samples[k], prepared.term_keys[k], s.z);
+      rademacher_tile<parts>(tile, stream, program.samples[k], prepared.term_keys[k], s.z);
     }
-    if (count == 1) {
-      for (int i = begin; i < end; ++i) {
-        const float weight = in.get(i);
-        finish(i, weight, fma_rn(coef, s.z[i], start(i, weight)));
-      }
-    } else if (t == 0) {
-      for (int i = begin; i < end; ++i) s.sum[i] = fma_rn(coef, s.z[i], start(i, in.get(i)));
-    } else if (t + 1 < count) {
-      for (int i = begin; i < end; ++i) s.sum[i] = fma_rn(coef, s.z[i], s.sum[i]);
+    if (count == 1 && !stochastic && decay == 0.0f) {
+      write([&](int part, int word, float) { return fma_rn(coef, s.z[part][word], 0.0f); });
+    } else if (count == 1) {
+      write([&](int part, int word, float weight) {
+        return fma_rn(coef, s.z[part][word], start(word, weight));
+      });
+    } else if (t + 1 == count) {
+      write([&](int part, int word, float) {
+        return fma_rn(coef, s.z[part][word], s.sum[part][word]);
+      });
     } else {
-      for (int i = begin; i < end; ++i) finish(i, in.get(i), fma_rn(coef, s.z[i], s.sum[i]));
+      for (int part = 0; part < parts; ++part) {
+        for (int word = 0; word < kWords<dtype>; ++word) {
+          const float before = t == 0 ? start(word, in.get(part, word)) : s.sum[part][word];
+          s.sum[part][word] = fma_rn(coef, s.z[part][word], before);
+        }
+      }
     }
   }
   if (count == 0) {
-    for (int i = begin; i < end; ++i) {
-      const float weight = in.get(i);
-      finish(i, weight, start(i, weight));
-    }
+    write([&](int, int word, float weight) { return start(word, weight); });
   }
 }
 
 template <DType dtype, bool stochastic>
-inline void add_tile(const Prepared& prepared, const Segment& segment, int64_t tile, Scratch& s) {
-  const int64_t start = tile * kTile;
-  const int begin = static_cast<int>(segment.offset > start ? segment.offset - start : 0);
-  const int64_t left = segment.offset + segment.numel - start;
-  const int end = static_cast<int>(left < kTile ? left : kTile);
-  const int64_t shift = start - segment.offset;
-  const Stored<dtype> src{reinterpret_cast<Storage<dtype>*>(segment.src) + shift};
-  const Stored<dtype> dst{reinterpret_cast<Storage<dtype>*>(segment.dst) + shift};
+inline void add_whole_tile(const Prepared& prepared, const Segment& segment, int64_t tile,
+                           uint32_t* src, uint32_t* dst, Scratch<dtype>& s) {
   const Stream stream(static_cast<uint64_t>(segment.stream));
   const float* coefs = prepared.program.coefs + segment.group * prepared.program.terms;
   const std::vector<Prepared::Round>& rounds = prepared.groups[segment.group];
-
-  // The next tile's weights travel while this one's noise is made; a prefetch never faults.
-  for (int i = 0; i < kTile; i += 64 / sizeof(*src.at)) __builtin_prefetch(src.at + kTile + i, 1);
-
+  const Stored<dtype> from{src}, to{dst};
   if (rounds.size() == 1) {
-    add_round<dtype, stochastic>(prepared, rounds[0], coefs, tile, stream, begin, end, src, dst, s);
+    add_round<dtype, stochastic>(prepared, rounds[0], coefs, tile, stream, from, to, s);
     return;
   }
-  for (int i = begin; i < end; ++i) s.weights[i] = src.get(i);
-  const Buffered buffer{s.weights};
-  for (const Prepared::Round& round : rounds) {
-    add_round<dtype, stochastic>(prepared, round, coefs, tile, stream, begin, end, buffer, buffer,
-                                 s);
+  const Buffered<dtype> buffer{s.weights};
+  for (int word = 0; word < kWords<dtype>; ++word) {
+    float values[kParts<dtype>];
+    for (int part = 0; part < kParts<dtype>; ++part) values[part] = from.get(part, word);
+    buffer.set(word, values);
   }
-  for (int i = begin; i < end; ++i) dst.set(i, s.weights[i]);
+  for (const Prepared::Round& round : rounds) {
+    add_round<dtype, stochastic>(prepared, round, coefs, tile, stream, buffer, buffer, s);
+  }
+  for (int word = 0; word < kWords<dtype>; ++word) {
+    float values[kParts<dtype>];
+    for (int part = 0; part < kParts<dtype>; ++part) values[part] = buffer.get(part, word);
+    to.set(word, values);
+  }
+}
+
+// The elements of a tile that belong to the segment: all of them, or, at its two ends, a copy.
+template <DType dtype, bool stochastic>
+inline void add_tile(const Prepared& prepared, const Segment& segment, int64_t tile) {
+  Scratch<dtype> s;
+  constexpr int64_t kSize = 4 / kParts<dtype>;  // bytes an element
+  const int64_t start = tile * kTile;
+  const int64_t begin = segment.offset > start ? segment.offset - start : 0;
+  const int64_t left = segment.offset + segment.numel - start;
+  const int64_t end = left < kTile ? left : kTile;
+  char* src = reinterpret_cast<char*>(segment.src + (start - segment.offset) * kSize);
+  char* dst = reinterpret_cast<char*>(segment.dst + (start - segment.offset) * kSize);
+
+  if (begin == 0 && end == kTile) {
+    add_whole_tile<dtype, stochastic>(prepared, segment, tile, reinterpret_cast<uint32_t*>(src),
+                                      reinterpret_cast<uint32_t*>(dst), s);
+    return;
+  }
+  std::memset(s.edge, 0, sizeof s.edge);
+  char* edge = reinterpret_cast<char*>(s.edge);
+  std::memcpy(edge + begin * kSize, src + begin * kSize, (end - begin) * kSize);
+  add_whole_tile<dtype, stochastic>(prepared, segment, tile, s.edge, s.edge, s);
+  std::memcpy(dst + begin * kSize, edge + begin * kSize, (end - begin) * kSize);
 }
 
 }  // namespace ZORBA_ISA

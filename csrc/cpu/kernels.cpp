@@ -29,7 +29,7 @@ int64_t tile_count(const Segment& s) {
   return s.numel == 0 ? 0 : (s.offset + s.numel - 1) / kTile - first_tile(s) + 1;
 }
 
-using TileFunction = void (*)(const Prepared&, const Segment&, int64_t, Scratch&);
+using TileFunction = void (*)(const Prepared&, const Segment&, int64_t);
 
 template <bool stochastic>
 TileFunction tile_function(int64_t dtype) {
@@ -50,7 +50,6 @@ void add_noise(const Segment* segments, int64_t count, const Program& program, i
 
   parallel_for(total, kGrain, threads, [&](int64_t begin, int64_t end) {
     const FloatingPointState state;
-    Scratch scratch;
     int64_t at = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
     for (int64_t tile = begin; tile < end; ++tile) {
       while (tile >= ends[at]) ++at;
@@ -58,7 +57,7 @@ void add_noise(const Segment* segments, int64_t count, const Program& program, i
       const int64_t before = at == 0 ? 0 : ends[at - 1];
       const TileFunction add = program.stochastic ? tile_function<true>(segment.dtype)
                                                   : tile_function<false>(segment.dtype);
-      add(prepared, segment, first_tile(segment) + tile - before, scratch);
+      add(prepared, segment, first_tile(segment) + tile - before);
     }
   });
 }
@@ -69,16 +68,16 @@ void noise(float* out, int64_t numel, int64_t offset, uint64_t seed, uint64_t st
   const PhiloxKeys keys = philox_keys(seed);
   parallel_for(tile_count(run), kGrain, threads, [&](int64_t begin, int64_t end) {
     const FloatingPointState state;
-    alignas(64) float z[kTile];
+    alignas(64) float z[1][kTile];
     for (int64_t tile = first_tile(run) + begin; tile < first_tile(run) + end; ++tile) {
       if (gaussian) {
-        gaussian_tile(tile, Stream(stream), sample, keys, z);
+        gaussian_tile<1>(tile, Stream(stream), sample, keys, z);
       } else {
-        rademacher_tile(tile, Stream(stream), sample, keys, z);
+        rademacher_tile<1>(tile, Stream(stream), sample, keys, z);
       }
       const int64_t lo = std::max(tile * kTile, offset);
       const int64_t hi = std::min((tile + 1) * kTile, offset + numel);
-      std::memcpy(out + (lo - offset), z + (lo - tile * kTile), (hi - lo) * sizeof(float));
+      std::memcpy(out + (lo - offset), z[0] + (lo - tile * kTile), (hi - lo) * sizeof(float));
     }
   });
 }

@@ -1,7 +1,9 @@
 // Noise for one tile of 2048 consecutive elements, in plain loops that the compiler vectorises.
 //
-// Tiles are aligned to multiples of kTile in the whole parameter, so a tile always holds whole
-// Philox blocks; a run that starts or ends inside a tile uses part of it.
+// Tiles are aligned to multiples of kTile in the whole parameter, so a tile holds whole Philox
+// blocks. Values are laid out for the arithmetic that follows on 32-bit words of weights: a word
+// holds `parts` weights (1 of float32, 2 of 16 bits), and element e stands at
+// [e % parts][e / parts], so that vectors never have to be widened or narrowed.
 #pragma once
 
 #include "lanes.h"
@@ -13,44 +15,68 @@ constexpr int kTile = 2048;
 constexpr int kBlocks = kTile / kGaussianBlock;
 constexpr int kChunk = 64;  // blocks turned into normals at a time: their words stay in L1
 
+template <int parts>
 inline void gaussian_tile(int64_t tile, Stream stream, uint32_t sample, const PhiloxKeys& keys,
-                          float* z) {
+                          float (*z)[kTile / parts]) {
   alignas(64) uint32_t words[4][kChunk];
-  alignas(64) float pairs[8][kChunk];
+  alignas(64) float normals[8][kChunk];
   for (int chunk = 0; chunk < kBlocks; chunk += kChunk) {
     philox_words<kChunk>(static_cast<uint32_t>(tile * kBlocks + chunk), stream, sample, keys,
                          words);
     for (int j = 0; j < 4; ++j) {
       for (int i = 0; i < kChunk; ++i) {
         const Pair pair = box_muller(words[j][i]);
-        pairs[2 * j][i] = pair.first;
-        pairs[2 * j + 1][i] = pair.second;
+        normals[2 * j][i] = pair.first;
+        normals[2 * j + 1][i] = pair.second;
       }
     }
-    float* out = z + chunk * kGaussianBlock;
-    for (int i = 0; i < kChunk; ++i) {
-      for (int e = 0; e < 8; ++e) out[8 * i + e] = pairs[e][i];
+    constexpr int kRun = kGaussianBlock / parts;
+    for (int part = 0; part < parts; ++part) {
+      float* out = z[part] + chunk * kRun;
+      for (int i = 0; i < kChunk; ++i) {
+        for (int e = 0; e < kRun; ++e) out[kRun * i + e] = normals[parts * e + part][i];
+      }
     }
   }
 }
 
+// Signs are made in vectors of the processor's width: a loop over the bits of a word is so short that
+// the compiler would unroll it to scalars.
+constexpr int kWide = 2 * kLanes;
+typedef uint32_t WideBits __attribute__((vector_size(4 * kWide)));
+typedef float WideFloats __attribute__((vector_size(4 * kWide)));
+
+template <int parts>
 inline void rademacher_tile(int64_t tile, Stream stream, uint32_t sample, const PhiloxKeys& keys,
-                            float* z) {
+                            float (*z)[kTile / parts]) {
   constexpr int kCalls = kTile / kRademacherBlock;
+  constexpr int kRun = 32 / parts;        // elements of a word in each part
+  constexpr int kVectors = kRun / kWide;  // vectors they fill
   alignas(64) uint32_t words[4][kCalls];
   philox_words<kCalls>(static_cast<uint32_t>(tile * kCalls), stream, sample, keys, words);
+  WideBits masks[parts][kVectors];
+  for (int part = 0; part < parts; ++part) {
+    for (int i = 0; i < kRun; ++i) masks[part][i / kWide][i % kWide] = 1u << (parts * i + part);
+  }
+  const WideFloats one = WideFloats{} + 1.0f;
   for (int i = 0; i < kCalls; ++i) {
     for (int j = 0; j < 4; ++j) {
-      const uint32_t word = words[j][i];
-      float* out = z + (4 * i + j) * 32;
-      for (int bit = 0; bit < 32; ++bit) out[bit] = rademacher(word, bit);
+      const WideBits word = WideBits{} + words[j][i];
+      for (int part = 0; part < parts; ++part) {
+        float* out = z[part] + (4 * i + j) * kRun;
+        for (int v = 0; v < kVectors; ++v) {
+          const WideFloats signs = (word & masks[part][v]) != 0 ? -one : one;
+          std::memcpy(out + v * kWide, &signs, sizeof signs);
+        }
+      }
     }
   }
 }
 
-// Rounding bits of a tile: 16 for each element, and its block's dither.
-inline void rounding_tile(int64_t tile, Stream stream, const PhiloxKeys& keys, uint32_t* random16,
-                          float* dither) {
+// Rounding bits of a tile of 16-bit weights, for each pair of elements: 16 bits of the first in the
+// low half and of the second in the high half, and the dither of their block.
+inline void rounding_tile(int64_t tile, Stream stream, const PhiloxKeys& keys,
+                          uint32_t (&random)[kTile / 2], float (&dither)[kTile / 2]) {
   alignas(64) uint32_t words[4][kBlocks / 2];
   philox_words<kBlocks / 2>(rounding_counter(static_cast<uint32_t>(tile * kBlocks)), stream,
                             kRoundingDomain, keys, words);
@@ -58,14 +84,18 @@ inline void rounding_tile(int64_t tile, Stream stream, const PhiloxKeys& keys, u
     for (int group = 0; group < kBlocks / 64; ++group) {
       const uint32_t* first = words[2 * half] + 32 * group;
       const uint32_t* second = words[2 * half + 1] + 32 * group;
-      uint32_t* bits = random16 + (64 * group + 32 * half) * kGaussianBlock;
-      float* shift = dither + (64 * group + 32 * half) * kGaussianBlock;
+      const int start = (64 * group + 32 * half) * kGaussianBlock / 2;
+      uint32_t* bits = random + start;
+      float* shift = dither + start;
       for (int i = 0; i < 32; ++i) {
-        for (int e = 0; e < 8; ++e) bits[8 * i + e] = rounding_bits(first[i], second[i], e);
+        for (int e = 0; e < 4; ++e) {
+          bits[4 * i + e] = rounding_bits(first[i], second[i], 2 * e) |
+                            rounding_bits(first[i], second[i], 2 * e + 1) << 16;
+        }
       }
       for (int i = 0; i < 32; ++i) {
         const float block_dither = rounding_dither(first[i], second[i]);
-        for (int e = 0; e < 8; ++e) shift[8 * i + e] = block_dither;
+        for (int e = 0; e < 4; ++e) shift[4 * i + e] = block_dither;
       }
     }
   }

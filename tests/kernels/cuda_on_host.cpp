@@ -1,5 +1,5 @@
-// The code that a warp runs on the GPU (csrc/cuda/warp.h), compiled for the host: 32 lanes in a loop.
-// tests/kernels/test_cuda_host.py builds it and compares it with the reference bit for bit.
+// The code that a warp runs on the GPU (csrc/cuda/warp.h), compiled for the host: 32 lanes in a
+// loop. tests/kernels/test_cuda_host.py builds it and compares it with the reference bit for bit.
 #include <vector>
 
 #include "../../csrc/cuda/warp.h"
@@ -26,8 +26,7 @@ void run(const Table& table, const Program& program) {
         case DType::kFloat16:
           add_to_tile<DType::kFloat16, gaussian, stochastic>(program, s, tile, signs);
           break;
-        default:
-          add_to_tile<DType::kFloat32, gaussian, false>(program, s, tile, signs);
+        default: add_to_tile<DType::kFloat32, gaussian, false>(program, s, tile, signs);
       }
     }
   }
@@ -54,8 +53,10 @@ extern "C" void add_noise(const Segment* segments, int64_t count, const uint64_t
   for (int64_t i = 0; i < count; ++i) ends[i] = tiles += tile_count(segments[i]);
   const Table table{segments, ends.data(), count, tiles};
   if (as_single) {
-    Single single{philox_keys(seeds[0]), philox_keys(rounding_seeds[0]),
-                  static_cast<uint32_t>(samples[0]), {}};
+    Single single{philox_keys(seeds[0]),
+                  philox_keys(rounding_seeds[0]),
+                  static_cast<uint32_t>(samples[0]),
+                  {}};
     for (int64_t g = 0; g < groups; ++g) single.steps[g] = {coefs[g], decays[g]};
     choose(table, single, gaussian, stochastic);
     return;
@@ -71,7 +72,11 @@ extern "C" void add_noise(const Segment* segments, int64_t count, const uint64_t
                 static_cast<int32_t>(round_ends[r]),
                 {}};
   }
-  const Many many{term.data(),           round.data(), coefs, decays, static_cast<int32_t>(terms),
+  const Many many{term.data(),
+                  round.data(),
+                  coefs,
+                  decays,
+                  static_cast<int32_t>(terms),
                   static_cast<int32_t>(rounds)};
   choose(table, many, gaussian, stochastic);
 }

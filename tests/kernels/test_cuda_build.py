@@ -34,7 +34,7 @@ def table():
 
 
 def test_registered_first():
-    assert [row.name for row in zk.backends()][0] == "cuda"
+    assert next(row.name for row in zk.backends()) == "cuda"
 
 
 @built
@@ -141,7 +141,7 @@ def broken_nvcc(tmp_path, script):
 
 
 @pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="no source tree")
-@pytest.mark.parametrize("script", ["exit 1", 'echo \'#$ LIBRARIES= "-L/nowhere"\' >&2', None])
+@pytest.mark.parametrize("script", ["exit 1", "echo '#$ LIBRARIES= \"-L/nowhere\"' >&2", None])
 def test_a_broken_nvcc(tmp_path, script):
     """It must not fail an ordinary installation, and must fail one that asks for CUDA."""
     nvcc = tmp_path / "missing" if script is None else broken_nvcc(tmp_path, script)

@@ -75,9 +75,7 @@ def check(kernel, weights, program_of, offsets=None, groups=None, singles=(False
     table = zk.ParamTable(weights, groups=groups, offsets=offsets)
     program = program_of(table.num_groups)
     expected = {n: torch.empty_like(w) for n, w in weights.items()}
-    reference.add_noise(
-        table, zk.ParamTable(expected, groups=groups, offsets=offsets), program
-    )
+    reference.add_noise(table, zk.ParamTable(expected, groups=groups, offsets=offsets), program)
     for single in singles:
         results = {n: torch.full_like(w, torch.nan) for n, w in weights.items()}
         out = zk.ParamTable(results, groups=groups, offsets=offsets)
@@ -86,7 +84,9 @@ def check(kernel, weights, program_of, offsets=None, groups=None, singles=(False
             assert_same_bits(tensor, expected[name])
     for single in singles:
         spare = 8  # the surroundings must keep their bits
-        padded = {n: torch.full((w.numel() + 2 * spare,), 7.0, dtype=w.dtype) for n, w in weights.items()}
+        padded = {
+            n: torch.full((w.numel() + 2 * spare,), 7.0, dtype=w.dtype) for n, w in weights.items()
+        }
         copies = {n: p[spare:-spare] for n, p in padded.items()}
         for name, copy in copies.items():
             copy.copy_(weights[name])
@@ -175,4 +175,6 @@ def test_special_values(kernel, rng, dtype, rounding):
                     rng.integers(terms), None, [1] * terms,
                 )  # fmt: skip
 
-            check(kernel, {"w": weights}, program, singles=(True, False) if terms == 1 else (False,))
+            check(
+                kernel, {"w": weights}, program, singles=(True, False) if terms == 1 else (False,)
+            )

@@ -1,0 +1,51 @@
+// The values themselves: z(seed, stream, sample, offset + i) as float32.
+#include "launch.h"
+
+namespace zorba {
+namespace cuda {
+namespace {
+
+using device::kGaussianBlock;
+using device::kLanes;
+
+// A lane makes the 8 elements of a block; a piece of work is 32 blocks.
+template <bool gaussian>
+__global__ void __launch_bounds__(kThreads)
+    noise_values(float* out, int64_t numel, int64_t offset, device::Stream stream, uint32_t sample,
+                 const __grid_constant__ device::PhiloxKeys keys, int64_t pieces) {
+  const int64_t first_block = offset / kGaussianBlock;
+  for (int64_t piece = first_piece(); piece < pieces; piece += piece_step()) {
+    const int64_t block = first_block + piece * kLanes + threadIdx.x % kLanes;
+    const int64_t start = block * kGaussianBlock - offset;
+    if (start >= numel) continue;
+    float z[kGaussianBlock];
+    device::noise_block<gaussian>(static_cast<uint32_t>(block), stream, sample, keys, z);
+    const bool whole = start >= 0 && start + kGaussianBlock <= numel &&
+                       reinterpret_cast<uintptr_t>(out + start) % 16 == 0;
+    if (whole) {
+      __stcs(reinterpret_cast<float4*>(out + start), make_float4(z[0], z[1], z[2], z[3]));
+      __stcs(reinterpret_cast<float4*>(out + start + 4), make_float4(z[4], z[5], z[6], z[7]));
+      continue;
+    }
+#pragma unroll
+    for (int e = 0; e < kGaussianBlock; ++e) {
+      if (start + e >= 0 && start + e < numel) out[start + e] = z[e];
+    }
+  }
+}
+
+}  // namespace
+
+void noise(const Where& where, uintptr_t out, int64_t numel, int64_t offset, uint64_t seed,
+           uint64_t stream, uint32_t sample, bool gaussian) {
+  if (numel == 0) return;
+  const int64_t blocks = (offset + numel - 1) / kGaussianBlock - offset / kGaussianBlock + 1;
+  const int64_t pieces = (blocks + kLanes - 1) / kLanes;
+  const device::Stream halves{static_cast<uint32_t>(stream), static_cast<uint32_t>(stream >> 32)};
+  launch(where, "noise", pieces, kThreads, gaussian ? noise_values<true> : noise_values<false>,
+         reinterpret_cast<float*>(out), numel, offset, halves, sample, device::philox_keys(seed),
+         pieces);
+}
+
+}  // namespace cuda
+}  // namespace zorba

@@ -2,6 +2,7 @@
 # make demo      fine-tune SmolLM2-135M as a federation of 8 clients, about 4 minutes
 # make test      run the tests
 # make bench     measure the kernels against MeZO's own pass
+# make sass      count the issue slots of the CUDA kernels in their machine code (needs nvcc)
 # make lint      ruff, mypy, clang-format
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: install demo test bench lint format clean
+.PHONY: install demo test bench sass lint format clean
 
 install: $(VENV)/.installed
 
@@ -32,6 +33,9 @@ test: install
 
 bench: install
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/latest.json
+
+sass: install
+	$(BIN)/python benchmarks/sass.py
 
 lint: install
 	$(BIN)/ruff check .

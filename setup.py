@@ -24,12 +24,12 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CXX_FLAGS = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -pthread "
+CXX_FLAGS = [
+    *["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"],
     # Equal bits on every instruction set: no contraction into FMA behind our back.
-    "-ffp-contract=off -fno-math-errno -fno-trapping-math"
-).split()
-# Baseline first: code that several objects share (std templates) is taken from the first one linked.
+    *["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
+]
+# Baseline first: the linker takes code that objects share (std templates) from the first of them.
 ISA_FLAGS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma"]
@@ -118,6 +118,7 @@ class NinjaBuild(build_ext):
     """Writes one build.ninja, runs it and imports the result."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Compiles, links and imports the extension."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         work = Path(self.build_temp).resolve()
         work.mkdir(parents=True, exist_ok=True)
@@ -130,6 +131,7 @@ class NinjaBuild(build_ext):
         subprocess.run([sys.executable, "-c", check, str(target)], check=True)
 
     def rules(self, target: Path) -> str:
+        """The text of build.ninja."""
         import pybind11
 
         cuda = cuda_toolchain()

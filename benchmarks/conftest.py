@@ -60,9 +60,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         plain = next((m for m in members if "plain" in m.name), None)
         mezo = next((m for m in members if "mezo" in m.name), None)
         write("")
-        write(
-            f"{group}   ({members[0].extra_info['cpu']}, {members[0].extra_info['threads']} threads)"
-        )
+        info = members[0].extra_info
+        write(f"{group}   ({info['cpu']}, {info['threads']} threads)")
         write(f"{'pass':44}{'ns/weight':>10}{'GB/s':>8}{'x MeZO':>9}{'of plain':>10}")
         for m in members:
             faster = f"{mezo.median / m.median:9.1f}" if mezo else f"{'':9}"

@@ -1,5 +1,6 @@
 // Python binding: raw addresses and sizes in, no torch headers. The callers in
-// zorba_kernels/backends check every argument; here only what would corrupt memory is checked again.
+// zorba_kernels/backends check every argument; here only what would corrupt memory is checked
+// again.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -51,33 +52,33 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [](const std::string& isa) { return std::string(kernels_for(isa).isa); });
   m.def("cpu_runs", &runs);
 
-  m.def("cpu_add_noise",
-        [](const std::string& isa, int threads, uintptr_t segments, int64_t count, uintptr_t seeds,
-           uintptr_t samples, uintptr_t coefs, uintptr_t decays, int64_t terms,
-           uintptr_t round_ends, uintptr_t rounding_seeds, int64_t rounds, bool gaussian, bool stochastic) {
-          const zorba::Kernels& kernels = kernels_for(isa);
-          const zorba::Program program{at<uint64_t>(seeds),
-                                       at<uint32_t>(samples),
-                                       at<float>(coefs),
-                                       terms,
-                                       at<float>(decays),
-                                       at<int64_t>(round_ends),
-                                       at<uint64_t>(rounding_seeds),
-                                       rounds,
-                                       gaussian,
-                                       stochastic};
-          py::gil_scoped_release release;
-          kernels.add_noise(at<zorba::Segment>(segments), count, program, threads);
-        });
-
-  m.def("cpu_noise", [](const std::string& isa, int threads, uintptr_t out, int64_t numel,
-                        int64_t offset, uint64_t seed, uint64_t stream, uint32_t sample,
-                        bool gaussian) {
+  m.def("cpu_add_noise", [](const std::string& isa, int threads, uintptr_t segments, int64_t count,
+                            uintptr_t seeds, uintptr_t samples, uintptr_t coefs, uintptr_t decays,
+                            int64_t terms, uintptr_t round_ends, uintptr_t rounding_seeds,
+                            int64_t rounds, bool gaussian, bool stochastic) {
     const zorba::Kernels& kernels = kernels_for(isa);
+    const zorba::Program program{at<uint64_t>(seeds),
+                                 at<uint32_t>(samples),
+                                 at<float>(coefs),
+                                 terms,
+                                 at<float>(decays),
+                                 at<int64_t>(round_ends),
+                                 at<uint64_t>(rounding_seeds),
+                                 rounds,
+                                 gaussian,
+                                 stochastic};
     py::gil_scoped_release release;
-    kernels.noise(reinterpret_cast<float*>(out), numel, offset, seed, stream, sample, gaussian,
-                  threads);
+    kernels.add_noise(at<zorba::Segment>(segments), count, program, threads);
   });
+
+  m.def("cpu_noise",
+        [](const std::string& isa, int threads, uintptr_t out, int64_t numel, int64_t offset,
+           uint64_t seed, uint64_t stream, uint32_t sample, bool gaussian) {
+          const zorba::Kernels& kernels = kernels_for(isa);
+          py::gil_scoped_release release;
+          kernels.noise(reinterpret_cast<float*>(out), numel, offset, seed, stream, sample,
+                        gaussian, threads);
+        });
 
   m.def("cpu_fingerprint",
         [](const std::string& isa, int threads, uintptr_t segments, int64_t count) {

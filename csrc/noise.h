@@ -132,8 +132,8 @@ struct Pair {
 
 // Two standard normals from one word, by Box-Muller. Bits 0-15 give the radius, 16-30 the angle in
 // (-pi/2, pi/2), 31 the sign of both. In units that make every constant exact to build:
-//   s = -log2((k + 1/2) / 2^16)      exponent and mantissa of the float k + 1/2, a quartic for the rest
-//   r = sqrt(s)                      integer seed for 1/sqrt(s), then a quadratic correction
+//   s = -log2((k + 1/2) / 2^16)      exponent and mantissa of the float k + 1/2, a quartic for the
+//   rest r = sqrt(s)                      integer seed for 1/sqrt(s), then a quadratic correction
 //   z = r * sqrt(2 ln 2) * (cos, sin)(pi * x)   x = (a + 1/2) / 2^15 - 1/2, minimax polynomials
 // Measured over all 2^32 words: |variance - 1| < 2e-5, |kurtosis - 3| < 2e-4, KS distance 3.2e-5.
 ZORBA_HD Pair box_muller(uint32_t word) {
@@ -143,7 +143,8 @@ ZORBA_HD Pair box_muller(uint32_t word) {
   float g = fma_rn(m, 0x1.43e25cp-4f, -0x1.42d802p-1f);
   g = fma_rn(m, g, 0x1.0b7faap+1f);
   g = fma_rn(m, g, -0x1.8553ecp+1f);
-  const float line = fma_rn(static_cast<float>(static_cast<int32_t>(u_bits)), -0x1p-23f, 144.5031745f);
+  const float line =
+      fma_rn(static_cast<float>(static_cast<int32_t>(u_bits)), -0x1p-23f, 144.5031745f);
   const float s = fma_rn(m, g, line);
 
   const float y = as_float(0x5F3759DFu - (as_bits(s) >> 1));
@@ -152,7 +153,8 @@ ZORBA_HD Pair box_muller(uint32_t word) {
   const float p = fma_rn(v, fma_rn(v, 0x1.808ae0p-2f, -0x1.408d50p+0f), 0x1.e06a9cp+0f);
   const float r = as_float(as_bits(t * p) ^ (word & 0x80000000u));
 
-  const float x = as_float(masked_or<0xFFFEu, 0x4A800000u>(word >> 15)) - 4210687.5f;  // 2^15 x, exact
+  const float x =
+      as_float(masked_or<0xFFFEu, 0x4A800000u>(word >> 15)) - 4210687.5f;  // 2^15 x, exact
   const float xx = x * x;
   float c = fma_rn(xx, -0x1.705eaep-90f, 0x1.308724p-58f);
   c = fma_rn(xx, c, -0x1.73cb0cp-28f);
@@ -176,8 +178,8 @@ enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 ZORBA_HD uint32_t rounding_counter(uint32_t block) { return ((block >> 6) << 5) | (block & 31u); }
 ZORBA_HD uint32_t rounding_half(uint32_t block) { return (block >> 5) & 1u; }
 
-// 16 uniform bits for element `e` (0-7) of a block with rounding words (first, second): the element's
-// own byte on top, the next byte of the same word below.
+// 16 uniform bits for element `e` (0-7) of a block with rounding words (first, second): the
+// element's own byte on top, the next byte of the same word below.
 ZORBA_HD uint32_t rounding_bits(uint32_t first, uint32_t second, int e) {
   const uint32_t word = e < 4 ? first : second;
   const int own = 8 * (e & 3);
@@ -185,16 +187,17 @@ ZORBA_HD uint32_t rounding_bits(uint32_t first, uint32_t second, int e) {
   return (((word >> own) & 0xFFu) << 8) | ((word >> next) & 0xFFu);
 }
 
-// Dither of a block, uniform in +-2^-23. Without it an update below half a float32 ulp of the weight
-// would be lost before the random bits are added.
+// Dither of a block, uniform in +-2^-23. Without it an update below half a float32 ulp of the
+// weight would be lost before the random bits are added.
 ZORBA_HD float rounding_dither(uint32_t first, uint32_t second) {
   return static_cast<float>(static_cast<int32_t>(first + second)) * 0x1p-54f;
 }
 
 // Where the accumulator of a stochastic update starts: the dither, uniform over a whole number (one
-// or two) of the steps on which weight + sum will land, so that the rounding of that sum is unbiased
-// too. The scale is the weight's power of two with the last exponent bit cleared, which leaves it
-// finite for an infinite weight. A float16 below 2^-14 lands on steps of 2^-37 (see round_stochastic).
+// or two) of the steps on which weight + sum will land, so that the rounding of that sum is
+// unbiased too. The scale is the weight's power of two with the last exponent bit cleared, which
+// leaves it finite for an infinite weight. A float16 below 2^-14 lands on steps of 2^-37 (see
+// round_stochastic).
 template <DType dtype>
 ZORBA_HD float rounding_start(float weight, float dither) {
   uint32_t scale = as_bits(weight) & 0x7F000000u;

@@ -38,9 +38,9 @@ def add_noise_(
     """Adds a linear combination of seeded noises to every tensor of the table, in place.
 
     ``w <- round(w - decay * w + sum_k coefs[group, k] * z(seeds[k], stream, samples[k], .))``, the
-    sum in float32 in the order of k, each weight read once and written once. Perturbing, restoring and
-    updating of zeroth-order methods are calls of it (MeZO, arXiv 2305.17333, algorithm 1). A term
-    whose coefficient is 0 is skipped; a group whose decay and coefficients of a round are all 0
+    sum in float32 in the order of k, each weight read once and written once. Perturbing, restoring
+    and updating of zeroth-order methods are calls of it (MeZO, arXiv 2305.17333, algorithm 1).
+    A term whose coefficient is 0 is skipped; a group whose decay and coefficients of a round are 0
     keeps its bits.
 
     Args:

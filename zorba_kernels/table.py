@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -258,7 +259,7 @@ def _refuse_overlap(entries: list[Entry]) -> None:
                 (t.device, t.data_ptr(), t.data_ptr() + reach * t.element_size(), entry.name)
             )
     spans.sort(key=lambda s: (str(s[0]), s[1]))
-    for before, after in zip(spans, spans[1:], strict=False):
+    for before, after in itertools.pairwise(spans):
         if before[0] == after[0] and after[1] < before[2]:
             raise ValueError(
                 f"{before[3]!r} and {after[3]!r} overlap in memory without being the same tensor"

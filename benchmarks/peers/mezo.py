@@ -1,6 +1,7 @@
-"""MeZO's pass over the weights, as published (github.com/princeton-nlp/MeZO, large_models/trainer.py).
+"""MeZO's pass over the weights, as published.
 
-``zo_perturb_parameters`` seeds torch's generator and adds ``scaling_factor * z * eps`` to each
+From github.com/princeton-nlp/MeZO, large_models/trainer.py: ``zo_perturb_parameters`` seeds
+torch's generator and adds ``scaling_factor * z * eps`` to each
 parameter, with z of ``torch.normal``.
 """
 

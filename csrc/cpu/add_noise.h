@@ -1,5 +1,5 @@
-// w <- round(w - decay * w + sum_k coef[group, k] * z(seed_k, stream, sample_k, .)), rounds in order,
-// one pass.
+// w <- round(w - decay * w + sum_k coef[group, k] * z(seed_k, stream, sample_k, .)), rounds in
+// order, one pass.
 #pragma once
 
 #include <algorithm>

@@ -48,8 +48,9 @@ namespace avx512 {
 extern const Kernels kKernels;
 }
 
-// The kernels for `isa` ("avx512", "avx2", "baseline"), or the best this processor runs for an empty
-// string; null when the name is unknown, was not built, or the processor lacks the instructions.
+// The kernels for `isa` ("avx512", "avx2", "baseline"), or the best this processor runs for an
+// empty string; null when the name is unknown, was not built, or the processor lacks the
+// instructions.
 const Kernels* find_kernels(const char* isa);
 
 }  // namespace zorba

@@ -1,5 +1,5 @@
-// Philox over many counters at once. A 32-bit counter word sits in the low half of each 64-bit lane,
-// which is what the widening multiply of x86 reads; the high half is never looked at.
+// Philox over many counters at once. A 32-bit counter word sits in the low half of each 64-bit
+// lane, which is what the widening multiply of x86 reads; the high half is never looked at.
 #pragma once
 
 #if defined(__SSE2__)
@@ -46,8 +46,8 @@ struct Stream {
       : lo(static_cast<uint32_t>(stream)), hi(static_cast<uint32_t>(stream >> 32)) {}
 };
 
-// words[j][i] is word j of Philox block `first + i`. Same results as philox4x32, several vectors at a
-// time so that their multiplies overlap.
+// words[j][i] is word j of Philox block `first + i`. Same results as philox4x32, several vectors at
+// a time so that their multiplies overlap.
 template <int count>
 inline void philox_words(uint32_t first, Stream stream, uint32_t sample, const PhiloxKeys& keys,
                          uint32_t (*words)[count]) {

@@ -90,8 +90,8 @@ Pool& pool() {
 
 }  // namespace
 
-void parallel_for(int64_t count, int64_t grain, int threads,
-                  void (*task)(void*, int64_t, int64_t), void* context) {
+void parallel_for(int64_t count, int64_t grain, int threads, void (*task)(void*, int64_t, int64_t),
+                  void* context) {
   if (count <= 0) return;
   Job job{count, grain, task, context};
   const int64_t pieces = (count + grain - 1) / grain;

@@ -40,8 +40,8 @@ inline void gaussian_tile(int64_t tile, Stream stream, uint32_t sample, const Ph
   }
 }
 
-// Signs are made in vectors of the processor's width: a loop over the bits of a word is so short that
-// the compiler would unroll it to scalars.
+// Signs are made in vectors of the processor's width: a loop over the bits of a word is so short
+// that the compiler would unroll it to scalars.
 constexpr int kWide = 2 * kLanes;
 typedef uint32_t WideBits __attribute__((vector_size(4 * kWide)));
 typedef float WideFloats __attribute__((vector_size(4 * kWide)));

@@ -36,7 +36,7 @@ def demo(
     pool: Annotated[int, typer.Option(min=2, help="Sentences that each client trains on.")] = 32,
     alpha: Annotated[float, typer.Option(help="Dirichlet concentration of the split.")] = 0.5,
     out: Annotated[Path, typer.Option(help="Folder for summary and pictures.")] = Path("runs/demo"),
-    cache: Annotated[Path, typer.Option(help="Folder for the model and the data.")] = Path(".cache"),
+    cache: Annotated[Path, typer.Option(help="Folder for model and data.")] = Path(".cache"),
 ) -> None:
     """Fine-tune SmolLM2-135M on film reviews, as a federation of 8 clients in one process.
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
 from zorba.hf import extend_prefix, find_blocks, run_prefix, run_suffix
 
 SMALL = {
@@ -25,7 +24,10 @@ SMALL = {
     "pad_token_id": 0,
 }
 
-DECODERS = "llama qwen2 qwen3 gemma3_text phi mistral mixtral olmo2 smollm3 gpt_neox bloom falcon opt gpt2 mamba"
+DECODERS = (
+    "llama qwen2 qwen3 gemma3_text phi mistral mixtral olmo2 smollm3 gpt_neox bloom falcon opt "
+    "gpt2 mamba"
+)
 ENCODERS = "bert roberta modernbert deberta-v2 electra vit"
 PAIRS = "t5 bart whisper"
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 
 @pytest.fixture(autouse=True)
-def one_thread(threads: None) -> Iterator[None]:
+def one_thread(threads: None) -> None:
     torch.set_num_threads(1)
-    yield

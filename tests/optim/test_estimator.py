@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
+from zorba.optim import NoiseTerms, finite_differences
 
 import zorba_kernels as zk
-from zorba.optim import NoiseTerms, finite_differences
 
 SIZE = 64
 

@@ -8,9 +8,6 @@ import signal
 import pytest
 import torch
 from torch import Tensor, nn
-
-import zorba_kernels as zk
-from tests.optim.models import Adapter, Tied, batch, loss_of, same_bits, snapshot
 from zorba import ZerothOrderSGD
 from zorba.optim import (
     InplacePlacement,
@@ -19,6 +16,9 @@ from zorba.optim import (
     UnreachedParameterError,
     active_table,
 )
+
+import zorba_kernels as zk
+from tests.optim.models import Adapter, Tied, batch, loss_of, same_bits, snapshot
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -120,7 +120,7 @@ class _Breaks(nn.Module):
 def test_a_closure_that_raises_leaves_the_weights(
     at: int, error: type[BaseException], placement: str, generator: torch.Generator
 ) -> None:
-    """The failing module sits between two layers, so the first of them is perturbed when it fails."""
+    """The failing module sits between two layers: the first has been perturbed when it fails."""
     model = nn.Sequential(nn.Linear(6, 6), _Breaks(error, at), nn.Linear(6, 6))
     before = snapshot(model)
     x = torch.randn(2, 6, generator=generator)
@@ -164,12 +164,16 @@ def test_an_interrupt_during_a_pass_is_delivered_after_it(monkeypatch: pytest.Mo
         add(*arguments)  # type: ignore[arg-type]
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(placement, "_add", interrupted)
-    with pytest.raises(KeyboardInterrupt), placement.session():
-        try:
-            placement.move_to(NoiseTerms.single(1, 0, [1.0]))
-        finally:
-            monkeypatch.setattr(placement, "_add", add)
+    def perturb() -> None:
+        with placement.session():
+            monkeypatch.setattr(placement, "_add", interrupted)
+            try:
+                placement.move_to(NoiseTerms.single(1, 0, [1.0]))
+            finally:
+                monkeypatch.setattr(placement, "_add", add)
+
+    with pytest.raises(KeyboardInterrupt):
+        perturb()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), before[name], rtol=0, atol=1e-6)
 

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 from torch import nn
+from zorba import ZerothOrderSGD
+from zorba.optim import active_table, step_seed
 
 import zorba_kernels as zk
 from tests.optim.models import Tied, batch, loss_of, same_bits, snapshot
-from zorba import ZerothOrderSGD
-from zorba.optim import active_table, step_seed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -131,7 +131,9 @@ def test_schedulers_change_the_learning_rate(generator: torch.Generator) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weight_decay_shrinks_by_lr_times_decay(dtype: torch.dtype, generator: torch.Generator) -> None:
+def test_weight_decay_shrinks_by_lr_times_decay(
+    dtype: torch.dtype, generator: torch.Generator
+) -> None:
     """A flat loss leaves decay alone to act: 1,000 steps of 1e-4 multiply by (1 - 1e-4)^1000."""
     model = nn.Linear(64, 64, bias=False).to(dtype)
     before = model.weight.detach().float().clone()

@@ -73,7 +73,7 @@ def plan(model: nn.Module, blocks: list[Block], settings: DemoSettings) -> Block
     room = trainable[0].nbytes
     fixed = memory.fixed_bytes(list(CLIENTS))
     budgets = {
-        name: base + min(count, len(trainable)) * room
+        name: base + (2 * min(count, len(trainable)) + 1) * room // 2  # half a block to spare
         for (name, count), base in zip(CLIENTS.items(), fixed, strict=True)
     }
     return plan_blocks(memory, budgets)
@@ -99,9 +99,7 @@ def build(
     """
     blocks = find_blocks(model)
     if not 1 <= settings.trainable <= len(blocks):
-        raise ValueError(
-            f"trainable is {settings.trainable}; the model has {len(blocks)} blocks"
-        )
+        raise ValueError(f"trainable is {settings.trainable}; the model has {len(blocks)} blocks")
     chosen = plan(model, blocks, settings)
     trainable = blocks[-settings.trainable :]
     door = trainable[0].module

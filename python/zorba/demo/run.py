@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from zorba.demo import build, machine, packages
+from zorba.demo import build, data, machine, packages
 from zorba.demo.report import Curves, print_summary, write_files
 from zorba.demo.settings import APART, DemoSettings
 from zorba.demo.task import Score
@@ -35,7 +35,7 @@ def run_demo(settings: DemoSettings, console: Console | None = None) -> dict[str
     began = time.perf_counter()
     model, tokenizer = _load(folder)
     parts, evaluation = build.read_data(settings, reviews, sst2, tokenizer)
-    answers = [tokenizer(answer)["input_ids"][0] for answer in build.data.ANSWERS]
+    answers = [tokenizer(answer)["input_ids"][0] for answer in data.ANSWERS]
 
     stages.say("plan, replicas, and the frozen blocks' output for every sentence (once)")
     batches = len(evaluation) + len(parts) * settings.pool // settings.batch_size
@@ -62,7 +62,8 @@ class _Stages:
         self._began = time.perf_counter()
 
     def say(self, text: str) -> None:
-        self._console.print(f"[{time.perf_counter() - self._began:6.1f} s] {text}", highlight=False)
+        seconds = time.perf_counter() - self._began
+        self._console.print(f"[{seconds:6.1f} s] {text}", highlight=False)
 
 
 class _Run:
@@ -85,9 +86,7 @@ class _Run:
         rounds, passes = replica.applied_round - rounds_before, replica.passes - passes_before
         if rounds > 1:
             word = "pass" if passes == 1 else "passes"
-            self.catch_up = (
-                f"{APART} was away, then applied {rounds} rounds in {passes} {word} over its weights"
-            )
+            self.catch_up = f"{APART} applied {rounds} rounds at once, in {passes} {word}"
 
     def score(self, round_number: int) -> Score:
         score = self.federation.held_out.score(self.federation.suffixes["shared"])
@@ -188,9 +187,10 @@ def _load(folder: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+    silence: Any = logging
+    silence.disable_progress_bar()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def _progress(console: Console) -> Progress:

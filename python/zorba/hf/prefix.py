@@ -33,7 +33,7 @@ class Prefix:
         return self.hidden.numel() * self.hidden.element_size()
 
 
-class _Stop(Exception):
+class _StopError(Exception):
     """Leaves a model's forward as soon as the wanted block is reached."""
 
 
@@ -64,11 +64,11 @@ def run_prefix(
         rest = dict(kwargs)
         caught["hidden"] = args[0] if args else rest.pop("hidden_states")
         caught["kwargs"] = rest
-        raise _Stop
+        raise _StopError
 
     handle = block.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        with suppress(_Stop):
+        with suppress(_StopError):
             model(input_ids=ids, use_cache=False)
     finally:
         handle.remove()

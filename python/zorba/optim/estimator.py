@@ -34,7 +34,7 @@ def finite_differences(
         eps: distance of the evaluations, positive.
         num_perturbations: P, at least 1.
         estimator: "central" or "forward".
-        active: the mask M, one number a group: 1 for a block that is perturbed, 0 for one that is not.
+        active: the mask M, one number a group: 1 for a block that is perturbed, else 0.
         pending: noise that the weights are understood to carry already (local steps not written).
 
     Returns:

@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from zorba.demo.settings import DemoSettings
+from zorba_kernels.noise import DISTRIBUTIONS
+
 app = typer.Typer(
     help="Fine-tune language models without gradients, alone or as a federation.",
     no_args_is_help=True,
@@ -21,22 +24,44 @@ def main() -> None:
 
 @app.command()
 def demo(
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the federation.")] = 60,
-    seed: Annotated[int, typer.Option(min=0, help="Of data split, batches and noise.")] = 1,
-    trainable: Annotated[int, typer.Option(min=1, help="Last blocks that are trained.")] = 6,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Rounds of the federation.")
+    ] = DemoSettings.rounds,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of data split, batches and noise.")
+    ] = DemoSettings.seed,
+    trainable: Annotated[
+        int, typer.Option(min=1, help="Last blocks that are trained.")
+    ] = DemoSettings.trainable,
     perturbations: Annotated[
         int, typer.Option(min=1, help="P: finite differences a client measures in a step.")
-    ] = 5,
-    local_steps: Annotated[int, typer.Option(min=1, help="K: local steps in a round.")] = 1,
-    lr: Annotated[float, typer.Option(help="Learning rate; falls linearly to 0.")] = 1.2e-2,
-    eps: Annotated[float, typer.Option(help="Distance at which losses are taken.")] = 1e-3,
-    clip: Annotated[float, typer.Option(help="Largest absolute value of a scalar.")] = 3.0,
-    distribution: Annotated[str, typer.Option(help="rademacher or gaussian noise.")] = "rademacher",
-    batch_size: Annotated[int, typer.Option(min=2, help="Sentences in a batch; even.")] = 8,
-    pool: Annotated[int, typer.Option(min=2, help="Sentences that each client trains on.")] = 32,
-    alpha: Annotated[float, typer.Option(help="Dirichlet concentration of the split.")] = 0.5,
-    out: Annotated[Path, typer.Option(help="Folder for summary and pictures.")] = Path("runs/demo"),
-    cache: Annotated[Path, typer.Option(help="Folder for model and data.")] = Path(".cache"),
+    ] = DemoSettings.perturbations,
+    local_steps: Annotated[
+        int, typer.Option(min=1, help="K: local steps in a round.")
+    ] = DemoSettings.local_steps,
+    lr: Annotated[
+        float, typer.Option(help="Learning rate; falls linearly to 0.")
+    ] = DemoSettings.lr,
+    eps: Annotated[
+        float, typer.Option(help="Distance at which losses are taken.")
+    ] = DemoSettings.eps,
+    clip: Annotated[
+        float, typer.Option(help="Largest absolute value of a scalar.")
+    ] = DemoSettings.clip,
+    distribution: Annotated[
+        str, typer.Option(help="rademacher or gaussian noise.")
+    ] = DemoSettings.distribution,
+    batch_size: Annotated[
+        int, typer.Option(min=2, help="Sentences in a batch; even.")
+    ] = DemoSettings.batch_size,
+    pool: Annotated[
+        int, typer.Option(min=2, help="Sentences that each client trains on.")
+    ] = DemoSettings.pool,
+    alpha: Annotated[
+        float, typer.Option(help="Dirichlet concentration of the split.")
+    ] = DemoSettings.alpha,
+    out: Annotated[Path, typer.Option(help="Folder for summary and pictures.")] = DemoSettings.out,
+    cache: Annotated[Path, typer.Option(help="Folder for model and data.")] = DemoSettings.cache,
 ) -> None:
     """Fine-tune SmolLM2-135M on film reviews, as a federation of 8 clients in one process.
 
@@ -44,8 +69,6 @@ def demo(
     has its own memory budget and so its own active blocks; only seeds and scalars travel.
     """
     from zorba.demo.run import run_demo
-    from zorba.demo.settings import DemoSettings
-    from zorba_kernels.noise import DISTRIBUTIONS
 
     if distribution not in DISTRIBUTIONS:
         raise typer.BadParameter(f"expected one of {', '.join(DISTRIBUTIONS)}, got {distribution}")

@@ -48,15 +48,15 @@ class DemoSettings:
 
     rounds: int = 60
     seed: int = 1
-    trainable: int = 6
+    trainable: int = 4
     perturbations: int = 5
     local_steps: int = 1
-    lr: float = 1.2e-2
+    lr: float = 1.6e-2
     eps: float = 1e-3
     clip: float = 3.0
     distribution: Distribution = "rademacher"
     batch_size: int = 8
-    pool: int = 32
+    pool: int = 96
     longest: int = 24
     alpha: float = 0.5
     evaluations: int = 6

@@ -1,0 +1,114 @@
+"""The parts of the demo that need neither its packages nor its model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+from zorba.cli import app
+from zorba.demo import build, data
+from zorba.demo.report import Curves, write_files
+from zorba.demo.settings import APART, CLIENTS, DemoSettings
+from zorba.demo.task import area_under_curve
+from zorba.federated import LocalTransport, run_federation
+
+from tests.hf.test_blocks import tiny_config
+
+
+def test_leaks_are_found_whatever_the_punctuation() -> None:
+    train = [("A fine, fine film!", 1), ("dull .", 0)]
+    assert data.drop_leaks(train, [("a FINE fine film", 1)]) == [("dull .", 0)]
+
+
+def test_split_gives_every_row_to_one_client() -> None:
+    labels = [0, 1] * 400
+    parts = data.split_clients(labels, 5, 0.5, 20, 5, np.random.default_rng(3))
+    assert sorted(i for part in parts for i in part) == list(range(800))
+    for part in parts:
+        counts = np.bincount(np.asarray(labels)[part], minlength=2)
+        assert counts.sum() >= 20
+        assert counts.min() >= 5
+
+
+def test_a_split_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="fewer clients"):
+        data.split_clients([0] * 10 + [1], 5, 0.5, 1, 1, np.random.default_rng(3))
+
+
+def test_batches_are_balanced_and_repeat_what_is_scarce() -> None:
+    pool = [data.Example((1,) * n, 0) for n in range(1, 20)] + [data.Example((1, 2), 1)]
+    batches = data.balanced_batches(pool, 16, 4)
+    assert len(batches) == 4
+    assert all(sum(e.label for e in batch) == 2 for batch in batches)
+    with pytest.raises(ValueError, match="even"):
+        data.balanced_batches(pool, 15, 3)
+    with pytest.raises(ValueError, match="label 1"):
+        data.balanced_batches(pool[:5], 16, 4)
+
+
+def test_area_under_curve_counts_pairs(generator: torch.Generator) -> None:
+    score = torch.randint(0, 5, (60,), generator=generator).float()
+    labels = torch.arange(60) % 2
+    pairs = score[labels == 1][:, None] - score[labels == 0][None]
+    expected = float((pairs > 0).double().mean() + 0.5 * (pairs == 0).double().mean())
+    assert area_under_curve(score, labels) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_client_apart_misses_half_of_the_rounds() -> None:
+    settings = DemoSettings(rounds=60)
+    away = [r for r in range(1, 61) if settings.sits_out(r)]
+    assert away == list(range(16, 46))
+
+
+def test_a_whole_demo_on_a_tiny_random_model(
+    tmp_path: Path, generator: torch.Generator, threads: None
+) -> None:
+    """Every part but packages and tokenizer: plan, replicas, loop, catch-up, files."""
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    settings = DemoSettings(rounds=8, trainable=2, pool=8, batch_size=4, out=tmp_path)
+    config = tiny_config("llama")
+    model = AutoModelForCausalLM.from_config(config).eval()
+
+    def examples(count: int) -> list[data.Example]:
+        rows = torch.randint(1, 100, (count, 6), generator=generator).tolist()
+        return [data.Example(tuple(row), i % 2) for i, row in enumerate(rows)]
+
+    parts = [examples(12) for _ in CLIENTS]
+    seen: list[int] = []
+    federation = build.build(settings, model, parts, [examples(10)], [5, 9], lambda: seen.append(1))
+    assert len(seen) == 1 + len(CLIENTS) * 2
+    names = list(CLIENTS)
+    result = run_federation(
+        federation.server,
+        LocalTransport(federation.clients),
+        rounds=settings.rounds,
+        available=lambda r: [n for n in names if n != APART or not settings.sits_out(r)],
+    )
+    assert result.replicas_identical
+    assert len(set(result.fingerprints.values())) == 1
+    assert federation.replicas[APART].passes < federation.replicas["shared"].passes
+    assert all(n <= 20 for report in result.reports for n in report.scalar_bytes_up.values())
+    score = federation.held_out.score(federation.suffixes["shared"])
+    assert score == federation.held_out.score(federation.suffixes[APART])
+    curves = Curves([1.0, 0.5], [(0, score), (2, score)])
+    paths = write_files(tmp_path, {"accuracy_after": score.accuracy}, curves, federation.plan)
+    assert json.loads(paths[0].read_text()) == {"accuracy_after": score.accuracy}
+    assert all(path.stat().st_size > 0 for path in paths)
+
+
+def test_help_explains_every_knob() -> None:
+    text = CliRunner().invoke(app, ["demo", "--help"], env={"COLUMNS": "200"}).output
+    for knob in ("--rounds", "--lr", "--eps", "--distribution", "--local-steps", "--out"):
+        assert knob in text
+
+
+def test_a_wrong_distribution_is_refused() -> None:
+    result = CliRunner().invoke(app, ["demo", "--distribution", "cauchy"])
+    assert result.exit_code == 2
+    assert "rademacher" in result.output

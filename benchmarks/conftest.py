@@ -28,7 +28,7 @@ def cpu_name() -> str:
 def measure(benchmark: Any) -> Callable[..., None]:
     """Times a call: one warm-up, then ``rounds`` single calls, with what was moved beside it."""
 
-    def run(call: Callable[[], object], weights: int, bytes_moved: int, rounds: int = 7) -> None:
+    def run(call: Callable[[], object], weights: int, bytes_moved: int, rounds: int = 15) -> None:
         benchmark.extra_info.update(
             {
                 "weights": weights,
@@ -64,8 +64,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         write(f"{group}   ({info['cpu']}, {info['threads']} threads)")
         write(f"{'pass':44}{'ns/weight':>10}{'GB/s':>8}{'x MeZO':>9}{'of plain':>10}")
         for m in members:
-            faster = f"{mezo.median / m.median:9.1f}" if mezo else f"{'':9}"
-            share = f"{plain.median / m.median:10.2f}" if plain else ""
+            faster = f"{mezo.stats.median / m.stats.median:9.1f}" if mezo else f"{'':9}"
+            share = f"{plain.stats.median / m.stats.median:10.2f}" if plain else ""
             info = m.extra_info
             write(f"{m.name:44}{info['ns_per_weight']:10.3f}{info['gb_per_s']:8.1f}{faster}{share}")
     write("")

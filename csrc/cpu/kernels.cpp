@@ -9,7 +9,11 @@ namespace zorba {
 namespace ZORBA_ISA {
 namespace {
 
-constexpr int64_t kGrain = 16;  // tiles a thread takes at a time
+// Tiles a thread takes at a time: long runs, which the processor's prefetcher likes, but enough
+// pieces to keep all threads busy to the end.
+int64_t grain(int64_t tiles, int threads) {
+  return std::clamp<int64_t>(tiles / (4 * std::max(threads, 1)), 1, 256);
+}
 
 // Gradual underflow and round-to-nearest are part of the contract; a caller's thread may have
 // switched either off (torch.set_flush_denormal).
@@ -48,7 +52,7 @@ void add_noise(const Segment* segments, int64_t count, const Program& program, i
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) ends[i] = total += tile_count(segments[i]);
 
-  parallel_for(total, kGrain, threads, [&](int64_t begin, int64_t end) {
+  parallel_for(total, grain(total, threads), threads, [&](int64_t begin, int64_t end) {
     const FloatingPointState state;
     int64_t at = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
     for (int64_t tile = begin; tile < end; ++tile) {
@@ -66,7 +70,8 @@ void noise(float* out, int64_t numel, int64_t offset, uint64_t seed, uint64_t st
            uint32_t sample, bool gaussian, int threads) {
   const Segment run{0, 0, numel, offset, 0, 0, 0};
   const PhiloxKeys keys = philox_keys(seed);
-  parallel_for(tile_count(run), kGrain, threads, [&](int64_t begin, int64_t end) {
+  const int64_t tiles = tile_count(run);
+  parallel_for(tiles, grain(tiles, threads), threads, [&](int64_t begin, int64_t end) {
     const FloatingPointState state;
     alignas(64) float z[1][kTile];
     for (int64_t tile = first_tile(run) + begin; tile < first_tile(run) + end; ++tile) {

@@ -1,7 +1,7 @@
 """One pass over 100 M bf16 weights: the primitive against MeZO's pass and a plain pass.
 
 Twice, because MeZO's temporaries depend on the tensors: matrices of 1000 x 1000, which stay in the
-cache, and of 4096 x 4096, as in a model of 7 B weights, whose temporaries are mapped anew each time.
+cache, and of 4096 x 4096, as in a model of 7 B weights, where each temporary is mapped anew.
 """
 
 from __future__ import annotations

@@ -17,11 +17,13 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml setup.py Makefile $(SOURCES)
-	@echo "zorba: making $(VENV) and building the package (a few minutes the first time)"
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[demo,test,lint]'
+	@echo "zorba: making $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --upgrade pip
+	@echo "zorba: installing $(TORCH), unless some torch is there (the largest download)"
+	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -qq $(TORCH)
+	@echo "zorba: installing what else is needed, and building the package (a few minutes)"
+	@$(BIN)/python -m pip install -qq --editable '.[demo,test,lint]'
 	@$(BIN)/python -c "import zorba_kernels as zk; print('zorba: built', zk.build_info())"
 	@touch $@
 

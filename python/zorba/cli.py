@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -68,7 +68,10 @@ def demo(
     Trains on Rotten Tomatoes, split unevenly over the clients, and evaluates on SST-2. Each client
     has its own memory budget and so its own active blocks; only seeds and scalars travel.
     """
-    from zorba.demo.run import run_demo
+    try:
+        from zorba.demo.run import run_demo
+    except ImportError as error:
+        _fail("demo", f"{error}; install what it needs: pip install 'zorba-kernels[demo]'")
 
     if distribution not in DISTRIBUTIONS:
         raise typer.BadParameter(f"expected one of {', '.join(DISTRIBUTIONS)}, got {distribution}")
@@ -91,8 +94,12 @@ def demo(
     try:
         run_demo(settings)
     except (RuntimeError, ValueError) as error:
-        typer.secho(f"zorba demo: {error}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(1) from error
+        _fail("demo", str(error))
+
+
+def _fail(command: str, message: str) -> NoReturn:
+    typer.secho(f"zorba {command}: {message}", fg=typer.colors.RED, err=True)
+    raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -59,7 +60,7 @@ def make_program(
     lengths = [terms] if rounds is None else [integer(n, "terms of a round") for n in rounds]
     if any(n < 0 for n in lengths) or sum(lengths) != terms:
         raise ValueError(f"rounds {lengths} must be terms per round and add up to {terms} seeds")
-    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    ends = list(itertools.accumulate(lengths))
     return Program(
         seeds=tuple(seed_list),
         samples=tuple(sample_list),

@@ -46,7 +46,7 @@ class DemoSettings:
         cache: folder for the model and the data.
     """
 
-    rounds: int = 60
+    rounds: int = 50
     seed: int = 1
     trainable: int = 4
     perturbations: int = 5
@@ -59,7 +59,7 @@ class DemoSettings:
     pool: int = 96
     longest: int = 24
     alpha: float = 0.5
-    evaluations: int = 6
+    evaluations: int = 5
     out: Path = Path("runs/demo")
     cache: Path = Path(".cache")
 

@@ -26,19 +26,20 @@ STANDARD_ERRORS = 5.0
 
 TOLERANCES = {
     "noise mean": Tolerance(0.0, "bit 31 flips the sign and nothing else: exact"),
-    "noise variance": Tolerance(1e-3, "design, 3; measured 1.8e-5 over all words"),
-    "noise kurtosis": Tolerance(1e-3, "design, 3; measured 1.8e-4 over all words"),
+    "noise variance": Tolerance(1e-3, "promised in docs/noise.md; measured 1.8e-5 over all words"),
+    "noise kurtosis": Tolerance(1e-3, "promised in docs/noise.md; measured 1.8e-4 over all words"),
     "noise KS": Tolerance(
-        1e-4, "design, 3: a sample needs about 2e8 values to tell the noise from a normal"
+        1e-4,
+        "docs/noise.md: a sample needs about 2e8 values to tell the noise from a normal",
     ),
-    "noise reach": Tolerance(4.7, "design, 3: largest |z|; 16 bits of radius end at 4.855"),
+    "noise reach": Tolerance(4.7, "docs/noise.md: largest |z|; 16 bits of radius end at 4.855"),
     "radius": Tolerance(5e-4, "of r, against sqrt(-2 ln u); measured 3e-4, where u is near 1"),
     "angle": Tolerance(2e-4, "of cos and sin; measured 7e-5"),
     "applied over intended": Tolerance(
-        0.01, "issue 2: an update of 1e-7 of the weight arrives whole under stochastic rounding"
+        0.01, "an update of 1e-7 of the weight arrives whole under stochastic rounding"
     ),
     "nearest loses": Tolerance(
-        0.5, "issue 2: nearest loses most of that update (all of it, for weights of 1 to 2)"
+        0.5, "nearest loses most of that update (all of it, for weights of 1 to 2)"
     ),
 }
 

@@ -85,7 +85,7 @@ def test_exact_results_stay(server, dtype):
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("distribution", zk.noise.DISTRIBUTIONS)
 def test_updates_of_1e_7_of_the_weight_arrive(distribution):
-    """Mean applied update over intended, many steps at lr * g = 1e-7 of the weight: issue 2.
+    """Mean applied update over intended, many steps at lr * g = 1e-7 of the weight.
 
     All steps go along one direction, so that the intended update of an element is c z T after T
     steps of c = 1e-7 w. Rounding to one of two neighbours U apart adds a variance of |c z| U a

@@ -1,5 +1,5 @@
 # make install   .venv with an editable install; the other targets call it
-# make demo      fine-tune SmolLM2-135M as a federation of 8 clients, about 4 minutes
+# make demo      fine-tune SmolLM2-135M as a federation of 8 clients, about 5 minutes
 # make test      run the tests
 # make bench     measure the kernels against MeZO's own pass
 # make sass      count the issue slots of the CUDA kernels in their machine code (needs nvcc)
@@ -51,4 +51,4 @@ format: install
 	$(BIN)/clang-format -i $(SOURCES)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs .cache zorba_kernels/*.so
+	rm -rf $(VENV) build dist *.egg-info python/*.egg-info runs .cache zorba_kernels/*.so

@@ -159,7 +159,7 @@ class NinjaBuild(build_ext):
 
         def compile_(rule: str, source: str, name: str, flags: list[str] | None = None) -> None:
             objects.append(f"{name}.o")
-            lines.append(f"build {name}.o: {rule} {ROOT / 'csrc' / source}")
+            lines.append(f"build {name}.o: {rule} {escape(ROOT / 'csrc' / source)}")
             lines.append(f"  flags = {quote(flags or [])}")
 
         for isa, flags in ISA_FLAGS.items():
@@ -173,8 +173,17 @@ class NinjaBuild(build_ext):
                 compile_("nvcc", f"cuda/{path.name}", f"cuda_{path.stem}")
             compile_("cxx", "cuda/binding.cpp", "cuda_binding", includes)
             libs = [*(f"-L{f}" for f in cuda.libraries), "-lcudart_static", "-ldl", "-lrt"]
-        lines += [f"build {target}: link {' '.join(objects)}", f"  libs = {quote(libs)}", ""]
+        lines += [
+            f"build {escape(target)}: link {' '.join(objects)}",
+            f"  libs = {quote(libs)}",
+            "",
+        ]
         return "\n".join(lines)
+
+
+def escape(path: Path) -> str:
+    """A path as ninja reads it in a build line."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
 
 
 def quote(flags: list[str]) -> str:

@@ -204,7 +204,7 @@ def noise(
 
 def _contiguous_copy(table: ParamTable) -> ParamTable:
     return ParamTable(
-        {e.name: e.tensor.contiguous().clone() for e in table.entries},
+        {e.name: e.tensor.contiguous() for e in table.entries},
         groups={e.name: e.group for e in table.entries},
         offsets={e.name: e.offset for e in table.entries},
     )
@@ -214,7 +214,7 @@ def _through_copies(module: object, table: ParamTable, out: ParamTable, program:
     """Works on contiguous copies, one tensor at a time, and copies the results to their places."""
     for source, target in zip(table.entries, out.entries, strict=True):
         piece = ParamTable(
-            {source.name: source.tensor.contiguous().clone()},
+            {source.name: source.tensor.clone(memory_format=torch.contiguous_format)},
             groups={source.name: source.group},
             offsets={source.name: source.offset},
             num_groups=table.num_groups,

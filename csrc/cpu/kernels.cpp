@@ -25,6 +25,15 @@ class FloatingPointState {
 
  private:
   unsigned saved_;
+#elif defined(__aarch64__)
+  FloatingPointState() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, %0" : : "r"(uint64_t{0}));
+  }
+  ~FloatingPointState() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
+
+ private:
+  uint64_t saved_;
 #endif
 };
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -9,6 +10,17 @@ import typer
 
 from zorba.demo.settings import DemoSettings
 from zorba_kernels.noise import DISTRIBUTIONS
+
+_DEMO_NEEDS = [
+    "accelerate",
+    "gguf",
+    "matplotlib",
+    "pyarrow",
+    "rich",
+    "safetensors",
+    "scipy",
+    "transformers",
+]
 
 app = typer.Typer(
     help="Fine-tune language models without gradients, alone or as a federation.",
@@ -68,10 +80,11 @@ def demo(
     Trains on Rotten Tomatoes, split unevenly over the clients, and evaluates on SST-2. Each client
     has its own memory budget and so its own active blocks; only seeds and scalars travel.
     """
-    try:
-        from zorba.demo.run import run_demo
-    except ImportError as error:
-        _fail("demo", f"{error}; install what it needs: pip install 'zorba-kernels[demo]'")
+    missing = [name for name in _DEMO_NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        needs = ", ".join(missing)
+        _fail("demo", f"it needs {needs}: pip install 'zorba-kernels[demo]'")
+    from zorba.demo.run import run_demo
 
     if distribution not in DISTRIBUTIONS:
         raise typer.BadParameter(f"expected one of {', '.join(DISTRIBUTIONS)}, got {distribution}")

@@ -100,3 +100,12 @@ def test_a_block_that_is_never_reached_is_refused() -> None:
     model = AutoModelForCausalLM.from_config(tiny_config("llama")).eval()
     with pytest.raises(ValueError, match="never reached"):
         run_prefix(model, nn.Linear(2, 2), [[1, 2]], [0])
+
+
+def test_prefix_of_mixed_layer_types_is_refused() -> None:
+    """Gemma 3 hands sliding and full layers different masks: one prefix cannot serve both."""
+    config = tiny_config("gemma3_text")
+    config.layer_types = ["sliding_attention", "full_attention", "full_attention"]
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match="several types"):
+        run_prefix(model, find_blocks(model)[1].module, [[1, 2]], [0])

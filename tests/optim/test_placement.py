@@ -187,3 +187,59 @@ def test_inplace_costs_three_passes_a_central_difference(
     monkeypatch.setattr(zk, "add_noise_", lambda *a, **k: (passes.append(1), plain(*a, **k)))
     ZerothOrderSGD(model, lr=0.1, placement="inplace").step(lambda: loss_of(model, ids, labels))
     assert len(passes) == 3
+
+
+def test_parameters_that_share_storage_are_perturbed_in_every_module(
+    generator: torch.Generator,
+) -> None:
+    """Tied by ``.data``, not by identity: the second module must see the noise as well."""
+    model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Tanh(), nn.Linear(6, 6, bias=False))
+    model[2].weight.data = model[0].weight.data
+    x = torch.randn(3, 6, generator=generator)
+    placement = ScratchPlacement(model, active_table(model), "gaussian")
+    with torch.no_grad():
+        with placement.session():
+            placement.move_to(NoiseTerms.single(3, 0, [0.5]))
+            seen = model(x)
+        zk.add_noise_(placement.table, 3, 0.5)
+        assert torch.equal(model(x), seen)
+
+
+def test_names_that_collide_without_prefixes_are_refused() -> None:
+    model = nn.Linear(3, 3)
+    model.module = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="two parameters are called 'weight'"):
+        active_table(model)
+
+
+def test_a_session_of_one_evaluation_finds_unreached_parameters() -> None:
+    model = nn.Linear(4, 4)
+    placement = ScratchPlacement(model, active_table(model), "gaussian")
+
+    def evaluate() -> None:
+        with placement.session():
+            placement.move_to(NoiseTerms.single(1, 0, [0.1]))
+            nn.functional.linear(torch.ones(1, 4), model.weight)
+
+    with pytest.raises(UnreachedParameterError, match="weight"):
+        evaluate()
+
+
+def test_nested_owners_cost_the_largest_of_each_level(generator: torch.Generator) -> None:
+    model = Adapter()
+    optimizer = ZerothOrderSGD(model, lr=0.1)
+    x = torch.randn(3, 8, generator=generator)
+    optimizer.step(lambda: model(x).square().mean())
+    assert isinstance(optimizer.placement, ScratchPlacement)
+    # the scale: 8 floats; the layer inside: 64 + 8 floats, its parameters 64 bytes apart
+    assert optimizer.placement.scratch_bytes == 64 + 256 + 64
+
+
+def test_inplace_decay_acts_on_the_unperturbed_weights() -> None:
+    """A flat loss: nothing but decay may move the weights, whatever the perturbation was."""
+    model = nn.Linear(16, 16, bias=False)
+    before = model.weight.detach().clone()
+    optimizer = ZerothOrderSGD(model, lr=0.5, eps=0.1, weight_decay=0.5, placement="inplace")
+    optimizer.step(lambda: 0.0)
+    # Perturbing and restoring rounds weights below 1 by at most a few units of 2^-24.
+    torch.testing.assert_close(model.weight.detach(), 0.75 * before, rtol=0, atol=1e-6)

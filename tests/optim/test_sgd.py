@@ -226,3 +226,11 @@ def test_frozen_parameters_stay(generator: torch.Generator) -> None:
     frozen = model.embed.weight.detach().clone()
     ZerothOrderSGD(model, lr=0.1).step(lambda: loss_of(model, ids, labels))
     assert torch.equal(model.embed.weight.detach(), frozen)
+
+
+def test_a_state_of_other_noise_is_refused() -> None:
+    state = ZerothOrderSGD(Tied(), lr=0.1, distribution="rademacher").state_dict()
+    optimizer = ZerothOrderSGD(Tied(), lr=0.1)
+    with pytest.raises(ValueError, match="distribution 'rademacher'"):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["distribution"] == "gaussian"

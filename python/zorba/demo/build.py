@@ -132,7 +132,12 @@ def build(
             on_batch()
         key = name if name == APART else "shared"
         pool = Pool(
-            suffixes[key], prefixes, list(chosen.mask[n]), settings.seed * 1000 + n, seconds
+            suffixes[key],
+            prefixes,
+            list(chosen.mask[n]),
+            settings.local_steps,
+            settings.seed * 1000 + n,
+            seconds,
         )
         cached += pool.nbytes
         clients[name] = Client(name, replicas[key], pool.objective)

@@ -75,6 +75,7 @@ class Pool:
         suffix: the replica that the client works on.
         prefixes: its batches in front of the first trainable block.
         mask: bool [blocks], which trainable blocks the client activates.
+        local_steps: K, local steps of a round; each takes the next batch.
         seed: of the order of its batches.
         seconds: where its time is added up.
     """
@@ -84,12 +85,14 @@ class Pool:
         suffix: Suffix,
         prefixes: Sequence[Prefix],
         mask: Sequence[bool],
+        local_steps: int,
         seed: int,
         seconds: Seconds,
     ) -> None:
         self.suffix = suffix
         self.prefixes = list(prefixes)
         self.first = list(mask).index(True)
+        self.local_steps = local_steps
         self.seed = seed
         self.seconds = seconds
 
@@ -103,7 +106,7 @@ class Pool:
 
         The batch is a function of (round, step) alone: a repeated plan measures the same.
         """
-        deck, turn = divmod(round_ + step, len(self.prefixes))
+        deck, turn = divmod((round_ - 1) * self.local_steps + step, len(self.prefixes))
         order = np.random.default_rng([self.seed, deck]).permutation(len(self.prefixes))
         prefix = self.prefixes[order[turn]]
         started = time.perf_counter()

@@ -51,7 +51,16 @@ def run_prefix(
         block: the block to stop at; one of the model's modules.
         rows: token ids of each sequence.
         labels: label of each sequence.
+
+    Raises:
+        ValueError: the model never reaches the block, or calls its blocks with different arguments.
     """
+    kinds = set(getattr(getattr(model, "config", None), "layer_types", None) or [])
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{type(model).__name__} has layers of several types ({', '.join(sorted(kinds))}) and "
+            "gives each its own arguments; a prefix is for models whose blocks are called alike"
+        )
     device = next(model.parameters()).device
     lengths = torch.tensor([len(row) for row in rows], device=device)
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long, device=device)

@@ -118,7 +118,11 @@ class InplacePlacement(Placement):
         decay: Tensor | None = None,
     ) -> None:
         """See ``Placement.update``; restores in the same pass."""
-        delta = _difference(terms, self._current)
+        # Decay acts on what is in memory, the perturbation too: that share of it is gone already.
+        kept = 1.0 - (decay.double() if decay is not None else torch.zeros(1).double())
+        current = self._current
+        left = NoiseTerms(current.seeds, current.samples, current.coefs * kept[:, None])
+        delta = _difference(terms, left)
         with deferred_interrupts():
             self._add(delta, rounding, rounding_seed, decay)
             self._current = NoiseTerms.none(self.table.num_groups)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import zorba_kernels as zk
+from zorba.optim.interrupt import deferred_interrupts
 from zorba.optim.placement import Placement
 from zorba.optim.terms import NoiseTerms
 from zorba_kernels.noise import canonical_name
@@ -27,9 +28,16 @@ class UnreachedParameterError(RuntimeError):
 class _Owner:
     """A module that owns active parameters, and what its hooks need."""
 
-    def __init__(self, module: nn.Module, names: dict[str, nn.Parameter], main: zk.ParamTable):
+    def __init__(
+        self,
+        module: nn.Module,
+        names: dict[str, nn.Parameter],
+        main: zk.ParamTable,
+        level: int,
+    ) -> None:
         groups = {entry.name: entry.group for entry in main.entries}
         self.module = module
+        self.level = level  # owners that it is nested in
         self.parameters = names
         self.table = zk.ParamTable(
             names, groups={name: groups[name] for name in names}, num_groups=main.num_groups
@@ -65,8 +73,8 @@ class ScratchPlacement(Placement):
     The module reads the scratch through its own parameters (their ``.data`` is exchanged for the
     length of the forward), so any module works, tied weights and modules called twice among them.
     The weights themselves are written by ``update`` alone: an evaluation leaves every bit of them
-    as it was. Extra memory: the largest module's own active parameters; nested owners need one
-    buffer each.
+    as it was. Extra memory: the largest module's own active parameters; where owners are nested,
+    the largest of each level.
 
     Args:
         model: whose modules are hooked during a session.
@@ -77,7 +85,11 @@ class ScratchPlacement(Placement):
     def __init__(self, model: nn.Module, table: zk.ParamTable, distribution: str) -> None:
         super().__init__(table, distribution)
         self._owners = _find_owners(model, table)
-        self._free: list[Tensor] = []
+        levels = range(1 + max(owner.level for owner in self._owners))
+        self._level_bytes = [
+            max((o.nbytes for o in self._owners if o.level == level), default=0) for level in levels
+        ]
+        self._free: list[list[Tensor]] = [[] for _ in levels]
         self._program: Program | None = None
         self._moving = [False] * table.num_groups
         self._checked = False
@@ -85,7 +97,7 @@ class ScratchPlacement(Placement):
     @property
     def scratch_bytes(self) -> int:
         """Bytes of the buffers that wait for the next forward."""
-        return sum(buffer.numel() for buffer in self._free)
+        return sum(buffer.numel() for buffers in self._free for buffer in buffers)
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -99,17 +111,18 @@ class ScratchPlacement(Placement):
                     owner.module.register_forward_hook(self._after(owner), always_call=True)
                 )
             yield
+            self._check_reached()
         finally:
-            for handle in handles:
-                handle.remove()
-            for owner in self._owners:
-                owner.depth = 0
-                self._put_back(owner)
+            with deferred_interrupts():
+                for handle in handles:
+                    handle.remove()
+                for owner in self._owners:
+                    owner.depth = 0
+                    self._put_back(owner)
 
     def move_to(self, terms: NoiseTerms) -> None:
         """See ``Placement.move_to``; costs nothing until a forward runs."""
-        if not self._checked and self._program is not None:
-            self._check_reached()
+        self._check_reached()
         self._moving = [terms.active(g) for g in range(self.table.num_groups)]
         self._program = make_program(
             terms.seeds,
@@ -130,8 +143,7 @@ class ScratchPlacement(Placement):
         decay: Tensor | None = None,
     ) -> None:
         """See ``Placement.update``; one pass."""
-        if not self._checked and self._program is not None:
-            self._check_reached()
+        self._check_reached()
         self._add(terms, rounding, rounding_seed, decay)
 
     def _check_reached(self) -> None:
@@ -140,7 +152,7 @@ class ScratchPlacement(Placement):
         A parameter that is used without its module's forward would be updated along a direction
         that the losses never saw.
         """
-        if not any(self._moving):
+        if self._checked or self._program is None or not any(self._moving):
             return
         active = [o for o in self._owners if any(self._moving[g] for g in o.groups)]
         missed = [name for o in active if not o.reached for name in o.parameters]
@@ -161,7 +173,7 @@ class ScratchPlacement(Placement):
             assert self._program is not None
             owner.reached = True
             started = time.perf_counter()
-            owner.buffer = self._take(owner.nbytes)
+            owner.buffer = self._take(owner.level)
             target = owner.target(owner.buffer)
             run_program(owner.table, target, self._program)
             for p, entry in zip(owner.parameters.values(), target.entries, strict=True):
@@ -179,11 +191,10 @@ class ScratchPlacement(Placement):
 
         return hook
 
-    def _take(self, nbytes: int) -> Tensor:
-        for i, buffer in enumerate(self._free):
-            if buffer.numel() >= nbytes:
-                return self._free.pop(i)
-        size = max(nbytes, max(owner.nbytes for owner in self._owners))
+    def _take(self, level: int) -> Tensor:
+        if self._free[level]:
+            return self._free[level].pop()
+        size = self._level_bytes[level]
         return torch.empty(size, dtype=torch.uint8, device=self.table.device)
 
     def _put_back(self, owner: _Owner) -> None:
@@ -191,22 +202,34 @@ class ScratchPlacement(Placement):
             return
         for p, entry in zip(owner.parameters.values(), owner.table.entries, strict=True):
             p.data = entry.tensor
-        self._free.append(owner.buffer)
+        self._free[owner.level].append(owner.buffer)
         owner.buffer = None
 
 
 def _find_owners(model: nn.Module, table: zk.ParamTable) -> list[_Owner]:
-    """Every module that holds an active parameter itself; a tied one has several owners."""
-    wanted = {id(entry.source): entry.name for entry in table.entries}
-    owners = []
-    for module in model.modules():
-        mine = {
-            wanted[id(p)]: p
-            for p in module._parameters.values()
-            if p is not None and id(p) in wanted
-        }
+    """Every module that holds an active parameter itself; a tied one has several owners.
+
+    Parameters are told by their storage: two of them may be views of the same weights.
+    """
+    wanted = {_key(entry.source): entry.name for entry in table.entries}
+    owners: list[_Owner] = []
+    owner_names: set[str] = set()
+    for path, module in model.named_modules():
+        mine: dict[str, nn.Parameter] = {}
+        for p in module._parameters.values():
+            name = wanted.get(_key(p)) if p is not None else None
+            if p is None or name is None:
+                continue
+            if name in mine:
+                raise ValueError(
+                    f"module {path!r} holds the weights of {name!r} under two names: keep one"
+                )
+            mine[name] = p
         if mine:
-            owners.append(_Owner(module, mine, table))
+            parts = path.split(".") if path else []
+            above = {".".join(parts[:i]) for i in range(len(parts))}
+            owners.append(_Owner(module, mine, table, len(above & owner_names)))
+            owner_names.add(path)
     found = {name for owner in owners for name in owner.parameters}
     lost = [entry.name for entry in table.entries if entry.name not in found]
     if lost:
@@ -214,6 +237,10 @@ def _find_owners(model: nn.Module, table: zk.ParamTable) -> list[_Owner]:
             f"these parameters belong to no module of the model: {', '.join(lost[:5])}"
         )
     return owners
+
+
+def _key(p: Tensor) -> object:
+    return (p.data_ptr(), p.dtype, p.shape, p.stride()) if p.numel() else id(p)
 
 
 def active_table(
@@ -227,7 +254,12 @@ def active_table(
             gradient, in group 0.
         num_groups: rows that coefficients have.
     """
-    named = {canonical_name(n): p for n, p in model.named_parameters()}
+    named: dict[str, Tensor] = {}
+    for full_name, p in model.named_parameters():
+        name = canonical_name(full_name)
+        if name in named:
+            raise ValueError(f"two parameters are called {name!r} once wrapper prefixes are off")
+        named[name] = p
     if groups is None:
         groups = {n: 0 for n, p in named.items() if p.requires_grad}
     missing = sorted(set(groups) - set(named))

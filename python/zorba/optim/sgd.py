@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from zorba.optim.estimator import ESTIMATORS, Estimator, finite_differences
+from zorba.optim.interrupt import deferred_interrupts
 from zorba.optim.placement import PLACEMENTS, InplacePlacement, Placement, PlacementName
 from zorba.optim.scratch import ScratchPlacement, active_table
 from zorba.optim.terms import NoiseTerms
-from zorba_kernels.noise import DISTRIBUTIONS, ROUNDINGS, Distribution, Rounding
+from zorba_kernels.noise import DISTRIBUTIONS, NOISE_VERSION, ROUNDINGS, Distribution, Rounding
 from zorba_kernels.program import check_choice, check_uint64
 
 
@@ -84,7 +85,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 "perturbing needs its modules, not only its parameters"
             )
         _check_number("lr", lr, 0.0)
-        _check_number("eps", eps, math.ulp(0.0))
+        _check_number("eps", eps, torch.finfo(torch.float32).tiny)
         _check_number("weight_decay", weight_decay, 0.0)
         if isinstance(num_perturbations, bool) or not isinstance(num_perturbations, int):
             raise TypeError(f"num_perturbations must be an integer, got {num_perturbations!r}")
@@ -105,6 +106,8 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             "estimator": estimator,
             "rounding": rounding,
             "weight_decay": weight_decay,
+            "distribution": distribution,
+            "noise_version": NOISE_VERSION,
             "seed": check_uint64(seed, "seed"),
             "step": 0,
         }
@@ -127,6 +130,22 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 "new optimizer"
             )
         super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues where another optimizer stopped.
+
+        Raises:
+            ValueError: it made other noise (distribution or version of the contract).
+        """
+        options = state_dict["param_groups"][0]
+        for what in ("distribution", "noise_version"):
+            mine = self.param_groups[0][what]
+            if options.get(what) != mine:
+                raise ValueError(
+                    f"the state is of {what} {options.get(what)!r}, this optimizer of {mine!r}: "
+                    "make the optimizer with the same one"
+                )
+        super().load_state_dict(state_dict)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Does nothing: there are no gradients."""
@@ -164,9 +183,10 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 active=[1.0],
             )
             finite = all(map(math.isfinite, scalars))
-            if finite:
-                self._update(seed, scalars, options)
-        options["step"] += 1
+            with deferred_interrupts():
+                if finite:
+                    self._update(seed, scalars, options)
+                options["step"] += 1
         self.last_step = StepReport(
             seed,
             tuple(scalars),

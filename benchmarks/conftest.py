@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-
-import zorba_kernels as zk
+from zorba.demo import machine
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_disable_gc = True
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 @pytest.fixture
@@ -29,16 +18,8 @@ def measure(benchmark: Any) -> Callable[..., None]:
     """Times a call: one warm-up, then ``rounds`` single calls, with what was moved beside it."""
 
     def run(call: Callable[[], object], weights: int, bytes_moved: int, rounds: int = 15) -> None:
-        benchmark.extra_info.update(
-            {
-                "weights": weights,
-                "bytes": bytes_moved,
-                "cpu": cpu_name(),
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "isa": zk.build_info()["cpu_isas"][:1],
-            }
-        )
+        moved = {"weights": weights, "bytes": bytes_moved}
+        benchmark.extra_info.update(machine.describe() | moved)
         benchmark.pedantic(call, rounds=rounds, iterations=1, warmup_rounds=1)
         median = benchmark.stats.stats.median
         benchmark.extra_info["ns_per_weight"] = median / weights * 1e9

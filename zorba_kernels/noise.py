@@ -64,6 +64,11 @@ def stream_of(name: str) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
+def as_int64(value: int) -> int:
+    """Returns the int64 with the bits of a uint64: torch has no arithmetic on the latter."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
 def philox4x32(counter: Sequence[int], key: Sequence[int]) -> tuple[int, int, int, int]:
     """Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from zorba_kernels.noise import MAX_ELEMENTS, canonical_name, stream_of
+from zorba_kernels.noise import MAX_ELEMENTS, as_int64, canonical_name, stream_of
 
 DTYPE_CODES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Supported weight dtypes and their code in ``csrc/noise.h``."""
@@ -191,7 +191,7 @@ class ParamTable:
                     t.tensor.data_ptr(),
                     e.tensor.numel(),
                     e.offset,
-                    _as_int64(e.stream),
+                    as_int64(e.stream),
                     DTYPE_CODES[e.tensor.dtype],
                     e.group,
                 )
@@ -200,10 +200,6 @@ class ParamTable:
             packed = torch.tensor(rows, dtype=torch.int64).reshape(-1, SEGMENT_FIELDS)
             self._packed[out] = packed
         return self._packed[out]
-
-
-def _as_int64(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
 
 
 def _identity(tensor: Tensor) -> _Identity:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zorba_kernels.build import extension
-from zorba_kernels.noise import Distribution
+from zorba_kernels.noise import Distribution, as_int64
 from zorba_kernels.program import Program
 from zorba_kernels.table import ParamTable
 
@@ -94,5 +94,4 @@ def fingerprint(table: ParamTable) -> int:
 
 
 def _uint64(values: tuple[int, ...]) -> Tensor:
-    signed = [v - (1 << 64) if v >= 1 << 63 else v for v in values]
-    return torch.tensor(signed, dtype=torch.int64)
+    return torch.tensor([as_int64(v) for v in values], dtype=torch.int64)

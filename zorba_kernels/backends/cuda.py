@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zorba_kernels.build import extension
-from zorba_kernels.noise import Distribution
+from zorba_kernels.noise import Distribution, as_int64
 from zorba_kernels.program import Program
 from zorba_kernels.table import ParamTable
 
@@ -118,10 +118,10 @@ class DeviceProgram:
         self._distribution, self._rounding = program.distribution, program.rounding
         words = torch.tensor(
             [
-                *map(_as_int64, program.seeds),
+                *map(as_int64, program.seeds),
                 *program.samples,
                 *program.round_ends,
-                *map(_as_int64, program.rounding_seeds),
+                *map(as_int64, program.rounding_seeds),
             ],
             dtype=torch.int64,
         )
@@ -215,7 +215,3 @@ def _index(device: torch.device) -> int:
 
 def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
-
-
-def _as_int64(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value

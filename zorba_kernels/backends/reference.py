@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from zorba_kernels.noise import BLOCK_ELEMENTS, ROUNDING_DOMAIN, Distribution
+from zorba_kernels.noise import BLOCK_ELEMENTS, ROUNDING_DOMAIN, Distribution, as_int64
 from zorba_kernels.program import Program
 from zorba_kernels.table import DTYPE_CODES, Entry, ParamTable
 
@@ -63,7 +63,7 @@ def fingerprint(table: ParamTable) -> int:
     for entry in table.entries:
         flat = entry.tensor.reshape(-1)
         header = flat.numel() << 2 | DTYPE_CODES[flat.dtype]
-        total += int(_mix64(torch.tensor(header ^ _signed(entry.stream))))
+        total += int(_mix64(torch.tensor(header ^ as_int64(entry.stream))))
         per_lane = 8 // flat.element_size()
         for start in range(0, flat.numel(), CHUNK):
             piece = flat[start : start + CHUNK]
@@ -75,7 +75,7 @@ def fingerprint(table: ParamTable) -> int:
             lane = torch.arange(
                 start // per_lane, start // per_lane + lanes.numel(), device=piece.device
             )
-            key = _signed(entry.stream) + _signed(0x9E3779B97F4A7C15) * (lane + 1)
+            key = as_int64(entry.stream) + as_int64(0x9E3779B97F4A7C15) * (lane + 1)
             total += int(_mix64(lanes ^ key).sum())
     return total % (1 << 64)
 
@@ -273,14 +273,10 @@ def _device(*values: Tensor | float) -> torch.device:
     return max(tensors, key=lambda t: t.ndim).device
 
 
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
 def _mix64(x: Tensor) -> Tensor:
     """Finaliser of MurmurHash3 on int64 lanes, logical shifts."""
     x = x ^ ((x >> 33) & 0x7FFFFFFF)
-    x = x * _signed(0xFF51AFD7ED558CCD)
+    x = x * as_int64(0xFF51AFD7ED558CCD)
     x = x ^ ((x >> 33) & 0x7FFFFFFF)
-    x = x * _signed(0xC4CEB9FE1A85EC53)
+    x = x * as_int64(0xC4CEB9FE1A85EC53)
     return x ^ ((x >> 33) & 0x7FFFFFFF)

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from zorba.optim.estimator import ESTIMATORS, Estimator
 from zorba_kernels.noise import DISTRIBUTIONS, ROUNDINGS, Distribution, Rounding
+from zorba_kernels.program import check_choice
 
 Weighting = Literal["examples", "uniform"]
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
@@ -67,10 +68,10 @@ class FederationSettings:
         _check_positive("eps", self.eps)
         if self.clip is not None:
             _check_positive("clip", self.clip)
-        _check_choice("estimator", self.estimator, ESTIMATORS)
-        _check_choice("distribution", self.distribution, DISTRIBUTIONS)
-        _check_choice("rounding", self.rounding, ROUNDINGS)
-        _check_choice("weighting", self.weighting, WEIGHTINGS)
+        check_choice("estimator", self.estimator, ESTIMATORS)
+        check_choice("distribution", self.distribution, DISTRIBUTIONS)
+        check_choice("rounding", self.rounding, ROUNDINGS)
+        check_choice("weighting", self.weighting, WEIGHTINGS)
         if not callable(self.lr):
             _check_rate(self.lr, "lr")
 
@@ -123,8 +124,3 @@ def _check_rate(value: Any, what: str) -> float:
     if not (math.isfinite(rate) and rate >= 0):
         raise ValueError(f"{what} must be finite and not negative, got {rate!r}")
     return rate
-
-
-def _check_choice(what: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{what} is {value!r}; expected one of {', '.join(choices)}")

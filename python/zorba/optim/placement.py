@@ -28,9 +28,6 @@ class Placement(ABC):
         kernel_seconds: time spent in passes over weights so far.
     """
 
-    exact = True
-    """Whether evaluations leave the bits of the weights alone."""
-
     def __init__(self, table: zk.ParamTable, distribution: str) -> None:
         self.table = table
         self.distribution = distribution
@@ -87,8 +84,6 @@ class InplacePlacement(Placement):
 
     A central difference costs three passes: perturb, flip, and one that restores and updates.
     """
-
-    exact = False
 
     def __init__(self, table: zk.ParamTable, distribution: str) -> None:
         super().__init__(table, distribution)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import zorba_kernels as zk
-import zorba_kernels.ops as ops
+import zorba_kernels.eager as eager
 from zorba_kernels.build import extension
 from zorba_kernels.dispatch import choose
 
@@ -109,7 +109,7 @@ def _served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip(f"--server={only}")
     force_server(request.param, monkeypatch)
     served = Served(request.param)
-    monkeypatch.setattr(ops, "choose", served.choose)
+    monkeypatch.setattr(eager, "choose", served.choose)
     yield served
     assert served.calls, "the test called nothing on the backend that it is for"
 

@@ -5,6 +5,7 @@ Stateless operations on tensors. Works with torch alone.
 
 import sys
 
+from zorba_kernels import library as library  # registers torch.ops.zorba_kernels
 from zorba_kernels.build import build_info
 from zorba_kernels.dispatch import BackendStatus, BackendUnavailableError, backends
 from zorba_kernels.noise import NOISE_VERSION

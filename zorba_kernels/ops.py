@@ -1,22 +1,18 @@
-"""The operations: one primitive, and its companions."""
+"""The operations: one primitive, and its companions.
+
+They run at once (``eager.py``), or become operators of a graph while one is traced (``traced.py``).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from zorba_kernels.dispatch import choose
-from zorba_kernels.noise import DISTRIBUTIONS, MAX_ELEMENTS, Distribution
-from zorba_kernels.program import (
-    Program,
-    check_choice,
-    check_sample,
-    check_uint64,
-    integer,
-    make_program,
-)
+from zorba_kernels import eager, traced
+from zorba_kernels.noise import Distribution
 from zorba_kernels.table import ParamTable
 
 Coefs = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
@@ -64,18 +60,19 @@ def add_noise_(
         BackendUnavailableError: the backend asked for cannot serve.
         RuntimeError: a tensor of the table was moved or resized.
     """
-    program = make_program(
-        seeds,
-        coefs,
-        table.num_groups,
-        distribution,
-        rounding,
-        rounding_seed,
-        samples,
-        rounds,
-        decay,
+    _way().add_noise(
+        table,
+        table,
+        backend,
+        seeds=seeds,
+        coefs=coefs,
+        distribution=distribution,
+        rounding=rounding,
+        rounding_seed=rounding_seed,
+        samples=samples,
+        rounds=rounds,
+        decay=decay,
     )
-    run_program(table, table, program, backend)
 
 
 def add_noise(
@@ -111,36 +108,19 @@ def add_noise(
     Raises:
         ValueError: the tables differ, besides what ``add_noise_`` raises.
     """
-    program = make_program(
-        seeds,
-        coefs,
-        table.num_groups,
-        distribution,
-        rounding,
-        rounding_seed,
-        samples,
-        rounds,
-        decay,
+    _way().add_noise(
+        table,
+        out,
+        backend,
+        seeds=seeds,
+        coefs=coefs,
+        distribution=distribution,
+        rounding=rounding,
+        rounding_seed=rounding_seed,
+        samples=samples,
+        rounds=rounds,
+        decay=decay,
     )
-    table.check_like(out)
-    run_program(table, out, program, backend)
-
-
-def run_program(
-    table: ParamTable, out: ParamTable, program: Program, backend: str | None = None
-) -> None:
-    """Runs a checked program; ``out`` is the table itself or one like it.
-
-    For callers that use one program on many tables: ``add_noise`` without its argument checks.
-    """
-    table.check()
-    if out is not table:
-        out.check()
-    module = choose(backend, table.device)
-    if table.contiguous and out.contiguous:
-        module.add_noise(table, out, program)
-    else:
-        _through_copies(module, table, out, program)
 
 
 def fingerprint(table: ParamTable, *, backend: str | None = None) -> int:
@@ -150,10 +130,7 @@ def fingerprint(table: ParamTable, *, backend: str | None = None) -> int:
     the tensors, the device or the backend. Two replicas that agree compare 8 bytes. It finds
     accidents; it is no defence against an adversary.
     """
-    table.check()
-    module = choose(backend, table.device)
-    source = table if table.contiguous else _contiguous_copy(table)
-    return int(module.fingerprint(source))
+    return int(_way().fingerprint(table, backend))
 
 
 def noise(
@@ -182,42 +159,10 @@ def noise(
     Raises:
         ValueError: an argument out of range.
     """
-    check_choice("distribution", distribution, DISTRIBUTIONS)
-    size = torch.Size((shape,) if isinstance(shape, int) else tuple(shape))
-    offset = integer(offset, "offset")
-    if any(n < 0 for n in size):
-        raise ValueError(f"shape must not be negative, got {tuple(size)}")
-    if offset < 0 or offset + size.numel() > MAX_ELEMENTS:
-        raise ValueError(f"elements {offset} to {offset + size.numel()} are outside of [0, 2**35)")
-    where = torch.device(device)
-    z: Tensor = choose(backend, where).noise(
-        size.numel(),
-        offset,
-        check_uint64(seed, "seed"),
-        check_uint64(stream, "stream"),
-        check_sample(sample),
-        distribution,
-        where,
-    )
-    return z.reshape(size)
+    way = _way()
+    z: Tensor = way.noise(shape, seed, stream, sample, distribution, device, offset, backend)
+    return z
 
 
-def _contiguous_copy(table: ParamTable) -> ParamTable:
-    return ParamTable(
-        {e.name: e.tensor.contiguous() for e in table.entries},
-        groups={e.name: e.group for e in table.entries},
-        offsets={e.name: e.offset for e in table.entries},
-    )
-
-
-def _through_copies(module: object, table: ParamTable, out: ParamTable, program: Program) -> None:
-    """Works on contiguous copies, one tensor at a time, and copies the results to their places."""
-    for source, target in zip(table.entries, out.entries, strict=True):
-        piece = ParamTable(
-            {source.name: source.tensor.clone(memory_format=torch.contiguous_format)},
-            groups={source.name: source.group},
-            offsets={source.name: source.offset},
-            num_groups=table.num_groups,
-        )
-        module.add_noise(piece, piece, program)  # type: ignore[attr-defined]
-        target.tensor.copy_(piece.entries[0].tensor)
+def _way() -> Any:
+    return traced if torch.compiler.is_compiling() else eager

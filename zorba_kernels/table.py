@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -116,6 +116,7 @@ class ParamTable:
         self.num_groups = least if num_groups is None else num_groups
         if self.num_groups < least:
             raise ValueError(f"num_groups is {num_groups}, but group {least - 1} is in use")
+        _alive[_key(self)] = self
 
     def _add_alias(self, name: str, first: str, group: int, offset: int) -> None:
         entry = next(e for e in self.entries if e.name == first)
@@ -200,6 +201,39 @@ class ParamTable:
             packed = torch.tensor(rows, dtype=torch.int64).reshape(-1, SEGMENT_FIELDS)
             self._packed[out] = packed
         return self._packed[out]
+
+
+_Key = tuple[Hashable, ...]
+_alive: WeakValueDictionary[_Key, ParamTable] = WeakValueDictionary()
+
+
+def find_table(
+    tensors: Sequence[Tensor],
+    names: Sequence[str],
+    groups: Sequence[int],
+    offsets: Sequence[int],
+    num_groups: int,
+) -> ParamTable:
+    """Returns the table of these tensors if there is one already, or a new one."""
+    identities = tuple(_identity(t) for t in tensors)
+    key = (identities, tuple(names), tuple(groups), tuple(offsets), num_groups)
+    known = _alive.get(key)
+    return (
+        known
+        if known is not None
+        else ParamTable(
+            zip(names, tensors, strict=True),
+            dict(zip(names, groups, strict=True)),
+            dict(zip(names, offsets, strict=True)),
+            num_groups,
+        )
+    )
+
+
+def _key(table: ParamTable) -> _Key:
+    rows = [(e.name, e.group, e.offset) for e in table.entries]
+    columns = tuple(zip(*rows, strict=True)) or ((), (), ())
+    return (tuple(table._identities), *columns, table.num_groups)
 
 
 def _identity(tensor: Tensor) -> _Identity:

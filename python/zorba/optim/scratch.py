@@ -14,8 +14,8 @@ import zorba_kernels as zk
 from zorba.optim.interrupt import deferred_interrupts
 from zorba.optim.placement import Placement
 from zorba.optim.terms import NoiseTerms
+from zorba_kernels.eager import run_program
 from zorba_kernels.noise import canonical_name
-from zorba_kernels.ops import run_program
 from zorba_kernels.program import Program, make_program
 
 _ALIGN = 64  # bytes between parameters in a scratch buffer

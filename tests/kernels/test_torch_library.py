@@ -1,0 +1,191 @@
+"""The operations as torch operators: schemas, fake kernels, and functions under torch.compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import zorba_kernels as zk
+from tests.kernels.bits import assert_same_bits
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+operators = torch.ops.zorba_kernels
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def model_and_table(rng, device, dtype=torch.float32):
+    torch.manual_seed(rng.seed)
+    layers = torch.nn.Sequential(torch.nn.Linear(24, 24), torch.nn.Tanh(), torch.nn.Linear(24, 2))
+    model = layers.to(device=device, dtype=dtype)
+    return model, zk.ParamTable(model.named_parameters(), groups={"2.weight": 1, "2.bias": 1})
+
+
+def two_models(rng, device, dtype=torch.float32):
+    return model_and_table(rng, device, dtype), model_and_table(rng, device, dtype)
+
+
+def difference(model, table, x, seed, eps):
+    """Of the outputs at +eps and at -eps, as a user would write it."""
+    zk.add_noise_(table, seed, eps)
+    plus = model(x)
+    zk.add_noise_(table, seed, -2 * eps)
+    minus = model(x)
+    zk.add_noise_(table, [seed, seed], [[eps, 1e-3], [eps, 0.0]], rounds=[1, 1])
+    return plus - minus
+
+
+@torch.no_grad()
+def test_one_graph_serves_every_seed(rng, device):
+    (mine, table), (theirs, their_table) = two_models(rng, device)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(difference, fullgraph=True, backend=counter)
+    x = torch.randn(3, 24, device=device)
+    seeds = [1, *rng.integers(6, bits=62)]
+    for seed in seeds:
+        out = compiled(mine, table, x, seed, 1e-2)
+        assert_same_bits(out, difference(theirs, their_table, x, seed, 1e-2))
+        for name, weight in mine.named_parameters():
+            assert_same_bits(weight, theirs.get_parameter(name))
+    assert counter.frame_count <= 2, "the first seed, and any seed: no graph a seed"
+
+
+@torch.no_grad()
+def test_seeds_and_coefficients_in_tensors(rng, device):
+    """No new graph for seeds and coefficients that change from step to step, up to 2**64 - 1."""
+    (mine, table), (theirs, their_table) = two_models(rng, device, torch.bfloat16)
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(seeds, coefs, decay):
+        zk.add_noise_(
+            table, seeds, coefs, "rademacher", "stochastic", rounding_seed=seeds[:1], decay=decay
+        )
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for seeds in ([3, (1 << 64) - 1], [0, 1 << 63], rng.integers(2)):
+        coefs, decay = rng.coefs(2), torch.tensor(0.01)
+        bits = torch.tensor([s - (1 << 64) if s >> 63 else s for s in seeds])
+        compiled(bits, coefs, decay)
+        zk.add_noise_(their_table, seeds, coefs, "rademacher", "stochastic", seeds[0], decay=0.01)
+        for name, weight in mine.named_parameters():
+            assert_same_bits(weight, theirs.get_parameter(name))
+    assert counter.frame_count == 1
+
+
+@torch.no_grad()
+def test_out_of_place_and_samples(rng, device, dtype):
+    source = {"w": rng.weights((5, 13), dtype).to(device)}
+    results = {"w": torch.full_like(source["w"], torch.nan)}
+    table, out = zk.ParamTable(source), zk.ParamTable(results)
+    before = source["w"].clone()
+
+    def make(seed):
+        zk.add_noise(table, out, [seed, seed], [1e-2, 1e-3], samples=[7, 8])
+        return results["w"] * 2
+
+    twice = torch.compile(make, fullgraph=True, backend="aot_eager")(5)
+    expected = zk.ParamTable({"w": before.clone()})
+    zk.add_noise_(expected, [5, 5], [1e-2, 1e-3], samples=[7, 8])
+    assert_same_bits(results["w"], expected.entries[0].tensor)
+    assert_same_bits(twice, expected.entries[0].tensor * 2)
+    assert_same_bits(source["w"], before)
+
+
+def test_noise_and_fingerprint(rng, device):
+    stream = zk.noise.stream_of("w")
+    _, table = model_and_table(rng, device)
+
+    def make(count, seed):
+        return zk.noise((count, 3), seed=seed, stream=stream, offset=5, device=device) + 0.0
+
+    compiled = torch.compile(make, fullgraph=True, backend="aot_eager")
+    for count, seed in ((4, 1), (9, 2), (11, rng.integer(62)), (2, (1 << 64) - 1)):
+        assert_same_bits(compiled(count, seed), make(count, seed))
+    hashed = torch.compile(lambda: zk.fingerprint(table), backend="aot_eager")
+    assert hashed() == zk.fingerprint(table)
+
+
+@torch.no_grad()
+def test_default_compiler(rng, device):
+    """Inductor: its functionalisation must bring the change back to the weights themselves."""
+    (mine, table), (theirs, their_table) = two_models(rng, device)
+    x = torch.randn(3, 24, device=device)
+    addresses = [p.data_ptr() for p in mine.parameters()]
+    torch.compile(difference)(mine, table, x, 11, 1e-2)
+    difference(theirs, their_table, x, 11, 1e-2)
+    for name, weight in mine.named_parameters():
+        assert_same_bits(weight, theirs.get_parameter(name))
+    assert [p.data_ptr() for p in mine.parameters()] == addresses
+
+
+def test_a_bad_argument_is_refused_when_the_graph_runs(rng):
+    _, table = model_and_table(rng, "cpu")
+    before = zk.fingerprint(table)
+
+    def step(coefs):
+        zk.add_noise_(table, [1, 2], coefs)
+
+    compiled = torch.compile(step, backend="aot_eager")
+    with pytest.raises(ValueError, match="finite"):
+        compiled(torch.tensor([1.0, torch.nan]))
+    with pytest.raises(ValueError, match="coefs has shape"):
+        compiled(torch.tensor([1.0]))
+    assert zk.fingerprint(table) == before
+
+
+# --- torch's own checks of an operator ------------------------------------------------------------
+
+
+def arguments(rng, device, dtype):
+    tensors = [rng.weights(n, dtype).to(device) for n in (1000, 63)]
+    layout = (["a", "b"], [0, 1], [0, 8], 2)
+    program = (
+        torch.tensor([1, -1]), torch.tensor([[0.5, 0.25], [0.0, 1.0]]), "gaussian", "stochastic",
+        torch.tensor([4]), torch.tensor([0, 3]), [2], torch.tensor(0.1), None,
+    )  # fmt: skip
+    return tensors, layout, program
+
+
+def test_opcheck(rng, device, dtype):
+    tensors, layout, program = arguments(rng, device, dtype)
+    out = [torch.empty_like(t) for t in tensors]
+    torch.library.opcheck(operators.add_noise_.default, (tensors, *layout, *program))
+    torch.library.opcheck(operators.add_noise.default, (tensors, out, *layout, *program))
+    torch.library.opcheck(operators.fingerprint.default, (tensors, *layout, None))
+    word = torch.tensor([-5])
+    call = ((3, 5), word, word, 2, "rademacher", torch.device(device), 17, None)
+    torch.library.opcheck(operators.noise.default, call)
+
+
+def test_operators_find_the_table_of_their_tensors(rng):
+    """A table that is alive is used again; one that is gone leaves nothing behind."""
+    tensors, layout, program = arguments(rng, "cpu", torch.float32)
+    from zorba_kernels.table import _alive, find_table
+
+    table = zk.ParamTable({"a": tensors[0], "b": tensors[1]}, {"a": 0, "b": 1}, {"b": 8})
+    assert find_table(tensors, *layout) is table
+    other = (layout[0], [0, 0], *layout[2:])
+    assert find_table(tensors, *other) is not table
+    copies = {"a": tensors[0].clone(), "b": tensors[1].clone()}
+    expected = zk.ParamTable(copies, {"a": 0, "b": 1}, {"b": 8})
+    operators.add_noise_(tensors, *layout, *program)
+    zk.add_noise_(
+        expected, [1, (1 << 64) - 1], [[0.5, 0.25], [0.0, 1.0]], "gaussian", "stochastic", 4,
+        samples=[0, 3], rounds=[2], decay=0.1,
+    )  # fmt: skip
+    assert_same_bits(tensors[0], copies["a"])
+    assert_same_bits(tensors[1], copies["b"])
+    known = len(_alive)
+    del table, expected
+    assert len(_alive) == known - 2

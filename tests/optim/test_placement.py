@@ -77,26 +77,6 @@ def test_no_hook_is_left_on_the_model(generator: torch.Generator) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_a_parameter_whose_module_never_runs_is_refused() -> None:
-    class Functional(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.linear(x, self.layer.weight)
-
-    model = Functional()
-    before = snapshot(model)
-    optimizer = ZerothOrderSGD(model, lr=0.1)
-    with pytest.raises(UnreachedParameterError, match=r"layer\.weight.*inplace"):
-        optimizer.step(lambda: model(torch.ones(2, 4)).sum())
-    assert same_bits(model, before)
-    inplace = ZerothOrderSGD(model, lr=0.1, placement="inplace")
-    inplace.step(lambda: model(torch.ones(2, 4)).sum())
-    assert not same_bits(model, before)
-
-
 # --- Failures ------------------------------------------------------------------------------------
 
 

@@ -48,6 +48,7 @@ class Placement(ABC):
         rounding: str,
         rounding_seed: int | None = None,
         decay: Tensor | None = None,
+        then: NoiseTerms | None = None,
     ) -> None:
         """Writes ``w <- round(w - decay * w + terms)``, w being the unperturbed weights.
 
@@ -56,7 +57,13 @@ class Placement(ABC):
             rounding: "nearest" or "stochastic".
             rounding_seed: uint64; the first seed of ``terms`` by default.
             decay: float32 [groups], or None.
+            then: what the next session moves to first. The weights may be left there, in the same
+                pass, until ``settle`` or the next session takes it off again.
         """
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Takes off what ``update`` left on the weights for the next session."""
 
     def _add(
         self,
@@ -82,28 +89,39 @@ class Placement(ABC):
 class InplacePlacement(Placement):
     """Perturbs the weights themselves. No extra memory; restoring rounds, so 16-bit weights drift.
 
-    A central difference costs three passes: perturb, flip, and one that restores and updates.
+    A central difference costs three passes: perturb, flip, and one that restores and updates; two,
+    where that one also perturbs for the next step (``then``).
+
+    Attributes:
+        ahead: whether the weights carry what the next session begins with.
     """
 
     def __init__(self, table: zk.ParamTable, distribution: str) -> None:
         super().__init__(table, distribution)
         self._current = NoiseTerms.none(table.num_groups)
+        self.ahead = False
 
     @contextmanager
     def session(self) -> Iterator[None]:
         """See ``Placement.session``; restores to rounding."""
+        self.ahead = False
         try:
             yield
         finally:
-            self.move_to(NoiseTerms.none(self.table.num_groups))
+            if not self.ahead:
+                self.settle()
+
+    def settle(self) -> None:
+        """See ``Placement.settle``; one pass, or none where nothing is left."""
+        self.move_to(NoiseTerms.none(self.table.num_groups))
 
     def move_to(self, terms: NoiseTerms) -> None:
         """See ``Placement.move_to``; one pass, or none where nothing changes."""
         delta = _difference(terms, self._current)
-        if delta.seeds:
-            with deferred_interrupts():
+        with deferred_interrupts():
+            if delta.seeds:
                 self._add(delta)
-                self._current = terms
+            self._current, self.ahead = terms, False
 
     def update(
         self,
@@ -111,16 +129,18 @@ class InplacePlacement(Placement):
         rounding: str,
         rounding_seed: int | None = None,
         decay: Tensor | None = None,
+        then: NoiseTerms | None = None,
     ) -> None:
         """See ``Placement.update``; restores in the same pass."""
         # Decay acts on what is in memory, the perturbation too: that share of it is gone already.
         kept = 1.0 - (decay.double() if decay is not None else torch.zeros(1).double())
         current = self._current
         left = NoiseTerms(current.seeds, current.samples, current.coefs * kept[:, None])
-        delta = _difference(terms, left)
+        target = NoiseTerms.none(self.table.num_groups) if then is None else then
+        delta = _difference(terms.plus(target), left)
         with deferred_interrupts():
             self._add(delta, rounding, rounding_seed, decay)
-            self._current = NoiseTerms.none(self.table.num_groups)
+            self._current, self.ahead = target, then is not None
 
 
 def _difference(target: NoiseTerms, current: NoiseTerms) -> NoiseTerms:

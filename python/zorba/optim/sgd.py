@@ -5,17 +5,25 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from zorba.optim.estimator import ESTIMATORS, Estimator, finite_differences
+from zorba.optim.generators import GeneratorState
+from zorba.optim.guard import guard
 from zorba.optim.interrupt import deferred_interrupts
+from zorba.optim.momentum import Step, velocity, window
 from zorba.optim.placement import PLACEMENTS, InplacePlacement, Placement, PlacementName
-from zorba.optim.scratch import ScratchPlacement, active_table
+from zorba.optim.probe import Probe
+from zorba.optim.reuse import PrefixReuse, ReuseError
+from zorba.optim.scratch import ScratchPlacement
+from zorba.optim.select import Blocks, active_parameters, active_table, param_groups
 from zorba.optim.terms import NoiseTerms
 from zorba_kernels.noise import DISTRIBUTIONS, NOISE_VERSION, ROUNDINGS, Distribution, Rounding
 from zorba_kernels.program import check_choice, check_uint64
@@ -27,7 +35,7 @@ class StepReport:
 
     Attributes:
         seed: uint64 of the step.
-        scalars: g of each perturbation.
+        scalars: g of each perturbation, clipped.
         loss: mean of the losses seen.
         skipped: whether a loss was not finite, so that the weights were left alone.
         seconds: of the whole step.
@@ -42,11 +50,21 @@ class StepReport:
     kernel_seconds: float
 
 
+class Recorder(Protocol):
+    """Is told every update, for example to write a trajectory."""
+
+    def append(
+        self, step: int, terms: NoiseTerms, rounding_seed: int, decay: Tensor | None
+    ) -> None:
+        """Takes what was added to the weights in a step; see ``Placement.update``."""
+
+
 class ZerothOrderSGD(torch.optim.Optimizer):
     """SGD along seeded random directions: ``w <- w - lr * mean_p g[p] z_p`` (MeZO, 2305.17333).
 
-    Needs the memory of inference: no gradient, no activation and no optimizer state is kept. The
-    optimizer's state is its step number and its seed, so ``state_dict`` resumes exactly.
+    Needs the memory of inference: no gradient, no activation and no optimizer state of the size of
+    the weights is kept. Its state is a step number, a seed, and with momentum the scalars of recent
+    steps, so ``state_dict`` is small and resumes exactly. The loss need not be differentiable.
 
     Args:
         model: its parameters that require a gradient are fine-tuned; float32, bfloat16 or float16.
@@ -60,7 +78,26 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         rounding: of updates to 16-bit weights, "stochastic" (unbiased) or "nearest" (loses updates
             below half a unit in the last place).
         weight_decay: decoupled, ``w <- w - lr * weight_decay * w`` in the same rounding.
+        momentum: of heavy-ball SGD, below 1. The velocity is replayed from seeds: a step adds
+            about ``log(0.01) / log(momentum)`` noises in its pass, and memory stays as it is.
+        clip: largest absolute value of a scalar, or None.
+        blocks: "all"; "last:4" for the last 4 transformer blocks alone; or a mask, one boolean a
+            block. Blocks in front of the first active one run once a step (``prefix_reuse``).
+        groups: parameters with options of their own: dicts of "params" (names or parameters) and
+            any of lr, eps and weight_decay. With ``eps`` of its own a group is perturbed by it, and
+            its update uses the difference over it.
+        prefix_reuse: whether to keep the output of blocks that no perturbation can reach.
+        two_pass: for placement "inplace" and "central": the update also perturbs for the next
+            step, so that a step costs two passes over the weights instead of three. Between steps
+            the weights are then perturbed; a forward of the model or of a module of it outside of
+            a step, ``state_dict`` of either, ``eval()`` and ``flush()`` of the optimizer, and its
+            end settle that. Call ``flush()`` before you read weights in another way.
         seed: uint64; the run is a function of it, the data and the initial weights.
+
+    Attributes:
+        placement: where perturbed weights live.
+        last_step: a ``StepReport``, or None.
+        recorder: is told every update, unless None.
 
     Raises:
         TypeError, ValueError: bad arguments, or nothing to train.
@@ -77,6 +114,12 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         placement: PlacementName = "scratch",
         rounding: Rounding = "stochastic",
         weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        clip: float | None = None,
+        blocks: Blocks = "all",
+        groups: Sequence[Mapping[str, Any]] | None = None,
+        prefix_reuse: bool = True,
+        two_pass: bool = False,
         seed: int = 0,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -84,20 +127,21 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 f"the first argument is the model (an nn.Module), not {type(model).__name__}: "
                 "perturbing needs its modules, not only its parameters"
             )
-        _check_number("lr", lr, 0.0)
-        _check_number("eps", eps, torch.finfo(torch.float32).tiny)
-        _check_number("weight_decay", weight_decay, 0.0)
-        if isinstance(num_perturbations, bool) or not isinstance(num_perturbations, int):
-            raise TypeError(f"num_perturbations must be an integer, got {num_perturbations!r}")
-        if num_perturbations < 1:
-            raise ValueError(f"num_perturbations must be at least 1, got {num_perturbations}")
+        _check_count("num_perturbations", num_perturbations)
+        if not 0.0 <= momentum < 1.0:
+            raise ValueError(f"momentum must be at least 0 and below 1, got {momentum!r}")
+        if clip is not None:
+            _check_number("clip", clip, torch.finfo(torch.float32).tiny)
         check_choice("estimator", estimator, ESTIMATORS)
         check_choice("distribution", distribution, DISTRIBUTIONS)
         check_choice("placement", placement, PLACEMENTS)
         check_choice("rounding", rounding, ROUNDINGS)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        if not parameters:
-            raise ValueError("the model has no parameter with requires_grad=True")
+        if two_pass and (placement, estimator) != ("inplace", "central"):
+            raise ValueError(
+                "two_pass is for placement='inplace' with estimator='central'; got "
+                f"{placement!r} and {estimator!r}"
+            )
+        parameters = active_parameters(model, blocks)
         self._built = False
         defaults = {
             "lr": lr,
@@ -106,30 +150,54 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             "estimator": estimator,
             "rounding": rounding,
             "weight_decay": weight_decay,
+            "momentum": momentum,
+            "clip": clip,
             "distribution": distribution,
             "noise_version": NOISE_VERSION,
             "seed": check_uint64(seed, "seed"),
             "step": 0,
         }
-        super().__init__(parameters, defaults)
+        super().__init__(param_groups(parameters, groups), defaults)
         self._built = True
+        for group in self.param_groups:
+            _check_number("lr", group["lr"], 0.0)
+            _check_number("eps", group["eps"], torch.finfo(torch.float32).tiny)
+            _check_number("weight_decay", group["weight_decay"], 0.0)
         self._model = model
-        table = active_table(model)
+        names = {id(p): name for name, p in parameters.items()}
+        table = active_table(
+            model,
+            {names[id(p)]: g for g, group in enumerate(self.param_groups) for p in group["params"]},
+        )
         self.placement: Placement = (
             ScratchPlacement(model, table, distribution)
             if placement == "scratch"
             else InplacePlacement(table, distribution)
         )
+        self._reuse = PrefixReuse(model, table)
+        if not prefix_reuse:
+            self._reuse.disable()
+        self._probed = placement == "inplace" and not self._reuse.enabled
+        self._two_pass = two_pass
+        if two_pass:
+            unguard = guard(model, self.placement)
+            weakref.finalize(self, unguard).atexit = False
         self.last_step: StepReport | None = None
+        self.recorder: Recorder | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused after construction: the groups are the model's parameters."""
         if self._built:
             raise ValueError(
-                "ZerothOrderSGD takes its parameters from the model: set requires_grad and make a "
-                "new optimizer"
+                "ZerothOrderSGD takes its parameters from the model: set requires_grad, or give "
+                "groups=, and make a new optimizer"
             )
         super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns options, step number and, with momentum, recent scalars; settles the weights."""
+        self.flush()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where another optimizer stopped.
@@ -145,7 +213,19 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                     f"the state is of {what} {options.get(what)!r}, this optimizer of {mine!r}: "
                     "make the optimizer with the same one"
                 )
+        self.flush()
         super().load_state_dict(state_dict)
+
+    def flush(self) -> None:
+        """Takes the next step's perturbation off the weights, where ``two_pass`` left one there."""
+        self.placement.settle()
+
+    def train(self) -> None:
+        """Does nothing; the counterpart of ``eval``."""
+
+    def eval(self) -> None:
+        """Makes the weights fit for evaluation and saving, as ``flush``."""
+        self.flush()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Does nothing: there are no gradients."""
@@ -155,9 +235,10 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         """Evaluates the closure 2P times (or P + 1) and updates the weights.
 
         Args:
-            closure: runs the model on one batch and returns the loss, without calling backward.
-                Every call must use the same batch. Randomness from torch's generators (dropout) is
-                repeated for each call while the model is in training mode.
+            closure: runs the model on one batch and returns what to minimise, a loss or minus an
+                accuracy, without calling backward. Every call must use the same batch. Randomness
+                from torch's generators (dropout) is repeated for each call while the model is in
+                training mode. The first step may call it once more than 2P times.
 
         Returns:
             Mean of the losses seen, a 0-dimensional float32 tensor.
@@ -173,19 +254,21 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         kernel_before = self.placement.kernel_seconds
         options = self.param_groups[0]
         seed = step_seed(options["seed"], options["step"])
-        with self.placement.session():
+        with self.placement.session(), self._reuse.session():
             scalars, loss = finite_differences(
                 self._evaluator(closure),
                 seed,
                 options["eps"],
                 options["num_perturbations"],
                 options["estimator"],
-                active=[1.0],
+                active=self._shares(),
             )
             finite = all(map(math.isfinite, scalars))
+            if options["clip"] is not None:
+                scalars = [min(max(g, -options["clip"]), options["clip"]) for g in scalars]
             with deferred_interrupts():
                 if finite:
-                    self._update(seed, scalars, options)
+                    self._update(seed, scalars)
                 options["step"] += 1
         self.last_step = StepReport(
             seed,
@@ -197,44 +280,88 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         )
         return torch.tensor(loss)
 
+    def _shares(self) -> list[float]:
+        """Distance of each group in units of the first one's."""
+        return [group["eps"] / self.param_groups[0]["eps"] for group in self.param_groups]
+
     def _evaluator(self, closure: Callable[[], float | Tensor]) -> Callable[[NoiseTerms], float]:
-        generators = _GeneratorState(self.placement.table.device) if self._model.training else None
+        generators = GeneratorState(self.placement.table.device) if self._model.training else None
+
+        def run() -> float:
+            if generators is not None:
+                generators.rewind()
+            self._reuse.begin()
+            return float(closure())
 
         def evaluate(terms: NoiseTerms) -> float:
             self.placement.move_to(terms)
-            if generators is not None:
-                generators.rewind()
-            return float(closure())
+            if not self._probed:
+                return self._first_evaluation(terms, run)
+            try:
+                return run()
+            except ReuseError:
+                warnings.warn(
+                    "prefix reuse is switched off: blocks get other inputs in each evaluation of "
+                    "a step",
+                    stacklevel=2,
+                )
+                self._reuse.disable()
+                return run()
 
         return evaluate
 
-    def _update(self, seed: int, scalars: list[float], options: dict[str, Any]) -> None:
-        lr = float(options["lr"])
-        coefs = torch.tensor([[-lr * g / len(scalars) for g in scalars]], dtype=torch.float64)
-        terms = NoiseTerms(
-            (seed,) * len(scalars), tuple(range(len(scalars))), coefs.to(torch.float32)
-        )
-        decay = lr * options["weight_decay"]
-        self.placement.update(
-            terms,
-            options["rounding"],
-            rounding_seed=seed,
-            decay=torch.tensor([decay]) if decay else None,
-        )
+    def _first_evaluation(self, terms: NoiseTerms, run: Callable[[], float]) -> float:
+        """Finds out how the parameters are used, and evaluates again where that matters."""
+        probe = Probe(self._model, self.placement.table)
+        with probe.watch():
+            loss = run()
+        self._probed = True
+        if probe.functional:
+            self._reuse.disable()
+        if not isinstance(self.placement, ScratchPlacement):
+            return loss
+        if probe.unread:
+            names = sorted(probe.unread)
+            warnings.warn(
+                f"the first evaluation did not use {', '.join(names[:5])}"
+                f"{' and more' if len(names) > 5 else ''}: updates will move them at random. "
+                "Freeze them (requires_grad=False), unless other batches use them, as experts of a "
+                "mixture",
+                stacklevel=2,
+            )
+            self.placement.excuse(probe.unread)
+        if probe.functional:
+            self.placement.hold(probe.functional)
+            self.placement.move_to(terms)
+            loss = run()
+        return loss
 
+    def _update(self, seed: int, scalars: list[float]) -> None:
+        options = self.param_groups[0]
+        steps: list[Step] = [(seed, tuple(scalars))]
+        if options["momentum"]:
+            memory = cast(dict[str, Any], self.state)["momentum"]
+            kept = [*memory.get("steps", []), *steps]
+            steps = memory["steps"] = kept[-window(options["momentum"]) :]
+        rates = [float(group["lr"]) for group in self.param_groups]
+        scale = [-lr / share for lr, share in zip(rates, self._shares(), strict=True)]
+        terms = velocity(steps, options["momentum"], scale)
+        decays = [
+            lr * group["weight_decay"] for lr, group in zip(rates, self.param_groups, strict=True)
+        ]
+        decay = torch.tensor(decays) if any(decays) else None
+        self.placement.update(terms, options["rounding"], seed, decay, self._next_move())
+        if self.recorder is not None:
+            self.recorder.append(options["step"], terms, seed, decay)
 
-class _GeneratorState:
-    """Torch's random state when a step began, to be repeated for each evaluation."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cpu = torch.get_rng_state()
-        self._device = device if device.type == "cuda" else None
-        self._cuda = torch.cuda.get_rng_state(device) if self._device else None
-
-    def rewind(self) -> None:
-        torch.set_rng_state(self._cpu)
-        if self._device is not None and self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self._device)
+    def _next_move(self) -> NoiseTerms | None:
+        """What the next step's first evaluation will add to the weights."""
+        if not self._two_pass:
+            return None
+        options = self.param_groups[0]
+        seed = step_seed(options["seed"], options["step"] + 1)
+        shares = torch.tensor(self._shares(), dtype=torch.float32)
+        return NoiseTerms.single(seed, 0, options["eps"] * shares)
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -249,3 +376,10 @@ def _check_number(what: str, value: float, least: float) -> None:
     if not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
         bound = "positive" if least > 0 else "at least 0"
         raise ValueError(f"{what} must be a finite number, {bound}, got {value!r}")
+
+
+def _check_count(what: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{what} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{what} must be at least 1, got {value}")

@@ -1,0 +1,50 @@
+"""Momentum without state: the velocity is replayed from the seeds and scalars of recent steps.
+
+``v_t = sum_j momentum^j * mean_p g[t-j, p] z(seed_{t-j}, p)`` is what heavy-ball SGD keeps in a
+buffer as large as the model. Here the same sum is made of seeds in the pass that applies it, cut
+where a step's weight falls below ``CUT``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zorba.optim.terms import NoiseTerms
+
+CUT = 0.01
+"""Weight below which a step is left out of the velocity: 44 steps at momentum 0.9."""
+
+Step = tuple[int, tuple[float, ...]]
+"""Seed of a step, and its scalars."""
+
+
+def window(momentum: float) -> int:
+    """Returns how many steps the velocity is made of."""
+    return 1 if momentum == 0.0 else math.floor(math.log(CUT) / math.log(momentum)) + 1
+
+
+def velocity(steps: Sequence[Step], momentum: float, scale: Sequence[float]) -> NoiseTerms:
+    """Returns ``scale * v`` as noise, oldest step first.
+
+    Args:
+        steps: recent ones, the newest last.
+        momentum: weight of a step against the one after it.
+        scale: of each group, [groups].
+    """
+    seeds: list[int] = []
+    samples: list[int] = []
+    weights: list[float] = []
+    counts: list[int] = []
+    for age, (seed, scalars) in zip(range(len(steps) - 1, -1, -1), steps, strict=True):
+        for sample, g in enumerate(scalars):
+            seeds.append(seed)
+            samples.append(sample)
+            weights.append(momentum**age * g)
+            counts.append(len(scalars))
+    rows: Tensor = torch.tensor(scale, dtype=torch.float64)[:, None]
+    coefs = rows * torch.tensor(weights, dtype=torch.float64) / torch.tensor(counts)
+    return NoiseTerms(tuple(seeds), tuple(samples), coefs.to(torch.float32))

@@ -1,0 +1,248 @@
+"""Prefix reuse: blocks that no perturbation can reach run once a step.
+
+Where the first blocks of a stack hold no active parameter and nothing active runs in front of
+them, their output is the same in every evaluation of a step. The first evaluation keeps it; in the
+others these blocks hand through what they get, and the last of them returns what was kept. The
+model's own forward runs as always, so its masks, positions and heads are its own affair.
+
+What makes this exact: a block is skipped only while all tensors that the stack was given are equal
+to those of the first evaluation, bit for bit, and random generators continue where they stood
+behind the prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import zorba_kernels as zk
+from zorba.hf.blocks import find_blocks
+from zorba.optim.generators import GeneratorState
+from zorba.optim.owners import find_owners, key_of
+
+
+class ReuseError(BaseException):
+    """Blocks were skipped that should have run: the evaluation must be repeated without reuse.
+
+    No Exception: a closure that catches these would hide it.
+    """
+
+
+@dataclass
+class _Call:
+    """What a block did in one call of the first evaluation."""
+
+    inputs: list[Tensor]  # besides the hidden states, which only the first block compares
+    hidden_in: list[Tensor]  # of the first block
+    hidden_out: Tensor | None  # kept for the last block of the prefix alone
+    rest: Any  # other members of its output; None where it is a plain tensor
+    generators: GeneratorState | None
+
+
+@dataclass
+class _Stack:
+    """Leading blocks of one stack that hold no active parameter."""
+
+    modules: list[nn.Module]
+    calls: list[dict[int, _Call]] = field(default_factory=list)  # by call of the stack, by block
+    at: int = -1  # the running call of the stack
+    skipping: bool = False
+
+
+class PrefixReuse:
+    """Skips, for the length of a session, what one evaluation of a step has computed already.
+
+    Args:
+        model: a model with transformer blocks; without any, nothing is reused.
+        table: its active parameters.
+    """
+
+    def __init__(self, model: nn.Module, table: zk.ParamTable) -> None:
+        self._model = model
+        self._device = table.device
+        self._stacks = _prefixes(model, table)
+        self._owners = [o.module for o in find_owners(model, table) if o.module is not None]
+        self.enabled = bool(self._stacks)
+        self._recording = False
+        self._open: _Stack | None = None  # the stack that is being recorded
+        self._evaluations = 0
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Context of a step; the model is as it was on leaving it."""
+        if not self.enabled:
+            yield
+            return
+        self._evaluations = 0
+        changed: list[tuple[nn.Module, Any]] = []
+        handles = []
+        try:
+            for stack in self._stacks:
+                for number, module in enumerate(stack.modules):
+                    changed.append((module, module.__dict__.get("forward")))
+                    module.forward = self._forward(stack, number, module.forward)
+            for owner in self._owners:
+                handles.append(owner.register_forward_pre_hook(self._active_runs))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, before in changed:
+                if before is None:
+                    module.__dict__.pop("forward", None)
+                else:
+                    module.forward = before
+            self._forget()
+
+    def begin(self) -> None:
+        """Marks the start of an evaluation."""
+        self._recording = self._evaluations == 0
+        self._evaluations += 1
+        self._open = None
+        for stack in self._stacks:
+            stack.at, stack.skipping = -1, False
+
+    def restart(self) -> None:
+        """Forgets what was kept: the next evaluation is the first one again."""
+        self._evaluations = 0
+        self._forget()
+
+    def disable(self) -> None:
+        """Reuses nothing from here on."""
+        self.enabled = self._recording = False
+        self._forget()
+
+    def _forget(self) -> None:
+        for stack in self._stacks:
+            stack.calls.clear()
+            stack.at, stack.skipping = -1, False
+
+    def _active_runs(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """In front of a module with active parameters: what runs from here on is no prefix."""
+        del module, args
+        self._open = None
+
+    def _forward(self, stack: _Stack, number: int, original: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not self.enabled:
+                return original(*args, **kwargs)
+            hidden, others = _inputs(args, kwargs)
+            if number == 0:
+                self._enter(stack, hidden, others, _continues(args, kwargs))
+            if stack.skipping and number in stack.calls[stack.at]:
+                return _replay(stack.calls[stack.at][number], hidden, others)
+            output = original(*args, **kwargs)
+            if self._recording and self._open is stack:
+                self._record(stack, number, hidden, others, output)
+            return output
+
+        return forward
+
+    def _enter(
+        self, stack: _Stack, hidden: Tensor | None, others: list[Tensor], continues: bool
+    ) -> None:
+        """The first block of a stack is called: does what was kept fit?"""
+        stack.at += 1
+        stack.skipping = False
+        if self._recording:
+            stack.calls.append({})
+            self._open = None if continues else stack
+        elif stack.at < len(stack.calls) and stack.calls[stack.at] and not continues:
+            kept = stack.calls[stack.at][0]
+            stack.skipping = _equal([*kept.hidden_in, *kept.inputs], [*_listed(hidden), *others])
+
+    def _record(
+        self, stack: _Stack, number: int, hidden: Tensor | None, others: list[Tensor], output: Any
+    ) -> None:
+        call = stack.calls[stack.at]
+        result = output if isinstance(output, Tensor) else None
+        rest = None
+        if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+            result, rest = output[0], output[1:]
+        passes_through = (
+            hidden is not None
+            and result is not None
+            and result.shape == hidden.shape
+            and result.dtype == hidden.dtype
+        )
+        if not passes_through or (number and number - 1 not in call):
+            self._open = None
+            return
+        assert hidden is not None
+        assert result is not None
+        if number:
+            call[number - 1].hidden_out = None
+        call[number] = _Call(
+            others,
+            [hidden.clone()] if number == 0 else [],
+            result.clone(),
+            rest,
+            GeneratorState(self._device) if self._model.training else None,
+        )
+
+
+def _replay(call: _Call, hidden: Tensor | None, others: list[Tensor]) -> Any:
+    if hidden is None or not _equal(call.inputs, others):
+        raise ReuseError
+    if call.hidden_out is not None:
+        hidden = call.hidden_out.clone()  # whoever reads it may write it
+        if call.generators is not None:
+            call.generators.rewind()
+    return hidden if call.rest is None else (hidden, *call.rest)
+
+
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, list[Tensor]]:
+    """The hidden states, and all other tensors that a block is given."""
+    rest = dict(kwargs)
+    hidden = args[0] if args else rest.pop("hidden_states", None)
+    return (hidden if isinstance(hidden, Tensor) else None), _tensors([args[1:], rest])
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Those in tuples, lists and dicts; a key-value cache is none of them."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for v in value for t in _tensors(v)] if isinstance(value, (tuple, list)) else []
+
+
+def _listed(value: Tensor | None) -> list[Tensor]:
+    return [] if value is None else [value]
+
+
+def _continues(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a key-value cache holds positions already, made by whatever weights."""
+    caches = [v for v in (*args, *kwargs.values()) if hasattr(v, "get_seq_length")]
+    return any(int(cache.get_seq_length()) > 0 for cache in caches)
+
+
+def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(
+        x is y or (x.shape == y.shape and x.dtype == y.dtype and torch.equal(x, y))
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _prefixes(model: nn.Module, table: zk.ParamTable) -> list[_Stack]:
+    active = {key_of(entry.source) for entry in table.entries}
+    if getattr(getattr(model, "config", None), "num_kv_shared_layers", None):
+        return []  # late blocks read the keys and values of early ones
+    try:
+        blocks = find_blocks(model)
+    except ValueError:
+        return []
+    stacks: dict[str, _Stack] = {}
+    ended: set[str] = set()
+    for block in blocks:
+        name = block.name.rpartition(".")[0]
+        if any(key_of(p) in active for p in block.module.parameters()):
+            ended.add(name)
+        if name not in ended:
+            stacks.setdefault(name, _Stack([])).modules.append(block.module)
+    return list(stacks.values())

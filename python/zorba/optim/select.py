@@ -1,0 +1,126 @@
+"""Which parameters of a model are active, and in which group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import zorba_kernels as zk
+from zorba.hf.blocks import find_blocks
+from zorba_kernels.noise import canonical_name
+
+Blocks = str | Sequence[bool] | Tensor
+GROUP_OPTIONS = ("lr", "eps", "weight_decay")
+"""Options that groups of parameters may differ in."""
+
+
+def active_table(
+    model: nn.Module, groups: dict[str, int] | None = None, num_groups: int | None = None
+) -> zk.ParamTable:
+    """Returns the table of a model's active parameters.
+
+    Args:
+        model: any module.
+        groups: group of each active parameter by canonical name; None means all that require a
+            gradient, in group 0.
+        num_groups: rows that coefficients have.
+    """
+    named = _named(model)
+    if groups is None:
+        groups = {n: 0 for n, p in named.items() if p.requires_grad}
+    missing = sorted(set(groups) - set(named))
+    if missing:
+        raise ValueError(f"the model has no parameters named {missing}")
+    return zk.ParamTable({n: named[n] for n in groups}, groups=groups, num_groups=num_groups)
+
+
+def active_parameters(model: nn.Module, blocks: Blocks = "all") -> dict[str, nn.Parameter]:
+    """Returns the parameters to fine-tune, by canonical name: those that require a gradient.
+
+    Args:
+        model: any module.
+        blocks: "all" for no other condition; "last:4" for the parameters of the last 4 transformer
+            blocks; or a mask, one boolean a block in the order of ``zorba.hf.find_blocks``.
+
+    Raises:
+        ValueError: a mask of another length, a string that is neither, or nothing left.
+    """
+    wanted = {n: p for n, p in _named(model).items() if p.requires_grad}
+    if not (isinstance(blocks, str) and blocks == "all"):
+        found = find_blocks(model)
+        mask = _mask(blocks, len(found))
+        inside = {
+            name for block, on in zip(found, mask, strict=True) if on for name in block.parameters
+        }
+        wanted = {n: p for n, p in wanted.items() if n in inside}
+    if not wanted:
+        where = "" if isinstance(blocks, str) and blocks == "all" else f" in blocks={blocks!r}"
+        raise ValueError(f"the model has no parameter with requires_grad=True{where}")
+    return wanted
+
+
+def param_groups(
+    parameters: Mapping[str, nn.Parameter], groups: Sequence[Mapping[str, Any]] | None
+) -> list[dict[str, Any]]:
+    """Returns groups as ``torch.optim`` has them; the first holds what ``groups`` does not name.
+
+    Args:
+        parameters: active ones, by canonical name.
+        groups: dicts of "params" (names or parameters) and any of lr, eps and weight_decay.
+
+    Raises:
+        ValueError: an option that groups cannot differ in, a parameter that is not active or is in
+            two groups, or a group without parameters.
+    """
+    left = dict(parameters)
+    names = {id(p): name for name, p in parameters.items()}
+    made: list[dict[str, Any]] = []
+    for number, group in enumerate(groups or ()):
+        unknown = sorted(set(group) - {"params", *GROUP_OPTIONS})
+        if unknown or "params" not in group:
+            raise ValueError(
+                f"group {number} has the keys {sorted(group)}; expected params and any of "
+                f"{', '.join(GROUP_OPTIONS)}"
+            )
+        given = group["params"]
+        listed = [given] if isinstance(given, (str, Tensor)) else list(given)
+        mine = []
+        for item in listed:
+            name = canonical_name(item) if isinstance(item, str) else names.get(id(item))
+            if name is None or name not in left:
+                what = item if isinstance(item, str) else (name or "a parameter")
+                raise ValueError(f"group {number}: {what} is not active, or in a group already")
+            mine.append(left.pop(name))
+        if not mine:
+            raise ValueError(f"group {number} has no parameters")
+        made.append({**group, "params": mine})
+    rest = [{"params": list(left.values())}] if left else []
+    return rest + made
+
+
+def _named(model: nn.Module) -> dict[str, nn.Parameter]:
+    named: dict[str, nn.Parameter] = {}
+    for full_name, p in model.named_parameters():
+        name = canonical_name(full_name)
+        if name in named:
+            raise ValueError(f"two parameters are called {name!r} once wrapper prefixes are off")
+        named[name] = p
+    return named
+
+
+def _mask(blocks: Blocks, count: int) -> list[bool]:
+    if isinstance(blocks, str):
+        kind, _, number = blocks.partition(":")
+        if kind != "last" or not number.isdecimal() or not 1 <= int(number) <= count:
+            raise ValueError(
+                f"blocks is {blocks!r}; expected 'all', 'last:N' with N from 1 to {count}, or a "
+                f"mask of {count} booleans"
+            )
+        return [b >= count - int(number) for b in range(count)]
+    values = blocks.tolist() if isinstance(blocks, torch.Tensor) else list(blocks)
+    if len(values) != count or any(v not in (0, 1) for v in values):
+        raise ValueError(f"blocks must be {count} booleans, one a block; got {values}")
+    return [bool(v) for v in values]

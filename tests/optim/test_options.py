@@ -1,0 +1,247 @@
+"""Options of ZerothOrderSGD: groups, blocks, clipping, momentum, objectives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from zorba import ZerothOrderSGD
+from zorba.optim import active_table
+from zorba.optim.momentum import velocity, window
+
+import zorba_kernels as zk
+from tests.optim.models import Tied, batch, loss_of, same_bits, snapshot
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=4,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+# --- Groups --------------------------------------------------------------------------------------
+
+
+def test_groups_have_their_own_lr_eps_and_decay(generator: torch.Generator) -> None:
+    """By hand: group g is moved by eps_g, and updated with the difference over its own eps."""
+    model, (ids, labels) = Tied(), batch(generator)
+    groups = [{"params": ["norm.weight", model.norm.bias], "lr": 0.5, "eps": 0.02}]
+    groups += [{"params": ["layers.0.weight"], "weight_decay": 0.1, "lr": 0.0}]
+    optimizer = ZerothOrderSGD(model, lr=0.1, eps=0.01, groups=groups, rounding="nearest")
+    assert [len(g["params"]) for g in optimizer.param_groups] == [4, 2, 1]
+    start = snapshot(model)
+    optimizer.step(lambda: loss_of(model, ids, labels))
+    stepped, report = snapshot(model), optimizer.last_step
+    assert report is not None
+    table = optimizer.placement.table
+    losses = []
+    for sign in (1, -1):
+        model.load_state_dict(start, strict=False)
+        zk.add_noise_(table, report.seed, [[sign * e] for e in (0.01, 0.02, 0.01)])
+        losses.append(float(loss_of(model, ids, labels).detach()))
+    difference = (losses[0] - losses[1]) / 2
+    assert report.scalars[0] == pytest.approx(difference / 0.01, rel=1e-12)
+    model.load_state_dict(start, strict=False)
+    g = report.scalars[0]
+    zk.add_noise_(table, report.seed, [[-0.1 * g], [-0.5 / 2.0 * g], [0.0]], decay=[0.0, 0.0, 0.0])
+    assert same_bits(model, stepped)
+
+
+def test_schedulers_move_every_group(generator: torch.Generator) -> None:
+    model, (ids, labels) = Tied(), batch(generator)
+    groups = [{"params": ["norm.weight"], "lr": 0.5}]
+    optimizer = ZerothOrderSGD(model, lr=0.1, groups=groups)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=2)
+    for expected in ([0.1, 0.5], [0.05, 0.25], [0.0, 0.0]):
+        assert [g["lr"] for g in optimizer.param_groups] == pytest.approx(expected)
+        optimizer.step(lambda: loss_of(model, ids, labels))
+        scheduler.step()
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        ([{"params": ["norm.weight"], "seed": 3}], "group 0 has the keys"),
+        ([{"lr": 0.1}], "group 0 has the keys"),
+        ([{"params": ["nothing"]}], "nothing is not active"),
+        ([{"params": ["norm.bias"]}, {"params": ["norm.bias"]}], "group 1: norm.bias"),
+        ([{"params": [nn.Parameter(torch.ones(2))]}], "a parameter is not active"),
+        ([{"params": []}], "group 0 has no parameters"),
+        ([{"params": ["norm.bias"], "lr": -1.0}], "lr must be"),
+        ([{"params": ["norm.bias"], "eps": 0.0}], "eps must be"),
+    ],
+)
+def test_bad_groups_say_what_was_wrong(groups: list[dict[str, Any]], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ZerothOrderSGD(Tied(), lr=0.1, groups=groups)
+
+
+# --- Blocks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blocks", ["last:1", [False, False, False, True], torch.arange(4) == 3])
+def test_blocks_restrict_what_is_trained(blocks: Any) -> None:
+    model = tiny_llama()
+    before = snapshot(model)
+    optimizer = ZerothOrderSGD(model, lr=1.0, blocks=blocks)
+    assert all(name.startswith("model.layers.3.") for name in optimizer.placement.table.names)
+    ids = torch.arange(10).reshape(2, 5)
+    optimizer.step(lambda: model(input_ids=ids, labels=ids).loss)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) != name.startswith("model.layers.3."), name
+
+
+def test_blocks_and_requires_grad_restrict_together() -> None:
+    model = tiny_llama()
+    model.model.layers[3].mlp.requires_grad_(False)
+    names = ZerothOrderSGD(model, lr=1.0, blocks="last:1").placement.table.names
+    assert names
+    assert all(name.startswith("model.layers.3.") and ".mlp." not in name for name in names)
+
+
+@pytest.mark.parametrize(
+    "blocks", ["last:0", "last:5", "last", "first:1", [True] * 3, [0, 0, 0, 2]]
+)
+def test_bad_blocks_say_what_was_wrong(blocks: Any) -> None:
+    with pytest.raises(ValueError, match="blocks"):
+        ZerothOrderSGD(tiny_llama(), lr=1.0, blocks=blocks)
+
+
+def test_a_mask_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="requires_grad=True in blocks="):
+        ZerothOrderSGD(tiny_llama(), lr=1.0, blocks=[False] * 4)
+
+
+# --- Scalars -------------------------------------------------------------------------------------
+
+
+def test_clip_limits_the_scalars(generator: torch.Generator) -> None:
+    model, start = nn.Linear(4, 4, bias=False), None
+    start = snapshot(model)
+    for clip in (None, 0.5):
+        model.load_state_dict(start)
+        optimizer = ZerothOrderSGD(model, lr=1e-3, clip=clip, rounding="nearest")
+        optimizer.step(lambda: 100 * model(torch.ones(1, 4)).sum())
+        assert optimizer.last_step is not None
+        g = optimizer.last_step.scalars[0]
+        assert abs(g) == 0.5 if clip else abs(g) > 0.5
+        after = snapshot(model)
+        model.load_state_dict(start)
+        zk.add_noise_(active_table(model), optimizer.last_step.seed, -1e-3 * g)
+        assert same_bits(model, after)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_momentum_is_heavy_ball_sgd(count: int, generator: torch.Generator) -> None:
+    """Against a velocity that is kept: cut at 1 %, and float32 sums in another order."""
+    model, (ids, labels) = Tied(), batch(generator)
+    start = snapshot(model)
+    lr, momentum = 0.01, 0.8
+    optimizer = ZerothOrderSGD(model, lr, momentum=momentum, num_perturbations=count, seed=3)
+    steps = []
+    for _ in range(40):
+        optimizer.step(lambda: loss_of(model, ids, labels))
+        steps.append(optimizer.last_step)
+    kept = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in start.items()}
+    weights = {name: w.double() for name, w in start.items()}
+    largest = 0.0
+    for report in steps:
+        for name, v in kept.items():
+            mean = sum(
+                g * zk.noise(v.shape, seed=report.seed, stream=zk.noise.stream_of(name), sample=p)
+                for p, g in enumerate(report.scalars)
+            )
+            v.mul_(momentum).add_(mean / count)
+            weights[name] -= lr * v
+            largest = max(largest, float((lr * v).abs().max()))
+    for name, p in model.named_parameters():
+        # What is cut has a weight of at most CUT in every step's velocity, 1 / (1 - momentum) of it
+        # in all.
+        torch.testing.assert_close(
+            p.detach().double(), weights[name], rtol=0, atol=0.01 / (1 - momentum) * 40 * largest
+        )
+    moved = max(float((weights[n] - start[n]).abs().max()) for n in weights)
+    assert moved > 3 * largest, "the velocity has added up"
+
+
+def test_velocity_terms() -> None:
+    assert window(0.0) == 1
+    assert window(0.9) == 44
+    steps = [(7, (1.0, 2.0)), (9, (4.0, -6.0))]
+    terms = velocity(steps, 0.5, [-0.1, 0.0])
+    assert terms.seeds == (7, 7, 9, 9)
+    assert terms.samples == (0, 1, 0, 1)
+    expected = torch.tensor([[-0.025, -0.05, -0.2, 0.3], [0.0, 0.0, 0.0, 0.0]])
+    torch.testing.assert_close(terms.coefs, expected)
+
+
+def test_momentum_resumes_exactly(generator: torch.Generator) -> None:
+    ids, labels = batch(generator)
+    whole, parted = Tied(torch.bfloat16), Tied(torch.bfloat16)
+    parted.load_state_dict(whole.state_dict())
+    one = ZerothOrderSGD(whole, lr=0.05, momentum=0.9, seed=5)
+    first = ZerothOrderSGD(parted, lr=0.05, momentum=0.9, seed=5)
+    for _ in range(4):
+        one.step(lambda: loss_of(whole, ids, labels))
+        first.step(lambda: loss_of(parted, ids, labels))
+    second = ZerothOrderSGD(parted, lr=9.9)
+    second.load_state_dict(first.state_dict())
+    for _ in range(4):
+        one.step(lambda: loss_of(whole, ids, labels))
+        second.step(lambda: loss_of(parted, ids, labels))
+    assert same_bits(parted, snapshot(whole))
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.0, 2.0])
+def test_bad_momentum_is_refused(momentum: float) -> None:
+    with pytest.raises(ValueError, match="momentum"):
+        ZerothOrderSGD(Tied(), lr=0.1, momentum=momentum)
+
+
+def test_an_objective_without_derivative(generator: torch.Generator) -> None:
+    """Accuracy rises: what is minimised is its negative, a step function of the weights."""
+    x = torch.randn(400, 6, generator=generator)
+    labels = (x @ torch.tensor([1.0, -2, 0.5, 0, 1, 3]) > 0).long()
+    model = nn.Linear(6, 2)
+
+    def accuracy() -> float:
+        return float((model(x).argmax(dim=1) == labels).float().mean())
+
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.copy_(torch.tensor([1.0, 0.0]))
+    before = accuracy()
+    optimizer = ZerothOrderSGD(model, lr=0.3, eps=0.3, num_perturbations=8)
+    for _ in range(60):
+        optimizer.step(lambda: -accuracy())
+    assert accuracy() > before + 0.2
+
+
+def test_a_recorder_is_told_every_update(generator: torch.Generator) -> None:
+    """What it is told, applied to the start, gives the weights."""
+    model, (ids, labels) = Tied(torch.bfloat16), batch(generator)
+    start = snapshot(model)
+    told: list[Any] = []
+
+    class Notes:
+        def append(self, *arguments: Any) -> None:
+            told.append(arguments)
+
+    optimizer = ZerothOrderSGD(model, lr=0.05, momentum=0.5, weight_decay=0.1)
+    optimizer.recorder = Notes()
+    for value in (0.0, 0.0, float("nan"), 0.0):
+        optimizer.step(lambda value=value: loss_of(model, ids, labels) + value)
+    stepped = snapshot(model)
+    assert [step for step, *_ in told] == [0, 1, 3]
+    model.load_state_dict(start, strict=False)
+    for _, terms, rounding_seed, decay in told:
+        zk.add_noise_(
+            active_table(model), terms.seeds, terms.coefs, "gaussian", "stochastic",
+            rounding_seed, samples=terms.samples, decay=decay,
+        )  # fmt: skip
+    assert same_bits(model, stepped)

@@ -312,12 +312,12 @@ class ZerothOrderSGD(torch.optim.Optimizer):
 
     def _first_evaluation(self, terms: NoiseTerms, run: Callable[[], float]) -> float:
         """Finds out how the parameters are used, and evaluates again where that matters."""
-        probe = Probe(self._model, self.placement.table)
+        probe = Probe(self._model, self.placement.table, on_functional=self._reuse.close)
         with probe.watch():
             loss = run()
         self._probed = True
         if probe.functional:
-            self._reuse.disable()
+            self._reuse.limit()
         if not isinstance(self.placement, ScratchPlacement):
             return loss
         if probe.unread:

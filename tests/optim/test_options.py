@@ -149,6 +149,7 @@ def test_momentum_is_heavy_ball_sgd(count: int, generator: torch.Generator) -> N
         optimizer.step(lambda: loss_of(model, ids, labels))
         steps.append(optimizer.last_step)
     for name, before in start.items():
+        stream = zk.noise.stream_of(name)
         expected = before.double()
         velocity_kept = torch.zeros_like(expected)
         directions = []

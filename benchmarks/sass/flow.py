@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import heapq
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, pairwise
 
 from benchmarks.sass.disassembly import Instruction
 
-MATH = ("FFMA", "FADD", "FMUL", "LOP3", "IMAD", "PRMT", "SHF", "F2FP", "IADD3", "R2P")
+MATH = ("FFMA", "FADD", "FMUL", "LOP3", "IMAD", "PRMT", "SHF", "F2FP", "IADD3")
 MIN_MATH = 24  # instructions of arithmetic that make a block worth calling the body of a loop
 JUMPS = ("BRA", "BRX", "JMP", "EXIT", "RET")
 ENDS = ("EXIT", "RET", "BRX")  # nothing follows that this reads
@@ -101,69 +102,37 @@ def shortest(blocks: Blocks, start: int) -> dict[int, tuple[int, list[int]]]:
     return best
 
 
-class Reach:
-    """Shortest ways between the blocks of a kernel, found when asked for."""
-
-    def __init__(self, blocks: Blocks) -> None:
-        self.blocks = blocks
-        self.ways: dict[int, dict[int, tuple[int, list[int]]]] = {}
-
-    def way(self, start: int, end: int) -> tuple[int, list[int]] | None:
-        """Slots and blocks from the end of a block to the end of another, if there is a way."""
-        if start not in self.ways:
-            self.ways[start] = shortest(self.blocks, start)
-        return self.ways[start].get(end)
-
-    def tour(self, stops: list[int]) -> tuple[int, list[int]] | None:
-        """Slots and blocks of the shortest way along some blocks, without the first of them."""
-        total, path = 0, []
-        for start, end in pairwise(stops):
-            way = self.way(start, end)
-            if way is None:
-                return None
-            total += way[0]
-            path += way[1]
-        return total, path
-
-
 def store_blocks(blocks: Blocks) -> list[int]:
     """Blocks with 16-byte stores or, if there are none, with any stores to global memory."""
     wide = [a for a, b in blocks.items() if any(i.is_wide_store for i in b.instructions)]
     return wide or [a for a, b in blocks.items() if b.stored_bytes]
 
 
-def store_loops(blocks: Blocks, inner: list[list[int]]) -> list[Path]:
-    """The loop around each store: from the nearest way through some blocks, and back.
-
-    ``inner`` lists the ways that count as work, by blocks that are passed in that order. A loop
-    that passes the store of another (of another dtype) is taken only if there is no other.
-    """
-    reach, stores = Reach(blocks), store_blocks(blocks)
-    found = []
+def store_loops(blocks: Blocks) -> Iterator[Path]:
+    """Yields the loop around each store: from the nearest arithmetic in front of it, and back."""
+    stores = store_blocks(blocks)
+    bodies = [a for a, b in blocks.items() if b.is_body]
+    reach = {a: shortest(blocks, a) for a in {*stores, *bodies}}
     for store in stores:
-        tours = []
-        for stops in inner:
-            work = stops if stops[-1] == store else [*stops, store]
-            to_store, cycle = reach.tour(work), reach.tour([store, *work])
-            if to_store and cycle:
-                passed = len({*cycle[1]} & {*stores})
-                tours.append((passed, to_store[0], cycle[1]))
-        if tours:
-            found.append(instructions_of(blocks, min(tours)[2]))
-    return found
+        near = [
+            (0 if body == store else reach[body][store][0], body)
+            for body in bodies
+            if store in reach[body] and body in reach[store]
+        ]
+        if near:
+            body = min(near)[1]
+            to_store = [] if body == store else reach[body][store][1]
+            yield instructions_of(blocks, reach[store][body][1] + to_store)
 
 
-def straight_path(blocks: Blocks, inner: list[list[int]]) -> Path:
-    """From entry to exit, by the shortest way through some blocks: of those that store the most.
+def straight_path(blocks: Blocks) -> Path:
+    """From entry to exit: the shortest of the paths that store the most.
 
     For kernels without a store in a loop; a loop that stores nothing is passed as fast as it can.
     """
-    entry, reach = next(iter(blocks)), Reach(blocks)
-    ways = [reach.tour(stops if stops[0] == entry else [entry, *stops]) for stops in inner]
-    start = [entry, *min((way for way in ways if way), default=(0, []))[1]]
+    entry = next(iter(blocks))
     order = count()  # among equals, the first found
-    stored = sum(blocks[a].stored_bytes for a in start)
-    queue = [(len(instructions_of(blocks, start)), next(order), stored, start)]
+    queue = [(len(blocks[entry].instructions), next(order), blocks[entry].stored_bytes, [entry])]
     seen: set[tuple[int, int]] = set()
     found: list[tuple[int, int, list[int]]] = []
     while queue:
@@ -187,5 +156,4 @@ def straight_path(blocks: Blocks, inner: list[list[int]]) -> Path:
 
 def hot_paths(blocks: Blocks) -> list[Path]:
     """The loops around stores and the arithmetic in front of them, or else the straight path."""
-    bodies = [[a] for a, b in blocks.items() if b.is_body]
-    return store_loops(blocks, bodies) or [straight_path(blocks, [])]
+    return list(store_loops(blocks)) or [straight_path(blocks)]

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.sass.rows import Key, Row
+from benchmarks.sass.rows import Key, Row, named
 
 FILE = Path(__file__).with_name("recorded.json")
 TOLERANCE = 1.10
@@ -100,11 +100,11 @@ def failures(rows: list[Row], versions: dict[str, str], recorded: Recorded) -> l
         found += over_recorded(row, versions, recorded)
     for key, times in Counter(row.key for row in rows).items():
         if times > 1:
-            found.append(f"{key}: {times} hot paths look alike; expected one: see rows.py")
+            found.append(f"{named(key)}: {times} hot paths look alike; expected one: see rows.py")
     present = {row.key for row in rows}
     for key in recorded.slots:
         if key[0] in versions and key not in present and key[0] != "peer":
-            found.append(f"{key}: recorded, but not found in the machine code; {RECORD}")
+            found.append(f"{named(key)}: recorded, but not found in the machine code; {RECORD}")
     return found
 
 

@@ -10,7 +10,7 @@ from benchmarks.sass.rows import Row
 
 HEAD = (
     f"{'':7}{'kernel':17}{'noise':11}{'rounding':11}{'terms':16}{'dtype':9}{'decay':6}"
-    f"{'slots':>7}{'fma':>7}{'alu':>6}{'imad':>6}{'xu':>6}{'mem.':>6}{'other':>6}"
+    f"{'slots':>7}{'fma':>7}{'alu':>6}{'imad':>6}{'xu':>6}{'mem.':>6}{'tensor':>7}{'other':>6}"
     f"{'bound':>7}{'of mem.':>8}{'regs':>5}{'recorded':>9}"
 )
 
@@ -21,7 +21,7 @@ def lines(rows: list[Row], recorded: Recorded) -> Iterator[str]:
     yield HEAD
     for row in rows:
         per_weight = row.pipes_per_weight
-        counts = "".join(f"{per_weight[p]:6.2f}" for p in pipes.CYCLES)
+        counts = "".join(f"{n:{7 if p == 'tensor' else 6}.2f}" for p, n in per_weight.items())
         before = recorded.slots.get(row.key)
         yield (
             f"{row.backend:7}{row.kernel:17}{row.distribution:11}{row.rounding:11}{row.terms:16}"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from benchmarks.sass import pipes
 from benchmarks.sass.disassembly import Code, disassemble, register
 from benchmarks.sass.flow import Path, blocks_of, hot_paths
-from benchmarks.sass.terms import Loop, makes_noise, term_loops, term_passes
+from benchmarks.sass.terms import Loop, makes_noise, term_loops
 
 ARCH = "sm_90"
 Key = tuple[str | bool, ...]
@@ -34,13 +34,20 @@ class Compiled(NamedTuple):
     cubin: bytes
 
 
+def named(key: Key) -> str:
+    """A row's key in words."""
+    *what, decay = key
+    return " ".join(map(str, what)) + (" with decay" if decay else "")
+
+
 @dataclass(frozen=True)
 class Row:
     """A hot path, per weight.
 
     ``terms`` says what is counted: "one" is a whole pass of one term, "each" is one more term in
     the same pass, and "each, new signs" is one for which the signs of a whole batch of terms are
-    made as well (Rademacher only).
+    made as well. What a tile or a strip of weights takes once is not counted: for "one", where in
+    its parameter a tile lies, and its signs; for "each", loading, rounding and storing.
     """
 
     backend: str  # "cuda", "triton" or "peer"
@@ -68,8 +75,7 @@ class Row:
     @property
     def name(self) -> str:
         """The key, for messages."""
-        what = [self.backend, self.kernel, self.distribution, self.rounding, self.terms, self.dtype]
-        return " ".join([*what, "with decay"] if self.decay else what)
+        return named(self.key)
 
     @property
     def slots_per_weight(self) -> float:
@@ -139,7 +145,8 @@ def stored_dtype(path: Path) -> str:
             return "float32"
         else:
             break
-    return "float16" if any(i.name.startswith("HADD2.F32") for i in path) else "bfloat16"
+    half = ("HADD2.F32", "F2FP.F16")
+    return "float16" if any(i.name.startswith(half) for i in path) else "bfloat16"
 
 
 def cuda_rows(path: FilePath, arch: str = ARCH) -> list[Row]:
@@ -152,7 +159,6 @@ def rows_of_cuda(code: Code) -> list[Row]:
     match = CUDA_KERNEL.search(code.name)
     if match is None:
         return []
-    many = match[3] == "Many"
     about: dict[str, Any] = {
         "backend": "cuda",
         "kernel": f"add_noise/{match[3].lower()}",
@@ -161,26 +167,27 @@ def rows_of_cuda(code: Code) -> list[Row]:
         "decay": False,
     }
     blocks = blocks_of(code.instructions)
-    loops = term_loops(blocks, HELD) if many else []
+    if match[3] == "Many":
+        return list(term_rows(code, term_loops(blocks, HELD), dtype="any", **about))
     found: list[Row] = []
-    for hot in term_passes(blocks, loops) if many else hot_paths(blocks):
+    for hot in hot_paths(blocks):
         dtype = stored_dtype(hot)
         weights = sum(i.stored_bytes for i in hot if i.is_wide_store) // itemsize(dtype)
         found.append(row_of(code, hot, weights, terms="one", dtype=dtype, **about))
     found.sort(key=lambda r: (r.dtype, r.slots))
     kept: list[Row] = []
     for row in found:
-        # A loop may come twice for each dtype: without decay, and with it.
+        # A loop comes twice for each dtype: without decay, and with it.
         again = any(other.dtype == row.dtype for other in kept)
         kept.append(replace(row, decay=True) if again else row)
-    return kept + list(term_rows(code, loops, dtype="any", **about))
+    return kept
 
 
 def triton_rows(kernels: Iterable[Compiled], backend: str = "triton") -> Iterator[Row]:
     """Counts Triton kernels, each of which serves one dtype.
 
-    A lane's weights are what it stores on the hot path. A kernel of many terms gives "besides
-    terms" and, from its loop, "each term".
+    A lane's weights are what it stores on the hot path. Of a kernel of many terms only the loop
+    over them is counted.
     """
     for compiled in map(Compiled._make, kernels):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -191,16 +198,16 @@ def triton_rows(kernels: Iterable[Compiled], backend: str = "triton") -> Iterato
             "backend": backend,
             **{name: value for name, value in compiled._asdict().items() if name != "cubin"},
         }
-        many = about.pop("terms") == "many"
         blocks = blocks_of(code.instructions)
-        loops = term_loops(blocks, least=1) if many else []
+        if about.pop("terms") == "many":
+            yield from term_rows(code, term_loops(blocks, least=1), **about)
+            continue
         counted = [
             (hot, sum(i.stored_bytes for i in hot) // itemsize(compiled.dtype))
-            for hot in (term_passes(blocks, loops) if many else hot_paths(blocks))
+            for hot in hot_paths(blocks)
         ]
         hot, weights = min(counted, key=lambda found: len(found[0]) / found[1])
         yield row_of(code, hot, weights, terms="one", **about)
-        yield from term_rows(code, loops, **about)
 
 
 def itemsize(dtype: str) -> int:

@@ -10,17 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from benchmarks.sass.disassembly import Instruction, register
-from benchmarks.sass.flow import (
-    Block,
-    Blocks,
-    Path,
-    instructions_of,
-    shortest,
-    store_loops,
-    straight_path,
-)
+from benchmarks.sass.flow import Blocks, Path, instructions_of, shortest
 
-STARTS = ("FADD", "FFMA", "FMUL", "MOV", "IMAD", "CS2R", "SEL", "FSEL", "PRMT", "SHF")
 PHILOX_PRODUCTS = 20  # two products of 64 bits in each of ten rounds
 
 Origins = dict[int, int]  # register that a value began in: terms added to it since
@@ -44,10 +35,7 @@ class Sums:
         if target is not None and not i.opcode.startswith("ST"):
             added, kept = addends(i), carried(i)
             guard = (i.guard, self.written.get(i.guard.lstrip("@!"), -1))
-            other = (
-                "@" + i.guard[2:] if i.guard.startswith("@!") else "@!" + i.guard[1:],
-                guard[1],
-            )
+            other = (opposite(i.guard), guard[1])
             if i.guard and target in added and self.last.get(target) == other:
                 kept = [target]  # the other sign of an addition that counts already
             terms = 0 if kept else 1
@@ -79,6 +67,11 @@ def additions(path: Path) -> dict[int, int]:
     return {name: terms for name, terms in added.items() if terms}
 
 
+def opposite(guard: str) -> str:
+    """The guard that holds where this one does not."""
+    return "@" + guard[2:] if guard.startswith("@!") else "@!" + guard[1:]
+
+
 def addends(i: Instruction) -> list[int]:
     """Registers that an instruction adds something to."""
     by = {"FADD": i.arguments[1:3], "FFMA": i.arguments[3:4]}.get(i.opcode, [])
@@ -108,24 +101,13 @@ def makes_noise(path: Path) -> bool:
 class Loop:
     """A loop over terms."""
 
-    body: int  # address of a block in it
-    addresses: list[int]
     path: Path
-    sums: dict[int, int]
-
-    @property
-    def added(self) -> int:
-        """Terms times weights, a round and lane."""
-        return sum(self.sums.values())
+    added: int  # terms times weights, a round and lane
 
     @property
     def slots_per_weight(self) -> float:
         """Issue slots for one term."""
         return len(self.path) / self.added
-
-    def is_most(self, registers: set[int]) -> bool:
-        """Whether they are more than half of the sums."""
-        return 2 * len(registers & self.sums.keys()) > len(self.sums)
 
 
 def term_loops(blocks: Blocks, least: int) -> list[Loop]:
@@ -136,40 +118,7 @@ def term_loops(blocks: Blocks, least: int) -> list[Loop]:
         if back is None or frozenset(back[1]) in found:
             continue
         path = instructions_of(blocks, back[1])
-        loop = Loop(start, back[1], path, additions(path))
+        loop = Loop(path, sum(additions(path).values()))
         if loop.added >= least and not any(i.stored_bytes for i in path):
             found[frozenset(back[1])] = loop
     return list(found.values())
-
-
-def term_passes(blocks: Blocks, loops: list[Loop]) -> list[Path]:
-    """Hot paths of a program of one term: as hot_paths(), through one round of a loop over terms.
-
-    They go through a block that sets the sums to what they begin with and one that uses them in
-    the end, where there are such: the flags that guard those could otherwise seem to skip them.
-    """
-    inner = []
-    for loop in loops:
-        others = {a: block for a, block in blocks.items() if a not in loop.addresses}
-        begins = [[a] for a, block in others.items() if loop.is_most(set_by(block))]
-        uses = [[a] for a, block in others.items() if loop.is_most(used_by(block))]
-        ends = [a for a in uses if a not in begins]
-        inner += [[*a, loop.body, *b] for a in begins or [[]] for b in ends or [[]]]
-    return store_loops(blocks, inner) or [straight_path(blocks, inner)]
-
-
-def set_by(block: Block) -> set[int]:
-    """Registers that a block begins a sum in."""
-    found = (i for i in block.instructions if i.opcode in STARTS)
-    return {
-        target + k
-        for i in found
-        if (target := register(i.arguments[0])) is not None and target not in addends(i)
-        for k in range(2 if i.opcode == "CS2R" else 1)
-    }
-
-
-def used_by(block: Block) -> set[int]:
-    """Registers that a block adds to something else."""
-    used = ({*addends(i)} - {register(i.arguments[0])} for i in block.instructions)
-    return set().union(*used)

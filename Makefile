@@ -2,7 +2,8 @@
 # make demo      fine-tune SmolLM2-135M as a federation of 8 clients, about 5 minutes
 # make test      run the tests
 # make bench     measure the kernels against MeZO's own pass
-# make sass      count the issue slots of the CUDA kernels in their machine code (needs nvcc)
+# make sass      count the issue slots of the kernels in their machine code, and compare with the
+#                recorded counts; needs no GPU (CUDA: what nvcc built; Triton: if it is installed)
 # make lint      ruff, mypy, clang-format
 
 PYTHON ?= python3
@@ -37,7 +38,7 @@ bench: install
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/latest.json
 
 sass: install
-	$(BIN)/python benchmarks/sass.py
+	$(BIN)/python -m benchmarks.sass
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,5 +1,5 @@
 // w <- round(w - decay * w + sum_k coef[group, k] * z(seed_k, stream, sample_k, .)): one persistent
-// launch for a whole table. warp.h has the arithmetic. Compiled, counted (benchmarks/sass.py) and
+// launch for a whole table. warp.h has the arithmetic. Compiled, counted (benchmarks/sass) and
 // proven on the host (tests/kernels/test_cuda_host.py); not measured on a GPU yet.
 #include <cstring>
 

@@ -155,10 +155,7 @@ def test_momentum_is_heavy_ball_sgd(count: int, generator: torch.Generator) -> N
         directions = []
         for t, report in enumerate(steps):
             made = [
-                g
-                * zk.noise(
-                    before.shape, seed=report.seed, stream=zk.noise.stream_of(name), sample=p
-                )
+                g * zk.noise(before.shape, seed=report.seed, stream=stream, sample=p)
                 for p, g in enumerate(report.scalars)
             ]
             directions.append(sum(made).double() / count)

@@ -165,10 +165,10 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             _check_number("weight_decay", group["weight_decay"], 0.0)
         self._model = model
         names = {id(p): name for name, p in parameters.items()}
-        table = active_table(
-            model,
-            {names[id(p)]: g for g, group in enumerate(self.param_groups) for p in group["params"]},
-        )
+        self._group_of = {
+            names[id(p)]: g for g, group in enumerate(self.param_groups) for p in group["params"]
+        }
+        table = active_table(model, self._group_of)
         self.placement: Placement = (
             ScratchPlacement(model, table, distribution)
             if placement == "scratch"
@@ -251,6 +251,8 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         if closure is None:
             raise ValueError("step needs a closure that returns the loss of one batch")
         started = time.perf_counter()
+        if not self.placement.table.current:  # the model was moved to a device or another dtype
+            self.placement.rebase(active_table(self._model, self._group_of))
         kernel_before = self.placement.kernel_seconds
         options = self.param_groups[0]
         seed = step_seed(options["seed"], options["step"])

@@ -227,10 +227,14 @@ def test_a_recorder_is_told_every_update(generator: torch.Generator) -> None:
     model, (ids, labels) = Tied(torch.bfloat16), batch(generator)
     start = snapshot(model)
     told: list[Any] = []
+    skipped: list[int] = []
 
     class Notes:
         def append(self, *arguments: Any) -> None:
             told.append(arguments)
+
+        def skip(self, step: int) -> None:
+            skipped.append(step)
 
     optimizer = ZerothOrderSGD(model, lr=0.05, momentum=0.5, weight_decay=0.1)
     optimizer.recorder = Notes()
@@ -238,6 +242,7 @@ def test_a_recorder_is_told_every_update(generator: torch.Generator) -> None:
         optimizer.step(lambda value=value: loss_of(model, ids, labels) + value)
     stepped = snapshot(model)
     assert [step for step, *_ in told] == [0, 1, 3]
+    assert skipped == [2]
     model.load_state_dict(start, strict=False)
     for _, terms, rounding_seed, decay in told:
         zk.add_noise_(

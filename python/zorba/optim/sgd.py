@@ -51,12 +51,15 @@ class StepReport:
 
 
 class Recorder(Protocol):
-    """Is told every update, for example to write a trajectory."""
+    """Is told every step, for example to write a trajectory."""
 
     def append(
         self, step: int, terms: NoiseTerms, rounding_seed: int, decay: Tensor | None
     ) -> None:
         """Takes what was added to the weights in a step; see ``Placement.update``."""
+
+    def skip(self, step: int) -> None:
+        """Is told of a step that left the weights alone."""
 
 
 class ZerothOrderSGD(torch.optim.Optimizer):
@@ -97,7 +100,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
     Attributes:
         placement: where perturbed weights live.
         last_step: a ``StepReport``, or None.
-        recorder: is told every update, unless None.
+        recorder: is told every step, unless None; a ``zorba.trajectory.TrajectoryWriter``, say.
 
     Raises:
         TypeError, ValueError: bad arguments, or nothing to train.
@@ -271,6 +274,8 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             with deferred_interrupts():
                 if finite:
                     self._update(seed, scalars)
+                elif self.recorder is not None:
+                    self.recorder.skip(options["step"])
                 options["step"] += 1
         self.last_step = StepReport(
             seed,

@@ -7,31 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 from zorba import ZerothOrderSGD
 
+from benchmarks.allocations import peak_bytes
 from benchmarks.peers import mezo
 
 MIB = 1 << 20
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    """Most bytes that torch's CPU allocator held at a time during the call, above those before."""
-    call()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        call()
-    sizes = [
-        event.nbytes()
-        for event in sorted(record.profiler.kineto_results.events(), key=lambda e: e.start_ns())
-        if event.name() == "[memory]"
-    ]
-    assert sizes, "the profiler saw no allocation"
-    held = most = 0
-    for size in sizes:
-        held += size
-        most = max(most, held)
-    return most
 
 
 @pytest.fixture(scope="module")

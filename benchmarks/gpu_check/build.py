@@ -35,6 +35,10 @@ def run(report: Report, device: torch.device, sizes: Sizes) -> None:
         with report.check(f"{name} serves {device.type} tensors"):
             assert name in rows, f"there is no backend {name}, only {', '.join(rows)}"
             assert rows[name].available, rows[name].reason
+    if device.type == "cuda" and "triton" in rows and rows["triton"].available:
+        from benchmarks.gpu_check.precompile import precompile
+
+        precompile(report, device)
 
 
 def build(device: torch.device) -> dict[str, Any]:

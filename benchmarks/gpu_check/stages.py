@@ -32,8 +32,8 @@ class Stage(NamedTuple):
 # What proves comes first, and what may be left out last.
 STAGES = (
     Stage("build", "build, versions, device", 200, 30),
-    Stage("identity", "equal noise at all counters", 85, 40),
-    Stage("weights", "equal weights and fingerprints", 70, 20),
+    Stage("identity", "equal noise at all counters", 80, 40),
+    Stage("weights", "equal weights and fingerprints", 90, 20),
     Stage("suites", "tests on the GPU", 150, 30),
     Stage("passes", "speed of a pass and of a step", 75, 20),
     Stage("seeds", "64 seeds in a pass", 60, 20),

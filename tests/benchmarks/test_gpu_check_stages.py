@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -24,6 +27,7 @@ from benchmarks.gpu_check import (
 from benchmarks.gpu_check.report import Report
 from benchmarks.gpu_check.sanitized import DONE, main
 from benchmarks.gpu_check.sizes import FULL, SMALL, llama
+from zorba_kernels.program import make_program
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -174,6 +178,24 @@ def test_the_build_is_for_this_gpu_and_must_have_cuda(monkeypatch):
     assert facts.items() <= given["env"].items()
 
 
+def test_what_is_compiled_ahead_is_what_triton_tunes():
+    """The flags are the backend's own, and a variant runs: here in the interpreter."""
+    triton = pytest.importorskip("zorba_kernels.backends.triton")
+    from benchmarks.gpu_check import precompile
+
+    variants = list(precompile.variants())
+    program = make_program(1, 1.0, 1, "gaussian", "nearest", None, None, None)
+    launched = {"DTYPE", *triton._flags(program, many=False)}
+    assert all(set(v) == launched | {"STRIP", "num_warps", "num_stages"} for v in variants)
+    assert len({tuple(v.items()) for v in variants}) == len(variants) > 60
+    command = [sys.executable, "-m", "benchmarks.gpu_check.precompile", "0", str(len(variants))]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [*command, "cpu"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_sanitized_script(capsys):
     main("cpu", "cpu", ["gaussian", "rademacher"])
     assert capsys.readouterr().out == f"{DONE}\n"
@@ -214,7 +236,7 @@ def test_what_pytest_says(tmp_path, monkeypatch):
 
 
 def test_suites_of_the_gpu_are_there():
-    assert (ROOT / suites.GPU_TESTS[0]).is_file()
+    assert all((ROOT / name).is_file() for name in suites.GPU_TESTS)
 
 
 def test_machine_is_described_without_an_installation(monkeypatch):

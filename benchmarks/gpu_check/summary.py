@@ -31,8 +31,13 @@ def stages(rows: list[dict[str, Any]]) -> list[str]:
             k: v for k, v in row.get("notes", {}).items() if "left_out" in k or "left out" in k
         }
         left_out |= {"skipped": row["reason"]} if "reason" in row else {}
-        out += [f"    {key}: {str(value).splitlines()[-1]}" for key, value in left_out.items()]
+        out += [f"    {key}: {first_line(str(value))}" for key, value in left_out.items()]
     return [*out, ""]
+
+
+def first_line(text: str) -> str:
+    """Of what may be a long message, or an empty one."""
+    return next(iter(text.strip().splitlines()), "")
 
 
 def measures(rows: list[dict[str, Any]]) -> list[str]:

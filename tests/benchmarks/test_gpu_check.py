@@ -207,12 +207,20 @@ def test_summary_names_what_failed_and_what_was_left_out(report):
     with report.check("equal bits"):
         raise AssertionError
     report.note(left_out="the tool is not present")
+    report.note(**{"a peer, left out": ""})
     report.target("fast", 0.8, 0.9, "of the copy's speed", least=True)
     report.measure("speed", "copy", ms=2.0, gb_per_s=4300.0)
     found = json.loads(report.path.read_text())
     row = stages.row_of(ALL[0], "failed", 1.0, found)
     late = stages.row_of(ALL[1], "skipped", 0.0, {}) | {"reason": "0 s were left"}
     text = "\n".join(summary.lines({"stages": [row, late], "passed": False, "seconds": 10.0}))
-    for part in ("FAILED equal bits", "not present", "NOT MET fast", "0 s were left", "4300"):
+    for part in (
+        "a peer, left out: \n",
+        "FAILED equal bits",
+        "not present",
+        "NOT MET fast",
+        "0 s were left",
+        "4300",
+    ):
         assert part in text
     assert text.endswith("FAILED in 10 s")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from zorba.demo import machine
+from zorba import machine
 
 
 def pytest_configure(config: pytest.Config) -> None:

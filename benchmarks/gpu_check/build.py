@@ -56,7 +56,7 @@ def build(device: torch.device) -> dict[str, Any]:
 
 def describe(device: torch.device) -> dict[str, Any]:
     """The machine and its versions."""
-    from zorba.demo import machine
+    from zorba import machine
 
     about = machine.describe() | {
         "triton": machine.version_of("triton"),

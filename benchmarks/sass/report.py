@@ -37,7 +37,7 @@ def lines(rows: list[Row], recorded: Recorded) -> Iterator[str]:
         f"and {pipes.BYTES_A_SECOND / 1e12} TB/s, {half:.1f} cycles a 16-bit weight and "
         f"{whole:.1f} a float32 one."
     )
-    yield "each: one more term in the same pass. new signs: and making those of a batch of terms."
+    yield "each: one more term in the same pass. signs: its share of making those of a batch."
 
 
 def remarks(row: Row, rows: list[Row], recorded: Recorded) -> str:

@@ -11,13 +11,16 @@ from typing import Any, NamedTuple
 
 from benchmarks.sass import pipes
 from benchmarks.sass.disassembly import Code, disassemble, register
-from benchmarks.sass.flow import Path, blocks_of, hot_paths
-from benchmarks.sass.terms import Loop, makes_noise, term_loops
+from benchmarks.sass.flow import Blocks, Path, blocks_of, hot_paths
+from benchmarks.sass.terms import makes_noise, sign_batch, term_loops
 
 ARCH = "sm_90"
 Key = tuple[str | bool, ...]
 
 HELD = 16  # weights that a lane of a CUDA kernel holds while it goes through the terms of a program
+
+BATCH = 32  # terms whose signs a warp makes together (csrc/cuda/signs.h)
+SIGNS_HELD = 32  # weights that a lane holds meanwhile
 
 CUDA_KERNEL = re.compile(r"add_noise\w*ILb([01])ELb([01])E\w*?(Single|Many)")
 
@@ -45,9 +48,9 @@ class Row:
     """A hot path, per weight.
 
     ``terms`` says what is counted: "one" is a whole pass of one term, "each" is one more term in
-    the same pass, and "each, new signs" is one for which the signs of a whole batch of terms are
-    made as well. What a tile or a strip of weights takes once is not counted: for "one", where in
-    its parameter a tile lies, and its signs; for "each", loading, rounding and storing.
+    the same pass, and "signs" is that term's share of making the signs of a batch of terms. What a
+    tile or a strip of weights takes once is not counted: for "one", where in its parameter a tile
+    lies, and its signs; for "each", loading, rounding and storing.
     """
 
     backend: str  # "cuda", "triton" or "peer"
@@ -120,14 +123,16 @@ def row_of(code: Code, path: Path, weights: int, **about: Any) -> Row:
     )
 
 
-def term_rows(code: Code, loops: list[Loop], **about: Any) -> Iterator[Row]:
-    """The loops over terms, by the cheapest of their forms: others start or end a round."""
-    plain = [loop for loop in loops if not makes_noise(loop.path)]
-    making = [loop for loop in loops if makes_noise(loop.path)]
-    for terms, found in (("each", plain or making), ("each, new signs", making if plain else [])):
-        if found:
-            loop = min(found, key=lambda one: one.slots_per_weight)
-            yield row_of(code, loop.path, loop.added, terms=terms, **about)
+def term_rows(code: Code, blocks: Blocks, least: int, **about: Any) -> Iterator[Row]:
+    """The loop over terms, in the cheapest of its forms: others start or end a round."""
+    loops = term_loops(blocks, least)
+    if not loops:
+        return
+    loop = min(loops, key=lambda one: one.slots_per_weight)
+    yield row_of(code, loop.path, loop.added, terms="each", **about)
+    batch = None if makes_noise(loop.path) else sign_batch(blocks, loop.path)
+    if batch is not None:
+        yield row_of(code, batch, BATCH * SIGNS_HELD, terms="signs", **about)
 
 
 def stored_dtype(path: Path) -> str:
@@ -168,7 +173,7 @@ def rows_of_cuda(code: Code) -> list[Row]:
     }
     blocks = blocks_of(code.instructions)
     if match[3] == "Many":
-        return list(term_rows(code, term_loops(blocks, HELD), dtype="any", **about))
+        return list(term_rows(code, blocks, HELD, dtype="any", **about))
     found: list[Row] = []
     for hot in hot_paths(blocks):
         dtype = stored_dtype(hot)
@@ -200,7 +205,7 @@ def triton_rows(kernels: Iterable[Compiled], backend: str = "triton") -> Iterato
         }
         blocks = blocks_of(code.instructions)
         if about.pop("terms") == "many":
-            yield from term_rows(code, term_loops(blocks, least=1), **about)
+            yield from term_rows(code, blocks, 1, **about)
             continue
         counted = [
             (hot, sum(i.stored_bytes for i in hot) // itemsize(compiled.dtype))

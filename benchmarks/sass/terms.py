@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from benchmarks.sass.disassembly import Instruction, register
-from benchmarks.sass.flow import Blocks, Path, instructions_of, shortest
+from benchmarks.sass.flow import Block, Blocks, Path, instructions_of, shortest
 
 PHILOX_PRODUCTS = 20  # two products of 64 bits in each of ten rounds
 
@@ -122,3 +122,27 @@ def term_loops(blocks: Blocks, least: int) -> list[Loop]:
         if loop.added >= least and not any(i.stored_bytes for i in path):
             found[frozenset(back[1])] = loop
     return list(found.values())
+
+
+BATCH_PRODUCTS = 60  # wide products in the block where a lane makes signs for several terms
+
+
+def sign_batch(blocks: Blocks, loop: Path) -> Path | None:
+    """What a warp issues to make the signs of a batch of terms, on top of the loop over them.
+
+    From the loop to the block that makes them, through it twice (a batch takes two rounds of it),
+    and back; None where signs are not made in batches.
+    """
+    start = loop[0].address
+    making = [a for a, b in blocks.items() if _wide_products(b) >= BATCH_PRODUCTS]
+    from_loop = shortest(blocks, start)
+    for body in making:
+        from_body = shortest(blocks, body)
+        if body in from_loop and body in from_body and start in from_body:
+            there, again, back = from_loop[body][1], from_body[body][1], from_body[start][1]
+            return instructions_of(blocks, [*there, *again, *back[:-1]])
+    return None
+
+
+def _wide_products(block: Block) -> int:
+    return sum("WIDE" in i.name for i in block.instructions)

@@ -240,7 +240,7 @@ def test_suites_of_the_gpu_are_there():
 
 
 def test_machine_is_described_without_an_installation(monkeypatch):
-    from zorba.demo import machine
+    from zorba import machine
 
     def missing(name):
         raise machine.PackageNotFoundError(name)

@@ -1,4 +1,4 @@
-"""What the demo ran on, and how much memory it took."""
+"""What a run ran on, and how much memory it took."""
 
 from __future__ import annotations
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -17,7 +20,12 @@ _DEPTHS = (
     "decoder_layers",
     "num_decoder_layers",
     "num_encoder_layers",
+    "depth",
 )
+_STAGES = ("depths", "block_sizes")  # one depth for each stage
+_MARK = "GradientCheckpointingLayer"  # transformers derives its blocks from this class
+
+_Stack = tuple[str, nn.ModuleList]
 
 
 @dataclass(frozen=True)
@@ -48,48 +56,151 @@ class Block:
 def find_blocks(model: nn.Module) -> list[Block]:
     """Returns the transformer blocks of a model, in the order of its modules.
 
-    Blocks are the members of the outermost ``ModuleList``s of equally built modules whose length
-    is a depth that the model's config names (an encoder-decoder has two such lists); where there
-    is no config, or none fits, of those that hold at least a tenth of all parameters.
+    Blocks are the members of the ``ModuleList``s that show two of three signs: their length is a
+    depth that the model's config names, or a config within it; transformers marks their members for
+    checkpointing; they hold a tenth of all parameters. Where no list shows two, a fitting length is
+    enough, and without a config the tenth. So an encoder-decoder has two lists of blocks, as has a
+    language model with a vision tower; ALBERT's blocks are its few groups, however often called.
+    What a block contains (experts, say) is no block of its own; stages are taken apart.
 
     Raises:
-        ValueError: no such list.
+        ValueError: no such list, blocks that share parameters, or blocks that are spread over
+            several lists.
     """
-    lists = _stacks(model)
-    config = getattr(model, "config", None)
-    depths = {getattr(config, name, None) for name in _DEPTHS} - {None}
-    chosen = [item for item in lists if len(item[1]) in depths]
-    if not chosen:
-        total = sum(p.numel() for p in model.parameters())
-        chosen = [(name, stack) for name, stack in lists if 10 * _numel(stack) >= total]
-    if not chosen:
+    stacks = _stacks(model)
+    if not stacks:
         raise ValueError(
-            f"no transformer blocks found in {type(model).__name__}: it has no ModuleList of "
-            "equally built modules with a substantial part of the parameters"
+            f"no transformer blocks found in {_name(model)}: it has no ModuleList of equally built "
+            "modules with a substantial part of the parameters. Fine-tune it as a whole"
         )
     names = {id(p): canonical_name(n) for n, p in model.named_parameters()}
-    return [
+    blocks = [
         Block(
             canonical_name(f"{stack_name}.{i}" if stack_name else str(i)),
             module,
             tuple(dict.fromkeys(names[id(p)] for p in module.parameters())),
         )
-        for stack_name, stack in chosen
+        for stack_name, stack in stacks
         for i, module in enumerate(stack)
     ]
+    _refuse_shared_parameters(model, blocks)
+    return blocks
 
 
-def _stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """Outermost ModuleLists of modules of one class, with parameters."""
-    found: list[tuple[str, nn.ModuleList]] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or not len(module) or not _numel(module):
-            continue
-        if any(not outer or name.startswith(outer + ".") for outer, _ in found):
-            continue
-        if len({type(member) for member in module}) == 1:
-            found.append((name, module))
+def _stacks(model: nn.Module) -> list[_Stack]:
+    """The lists of blocks, by the first rule that finds some."""
+    depths, stages = _depths(model)
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and _numel(module)
+        and not any(isinstance(member, nn.ModuleList) for member in module)
+        and not _is_stages(module, stages)
+    ]
+    alike: Counter[frozenset[type]] = Counter()  # elements of lists of the same classes: stages
+    for _, stack in lists:
+        alike[_classes(stack)] += _numel(stack)
+    total = _numel(model)
+
+    def signs(stack: nn.ModuleList) -> tuple[bool, bool, bool]:
+        return len(stack) in depths, _is_marked(stack), 10 * alike[_classes(stack)] >= total
+
+    found = [item for item in lists if sum(signs(item[1])) >= 2]
+    found = found or [item for item in lists if signs(item[1])[0]]
+    found = found or [i for i in lists if signs(i[1])[2] and len(_classes(i[1])) == 1]
+    found = _outermost(found)
+    if not any(_is_marked(stack) for _, stack in found):
+        _refuse_parallel_lists(model, found)
     return found
+
+
+def _configs(model: nn.Module) -> Iterator[Any]:
+    """The model's config, also inside wrappers, and those nested in it."""
+    found = next((m.config for m in model.modules() if hasattr(m, "config")), None)
+    waiting, seen = [found], set()
+    while waiting:
+        config = waiting.pop(0)
+        if config is not None and id(config) not in seen:
+            seen.add(id(config))
+            yield config
+            values = getattr(config, "__dict__", {}).values()
+            waiting += [value for value in values if hasattr(value, "model_type")]
+
+
+def _depths(model: nn.Module) -> tuple[set[int], list[tuple[int, ...]]]:
+    """Lengths that lists of blocks may have, and the depths of each stage where there are some."""
+    configs = list(_configs(model))
+    stages = [tuple(getattr(c, n)) for c in configs for n in _STAGES if getattr(c, n, None)]
+    depths = {depth for stage in stages for depth in stage}
+    for config in configs:
+        values = (getattr(config, name, None) for name in _DEPTHS)
+        depths |= {value for value in values if isinstance(value, int)}
+    return depths, stages
+
+
+def _is_stages(stack: nn.ModuleList, stages: list[tuple[int, ...]]) -> bool:
+    """Whether the members are stages, each with a list of its blocks."""
+
+    def lengths(stage: nn.Module) -> set[int]:
+        return {len(m) for m in stage.modules() if isinstance(m, nn.ModuleList)}
+
+    return any(
+        len(depths) == len(stack)
+        and all(d in lengths(stage) for d, stage in zip(depths, stack, strict=True))
+        for depths in stages
+    )
+
+
+def _is_marked(stack: nn.ModuleList) -> bool:
+    return all(_MARK in {c.__name__ for c in type(member).__mro__} for member in stack)
+
+
+def _classes(stack: nn.ModuleList) -> frozenset[type]:
+    return frozenset(type(member) for member in stack)
+
+
+def _outermost(stacks: list[_Stack]) -> list[_Stack]:
+    kept: list[_Stack] = []
+    for name, stack in stacks:
+        if not any(not outer or name.startswith(outer + ".") for outer, _ in kept):
+            kept.append((name, stack))
+    return kept
+
+
+def _refuse_parallel_lists(model: nn.Module, stacks: list[_Stack]) -> None:
+    """XLM keeps the attentions of all blocks in one list, their feed-forwards in another."""
+    places = Counter((name.rpartition(".")[0], len(stack)) for name, stack in stacks)
+    together = [
+        name
+        for name, stack in stacks
+        if places[parent := name.rpartition(".")[0], len(stack)] > 1
+        and not isinstance(model.get_submodule(parent), nn.ModuleList)
+    ]
+    if together:
+        raise ValueError(
+            f"{_name(model)} has lists of one length side by side ({', '.join(together)}): its "
+            "transformer blocks are spread over them, or cannot be told. Fine-tune it as a whole"
+        )
+
+
+def _refuse_shared_parameters(model: nn.Module, blocks: list[Block]) -> None:
+    """A mask that moves one block must not move another."""
+    owner: dict[str, Block] = {}
+    for block in blocks:
+        for name in block.parameters:
+            first = owner.setdefault(name, block)
+            if first is not block:
+                raise ValueError(
+                    f"{_name(model)} shares parameters between its transformer blocks: {name!r} "
+                    f"belongs to {first.name} and to {block.name}, so that a mask cannot move one "
+                    "without the other. Fine-tune it as a whole"
+                )
+
+
+def _name(model: nn.Module) -> str:
+    kind = next((getattr(config, "model_type", "") for config in _configs(model)), "")
+    return type(model).__name__ + (f" (model type {kind})" if kind else "")
 
 
 def _numel(module: nn.Module) -> int:

@@ -1,0 +1,135 @@
+"""Computes only the logits that are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class HeadError(ValueError):
+    """A model whose output embedding cannot be narrowed."""
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, ids: list[int], causal: bool) -> None:
+    """Compares narrowed logits with the model's own, once, for a sequence of two tokens.
+
+    What comes behind the output embedding must treat each logit by itself (a scale, a softcap), and
+    positions of a causal model must not see what stands behind them.
+
+    Raises:
+        HeadError: it is not so.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise HeadError(
+            f"{_name(model)} is an encoder-decoder, whose decoder has a prompt of its own: take a "
+            "causal or a masked language model, or its full logits"
+        )
+    modes = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters()).device
+    both = torch.tensor([ids[:2]], device=device)
+    first = torch.zeros(1, dtype=torch.long, device=device)
+    try:
+        model.eval()
+        options = {"use_cache": False} if causal else {}
+        mine = narrow_logits(model, {"input_ids": both, **options}, first, first, both[0])[0]
+        # The whole forward of a causal model gets the first token alone.
+        whole = model(input_ids=both[:, :1] if causal else both).logits[0, -1 if causal else -2]
+    except (IndexError, RuntimeError, TypeError) as error:
+        raise HeadError(
+            f"{_name(model)} does not run when only those logits that are read are computed: "
+            f"{error}. Use its full logits instead"
+        ) from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    wanted = whole[both[0]].float()
+    exact = next(model.parameters()).dtype == torch.float32
+    limit = (1e-3 if exact else 3e-2) * (1.0 + float(wanted.abs().max()))
+    off = float((mine - wanted).abs().max())
+    if not off <= limit:
+        raise HeadError(
+            f"{_name(model)} gives other logits (by {off:.2g}) when only those that are read are "
+            f"computed{', or its positions see what stands behind them' if causal else ''}. Use "
+            "its full logits instead"
+        )
+
+
+def narrow_logits(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    rows: Tensor,
+    positions: Tensor,
+    columns: Tensor | None = None,
+) -> Tensor:
+    """Runs a language model whose head sees some positions, and of the vocabulary some columns.
+
+    The model's own forward runs, its output embedding narrowed: what it does with the logits behind
+    that (a scale, a softcap) is done here too, and the head's weights are read in its own forward.
+
+    Args:
+        model: has ``get_output_embeddings``.
+        inputs: what the model is called with; ``input_ids`` among them.
+        rows: Tensor  # int64 [n], row of the batch of each logit vector
+        positions: Tensor  # int64 [n], and its position
+        columns: Tensor  # int64 [m], tokens; None for the whole vocabulary
+
+    Returns:
+        Tensor  # float32 [n, m]
+
+    Raises:
+        HeadError: the model has no output embedding, or does not call it.
+    """
+    length = inputs["input_ids"].shape[1]
+    with _narrowed(model, length, rows, positions, columns) as calls:
+        logits: Tensor = model(**inputs).logits
+    if len(calls) != 1:
+        raise HeadError(
+            f"{_name(model)} called its output embedding {len(calls)} times in a forward, not once"
+        )
+    return logits.flatten(0, -2).float()
+
+
+@contextmanager
+def _narrowed(
+    model: nn.Module, length: int, rows: Tensor, positions: Tensor, columns: Tensor | None
+) -> Iterator[list[None]]:
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head: Any = find() if find is not None else None
+    if head is None:
+        raise HeadError(f"{_name(model)} has no output embedding: is it a language model?")
+    whole: Callable[[Tensor], Tensor] = (
+        head.forward
+    )  # accelerate's, where it placed the head on a device of its own
+    patched = "forward" in vars(head)
+    plain = type(head) is nn.Linear and not patched
+    calls: list[None] = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        calls.append(None)
+        ahead = hidden.shape[1] - length  # virtual tokens of a soft prompt
+        read = hidden[rows, positions + ahead][None]  # [1, n, width]
+        if columns is None:
+            return whole(read)
+        if not plain:
+            return whole(read)[..., columns]
+        weight: Tensor = head.weight[columns]
+        return nn.functional.linear(read, weight, None if head.bias is None else head.bias[columns])
+
+    head.forward = forward
+    try:
+        yield calls
+    finally:
+        if patched:
+            head.forward = whole
+        else:
+            del head.forward
+
+
+def _name(model: nn.Module) -> str:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return type(model).__name__ + (f" (model type {kind})" if kind else "")

@@ -1,0 +1,134 @@
+"""Tiny models of every architecture in ``tiny.py``: blocks found, steps right, weights exact.
+
+Losses are compared for equality: the same weights, batch and shapes on one thread.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel
+from zorba import ZerothOrderSGD
+from zorba.hf import find_blocks
+
+from tests.hf.steps import changed, check_step, explicit_scalar, state_of
+from tests.hf.tiny import CASES, Case, build, loss_of
+
+LR, EPS = 1e-3, 2**-6  # such an eps moves losses by more than the rounding of bfloat16
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: None) -> None:
+    torch.set_num_threads(1)
+
+
+def label(case: Case) -> str:
+    return f"{case.kind}-{case.auto}"
+
+
+def stepping(cases: list[Case]) -> list[object]:
+    """The cases for tests that take a step of placement "scratch"."""
+    return [
+        pytest.param(
+            case,
+            id=label(case),
+            marks=[pytest.mark.xfail(strict=True, reason=case.broken)] if case.broken else [],
+        )
+        for case in cases
+    ]
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_blocks(case: Case) -> None:
+    model = build(case)
+    blocks = find_blocks(model)
+    assert [block.name for block in blocks] == case.names
+    for block in blocks:
+        assert block.module is model.get_submodule(block.name)
+    names = [name for block in blocks for name in block.parameters]
+    assert len(names) == len(set(names))
+    assert set(names) <= set(dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", stepping(CASES))
+def test_a_step_is_right(case: Case, dtype: torch.dtype) -> None:
+    check_step(build(case, dtype), lambda model: loss_of(model, case), LR, EPS)
+
+
+@pytest.mark.parametrize("case", stepping(CASES))
+def test_a_step_of_no_length_changes_no_bit(case: Case) -> None:
+    model = build(case, torch.bfloat16)
+    before = state_of(model)
+    optimizer = ZerothOrderSGD(model, lr=0.0, eps=EPS)
+    optimizer.step(lambda: loss_of(model, case))
+    assert optimizer.last_step is not None
+    assert not optimizer.last_step.skipped
+    assert changed(model, before) == []
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_in_place_sees_the_same_losses(case: Case) -> None:
+    model = build(case)
+    untouched = copy.deepcopy(model)
+    optimizer = ZerothOrderSGD(model, lr=LR, eps=EPS, placement="inplace")
+    optimizer.step(lambda: loss_of(model, case))
+    report = optimizer.last_step
+    assert report is not None
+    wanted = explicit_scalar(untouched, lambda m: loss_of(m, case), report.seed, EPS, in_place=True)
+    assert report.scalars == (wanted,)
+
+
+# --- What is refused, by name --------------------------------------------------------------------
+
+
+def refusal(kind: str, **changes: object) -> str:
+    config = AutoConfig.for_model(kind, **changes)
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    with pytest.raises(ValueError, match=rf"\(model type {kind}\)") as refused:
+        find_blocks(model)
+    assert "as a whole" in str(refused.value)  # what to do instead
+    return str(refused.value)
+
+
+def test_blocks_with_shared_parameters_are_refused() -> None:
+    """Zamba's attention is one module's weights in several layers."""
+    message = refusal("zamba", num_hidden_layers=12, hidden_size=32, num_attention_heads=4)
+    assert "shared_transf.self_attn.q_proj.weight" in message
+
+
+@pytest.mark.parametrize("kind", ["xlm", "flaubert"])
+def test_blocks_spread_over_lists_are_refused(kind: str) -> None:
+    message = refusal(kind, emb_dim=32, n_heads=4, n_layers=3)
+    assert "attentions" in message
+    assert "ffns" in message
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match="no transformer blocks found in Linear"):
+        find_blocks(nn.Linear(3, 3))
+
+
+# --- The list in the documentation ---------------------------------------------------------------
+
+
+def table() -> str:
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for case in CASES:
+        lists = ", ".join(f"`{item.split(':')[0]}`" for item in case.blocks.split())
+        kinds.setdefault((case.auto, lists), []).append(case.kind)
+    lines = ["| Built with | Model types | Lists of blocks |", "|---|---|---|"]
+    for (auto, lists), names in kinds.items():
+        lines.append(f"| `AutoModel{auto}` | {', '.join(names)} | {lists} |")
+    return "\n".join(lines)
+
+
+def test_the_documented_list_is_what_is_tested() -> None:
+    assert table() in PAGE.read_text(), f"docs/models.md must contain:\n{table()}"

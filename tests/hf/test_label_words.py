@@ -1,0 +1,342 @@
+"""Label words scored from the logits that are read, against the model's full logits, one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedTokenizerFast
+from zorba.hf import HeadError, LabelWordLoss
+from zorba.hf.head import check_head
+
+from tests.hf.steps import check_step
+from tests.hf.tiny import CASES, Case, build, tiny_config
+from tests.tolerances import bound
+
+TEMPLATE = "{sentence} It was"
+WORDS = [" bad", " good"]
+LONG_WORDS = [" not good", " good", " so very good"]
+EXAMPLES: list[dict[str, Any]] = [
+    {"sentence": "a dull film", "label": 0},
+    {"sentence": "a very good film and so on", "label": 1},
+    {"sentence": "good", "label": 1},
+]
+CHOICES: list[dict[str, Any]] = [
+    {"sentence": "a film", "choices": [" dull", " good and so on", " not bad"], "label": 1},
+    {"sentence": "so good a film", "choices": [" bad", " very very good"], "label": 0},
+]
+CAUSAL = [case for case in CASES if case.auto == "ForCausalLM"]
+MASKED = [case for case in CASES if case.auto == "ForMaskedLM"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: None) -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words with the space in front of them are tokens, as in most models' tokenizers."""
+    special = ["<pad>", "</s>", "<s>", "<unk>", "<mask>"]
+    plain = ["a", "good", "film", "and", "It", "was", "bad", "dull", "very", "so", "not", "on", "."]
+    names = special + plain + [f" {word}" for word in plain]
+    core = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    core.pre_tokenizer = Split(Regex(r" ?[^ .]+|\."), "isolated")
+    core.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="</s>",
+        bos_token="<s>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+    )
+
+
+def of(kind: str, **changes: Any) -> Case:
+    case = next(c for c in CAUSAL + MASKED if c.kind == kind)
+    return dataclasses.replace(case, changes={**case.changes, **changes})
+
+
+def ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def plain_scores(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    example: Mapping[str, Any],
+    words: list[str],
+    normalise: bool = False,
+) -> Tensor:
+    """Log-probabilities of the continuations from full logits, each in a forward of its own."""
+    prompt = [tokenizer.bos_token_id, *ids_of(tokenizer, TEMPLATE.format_map(example))]
+    scores = []
+    for word in words:
+        own = ids_of(tokenizer, word)
+        logits = model(input_ids=torch.tensor([prompt + own])).logits[0].float()
+        gains = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(own)[:, None])
+        scores.append(gains.mean() if normalise else gains.sum())
+    return torch.stack(scores)
+
+
+def close(mine: Tensor, plain: Tensor) -> None:
+    limit = bound("narrow logits")
+    torch.testing.assert_close(mine, plain, rtol=limit, atol=limit)
+
+
+KINDS = [
+    of("llama"),
+    of("llama", tie_word_embeddings=True),
+    of("phi"),  # a head with a bias
+    of("gemma2", final_logit_softcapping=1.0),
+    of("granite", logits_scaling=8.0),
+    of("cohere", logit_scale=0.25),
+    of("mamba"),
+    of("opt"),
+]
+
+
+@pytest.mark.parametrize("case", KINDS, ids=lambda c: c.kind)
+def test_single_tokens_equal_full_logits(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build(case)
+    loss = LabelWordLoss(model, tokenizer, TEMPLATE, WORDS)
+    batch = loss.encode(EXAMPLES)
+    plain = torch.stack([plain_scores(model, tokenizer, e, WORDS) for e in EXAMPLES]).detach()
+    scores = loss.scores(batch)
+    close(scores.log_softmax(1), plain.log_softmax(1))
+    close(loss(batch), nn.functional.cross_entropy(plain, torch.tensor([0, 1, 1])))
+    assert torch.equal(loss.predict(batch), plain.argmax(1))
+    # Logits themselves: their difference between two words has no scale to hide a factor in.
+    with torch.no_grad():
+        ids = batch.inputs["input_ids"][:1, : int(batch.positions[0]) + 1]
+        whole = model(input_ids=ids).logits[0, -1]
+    close(scores[0].detach(), whole[[ids_of(tokenizer, w)[0] for w in WORDS]])
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_words_of_several_tokens(normalise: bool, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build(of("gemma2", final_logit_softcapping=1.0))
+    loss = LabelWordLoss(model, tokenizer, TEMPLATE, LONG_WORDS, normalise=normalise)
+    batch = loss.encode(EXAMPLES)
+    plain = [plain_scores(model, tokenizer, e, LONG_WORDS, normalise) for e in EXAMPLES]
+    close(loss.scores(batch), torch.stack(plain))
+    assert torch.equal(loss.predict(batch), torch.stack(plain).argmax(1))
+
+
+def test_words_of_one_token_may_be_scored_as_several(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The normaliser of the whole vocabulary cancels in the cross-entropy over the words."""
+    model = build(of("llama"))
+    as_words = LabelWordLoss(model, tokenizer, TEMPLATE, WORDS)
+    as_choices = LabelWordLoss(model, tokenizer, TEMPLATE, "choices")
+    both = [{**example, "choices": WORDS} for example in EXAMPLES]
+    close(as_words(as_words.encode(EXAMPLES)), as_choices(as_choices.encode(both)))
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_multiple_choice(normalise: bool, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build(of("qwen2"))
+    loss = LabelWordLoss(model, tokenizer, TEMPLATE, "choices", normalise=normalise)
+    batch = loss.encode(CHOICES)
+    scores = loss.scores(batch)
+    assert scores.shape == (2, 3)
+    assert scores[1, 2] == -torch.inf
+    plain = [plain_scores(model, tokenizer, e, e["choices"], normalise) for e in CHOICES]
+    for mine, wanted in zip(scores, plain, strict=True):
+        close(mine[: len(wanted)], wanted)
+    labels = torch.tensor([1, 0])
+    wanted_loss = [nn.functional.cross_entropy(p, y) for p, y in zip(plain, labels, strict=True)]
+    close(loss(batch), torch.stack(wanted_loss).mean())
+    assert loss.predict(batch).tolist() == [int(p.argmax()) for p in plain]
+
+
+@pytest.mark.parametrize("case", MASKED, ids=lambda c: c.kind)
+def test_masked_model(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build(case)
+    loss = LabelWordLoss(model, tokenizer, "{sentence} It was {mask}.", WORDS)
+    batch = loss.encode(EXAMPLES)
+    words = [ids_of(tokenizer, word)[0] for word in WORDS]
+    for example, mine in zip(EXAMPLES, loss.scores(batch), strict=True):
+        ids = torch.tensor([tokenizer(f"{example['sentence']} It was <mask>.")["input_ids"]])
+        at = ids[0].tolist().index(tokenizer.mask_token_id)
+        close(mine, model(input_ids=ids).logits[0, at, words])
+
+
+@pytest.mark.parametrize("case", CAUSAL + MASKED, ids=lambda c: f"{c.kind}-{c.auto}")
+def test_every_language_model_can_be_narrowed(case: Case) -> None:
+    """``check_head`` compares with the model's own logits, which is what these must equal."""
+    check_head(build(case), [5, 9], causal=case.auto == "ForCausalLM")
+
+
+def test_only_the_logits_that_are_read_are_computed(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build(of("llama"))
+    seen: list[torch.Size] = []
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    words = LabelWordLoss(model, tokenizer, TEMPLATE, WORDS)
+    choices = LabelWordLoss(model, tokenizer, TEMPLATE, "choices")
+    seen.clear()
+    words.scores(words.encode(EXAMPLES))
+    choices.scores(choices.encode(CHOICES))
+    tokens = sum(len(ids_of(tokenizer, c)) for e in CHOICES for c in e["choices"])
+    assert seen == [(1, 3, 2), (1, tokens, 100)]
+    assert "forward" not in vars(head)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("words", [WORDS, LONG_WORDS], ids=["single", "several"])
+def test_a_step_with_an_active_head(
+    tied: bool, words: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def loss_of(model: nn.Module) -> Tensor:
+        loss = LabelWordLoss(model, tokenizer, TEMPLATE, words) if model is not trained else mine
+        return loss(batch)
+
+    trained = build(of("llama", tie_word_embeddings=tied))
+    mine = LabelWordLoss(trained, tokenizer, TEMPLATE, words)
+    batch = mine.encode(EXAMPLES)
+    check_step(trained, loss_of, lr=1e-2, eps=2**-6)
+
+
+def test_the_loss_is_differentiable(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build(of("llama"))
+    loss = LabelWordLoss(model, tokenizer, TEMPLATE, WORDS)
+    loss(loss.encode(EXAMPLES)).backward()
+    mine = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    plain = torch.stack([plain_scores(model, tokenizer, e, WORDS) for e in EXAMPLES])
+    nn.functional.cross_entropy(plain, torch.tensor([0, 1, 1])).backward()
+    for name, p in model.named_parameters():
+        assert mine[name] is not None
+        assert p.grad is not None
+        close(mine[name], p.grad)
+
+
+@pytest.mark.parametrize("task", ["lora", "prompt", "prefix"])
+def test_adapters(task: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Virtual tokens in front of a prompt move the positions that are read."""
+    peft = pytest.importorskip("peft", reason="peft is in the test extra")
+    config = {
+        "lora": lambda: peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False),
+        "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    }[task]()
+    model = peft.get_peft_model(build(of("llama")), config).eval()
+    loss = LabelWordLoss(model, tokenizer, TEMPLATE, WORDS)
+    scores = loss.scores(loss.encode(EXAMPLES))
+    words = [ids_of(tokenizer, word)[0] for word in WORDS]
+    for example, mine in zip(EXAMPLES, scores, strict=True):
+        prompt = [tokenizer.bos_token_id, *ids_of(tokenizer, TEMPLATE.format_map(example))]
+        close(mine, model(input_ids=torch.tensor([prompt])).logits[0, -1, words])
+
+
+def test_a_head_that_is_patched_or_no_linear_layer(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Accelerate gives modules that it places a forward of their own: it is called, and kept."""
+    model = build(of("llama"))
+    loss = LabelWordLoss(model, tokenizer, TEMPLATE, WORDS)
+    batch = loss.encode(EXAMPLES)
+    plain = loss.scores(batch)
+    head = model.get_output_embeddings()
+    calls = []
+
+    def placed(hidden: Tensor) -> Tensor:
+        calls.append(hidden.shape)
+        return nn.functional.linear(hidden, head.weight)
+
+    head.forward = placed
+    close(loss.scores(batch), plain)
+    assert calls == [(1, 3, 32)]
+    assert head.forward is placed
+    del head.forward
+    head.__class__ = type("MyLinear", (nn.Linear,), {})
+    close(loss.scores(batch), plain)
+
+
+def test_long_prompts_lose_their_beginning(tokenizer: PreTrainedTokenizerFast) -> None:
+    loss = LabelWordLoss(build(of("llama")), tokenizer, TEMPLATE, WORDS, max_length=4)
+    ids = loss.encode(EXAMPLES[1:2]).inputs["input_ids"][0].tolist()
+    assert ids == [tokenizer.bos_token_id, *ids_of(tokenizer, " on It was")]
+
+
+def test_dropout_is_left_as_it_was(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build(of("opt")).train()
+    model.get_output_embeddings().eval()
+    LabelWordLoss(model, tokenizer, TEMPLATE, WORDS)
+    assert model.training
+    assert not model.get_output_embeddings().training
+
+
+# --- What is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([" good"], "two or more"),
+        ([" good", " good"], "all different"),
+        ([" unheard", " unknown"], "same token"),
+        (["", " good"], "does not begin a token"),
+    ],
+)
+def test_bad_words(words: list[str], complaint: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        LabelWordLoss(build(of("llama")), tokenizer, TEMPLATE, words)
+
+
+def test_a_mask_stands_for_one_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="one token"):
+        LabelWordLoss(build(of("bert")), tokenizer, "{sentence} {mask}", LONG_WORDS)
+
+
+def test_a_model_that_looks_ahead_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(HeadError, match=r"model type bert.*stands behind"):
+        LabelWordLoss(build(of("bert")), tokenizer, TEMPLATE, WORDS)
+
+
+def test_a_head_that_is_not_called_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    """MobileBERT multiplies with the weights of its output embedding itself."""
+    sizes = {"embedding_size": 16, "intra_bottleneck_size": 32, "true_hidden_size": 32}
+    model = build(Case("mobilebert", "ForMaskedLM", "", sizes))
+    with pytest.raises(HeadError, match=r"model type mobilebert.* 0 times"):
+        LabelWordLoss(model, tokenizer, "{sentence} {mask}", WORDS)
+
+
+def test_a_model_without_a_head_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = AutoModel.from_config(tiny_config(of("llama")))
+    with pytest.raises(HeadError, match="no output embedding"):
+        LabelWordLoss(model, tokenizer, TEMPLATE, WORDS)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_an_encoder_decoder_is_refused(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    case = next(c for c in CASES if c.kind == kind)
+    with pytest.raises(HeadError, match=rf"model type {kind}.* encoder-decoder"):
+        LabelWordLoss(build(case), tokenizer, TEMPLATE, WORDS)
+
+
+def test_a_short_max_length_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        LabelWordLoss(build(of("llama")), tokenizer, TEMPLATE, WORDS, max_length=1)
+
+
+def test_bad_examples(tokenizer: PreTrainedTokenizerFast) -> None:
+    loss = LabelWordLoss(build(of("llama")), tokenizer, TEMPLATE, WORDS)
+    with pytest.raises(ValueError, match="at least one example"):
+        loss.encode([])
+    with pytest.raises(ValueError, match="label 2 is not among 2"):
+        loss.encode([{"sentence": "good", "label": 2}])
+    with pytest.raises(ValueError, match="no field 'label'"):
+        loss(loss.encode([{"sentence": "good"}]))
+    masked = LabelWordLoss(build(of("bert")), tokenizer, "{mask} {sentence}", WORDS, max_length=3)
+    with pytest.raises(ValueError, match="one mask token, got 0"):
+        masked.encode(EXAMPLES)

@@ -42,6 +42,10 @@ class Reader:
         self._at += count
         return self._view[self._at - count : self._at]
 
+    def peek(self) -> memoryview:
+        """Returns what is left without taking it."""
+        return self._view[self._at :]
+
     def unpack(self, layout: struct.Struct, what: str) -> tuple[Any, ...]:
         """Takes the fields of ``layout``."""
         return layout.unpack(self.raw(layout.size, what))

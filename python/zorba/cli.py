@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -108,6 +109,32 @@ def demo(
         run_demo(settings)
     except (RuntimeError, ValueError) as error:
         _fail("demo", str(error))
+
+
+@app.command()
+def replay(
+    base: Annotated[str, typer.Argument(help="Folder or hub name of the model it started from.")],
+    log: Annotated[Path, typer.Argument(help="The trajectory, a .zot file.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the fine-tuned model; new or empty.")],
+    verify: Annotated[
+        bool, typer.Option(help="Compare the result's fingerprint with that of the run.")
+    ] = True,
+) -> None:
+    """Rebuild a fine-tuned model from its base and its trajectory, bit for bit."""
+    if importlib.util.find_spec("transformers") is None:
+        _fail("replay", "it needs transformers: pip install 'zorba-kernels[hf]'")
+    from zorba.trajectory.rebuild import rebuild
+
+    with typer.progressbar(length=1, label="replay", file=sys.stderr) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.length = total
+            bar.update(done - bar.pos)
+
+        try:
+            rebuild(base, log, out, verify=verify, say=typer.echo, progress=advance)
+        except (RuntimeError, ValueError, OSError) as error:
+            _fail("replay", str(error))
 
 
 def _fail(command: str, message: str) -> NoReturn:

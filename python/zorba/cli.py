@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -125,16 +126,26 @@ def replay(
         _fail("replay", "it needs transformers: pip install 'zorba-kernels[hf]'")
     from zorba.trajectory.rebuild import rebuild
 
-    with typer.progressbar(length=1, label="replay", file=sys.stderr) as bar:
+    try:
+        rebuild(base, log, out, verify=verify, say=typer.echo, progress=_progress_bar("replay"))
+    except (RuntimeError, ValueError, OSError) as error:
+        _fail("replay", str(error))
 
-        def advance(done: int, total: int) -> None:
-            bar.length = total
-            bar.update(done - bar.pos)
 
-        try:
-            rebuild(base, log, out, verify=verify, say=typer.echo, progress=advance)
-        except (RuntimeError, ValueError, OSError) as error:
-            _fail("replay", str(error))
+def _progress_bar(label: str) -> Callable[[int, int], None] | None:
+    """Returns what shows a bar, given done and total; None where nobody looks at a terminal."""
+    if not sys.stderr.isatty():
+        return None
+    bars: list[Any] = []
+
+    def show(done: int, total: int) -> None:
+        if not bars:
+            bars.append(typer.progressbar(length=total, label=label, file=sys.stderr))
+        bars[0].update(done - bars[0].pos)
+        if done == total:
+            bars[0].render_finish()
+
+    return show
 
 
 def _fail(command: str, message: str) -> NoReturn:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from zorba.trajectory.errors import DamagedError, TrajectoryError
@@ -40,7 +40,7 @@ class Trajectory:
     torn_bytes: int
     size: int
     salt: int
-    _data: bytes
+    _data: bytes = field(repr=False)
     _start: int
 
     @staticmethod

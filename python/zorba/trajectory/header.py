@@ -101,8 +101,9 @@ class TrajectoryHeader:
             len(text),
             len(packed),
         )
-        crc = _CRC.pack(zlib.crc32(fixed))
-        return fixed + crc + packed + _CRC.pack(zlib.crc32(fixed + crc + packed))
+        crc = zlib.crc32(fixed)
+        # Continued from that of the fields: the CRC of data and its own CRC would be a constant.
+        return fixed + _CRC.pack(crc) + packed + _CRC.pack(zlib.crc32(packed, crc))
 
     def parameter_difference(self, others: Iterable[Parameter], groups: bool = True) -> str | None:
         """Returns a sentence on the first thing in which other parameters differ, or None.
@@ -158,7 +159,8 @@ def decode_header(data: bytes | memoryview) -> tuple[TrajectoryHeader, int]:
     fields = _FIXED.unpack_from(view)
     _, version, noise, law, rounding, known, zero, groups = fields[:8]
     run_seed, first_step, base, whole, plain_bytes, packed_bytes = fields[8:]
-    if _CRC.unpack_from(view, _FIXED.size)[0] != zlib.crc32(view[: _FIXED.size]):
+    crc = zlib.crc32(view[: _FIXED.size])
+    if _CRC.unpack_from(view, _FIXED.size)[0] != crc:
         raise DamagedError("the header is damaged: its CRC does not match")
     if version != FORMAT:
         raise TrajectoryError(f"trajectory format {version}, this package reads {FORMAT}")
@@ -172,9 +174,10 @@ def decode_header(data: bytes | memoryview) -> tuple[TrajectoryHeader, int]:
     end = FIXED_BYTES + packed_bytes + _CRC.size
     if end > len(view):
         raise DamagedError(f"the header takes {end} bytes, {len(view)} are there")
-    if _CRC.unpack_from(view, end - _CRC.size)[0] != zlib.crc32(view[: end - _CRC.size]):
+    packed = view[FIXED_BYTES : end - _CRC.size]
+    if _CRC.unpack_from(view, end - _CRC.size)[0] != zlib.crc32(packed, crc):
         raise DamagedError("the header is damaged: the CRC of its text does not match")
-    text = _inflate(view[FIXED_BYTES : end - _CRC.size], plain_bytes)
+    text = _inflate(packed, plain_bytes)
     try:
         parts = json.loads(text)
         parameters = _parameters(parts, groups)

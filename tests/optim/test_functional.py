@@ -202,3 +202,53 @@ def test_held_weights_that_are_tied_by_their_storage() -> None:
     zk.add_noise_(optimizer.placement.table, optimizer.last_step.seed, 0.1)
     with torch.no_grad():
         assert float(model(x).sum()) == seen[-2]
+
+
+class TiedInside(nn.Module):
+    """A bias that a module and a layer in it both own, as in BERT's masked head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(5))
+        self.decoder = nn.Linear(4, 5)
+        self.decoder.bias = self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(x) + self.bias
+
+
+def test_tied_owners_that_are_nested() -> None:
+    model = TiedInside()
+    before = snapshot(model)
+    x = torch.randn(3, 4)
+    optimizer = ZerothOrderSGD(model, lr=0.0, eps=0.1)
+    seen: list[float] = []
+    for _ in range(2):
+        optimizer.step(lambda: seen.append(float(model(x).square().sum())) or seen[-1])
+    assert same_bits(model, before)
+    assert optimizer.last_step is not None
+    zk.add_noise_(optimizer.placement.table, optimizer.last_step.seed, 0.1)
+    with torch.no_grad():
+        assert float(model(x).square().sum()) == seen[-2]
+
+
+def test_a_tied_weight_with_an_owner_that_never_runs() -> None:
+    """As the shared embedding of encoder and decoder."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared = nn.Embedding(7, 4)
+            self.embed = nn.Embedding(7, 4)
+            self.embed.weight = self.shared.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.embed(ids)
+
+    model = Shared()
+    optimizer = ZerothOrderSGD(model, lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(lambda: model(torch.arange(7)).square().sum())
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.scalars[0] != 0.0

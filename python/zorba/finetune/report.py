@@ -87,7 +87,9 @@ def lines(summary: dict[str, Any], curves: Curves) -> list[tuple[str, str]]:
         rows.append(("evaluation loss", f"{first.loss:.4f} before, {last.loss:.4f} after"))
     tenth = max(1, len(curves.losses) // 10)
     if curves.losses:
-        start, end = (sum(part) / len(part) for part in (curves.losses[:tenth], curves.losses[-tenth:]))
+        start, end = (
+            sum(part) / len(part) for part in (curves.losses[:tenth], curves.losses[-tenth:])
+        )
         rows.append(("training loss", f"{start:.4f} in the first tenth, {end:.4f} in the last"))
     s = summary
     rows.append(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -117,7 +116,7 @@ def _load(settings: FinetuneSettings) -> tuple[Any, Any]:
     config = AutoConfig.from_pretrained(settings.model)
     names = " ".join(getattr(config, "architectures", None) or [])
     kind = AutoModelForMaskedLM if "MaskedLM" in names else AutoModelForCausalLM
-    model = kind.from_pretrained(settings.model, dtype=dtype)
+    model: Any = kind.from_pretrained(settings.model, dtype=dtype)
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), AutoTokenizer.from_pretrained(settings.model)
 

@@ -43,8 +43,22 @@ class Owner:
         self.nbytes = sum(_padded(same[0]) for same in parameters.values())
         self.depth = 0  # how many of its forwards are running
         self.buffer: Tensor | None = None
+        self.showing: Owner | None = None  # itself, or the part that no other one shows
         self.reached = module is None
+        self._main = main
         self._targets: dict[int, zk.ParamTable] = {}
+        self._parts: dict[frozenset[str], Owner | None] = {}
+
+    def without(self, names: Collection[str]) -> Owner | None:
+        """Returns an owner of the other parameters of this module; None if there are none."""
+        mine = frozenset(names) & self.parameters.keys()
+        if not mine:
+            return self
+        if mine not in self._parts:
+            rest = {n: same for n, same in self.parameters.items() if n not in mine}
+            part = Owner(self.module, rest, self._main, self.level) if rest else None
+            self._parts[mine] = part
+        return self._parts[mine]
 
     def target(self, buffer: Tensor) -> zk.ParamTable:
         """Returns a table of views of the buffer with the shapes and dtypes of the parameters."""

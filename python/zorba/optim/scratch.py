@@ -44,6 +44,7 @@ class ScratchPlacement(Placement):
         self._handles: list[Any] = []
         self._program: Program | None = None
         self._moving = [False] * table.num_groups
+        self._shown: set[str] = set()
         self._held: set[str] = set()
         self._excused: set[str] = set()
         self._checked = False
@@ -170,8 +171,8 @@ class ScratchPlacement(Placement):
         if self._checked or self._program is None or not any(self._moving):
             return
         active = [o for o in self._owners if any(self._moving[g] for g in o.groups)]
-        missed = [name for o in active if not o.reached for name in o.parameters]
-        missed = [name for name in missed if name not in self._excused]
+        reached = {name for o in active if o.reached for name in o.parameters} | self._excused
+        missed = [n for o in active for n in o.parameters if n not in reached]
         if missed:
             raise UnreachedParameterError(
                 f"the forward of these parameters' modules never ran: {', '.join(missed[:5])}"
@@ -203,11 +204,17 @@ class ScratchPlacement(Placement):
         if not any(self._moving[g] for g in owner.groups):
             return
         assert self._program is not None
-        started = time.perf_counter()
         owner.reached = True
-        owner.buffer = self._take(owner.level)
-        run_program(owner.table, owner.target(owner.buffer), self._program)
-        owner.show()
+        # A module around this one may show some of its parameters already: tied weights.
+        part = owner.without(self._shown)
+        if part is None:
+            return
+        started = time.perf_counter()
+        owner.showing = part
+        part.buffer = self._take(owner.level)
+        run_program(part.table, part.target(part.buffer), self._program)
+        part.show()
+        self._shown |= part.parameters.keys()
         self.kernel_seconds += time.perf_counter() - started
 
     def _take(self, level: int) -> Tensor:
@@ -217,6 +224,9 @@ class ScratchPlacement(Placement):
         return torch.empty(size, dtype=torch.uint8, device=self.table.device)
 
     def _put_back(self, owner: Owner) -> None:
-        buffer = owner.put_back()
-        if buffer is not None:
+        part = owner.showing
+        buffer = None if part is None else part.put_back()
+        if part is not None and buffer is not None:
+            self._shown -= part.parameters.keys()
             self._free[owner.level].append(buffer)
+        owner.showing = None

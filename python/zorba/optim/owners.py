@@ -51,7 +51,7 @@ class Owner:
 
     def without(self, names: Collection[str]) -> Owner | None:
         """Returns an owner of the other parameters of this module; None if there are none."""
-        mine = frozenset(names) & self.parameters.keys()
+        mine = frozenset(name for name in names if name in self.parameters)
         if not mine:
             return self
         if mine not in self._parts:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from zorba.demo.settings import DemoSettings
+from zorba.finetune.settings import FinetuneSettings
 from zorba_kernels.noise import DISTRIBUTIONS
 
 _DEMO_NEEDS = [
@@ -23,6 +24,9 @@ _DEMO_NEEDS = [
     "scipy",
     "transformers",
 ]
+
+_FINETUNE_NEEDS = ["matplotlib", "rich", "safetensors", "transformers"]
+_FINETUNE = FinetuneSettings("", Path())  # the defaults
 
 app = typer.Typer(
     help="Fine-tune language models without gradients, alone or as a federation.",
@@ -110,6 +114,101 @@ def demo(
         run_demo(settings)
     except (RuntimeError, ValueError) as error:
         _fail("demo", str(error))
+
+
+@app.command()
+def finetune(
+    model: Annotated[str, typer.Argument(help="Local folder or hub name of a language model.")],
+    data: Annotated[Path, typer.Option(help="JSONL, CSV or TSV file to train on.")],
+    eval_data: Annotated[Path | None, typer.Option(help="File to evaluate on.")] = None,
+    template: Annotated[
+        str, typer.Option(help='Prompt over the fields of a row: "{sentence} It was".')
+    ] = _FINETUNE.template,
+    words: Annotated[
+        str,
+        typer.Option(help='Label words with the space in front, by commas: " terrible, great".'),
+    ] = "",
+    label: Annotated[str, typer.Option(help="Field of the label.")] = _FINETUNE.label,
+    labels: Annotated[
+        str, typer.Option(help="Its values in the order of the words, by commas.")
+    ] = "",
+    steps: Annotated[int, typer.Option(min=1, help="Steps.")] = _FINETUNE.steps,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = _FINETUNE.batch_size,
+    max_length: Annotated[
+        int, typer.Option(min=2, help="Tokens of a row at most.")
+    ] = _FINETUNE.max_length,
+    lr: Annotated[float, typer.Option(help="Learning rate; falls linearly to 0.")] = _FINETUNE.lr,
+    eps: Annotated[float, typer.Option(help="Distance at which losses are taken.")] = _FINETUNE.eps,
+    perturbations: Annotated[
+        int, typer.Option(min=1, help="P: directions a step.")
+    ] = _FINETUNE.perturbations,
+    estimator: Annotated[str, typer.Option(help="central or forward.")] = _FINETUNE.estimator,
+    distribution: Annotated[
+        str, typer.Option(help="rademacher or gaussian noise.")
+    ] = _FINETUNE.distribution,
+    placement: Annotated[str, typer.Option(help="scratch or inplace.")] = _FINETUNE.placement,
+    blocks: Annotated[str, typer.Option(help="all, or last:N blocks.")] = _FINETUNE.blocks,
+    momentum: Annotated[float, typer.Option(help="Replayed from seeds.")] = _FINETUNE.momentum,
+    weight_decay: Annotated[float, typer.Option(help="Decoupled.")] = _FINETUNE.weight_decay,
+    clip: Annotated[
+        float | None, typer.Option(help="Largest absolute value of a scalar.")
+    ] = _FINETUNE.clip,
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16 or float16.")
+    ] = _FINETUNE.dtype,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:1; a GPU where there is one.")
+    ] = _FINETUNE.device,
+    seed: Annotated[int, typer.Option(min=0, help="Of batches and noise.")] = _FINETUNE.seed,
+    eval_every: Annotated[
+        int, typer.Option(min=0, help="Steps between evaluations; 0: start and end.")
+    ] = _FINETUNE.eval_every,
+    out: Annotated[Path, typer.Option(help="Folder for what is written.")] = _FINETUNE.out,
+    save: Annotated[str, typer.Option(help="model, trajectory or both.")] = _FINETUNE.save,
+) -> None:
+    """Fine-tune a language model without gradients.
+
+    With label words it learns to classify: the word that is likeliest behind the prompt is the
+    answer. Without, it learns the text that the template makes of each row. Writes the model, its
+    trajectory (see zorba replay) or both, metrics.json and loss.png.
+    """
+    missing = [name for name in _FINETUNE_NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        _fail("finetune", f"it needs {', '.join(missing)}: pip install 'zorba-kernels[finetune]'")
+    from zorba.finetune.run import run_finetune
+
+    try:
+        settings = FinetuneSettings(
+            model=model,
+            data=data,
+            eval_data=eval_data,
+            template=template,
+            words=tuple(words.split(",")) if words else (),
+            label=label,
+            labels=tuple(part.strip() for part in labels.split(",")) if labels else (),
+            steps=steps,
+            batch_size=batch_size,
+            max_length=max_length,
+            lr=lr,
+            eps=eps,
+            perturbations=perturbations,
+            estimator=estimator,
+            distribution=distribution,
+            placement=placement,
+            blocks=blocks,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            clip=clip,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            eval_every=eval_every,
+            out=out,
+            save=save,
+        )
+        run_finetune(settings)
+    except (RuntimeError, ValueError, OSError) as error:
+        _fail("finetune", str(error))
 
 
 @app.command()

@@ -110,6 +110,9 @@ KINDS = [
 @pytest.mark.parametrize("case", KINDS, ids=lambda c: c.kind)
 def test_single_tokens_equal_full_logits(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
     model = build(case)
+    bias = model.get_output_embeddings().bias
+    if bias is not None:
+        nn.init.normal_(bias)  # they start as zeros
     loss = LabelWordLoss(model, tokenizer, TEMPLATE, WORDS)
     batch = loss.encode(EXAMPLES)
     plain = torch.stack([plain_scores(model, tokenizer, e, WORDS) for e in EXAMPLES]).detach()
@@ -163,6 +166,7 @@ def test_multiple_choice(normalise: bool, tokenizer: PreTrainedTokenizerFast) ->
 @pytest.mark.parametrize("case", MASKED, ids=lambda c: c.kind)
 def test_masked_model(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
     model = build(case)
+    nn.init.normal_(model.get_output_embeddings().bias)
     loss = LabelWordLoss(model, tokenizer, "{sentence} It was {mask}.", WORDS)
     batch = loss.encode(EXAMPLES)
     words = [ids_of(tokenizer, word)[0] for word in WORDS]

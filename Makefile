@@ -2,7 +2,9 @@
 # make demo      fine-tune SmolLM2-135M as a federation of 8 clients, about 5 minutes
 # make test      run the tests
 # make bench     measure the kernels against MeZO's own pass
-# make sass      count the issue slots of the CUDA kernels in their machine code (needs nvcc)
+# make gpu-check everything that needs a GPU, under 8 minutes; installs nothing
+# make sass      count the issue slots of the kernels in their machine code, and compare with the
+#                recorded counts; needs no GPU (CUDA: what nvcc built; Triton: if it is installed)
 # make lint      ruff, mypy, clang-format
 
 PYTHON ?= python3
@@ -12,7 +14,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: install demo test bench sass lint format clean
+.PHONY: install demo test bench gpu-check sass lint format clean
 
 install: $(VENV)/.installed
 
@@ -36,8 +38,11 @@ test: install
 bench: install
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/latest.json
 
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check
+
 sass: install
-	$(BIN)/python benchmarks/sass.py
+	$(BIN)/python -m benchmarks.sass
 
 lint: install
 	$(BIN)/ruff check .

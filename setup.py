@@ -1,13 +1,18 @@
-"""Builds zorba_kernels._C with ninja: C++ for the CPU and, where nvcc is found, CUDA.
+"""Builds zorba_kernels._C: C++ for the CPU and, where nvcc is found, CUDA.
 
 ZORBA_CUDA=auto (default) builds the CUDA part if nvcc is on the PATH and works, 0 leaves it out, 1
 fails without it. ZORBA_CUDA_ARCHS (default "80;90;100", as far as nvcc knows them) names the
 compute capabilities; the last one is also kept as PTX. torch is never imported here: the extension
 does not link against it.
+
+``pip install`` brings ninja and pybind11. Neither is needed to build in the source tree, with
+``python setup.py build_ext --inplace``: without ninja the same commands run directly, all of them
+every time, and torch carries pybind11's headers.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import re
@@ -17,11 +22,18 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
+try:
+    from setuptools import Extension, setup
+    from setuptools.command.build_ext import build_ext
+except ImportError:
+    raise SystemExit(
+        f"setup.py needs setuptools, which {sys.executable} does not have: install it, or build "
+        "with pip install ."
+    ) from None
 
 ROOT = Path(__file__).resolve().parent
 CXX_FLAGS = [
@@ -114,8 +126,16 @@ def output_of(command: list[str]) -> str | None:
     return done.stdout + done.stderr
 
 
-class NinjaBuild(build_ext):
-    """Writes one build.ninja, runs it and imports the result."""
+class Command(NamedTuple):
+    """Makes one file out of others. Paths are absolute or relative to the build folder."""
+
+    output: str
+    inputs: list[str]
+    words: list[str]
+
+
+class CommandBuild(build_ext):
+    """Compiles with ninja where there is one, links and imports the result."""
 
     def build_extension(self, ext: Extension) -> None:
         """Compiles, links and imports the extension."""
@@ -123,67 +143,100 @@ class NinjaBuild(build_ext):
         work = Path(self.build_temp).resolve()
         work.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        (work / "build.ninja").write_text(self.rules(target))
-        subprocess.run([*ninja_command(), "-C", str(work)], check=True)
+        compiles, link = commands(target, cuda_toolchain())
+        ninja = ninja_command()
+        if ninja is not None:
+            (work / "build.ninja").write_text(ninja_rules(compiles, link))
+            subprocess.run([*ninja, "-C", str(work)], check=True)
+        else:
+            run_directly(compiles, link, work)
         # An undefined symbol shows up at import, not at link time.
         check = "import importlib.util as u, sys; s = u.spec_from_file_location('_C', sys.argv[1])"
         check += "; u.module_from_spec(s)"
         subprocess.run([sys.executable, "-c", check, str(target)], check=True)
 
-    def rules(self, target: Path) -> str:
-        """The text of build.ninja."""
-        import pybind11
 
-        cuda = cuda_toolchain()
-        includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-        defines = ["-DZORBA_WITH_CUDA"] if cuda else []
-        defines += ["-DZORBA_X86"] if "avx2" in ISA_FLAGS else []
-        cxx = os.environ.get("CXX", "c++")
-        lines = [
-            "rule cxx",
-            f"  command = {cxx} -MD -MF $out.d {quote(CXX_FLAGS + defines)} $flags -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "rule link",
-            f"  command = {cxx} -shared -pthread $in -o $out $libs",
-        ]
-        if cuda:
-            flags = quote([*CUDA_FLAGS, "--threads=0", *cuda.gencode])
-            lines += [
-                "rule nvcc",
-                f"  command = {cuda.nvcc} -MD -MF $out.d {flags} -c $in -o $out",
-                "  depfile = $out.d",
-                "  deps = gcc",
-            ]
-        objects: list[str] = []
+def commands(target: Path, cuda: Cuda | None) -> tuple[list[Command], Command]:
+    """What compiles, in any order, and then what links."""
+    includes = [f"-I{pybind11_headers()}", f"-I{sysconfig.get_path('include')}"]
+    defines = ["-DZORBA_WITH_CUDA"] if cuda else []
+    defines += ["-DZORBA_X86"] if "avx2" in ISA_FLAGS else []
+    cxx = shlex.split(os.environ.get("CXX", "c++"))
+    compiles: list[Command] = []
 
-        def compile_(rule: str, source: str, name: str, flags: list[str] | None = None) -> None:
-            objects.append(f"{name}.o")
-            lines.append(f"build {name}.o: {rule} {escape(ROOT / 'csrc' / source)}")
-            lines.append(f"  flags = {quote(flags or [])}")
+    def compile_(compiler: list[str], source: str, name: str) -> None:
+        path, output = str(ROOT / "csrc" / source), f"{name}.o"
+        words = [*compiler, "-MD", "-MF", f"{output}.d", "-c", path, "-o", output]
+        compiles.append(Command(output, [path], words))
 
-        for isa, flags in ISA_FLAGS.items():
-            compile_("cxx", "cpu/kernels.cpp", f"cpu_{isa}", [f"-DZORBA_ISA={isa}", *flags])
-        for source in ("cpu/dispatch.cpp", "cpu/threads.cpp"):
-            compile_("cxx", source, source.replace("/", "_"))
-        compile_("cxx", "binding.cpp", "binding", includes)
-        libs: list[str] = []
-        if cuda:
-            for path in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-                compile_("nvcc", f"cuda/{path.name}", f"cuda_{path.stem}")
-            compile_("cxx", "cuda/binding.cpp", "cuda_binding", includes)
-            libs = [*(f"-L{f}" for f in cuda.libraries), "-lcudart_static", "-ldl", "-lrt"]
-        lines += [
-            f"build {escape(target)}: link {' '.join(objects)}",
-            f"  libs = {quote(libs)}",
-            "",
-        ]
-        return "\n".join(lines)
+    # What takes longest goes first.
+    plain = [*cxx, *CXX_FLAGS, *defines]
+    libs: list[str] = []
+    if cuda:
+        for path in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+            nvcc = [cuda.nvcc, *CUDA_FLAGS, "--threads=0", *cuda.gencode]
+            compile_(nvcc, f"cuda/{path.name}", f"cuda_{path.stem}")
+        compile_([*plain, *includes], "cuda/binding.cpp", "cuda_binding")
+        libs = [*(f"-L{f}" for f in cuda.libraries), "-lcudart_static", "-ldl", "-lrt"]
+    for isa, flags in ISA_FLAGS.items():
+        compile_([*plain, f"-DZORBA_ISA={isa}", *flags], "cpu/kernels.cpp", f"cpu_{isa}")
+    for source in ("cpu/dispatch.cpp", "cpu/threads.cpp"):
+        compile_(plain, source, source.replace("/", "_"))
+    compile_([*plain, *includes], "binding.cpp", "binding")
+    objects = [command.output for command in compiles]
+    words = [*cxx, "-shared", "-pthread", *objects, "-o", str(target), *libs]
+    return compiles, Command(str(target), objects, words)
 
 
-def escape(path: Path) -> str:
+def pybind11_headers() -> Path:
+    """The folder of pybind11's headers: its own, or torch's. Imports neither."""
+    for package in ("pybind11", "torch"):
+        spec = importlib.util.find_spec(package)
+        for location in (spec and spec.submodule_search_locations) or []:
+            folder = Path(location) / "include"
+            if (folder / "pybind11" / "pybind11.h").is_file():
+                return folder
+    raise SystemExit(
+        f"pybind11's headers are neither in pybind11 nor in torch of {sys.executable}: install "
+        "pybind11"
+    )
+
+
+def ninja_command() -> list[str] | None:
+    """How to start ninja, or None where there is none."""
+    if importlib.util.find_spec("ninja"):
+        return [sys.executable, "-m", "ninja"]
+    found = shutil.which("ninja")
+    return [found] if found else None
+
+
+def ninja_rules(compiles: list[Command], link: Command) -> str:
+    """The commands as the text of build.ninja."""
+    lines = ["rule compile", "  command = $words", "  depfile = $out.d", "  deps = gcc"]
+    lines += ["rule link", "  command = $words"]
+    for rule, command in [*(("compile", c) for c in compiles), ("link", link)]:
+        inputs = " ".join(map(escape, command.inputs))
+        lines.append(f"build {escape(command.output)}: {rule} {inputs}")
+        lines.append(f"  words = {quote(command.words).replace('$', '$$')}")
+    return "\n".join([*lines, ""])
+
+
+def run_directly(compiles: list[Command], link: Command, work: Path) -> None:
+    """Runs the commands without ninja, as many at a time as there are processors."""
+
+    def run(command: Command) -> None:
+        print(f"zorba: {quote(command.words)}", flush=True)
+        subprocess.run(command.words, cwd=work, check=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(run, compiles):  # the first failure calls off what has not begun
+            pass
+    run(link)
+
+
+def escape(path: str) -> str:
     """A path as ninja reads it in a build line."""
-    return re.sub(r"([$ :])", r"$\1", str(path))
+    return re.sub(r"([$ :])", r"$\1", path)
 
 
 def quote(flags: list[str]) -> str:
@@ -191,12 +244,7 @@ def quote(flags: list[str]) -> str:
     return " ".join(shlex.quote(flag) for flag in flags)
 
 
-def ninja_command() -> list[str]:
-    """How to start ninja."""
-    return [sys.executable, "-m", "ninja"]
-
-
 setup(
     ext_modules=[Extension("zorba_kernels._C", sources=[])],
-    cmdclass={"build_ext": NinjaBuild},
+    cmdclass={"build_ext": CommandBuild},
 )

@@ -146,6 +146,14 @@ class ParamTable:
         """Bytes of all tensors together."""
         return sum(e.tensor.numel() * e.tensor.element_size() for e in self.entries)
 
+    @property
+    def current(self) -> bool:
+        """Whether all tensors are where, and what, they were when the table was made."""
+        return all(
+            _identity(entry.source) == before
+            for entry, before in zip(self.entries, self._identities, strict=True)
+        )
+
     def check(self) -> None:
         """Raises RuntimeError if a tensor was moved, resized or freed since the table was made."""
         for entry, before in zip(self.entries, self._identities, strict=True):

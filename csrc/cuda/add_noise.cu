@@ -1,5 +1,5 @@
 // w <- round(w - decay * w + sum_k coef[group, k] * z(seed_k, stream, sample_k, .)): one persistent
-// launch for a whole table. warp.h has the arithmetic. Compiled, counted (benchmarks/sass.py) and
+// launch for a whole table. warp.h has the arithmetic. Compiled, counted (benchmarks/sass) and
 // proven on the host (tests/kernels/test_cuda_host.py); not measured on a GPU yet.
 #include <cstring>
 
@@ -16,24 +16,32 @@ using device::Table;
 using device::Term;
 using DType = device::DType;
 
-// Without spills one term fits 128 registers, and a program 170.
+// Without spills one term fits 128 registers, and a program 170; but ptxas takes more for
+// Rademacher programs on sm_100.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kRademacherBlocks = 2;
+#else
+constexpr int kRademacherBlocks = 3;
+#endif
 template <typename Program>
 constexpr int kBlockThreads = Program::kSingle ? 256 : 128;
-template <typename Program>
-constexpr int kBlocksResident = Program::kSingle ? 2 : 3;
+template <bool gaussian, typename Program>
+constexpr int kBlocksResident = Program::kSingle ? 2
+                                : gaussian       ? 3
+                                                 : kRademacherBlocks;
 
 template <bool gaussian, bool stochastic, typename Program>
-__global__ void __launch_bounds__(kBlockThreads<Program>, kBlocksResident<Program>)
+__global__ void __launch_bounds__(kBlockThreads<Program>, kBlocksResident<gaussian, Program>)
     add_noise(const Table table, const __grid_constant__ Program program) {
   // Signs that a warp shares; a Gaussian kernel has none.
   constexpr int kWarps = kBlockThreads<Program> / device::kLanes;
-  __shared__ uint4 shared[gaussian ? 1 : kWarps * device::kSignWords / 4];
+  __shared__ uint4 shared[gaussian ? 1 : kWarps * Program::kSignWords / 4];
   auto* signs = reinterpret_cast<uint32_t*>(shared) +
-                (gaussian ? 0 : threadIdx.x / device::kLanes * device::kSignWords);
+                (gaussian ? 0 : threadIdx.x / device::kLanes * Program::kSignWords);
   int64_t at = 0;
   for (int64_t piece = first_piece(); piece < table.tiles; piece += piece_step()) {
     at = device::find_segment(table, piece, at);
-    const Segment segment = table.segments[at];
+    const Segment& segment = table.segments[at];
     const int64_t before = at == 0 ? 0 : table.ends[at - 1];
     const int64_t tile = device::first_tile(segment) + piece - before;
     switch (static_cast<DType>(segment.dtype)) {

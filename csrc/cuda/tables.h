@@ -17,9 +17,9 @@ constexpr int kTile = kLanes * kRademacherBlock;          // one Rademacher call
 constexpr int kStripsInTile = kTile / kStrip;             //
 constexpr int kAtOnce = 2;                                // strips in registers together
 constexpr int kCallsInStrip = kStrip / kRademacherBlock;  //
-constexpr int kBatch = kLanes / kCallsInStrip;  // terms whose calls for a strip fill a warp
-constexpr int kSignWords = kLanes * 4;          // shared words of a warp: 128 signs a lane
-constexpr int kInlineGroups = 512;              // coefficients that fit a kernel parameter
+constexpr int kTermsAtOnce = kLanes;                      // terms whose signs a warp makes together
+constexpr int kTermWords = kLanes + 4;                    // shared words of such a term (signs.h)
+constexpr int kInlineGroups = 512;  // coefficients that fit a kernel parameter
 
 // --- Tables and programs -------------------------------------------------------------------------
 
@@ -75,6 +75,7 @@ struct Step {
 // One round of one term: everything is a kernel parameter, so that a launch copies nothing.
 struct Single {
   static constexpr bool kSingle = true;
+  static constexpr int kSignWords = kLanes * 4;  // shared words of a warp: 128 signs a lane
   PhiloxKeys term_keys;
   PhiloxKeys rounding_keys;
   uint32_t term_sample;
@@ -94,6 +95,7 @@ struct Single {
 // Any number of rounds and terms, in device memory.
 struct Many {
   static constexpr bool kSingle = false;
+  static constexpr int kSignWords = kTermsAtOnce * kTermWords;
   const Term* term;
   const Round* round;
   const float* coefs;   // [groups, terms]
@@ -128,6 +130,26 @@ ZORBA_HD void each_lane(const F& f) {
 ZORBA_HD void warp_sync() {
 #if defined(__CUDA_ARCH__)
   __syncwarp();
+#endif
+}
+
+// f(lane) of every lane as a bit.
+template <typename F>
+ZORBA_HD uint32_t ballot(const F& f) {
+#if defined(__CUDA_ARCH__)
+  return __ballot_sync(~0u, f(static_cast<int>(threadIdx.x % kLanes)));
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane) bits |= static_cast<uint32_t>(f(lane)) << lane;
+  return bits;
+#endif
+}
+
+ZORBA_HD int count_ones(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __popc(bits);
+#else
+  return __builtin_popcount(bits);
 #endif
 }
 

@@ -33,6 +33,22 @@ ZORBA_HD float element(const uint32_t* words, int e) {
   }
 }
 
+// Bytes of (high, low), byte i the one that digit i of the selector names.
+template <uint32_t selector>
+ZORBA_HD uint32_t permute_bytes(uint32_t low, uint32_t high) {
+#if defined(__CUDA_ARCH__)
+  return __byte_perm(low, high, selector);
+#else
+  const uint64_t both = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const auto byte = static_cast<unsigned char>(both >> (8 * (selector >> (4 * i) & 7)));
+    result |= static_cast<uint32_t>(byte) << (8 * i);
+  }
+  return result;
+#endif
+}
+
 // Two floats to the nearest 16-bit values, packed. The processor's NaN is 0x7FFF where the
 // contract's is another one: only for weights that all_finite() has passed.
 template <DType dtype>
@@ -65,11 +81,7 @@ ZORBA_HD uint32_t pack_stochastic(float low, float high, uint32_t random_low,
   if constexpr (dtype == DType::kBFloat16) {
     const uint32_t a = as_bits(low) + random_low;
     const uint32_t b = as_bits(high) + random_high;
-#if defined(__CUDA_ARCH__)
-    return __byte_perm(a, b, 0x7632);
-#else
-    return (a >> 16) | (b & 0xFFFF0000u);
-#endif
+    return permute_bytes<0x7632>(a, b);
   } else {
     return pack_nearest<dtype>(round_stochastic<dtype>(low, random_low),
                                round_stochastic<dtype>(high, random_high));
@@ -115,6 +127,15 @@ ZORBA_HD void store_block(char* at, const uint32_t (&words)[kWords<dtype>]) {
   }
 #else
   std::memcpy(at, words, sizeof words);
+#endif
+}
+
+// To shared memory, in one access.
+ZORBA_HD void store_words(uint32_t* at, const Words& words) {
+#if defined(__CUDA_ARCH__)
+  *reinterpret_cast<uint4*>(at) = make_uint4(words.w0, words.w1, words.w2, words.w3);
+#else
+  std::memcpy(at, &words, sizeof words);
 #endif
 }
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -108,6 +110,42 @@ def demo(
         run_demo(settings)
     except (RuntimeError, ValueError) as error:
         _fail("demo", str(error))
+
+
+@app.command()
+def replay(
+    base: Annotated[str, typer.Argument(help="Folder or hub name of the model it started from.")],
+    log: Annotated[Path, typer.Argument(help="The trajectory, a .zot file.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the fine-tuned model; new or empty.")],
+    verify: Annotated[
+        bool, typer.Option(help="Compare the result's fingerprint with that of the run.")
+    ] = True,
+) -> None:
+    """Rebuild a fine-tuned model from its base and its trajectory, bit for bit."""
+    if importlib.util.find_spec("transformers") is None:
+        _fail("replay", "it needs transformers: pip install 'zorba-kernels[hf]'")
+    from zorba.trajectory.rebuild import rebuild
+
+    try:
+        rebuild(base, log, out, verify=verify, say=typer.echo, progress=_progress_bar("replay"))
+    except (RuntimeError, ValueError, OSError) as error:
+        _fail("replay", str(error))
+
+
+def _progress_bar(label: str) -> Callable[[int, int], None] | None:
+    """Returns what shows a bar, given done and total; None where nobody looks at a terminal."""
+    if not sys.stderr.isatty():
+        return None
+    bars: list[Any] = []
+
+    def show(done: int, total: int) -> None:
+        if not bars:
+            bars.append(typer.progressbar(length=total, label=label, file=sys.stderr))
+        bars[0].update(done - bars[0].pos)
+        if done == total:
+            bars[0].render_finish()
+
+    return show
 
 
 def _fail(command: str, message: str) -> NoReturn:

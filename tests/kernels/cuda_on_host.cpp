@@ -11,7 +11,7 @@ namespace {
 
 template <bool gaussian, bool stochastic, typename Program>
 void run(const Table& table, const Program& program) {
-  alignas(16) uint32_t signs[kSignWords];
+  alignas(16) uint32_t signs[Program::kSignWords];
   // Two "warps" with a stride, so that find_segment() has to skip.
   for (int64_t warp = 0; warp < 2; ++warp) {
     int64_t at = 0;
@@ -42,6 +42,36 @@ void choose(const Table& table, const Program& program, bool gaussian, bool stoc
 }
 
 }  // namespace
+
+// What the tensor cores make of the signs of 32 lanes: D = A B + 1 with mma.m16n8k8, its elements
+// spread over the lanes as the PTX manual says. z[32 lane + bit] belongs to a bit of a lane's
+// signs.
+extern "C" void unpack(const uint32_t* signs, float* z) {
+  for (int i = 0; i < kProducts; ++i) {
+    float a[16][8], b[8][8];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int group = lane / 4;
+      for (int half = 0; half < 2; ++half) {
+        const int place = 2 * (lane % 4) + half;
+        const auto number = [&](uint32_t word) {
+          return load_bfloat16(static_cast<uint16_t>(word >> (16 * half)));
+        };
+        a[group][place] = number(product_operand(signs[lane], i, 0));
+        a[group + 8][place] = number(product_operand(signs[lane], i, 1));
+        b[place][group] = number(product_scale(lane, i));
+      }
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+      for (int c = 0; c < 4; ++c) {
+        float sum = 1.0f;
+        for (int k = 0; k < 8; ++k) {
+          sum += a[lane / 4 + c / 2 * 8][k] * b[k][2 * (lane % 4) + c % 2];
+        }
+        z[kLanes * lane + product_bit(i, c)] = sum;
+      }
+    }
+  }
+}
 
 extern "C" void add_noise(const Segment* segments, int64_t count, const uint64_t* seeds,
                           const int64_t* samples, const float* coefs, const float* decays,

@@ -27,12 +27,17 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 
 @pytest.fixture(scope="session")
-def kernel(tmp_path_factory):
+def compiled(tmp_path_factory):
     library = tmp_path_factory.mktemp("cuda") / "cuda_on_host.so"
     flags = "-std=c++17 -O1 -fPIC -shared -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas"
     command = [str(COMPILER), *flags.split(), str(SOURCE), "-o", str(library)]
     subprocess.run(command, check=True)
-    return ctypes.CDLL(str(library)).add_noise
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(scope="session")
+def kernel(compiled):
+    return compiled.add_noise
 
 
 def uint64(values):
@@ -142,6 +147,65 @@ def test_many_terms_and_rounds(kernel, rng, terms, rounding, distribution):
     }
     groups = {"a": 1, "c": 2, "e": 1, "f": 2, "g": 2}
     check(kernel, weights, program, groups=groups, offsets={"e": 5, "g": 24})
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "cut",
+    [[64], [1] * 40, [0, 31, 2, 30, 1, 0], [3, 0, 90, 4]],
+    ids=["one round", "a term each", "uneven", "long"],
+)
+def test_many_rademacher_terms(kernel, rng, cut, dtype, rounding):
+    """More terms than a warp makes signs for together, in rounds that begin and end anywhere."""
+    terms = sum(cut)
+
+    def program(groups):
+        coefs = torch.as_tensor(rng.coefs(groups * terms)).reshape(groups, terms).clone()
+        coefs[0, 5:terms:7] = 0.0
+        coefs[0, 6:terms:7] = -0.0
+        coefs[1, 20:60] = 0.0
+        coefs[2, torch.arange(terms) != terms - 1] = 0.0  # one term, the last
+        decay = torch.zeros(groups, len(cut))
+        decay[3, -1] = 0.25
+        return make_program(
+            rng.integers(terms), coefs, groups, "rademacher", rounding,
+            rng.integers(len(cut)), rng.integers(terms, bits=31), cut, decay,
+        )  # fmt: skip
+
+    sizes = {"a": 1024, "b": 1536 + 513, "c": 2048, "d": 1999, "e": 640}
+    weights = {n: rng.weights(size, dtype) for n, size in sizes.items()}
+    weights["a"][::3] = -0.0
+    weights["c"][::2] = 0.0
+    weights["c"][100] = torch.inf
+    groups = {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}
+    check(kernel, weights, program, groups=groups, offsets={"b": 512, "d": 8 * 77, "e": 384})
+
+
+@pytest.mark.parametrize("coef", [0.0, -0.0])
+def test_terms_without_coefficient_leave_every_bit(kernel, rng, coef):
+    """Negative zeros and the payloads of NaNs too; adding a zero would change them."""
+    bits = rng.weights(5000, torch.bfloat16).view(torch.int16)
+    bits[::5] = -0x8000
+    bits[1::7] = 0x7FA5
+
+    def program(groups):
+        coefs = [coef] * 40
+        return make_program(
+            rng.integers(40), coefs, groups, "rademacher", "nearest", None, None, [40]
+        )
+
+    check(kernel, {"w": bits.view(torch.bfloat16)}, program)
+
+
+def test_signs_on_tensor_cores(compiled, rng):
+    """The products give each lane its own 32 signs as exactly +1 and -1."""
+    signs = torch.tensor(rng.integers(32, bits=32), dtype=torch.int64)
+    signs[:2] = torch.tensor([0, 0xFFFFFFFF])
+    words, z = signs.to(torch.uint32), torch.full((32, 32), torch.nan)
+    compiled.unpack(ctypes.c_void_p(words.data_ptr()), ctypes.c_void_p(z.data_ptr()))
+    expected = 1 - 2 * (signs[:, None] >> torch.arange(32) & 1)
+    assert torch.equal(z, expected.float())
 
 
 @pytest.mark.parametrize("coef", [0.0, 1e-3])

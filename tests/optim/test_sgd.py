@@ -212,12 +212,29 @@ def test_step_without_closure_is_refused() -> None:
         ZerothOrderSGD(Tied(), lr=0.1).step()
 
 
-def test_a_model_that_changed_dtype_is_refused(generator: torch.Generator) -> None:
-    model, (ids, labels) = Tied(), batch(generator)
-    optimizer = ZerothOrderSGD(model, lr=0.1)
-    model.to(torch.bfloat16)
-    with pytest.raises(RuntimeError, match="new table"):
-        optimizer.step(lambda: loss_of(model, ids, labels))
+@pytest.mark.parametrize("placement", ["scratch", "inplace"])
+def test_it_follows_a_model_that_moves(placement: str, generator: torch.Generator) -> None:
+    """To another dtype, or other storage, as ``accelerator.prepare`` does after construction."""
+    ids, labels = batch(generator)
+    moved, fresh = Tied(), Tied()
+    fresh.load_state_dict(moved.state_dict())
+    options = {"lr": 0.1, "placement": placement, "seed": 3}
+    one = ZerothOrderSGD(moved, **options)
+    one.step(lambda: loss_of(moved, ids, labels))
+    moved.to(torch.bfloat16)
+    one.step(lambda: loss_of(moved, ids, labels))
+    for p in moved.parameters():
+        p.data = p.data.clone()
+    one.step(lambda: loss_of(moved, ids, labels))
+    first = ZerothOrderSGD(fresh, **options)
+    first.step(lambda: loss_of(fresh, ids, labels))
+    fresh.to(torch.bfloat16)
+    for _ in range(2):
+        second = ZerothOrderSGD(fresh, **options)
+        second.load_state_dict(first.state_dict())
+        second.step(lambda: loss_of(fresh, ids, labels))
+        first = second
+    assert same_bits(moved, snapshot(fresh))
 
 
 def test_frozen_parameters_stay(generator: torch.Generator) -> None:

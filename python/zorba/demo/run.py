@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from zorba.demo import build, data, machine, packages
+from zorba import machine
+from zorba.demo import build, data, packages
 from zorba.demo.report import Curves, print_summary, write_files
 from zorba.demo.settings import APART, DemoSettings
 from zorba.demo.task import Score

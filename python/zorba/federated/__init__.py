@@ -13,7 +13,7 @@ from zorba.federated.errors import (
     MessageError,
     ReplicaError,
 )
-from zorba.federated.identity import ModelIdentity, model_fingerprint
+from zorba.federated.identity import ModelIdentity
 from zorba.federated.log import LogHeader, RoundLog
 from zorba.federated.loop import FederationResult, RoundReport, run_federation
 from zorba.federated.messages import Greeting, Hello, Plan, Reply, decode
@@ -21,6 +21,7 @@ from zorba.federated.replica import Replica
 from zorba.federated.server import Receipt, RoundOutcome, Server
 from zorba.federated.settings import FederationSettings
 from zorba.federated.transport import LocalTransport, Transport
+from zorba.identity import model_fingerprint
 
 __all__ = [
     "Client",

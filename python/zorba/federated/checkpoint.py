@@ -10,8 +10,8 @@ from torch import Tensor
 
 import zorba_kernels as zk
 from zorba.federated.errors import ReplicaError
-from zorba.federated.files import write_whole
 from zorba.federated.identity import ModelIdentity
+from zorba.files import write_whole
 from zorba_kernels.noise import NOISE_VERSION, Distribution, Rounding
 
 CHECKPOINT_SCHEMA = 1

@@ -13,9 +13,9 @@ import torch
 from zorba.federated.aggregate import clip_scalars, update_coefs
 from zorba.federated.codec import check_name
 from zorba.federated.errors import DivergedError, FederationError, GapError, MessageError
-from zorba.federated.identity import package_version
 from zorba.federated.messages import Greeting, Hello, Plan, Reply, decode
 from zorba.federated.replica import Replica
+from zorba.identity import package_version
 from zorba.optim.estimator import finite_differences
 from zorba.optim.terms import NoiseTerms
 from zorba_kernels.noise import NOISE_VERSION

@@ -12,9 +12,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from zorba import binary
 from zorba.federated.errors import MessageError
 
 MAGIC = b"ZRBM"
@@ -75,45 +73,15 @@ def unframe(data: bytes, kinds: Sequence[int]) -> tuple[int, Reader]:
     return kind, Reader(view[HEADER_BYTES:])
 
 
-class Reader:
-    """Takes values off the front of a payload; every take is checked against what is left."""
+class Reader(binary.Reader):
+    """Takes values off the front of a payload."""
 
-    def __init__(self, view: memoryview) -> None:
-        """``view`` is only read, and values are copied out of it."""
-        self._view = view
-        self._at = 0
-
-    def raw(self, count: int, what: str) -> memoryview:
-        """Takes ``count`` bytes."""
-        left = len(self._view) - self._at
-        if count > left:
-            raise MessageError(f"{what} needs {count} bytes but {left} are left")
-        self._at += count
-        return self._view[self._at - count : self._at]
-
-    def unpack(self, layout: struct.Struct, what: str) -> tuple[Any, ...]:
-        """Takes the fields of ``layout``."""
-        return layout.unpack(self.raw(layout.size, what))
-
-    def array(self, dtype: str, count: int, what: str) -> npt.NDArray[Any]:
-        """Takes ``count`` numbers of the little-endian ``dtype`` and returns a copy of them."""
-        kind = np.dtype(dtype)
-        return np.frombuffer(self.raw(count * kind.itemsize, what), dtype=kind).copy()
+    error = MessageError
 
     def text(self, what: str) -> str:
         """Takes a name: its length (u8), then 1 to 64 letters, digits and ``._+-``."""
         data = bytes(self.raw(self.raw(1, what)[0], what))
         return check_name(data.decode("latin-1"), what)
-
-    def rest(self) -> memoryview:
-        """Takes everything that is left."""
-        return self.raw(len(self._view) - self._at, "the rest")
-
-    def end(self) -> None:
-        """Raises MessageError unless everything was taken."""
-        left = len(self._view) - self._at
-        if left:
-            raise MessageError(f"{left} bytes follow the end of the message")
 
 
 def check_name(value: str, what: str) -> str:
@@ -137,14 +105,9 @@ def pack_checked(layout: struct.Struct, what: str, *values: Any) -> bytes:
         raise MessageError(f"{what} cannot be encoded: {error}") from None
 
 
-DISTRIBUTION_CODES = {"gaussian": 0, "rademacher": 1}
-ROUNDING_CODES = {"nearest": 0, "stochastic": 1}
 ESTIMATOR_CODES = {"central": 0, "forward": 1}
 
 
 def decode_choice(codes: dict[str, int], code: int, what: str) -> Any:
     """Returns the name of a code, or raises MessageError for one that nobody gave."""
-    for name, known in codes.items():
-        if known == code:
-            return name
-    raise MessageError(f"{what} has the unknown code {code}; known are {codes}")
+    return binary.decode_choice(codes, code, what, MessageError)

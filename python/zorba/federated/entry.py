@@ -10,9 +10,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from zorba.binary import DISTRIBUTION_CODES, ROUNDING_CODES
 from zorba.federated.codec import (
-    DISTRIBUTION_CODES,
-    ROUNDING_CODES,
     Reader,
     decode_choice,
     pack_checked,

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from zorba.federated.codec import DISTRIBUTION_CODES, ROUNDING_CODES, decode_choice, pack_checked
+from zorba.binary import DISTRIBUTION_CODES, ROUNDING_CODES
+from zorba.federated.codec import decode_choice, pack_checked
 from zorba.federated.entry import (
     RECORD_HEAD_BYTES,
     RECORD_MAGIC,
@@ -19,8 +20,8 @@ from zorba.federated.entry import (
     read_head,
 )
 from zorba.federated.errors import DamagedError, LogError, MessageError
-from zorba.federated.files import write_whole
 from zorba.federated.identity import ModelIdentity
+from zorba.files import write_whole
 from zorba_kernels.noise import NOISE_VERSION, Distribution, Rounding
 
 try:

@@ -10,10 +10,9 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from zorba.binary import DISTRIBUTION_CODES, ROUNDING_CODES
 from zorba.federated.codec import (
-    DISTRIBUTION_CODES,
     ESTIMATOR_CODES,
-    ROUNDING_CODES,
     Reader,
     check_name,
     decode_choice,

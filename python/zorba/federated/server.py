@@ -14,11 +14,12 @@ import numpy as np
 from zorba.federated.aggregate import Measurement, aggregate
 from zorba.federated.entry import UNCOVERED, LogEntry
 from zorba.federated.errors import MessageError
-from zorba.federated.identity import ModelIdentity, package_version
+from zorba.federated.identity import ModelIdentity
 from zorba.federated.log import LogHeader, RoundLog
 from zorba.federated.masks import Masks
 from zorba.federated.messages import Greeting, Hello, Plan, Reply, decode
 from zorba.federated.settings import FederationSettings
+from zorba.identity import package_version
 from zorba_kernels.noise import NOISE_VERSION
 
 MAX_PLAN_LOG_BYTES = 1 << 26

@@ -61,6 +61,10 @@ class Placement(ABC):
                 pass, until ``settle`` or the next session takes it off again.
         """
 
+    def rebase(self, table: zk.ParamTable) -> None:
+        """Works on another table of the same parameters from here on: they have moved."""
+        self.table = table
+
     @abstractmethod
     def settle(self) -> None:
         """Takes off what ``update`` left on the weights for the next session."""

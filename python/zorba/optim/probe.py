@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,15 +18,26 @@ from zorba.optim.owners import Owner, find_owners
 class Probe(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches one evaluation.
 
+    Args:
+        model: what the closure runs.
+        table: its active parameters.
+        on_functional: called at every use that is none of a module's own.
+
     Attributes:
         reached: names of the parameters whose modules ran.
         functional: names of those that an operation read outside of a forward of their modules.
     """
 
-    def __init__(self, model: nn.Module, table: zk.ParamTable) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        table: zk.ParamTable,
+        on_functional: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.reached: set[str] = set()
         self.functional: set[str] = set()
+        self._on_functional = on_functional
         self._owners = find_owners(model, table)
         self._inside: dict[str, int] = dict.fromkeys(table.names, 0)
         self._spans: dict[int, list[tuple[int, int, str]]] = {}
@@ -74,6 +85,7 @@ class Probe(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for first, last, name in spans:
             if first < end and start < last and not self._inside[name]:
                 self.functional.add(name)
+                self._on_functional()
 
     def _enter(self, owner: Owner) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:

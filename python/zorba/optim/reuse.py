@@ -12,6 +12,7 @@ behind the prefix.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -49,6 +50,7 @@ class _Stack:
     """Leading blocks of one stack that hold no active parameter."""
 
     modules: list[nn.Module]
+    limit: int = sys.maxsize  # how many of them may be reused
     calls: list[dict[int, _Call]] = field(default_factory=list)  # by call of the stack, by block
     at: int = -1  # the running call of the stack
     skipping: bool = False
@@ -71,6 +73,7 @@ class PrefixReuse:
         self._recording = False
         self._open: _Stack | None = None  # the stack that is being recorded
         self._evaluations = 0
+        self._unfilled: list[Any] = []  # key-value caches that skipped blocks were given
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -87,7 +90,7 @@ class PrefixReuse:
                     changed.append((module, module.__dict__.get("forward")))
                     module.forward = self._forward(stack, number, module.forward)
             for owner in self._owners:
-                handles.append(owner.register_forward_pre_hook(self._active_runs))
+                handles.append(owner.register_forward_pre_hook(self.close))
             yield
         finally:
             for handle in handles:
@@ -104,13 +107,9 @@ class PrefixReuse:
         self._recording = self._evaluations == 0
         self._evaluations += 1
         self._open = None
+        self._unfilled.clear()
         for stack in self._stacks:
             stack.at, stack.skipping = -1, False
-
-    def restart(self) -> None:
-        """Forgets what was kept: the next evaluation is the first one again."""
-        self._evaluations = 0
-        self._forget()
 
     def disable(self) -> None:
         """Reuses nothing from here on."""
@@ -118,22 +117,34 @@ class PrefixReuse:
         self._forget()
 
     def _forget(self) -> None:
+        self._unfilled.clear()
         for stack in self._stacks:
             stack.calls.clear()
             stack.at, stack.skipping = -1, False
 
-    def _active_runs(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """In front of a module with active parameters: what runs from here on is no prefix."""
-        del module, args
+    def close(self, *arguments: Any) -> None:
+        """Says that active parameters are used now: what runs from here on is no prefix."""
         self._open = None
+
+    def limit(self) -> None:
+        """Reuses no more blocks than the first evaluation has kept, in later steps as well.
+
+        For uses of active parameters that later steps do not tell of by ``close``.
+        """
+        for stack in self._stacks:
+            lengths = {len(call) for call in stack.calls}
+            stack.limit = lengths.pop() if len(lengths) == 1 else 0
+            if not stack.limit:
+                stack.calls.clear()
 
     def _forward(self, stack: _Stack, number: int, original: Any) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not self.enabled:
                 return original(*args, **kwargs)
             hidden, others = _inputs(args, kwargs)
+            caches = [v for v in (*args, *kwargs.values()) if hasattr(v, "get_seq_length")]
             if number == 0:
-                self._enter(stack, hidden, others, _continues(args, kwargs))
+                self._enter(stack, hidden, others, caches)
             if stack.skipping and number in stack.calls[stack.at]:
                 return _replay(stack.calls[stack.at][number], hidden, others)
             output = original(*args, **kwargs)
@@ -144,9 +155,12 @@ class PrefixReuse:
         return forward
 
     def _enter(
-        self, stack: _Stack, hidden: Tensor | None, others: list[Tensor], continues: bool
+        self, stack: _Stack, hidden: Tensor | None, others: list[Tensor], caches: list[Any]
     ) -> None:
         """The first block of a stack is called: does what was kept fit?"""
+        if any(cache is unfilled for cache in caches for unfilled in self._unfilled):
+            raise ReuseError  # skipped blocks have put nothing into it, and now it is read
+        continues = any(_length(cache) > 0 for cache in caches)
         stack.at += 1
         stack.skipping = False
         if self._recording:
@@ -155,6 +169,8 @@ class PrefixReuse:
         elif stack.at < len(stack.calls) and stack.calls[stack.at] and not continues:
             kept = stack.calls[stack.at][0]
             stack.skipping = _equal([*kept.hidden_in, *kept.inputs], [*_listed(hidden), *others])
+            if stack.skipping:
+                self._unfilled += caches
 
     def _record(
         self, stack: _Stack, number: int, hidden: Tensor | None, others: list[Tensor], output: Any
@@ -170,7 +186,7 @@ class PrefixReuse:
             and result.shape == hidden.shape
             and result.dtype == hidden.dtype
         )
-        if not passes_through or (number and number - 1 not in call):
+        if not passes_through or number >= stack.limit or (number and number - 1 not in call):
             self._open = None
             return
         assert hidden is not None
@@ -216,10 +232,12 @@ def _listed(value: Tensor | None) -> list[Tensor]:
     return [] if value is None else [value]
 
 
-def _continues(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a key-value cache holds positions already, made by whatever weights."""
-    caches = [v for v in (*args, *kwargs.values()) if hasattr(v, "get_seq_length")]
-    return any(int(cache.get_seq_length()) > 0 for cache in caches)
+def _length(cache: Any) -> int:
+    """Positions in a key-value cache; 0 for one of states alone, which cannot tell."""
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:
+        return 0
 
 
 def _equal(a: list[Tensor], b: list[Tensor]) -> bool:

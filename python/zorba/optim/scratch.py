@@ -44,6 +44,7 @@ class ScratchPlacement(Placement):
         self._handles: list[Any] = []
         self._program: Program | None = None
         self._moving = [False] * table.num_groups
+        self._held: set[str] = set()
         self._excused: set[str] = set()
         self._checked = False
         self._set_owners(find_owners(model, table))
@@ -76,9 +77,16 @@ class ScratchPlacement(Placement):
         in_session = bool(self._handles)
         self._leave()
         self._program = None
-        self._set_owners(find_owners(self._model, self.table, held=names))
+        self._held |= set(names)
+        self._set_owners(find_owners(self._model, self.table, self._held))
         if in_session:
             self._enter()
+
+    def rebase(self, table: zk.ParamTable) -> None:
+        """See ``Placement.rebase``; outside of a session."""
+        self.table = table
+        self._checked = False
+        self._set_owners(find_owners(self._model, table, self._held))
 
     def excuse(self, names: Collection[str]) -> None:
         """Says that an evaluation may pass without these parameters: it does not read them.

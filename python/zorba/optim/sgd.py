@@ -51,12 +51,15 @@ class StepReport:
 
 
 class Recorder(Protocol):
-    """Is told every update, for example to write a trajectory."""
+    """Is told every step, for example to write a trajectory."""
 
     def append(
         self, step: int, terms: NoiseTerms, rounding_seed: int, decay: Tensor | None
     ) -> None:
         """Takes what was added to the weights in a step; see ``Placement.update``."""
+
+    def skip(self, step: int) -> None:
+        """Is told of a step that left the weights alone."""
 
 
 class ZerothOrderSGD(torch.optim.Optimizer):
@@ -97,7 +100,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
     Attributes:
         placement: where perturbed weights live.
         last_step: a ``StepReport``, or None.
-        recorder: is told every update, unless None.
+        recorder: is told every step, unless None; a ``zorba.trajectory.TrajectoryWriter``, say.
 
     Raises:
         TypeError, ValueError: bad arguments, or nothing to train.
@@ -165,10 +168,10 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             _check_number("weight_decay", group["weight_decay"], 0.0)
         self._model = model
         names = {id(p): name for name, p in parameters.items()}
-        table = active_table(
-            model,
-            {names[id(p)]: g for g, group in enumerate(self.param_groups) for p in group["params"]},
-        )
+        self._group_of = {
+            names[id(p)]: g for g, group in enumerate(self.param_groups) for p in group["params"]
+        }
+        table = active_table(model, self._group_of)
         self.placement: Placement = (
             ScratchPlacement(model, table, distribution)
             if placement == "scratch"
@@ -251,6 +254,8 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         if closure is None:
             raise ValueError("step needs a closure that returns the loss of one batch")
         started = time.perf_counter()
+        if not self.placement.table.current:  # the model was moved to a device or another dtype
+            self.placement.rebase(active_table(self._model, self._group_of))
         kernel_before = self.placement.kernel_seconds
         options = self.param_groups[0]
         seed = step_seed(options["seed"], options["step"])
@@ -269,6 +274,8 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             with deferred_interrupts():
                 if finite:
                     self._update(seed, scalars)
+                elif self.recorder is not None:
+                    self.recorder.skip(options["step"])
                 options["step"] += 1
         self.last_step = StepReport(
             seed,
@@ -312,12 +319,12 @@ class ZerothOrderSGD(torch.optim.Optimizer):
 
     def _first_evaluation(self, terms: NoiseTerms, run: Callable[[], float]) -> float:
         """Finds out how the parameters are used, and evaluates again where that matters."""
-        probe = Probe(self._model, self.placement.table)
+        probe = Probe(self._model, self.placement.table, on_functional=self._reuse.close)
         with probe.watch():
             loss = run()
         self._probed = True
         if probe.functional:
-            self._reuse.disable()
+            self._reuse.limit()
         if not isinstance(self.placement, ScratchPlacement):
             return loss
         if probe.unread:

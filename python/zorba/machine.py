@@ -1,4 +1,4 @@
-"""What the demo ran on, and how much memory it took."""
+"""What a run ran on, and how much memory it took."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import platform
 import resource
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,18 @@ def describe() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "zorba_kernels": version("zorba-kernels"),
+        "transformers": version_of("transformers"),
+        "zorba_kernels": version_of("zorba-kernels"),
         "cpu_isas": zk.build_info()["cpu_isas"],
     }
+
+
+def version_of(package: str) -> str | None:
+    """Returns the version of an installed package; None for one that is run from its sources."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def reset_peak_memory() -> None:

@@ -1,0 +1,138 @@
+"""Machine code of CUDA and Triton kernels, as cuobjdump lists it."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
+PRODUCER = re.compile(rb"Cuda compilation tools, release [0-9.]+, V([0-9.]+)")
+STORED = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}  # bytes; 4 without a size
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of the disassembly."""
+
+    address: int
+    guard: str  # predicate with its @, or empty
+    name: str  # with its suffixes
+    operands: str
+
+    @cached_property
+    def opcode(self) -> str:
+        """Name without suffixes."""
+        return self.name.split(".")[0]
+
+    @cached_property
+    def arguments(self) -> list[str]:
+        """The operands, one by one."""
+        return [part.strip() for part in self.operands.split(",")]
+
+    @cached_property
+    def stored_bytes(self) -> int:
+        """What a lane stores to global memory with it."""
+        if self.opcode not in ("ST", "STG"):
+            return 0
+        return next((STORED[s] for s in self.name.split(".") if s in STORED), 4)
+
+    @property
+    def is_wide_store(self) -> bool:
+        """Whether it stores 16 bytes to memory that the compiler knows to be global."""
+        return self.opcode == "STG" and self.stored_bytes == 16
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it accesses local memory: a spill, or an array that is not in registers."""
+        return self.opcode in ("LDL", "STL")
+
+
+def register(argument: str) -> int | None:
+    """Number of the register that an argument names: 5 for R5, -R5.reuse and |R5|."""
+    found = re.fullmatch(r"[-|~]*R(\d+)(\.\w+)*\|?", argument)
+    return int(found[1]) if found else None
+
+
+@dataclass(frozen=True)
+class Code:
+    """The machine code of one kernel."""
+
+    name: str
+    instructions: list[Instruction]
+    registers: int
+    stack_bytes: int  # spills and local arrays
+
+    @property
+    def local_accesses(self) -> int:
+        """Number of instructions that access local memory."""
+        return sum(i.is_local for i in self.instructions)
+
+
+def find_tool() -> str | None:
+    """Path of cuobjdump: on the PATH, or the one in the triton wheel."""
+    found = shutil.which("cuobjdump")
+    if found:
+        return found
+    spec = importlib.util.find_spec("triton")
+    if spec is not None and spec.origin is not None:
+        shipped = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        if shipped.is_file():
+            return str(shipped)
+    return None
+
+
+def run_tool(*arguments: str, folder: Path | None = None) -> str:
+    """What cuobjdump prints."""
+    tool = find_tool()
+    if tool is None:
+        raise FileNotFoundError("cuobjdump is neither on the PATH nor in a triton wheel")
+    command = [tool, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def disassemble(path: Path, arch: str | None = None) -> list[Code]:
+    """Every kernel of a file, of one architecture if it holds several."""
+    only = ["-arch", arch] if arch else []
+    used = resources(run_tool("-res-usage", *only, str(path)))
+    listing = run_tool("-sass", *only, str(path))
+    return [Code(name, code, *used[name]) for name, code in functions(listing)]
+
+
+def functions(listing: str) -> Iterator[tuple[str, list[Instruction]]]:
+    """Yields name and instructions of every kernel of a listing."""
+    for part in listing.split("Function : ")[1:]:
+        lines = part.splitlines()
+        found = [m for m in map(LINE.match, lines) if m]
+        yield (
+            lines[0].strip(),
+            [Instruction(int(m[1], 16), (m[2] or "").strip(), m[3], m[4].strip()) for m in found],
+        )
+
+
+def resources(listing: str) -> dict[str, tuple[int, int]]:
+    """(registers, bytes of stack and local memory) of every kernel."""
+    pattern = r"Function (\S+):\s*REG:(\d+) STACK:(\d+)(?: SHARED:\d+ LOCAL:(\d+))?"
+    found = re.findall(pattern, listing)
+    return {name: (int(regs), int(stack) + int(local or 0)) for name, regs, stack, local in found}
+
+
+def assembler(binary: bytes) -> str:
+    """Version of the ptxas that made a cubin, which notes it there."""
+    found = PRODUCER.search(binary)
+    return found[1].decode() if found else "unknown"
+
+
+def assembler_of(path: Path, arch: str, folder: Path) -> str:
+    """Version of the ptxas that made the kernels of a file; ``folder`` takes its cubins."""
+    run_tool("-arch", arch, "-xelf", "all", str(path.resolve()), folder=folder)
+    made = {assembler(cubin.read_bytes()) for cubin in folder.glob("*.cubin")}
+    return ", ".join(sorted(made)) or "unknown"

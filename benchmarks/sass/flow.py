@@ -1,0 +1,159 @@
+"""Control flow of a kernel, and its hot paths.
+
+The hot path of a kernel with a loop is the shortest cycle through a store of weights and the
+arithmetic in front of it: what one round of the loop issues when no weight needs a slow path. A
+kernel without such a loop (most Triton kernels: a program handles one tile) is counted from its
+entry to its exit, along the shortest of the paths that store the most.
+
+A predicated instruction takes its slot whether its predicate holds or not.
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count, pairwise
+
+from benchmarks.sass.disassembly import Instruction
+
+MATH = ("FFMA", "FADD", "FMUL", "LOP3", "IMAD", "PRMT", "SHF", "F2FP", "IADD3")
+MIN_MATH = 24  # instructions of arithmetic that make a block worth calling the body of a loop
+JUMPS = ("BRA", "BRX", "JMP", "EXIT", "RET")
+ENDS = ("EXIT", "RET", "BRX")  # nothing follows that this reads
+
+Path = list[Instruction]
+
+
+@dataclass
+class Block:
+    """Instructions that run one after the other."""
+
+    instructions: list[Instruction]
+    successors: list[int]  # addresses of first instructions
+
+    @property
+    def is_body(self) -> bool:
+        """Whether there is enough arithmetic to be the body of a loop."""
+        return sum(i.opcode in MATH for i in self.instructions) >= MIN_MATH
+
+    @property
+    def stored_bytes(self) -> int:
+        """What a lane stores to global memory here."""
+        return sum(i.stored_bytes for i in self.instructions)
+
+    @property
+    def exits(self) -> bool:
+        """Whether a lane may leave the kernel here."""
+        return any(i.opcode == "EXIT" for i in self.instructions)
+
+
+Blocks = dict[int, Block]
+
+
+def blocks_of(instructions: list[Instruction]) -> Blocks:
+    """Splits a kernel into blocks, keyed by the address of their first instruction."""
+    targets: dict[int, int] = {}
+    for i in instructions:
+        jump = re.search(r"0x([0-9a-f]+)\s*$", i.operands)
+        if i.opcode == "BRA" and jump:
+            targets[i.address] = int(jump[1], 16)
+    starts = {instructions[0].address, *targets.values()}
+    starts |= {after.address for i, after in pairwise(instructions) if i.opcode in JUMPS}
+    blocks: Blocks = {}
+    for one in instructions:
+        if one.address in starts:
+            current = blocks[one.address] = Block([], [])
+        current.instructions.append(one)
+    order = list(blocks)
+    for start, following in zip(order, [*order[1:], None], strict=True):
+        last = blocks[start].instructions[-1]
+        target = targets.get(last.address)
+        if target in blocks:
+            blocks[start].successors.append(target)
+        # A BRA whose operands begin with a predicate may fall through, as one with a guard.
+        jumps = last.opcode == "BRA" and last.operands.startswith("0x")
+        always = not last.guard and (jumps or last.opcode in ENDS)
+        if following is not None and not always:
+            blocks[start].successors.append(following)
+    return blocks
+
+
+def instructions_of(blocks: Blocks, addresses: list[int]) -> Path:
+    """The instructions of some blocks, in that order."""
+    return [i for a in addresses for i in blocks[a].instructions]
+
+
+def shortest(blocks: Blocks, start: int) -> dict[int, tuple[int, list[int]]]:
+    """Fewest instructions from the end of a block to the end of every other (and of itself)."""
+    best: dict[int, tuple[int, list[int]]] = {}
+    queue = [(len(blocks[s].instructions), [s]) for s in blocks[start].successors]
+    heapq.heapify(queue)
+    while queue:
+        length, path = heapq.heappop(queue)
+        at = path[-1]
+        if at in best:
+            continue
+        best[at] = (length, path)
+        for s in blocks[at].successors:
+            if s not in best:
+                heapq.heappush(queue, (length + len(blocks[s].instructions), [*path, s]))
+    return best
+
+
+def store_blocks(blocks: Blocks) -> list[int]:
+    """Blocks with 16-byte stores or, if there are none, with any stores to global memory."""
+    wide = [a for a, b in blocks.items() if any(i.is_wide_store for i in b.instructions)]
+    return wide or [a for a, b in blocks.items() if b.stored_bytes]
+
+
+def store_loops(blocks: Blocks) -> Iterator[Path]:
+    """Yields the loop around each store: from the nearest arithmetic in front of it, and back."""
+    stores = store_blocks(blocks)
+    bodies = [a for a, b in blocks.items() if b.is_body]
+    reach = {a: shortest(blocks, a) for a in {*stores, *bodies}}
+    for store in stores:
+        near = [
+            (0 if body == store else reach[body][store][0], body)
+            for body in bodies
+            if store in reach[body] and body in reach[store]
+        ]
+        if near:
+            body = min(near)[1]
+            to_store = [] if body == store else reach[body][store][1]
+            yield instructions_of(blocks, reach[store][body][1] + to_store)
+
+
+def straight_path(blocks: Blocks) -> Path:
+    """From entry to exit: the shortest of the paths that store the most.
+
+    For kernels without a store in a loop; a loop that stores nothing is passed as fast as it can.
+    """
+    entry = next(iter(blocks))
+    order = count()  # among equals, the first found
+    queue = [(len(blocks[entry].instructions), next(order), blocks[entry].stored_bytes, [entry])]
+    seen: set[tuple[int, int]] = set()
+    found: list[tuple[int, int, list[int]]] = []
+    while queue:
+        length, _, stored, path = heapq.heappop(queue)
+        at = path[-1]
+        if (at, stored) in seen:
+            continue
+        seen.add((at, stored))
+        if blocks[at].exits:
+            found.append((-stored, length, path))
+        for s in blocks[at].successors:
+            if blocks[s].stored_bytes and s in path:
+                raise ValueError("the kernel stores in a loop without arithmetic")
+            more = stored + blocks[s].stored_bytes
+            length_of = len(blocks[s].instructions)
+            heapq.heappush(queue, (length + length_of, next(order), more, [*path, s]))
+    if not found or min(found)[0] == 0:
+        raise ValueError("no path from entry to exit stores anything")
+    return instructions_of(blocks, min(found)[2])
+
+
+def hot_paths(blocks: Blocks) -> list[Path]:
+    """The loops around stores and the arithmetic in front of them, or else the straight path."""
+    return list(store_loops(blocks)) or [straight_path(blocks)]

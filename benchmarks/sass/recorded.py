@@ -1,0 +1,149 @@
+"""The counts that this version is known to have, and what a count must not exceed.
+
+recorded.json is written by ``python -m benchmarks.sass --record``. Another compiler than the one it
+names may count otherwise; the same 10 % apply, because what matters is the code that it makes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.sass.rows import Key, Row, named
+
+FILE = Path(__file__).with_name("recorded.json")
+TOLERANCE = 1.10
+TRITON_TO_CUDA = 1.3
+LIMITS = {  # slots a weight of the CUDA kernels: bfloat16, one term, no decay
+    ("gaussian", "nearest"): 26.0,
+    ("gaussian", "stochastic"): 32.0,
+    ("rademacher", "nearest"): 7.0,
+}
+RECORD = "if that is meant, run: python -m benchmarks.sass --record"
+
+FIELDS = ("backend", "kernel", "distribution", "rounding", "terms", "dtype", "decay")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The contents of recorded.json."""
+
+    versions: dict[str, str]  # of the compilers, by backend
+    slots: dict[Key, float]  # a weight
+
+    @classmethod
+    def load(cls, file: Path = FILE) -> Recorded:
+        """Reads it."""
+        if not file.is_file():
+            return cls({}, {})
+        found = json.loads(file.read_text())
+        slots = {tuple(r[f] for f in FIELDS): r["slots_per_weight"] for r in found["rows"]}
+        return cls(found["versions"], slots)
+
+    def updated(self, rows: list[Row], versions: dict[str, str]) -> Recorded:
+        """With other rows for the backends that were counted."""
+        kept = {key: slots for key, slots in self.slots.items() if key[0] not in versions}
+        counted = {row.key: row.slots_per_weight for row in rows}
+        return Recorded({**self.versions, **versions}, {**kept, **counted})
+
+    def save(self, file: Path = FILE) -> None:
+        """Writes it."""
+        rows = [
+            json.dumps({**dict(zip(FIELDS, key, strict=True)), "slots_per_weight": slots})
+            for key, slots in sorted(self.slots.items(), key=str)
+        ]
+        listed = ",\n    ".join(rows)
+        versions = json.dumps(dict(sorted(self.versions.items())))
+        file.write_text(f'{{\n  "versions": {versions},\n  "rows": [\n    {listed}\n  ]\n}}\n')
+
+
+def limit_of(row: Row) -> float | None:
+    """The most slots that a CUDA kernel may take, where there is such a limit."""
+    plain = row.terms == "one" and row.dtype == "bfloat16" and not row.decay
+    single = row.kernel.endswith("/single")
+    return LIMITS.get((row.distribution, row.rounding)) if plain and single else None
+
+
+def cuda_slots(row: Row, rows: list[Row], recorded: Recorded) -> float | None:
+    """Fewest slots of a CUDA kernel that does the same; recorded ones where none was counted."""
+    counted = {r.key: r.slots_per_weight for r in rows if r.backend == "cuda"}
+    known = counted or {k: slots for k, slots in recorded.slots.items() if k[0] == "cuda"}
+    alike = (row.distribution, row.rounding, row.terms)
+    same = [
+        slots
+        for (_, _, *what, dtype, decay), slots in known.items()
+        if tuple(what) == alike and dtype in (row.dtype, "any") and decay == row.decay
+    ]
+    return min(same, default=None)
+
+
+def failures(rows: list[Row], versions: dict[str, str], recorded: Recorded) -> list[str]:
+    """Everything that is wrong with some rows.
+
+    Args:
+        rows: what was counted.
+        versions: compilers, by backend; only the rows of these are expected to be there.
+        recorded: what they are compared with.
+    """
+    found = []
+    for row in rows:
+        if row.backend == "peer":  # not ours to improve
+            continue
+        if row.spills:
+            found.append(
+                f"{row.name}: spills ({row.stack_bytes} bytes of stack, {row.local_accesses} "
+                "accesses of local memory); expected none: hold less in registers"
+            )
+        found += over_limit(row, rows, recorded)
+        found += over_recorded(row, versions, recorded)
+    for key, times in Counter(row.key for row in rows).items():
+        if times > 1:
+            found.append(f"{named(key)}: {times} hot paths look alike; expected one: see rows.py")
+    present = {row.key for row in rows}
+    for key in recorded.slots:
+        if key[0] in versions and key not in present and key[0] != "peer":
+            found.append(f"{named(key)}: recorded, but not found in the machine code; {RECORD}")
+    return found
+
+
+def over_limit(row: Row, rows: list[Row], recorded: Recorded) -> list[str]:
+    """The limits that do not depend on what was recorded."""
+    slots = row.slots_per_weight
+    limit = limit_of(row) if row.backend == "cuda" else None
+    if limit is not None and slots > limit:
+        return [f"{row.name}: {slots} slots a weight; the limit is {limit}"]
+    plain = row.terms == "one" and row.dtype == "bfloat16" and not row.decay
+    if row.backend == "triton" and plain and (row.distribution, row.rounding) in LIMITS:
+        cuda = cuda_slots(row, rows, recorded)
+        if cuda is None:
+            return [f"{row.name}: there is no CUDA count to compare with; {RECORD}"]
+        if slots > TRITON_TO_CUDA * cuda:
+            most = f"{TRITON_TO_CUDA} x CUDA's {cuda}"
+            return [f"{row.name}: {slots} slots a weight; the limit is {most}"]
+    return []
+
+
+def over_recorded(row: Row, versions: dict[str, str], recorded: Recorded) -> list[str]:
+    """What a row's own record says of it."""
+    before = recorded.slots.get(row.key)
+    if before is None:
+        return [f"{row.name}: found in the machine code, but not recorded; {RECORD}"]
+    if row.slots_per_weight <= TOLERANCE * before:
+        return []
+    then, now = recorded.versions.get(row.backend, "unknown"), versions[row.backend]
+    return [
+        f"{row.name}: {row.slots_per_weight} slots a weight, recorded are {before} "
+        f"(+{row.slots_per_weight / before - 1:.0%}, 10 % are allowed; compiled by {now}, "
+        f"recorded with {then}); {RECORD}"
+    ]
+
+
+def notes(versions: dict[str, str], recorded: Recorded) -> list[str]:
+    """Compilers other than the recorded ones."""
+    return [
+        f"note: {backend} was compiled by {now}, recorded with {recorded.versions[backend]}"
+        for backend, now in versions.items()
+        if recorded.versions.get(backend, now) != now
+    ]

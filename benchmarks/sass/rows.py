@@ -1,0 +1,220 @@
+"""Rows of the table: one hot path each, of one variant of one kernel."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path as FilePath
+from typing import Any, NamedTuple
+
+from benchmarks.sass import pipes
+from benchmarks.sass.disassembly import Code, disassemble, register
+from benchmarks.sass.flow import Blocks, Path, blocks_of, hot_paths
+from benchmarks.sass.terms import makes_noise, sign_batch, term_loops
+
+ARCH = "sm_90"
+Key = tuple[str | bool, ...]
+
+HELD = 16  # weights that a lane of a CUDA kernel holds while it goes through the terms of a program
+
+BATCH = 32  # terms whose signs a warp makes together (csrc/cuda/signs.h)
+SIGNS_HELD = 32  # weights that a lane holds meanwhile
+
+CUDA_KERNEL = re.compile(r"add_noise\w*ILb([01])ELb([01])E\w*?(Single|Many)")
+
+
+class Compiled(NamedTuple):
+    """A Triton kernel that was compiled for sm_90."""
+
+    kernel: str
+    distribution: str
+    rounding: str
+    terms: str  # "one" or "many"
+    dtype: str
+    decay: bool
+    cubin: bytes
+
+
+def named(key: Key) -> str:
+    """A row's key in words."""
+    *what, decay = key
+    return " ".join(map(str, what)) + (" with decay" if decay else "")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A hot path, per weight.
+
+    ``terms`` says what is counted: "one" is a whole pass of one term, "each" is one more term in
+    the same pass, and "signs" is that term's share of making the signs of a batch of terms. What a
+    tile or a strip of weights takes once is not counted: for "one", where in its parameter a tile
+    lies, and its signs; for "each", loading, rounding and storing.
+    """
+
+    backend: str  # "cuda", "triton" or "peer"
+    kernel: str
+    distribution: str
+    rounding: str
+    terms: str
+    dtype: str  # "any": alike for all
+    decay: bool  # with weight decay in the same pass
+    weights: int  # that a lane handles on the path, times the terms it adds to each
+    slots: int
+    pipes: dict[str, int] = field(compare=False)
+    registers: int
+    stack_bytes: int
+    local_accesses: int
+
+    @property
+    def key(self) -> Key:
+        """What tells it from the other rows."""
+        return (
+            *(self.backend, self.kernel, self.distribution, self.rounding),
+            *(self.terms, self.dtype, self.decay),
+        )
+
+    @property
+    def name(self) -> str:
+        """The key, for messages."""
+        return named(self.key)
+
+    @property
+    def slots_per_weight(self) -> float:
+        """Issue slots."""
+        return round(self.slots / self.weights, 2)
+
+    @property
+    def pipes_per_weight(self) -> dict[str, float]:
+        """Issue slots of each pipe."""
+        return {pipe: round(n / self.weights, 2) for pipe, n in self.pipes.items()}
+
+    @property
+    def bound(self) -> float:
+        """Cycles of a scheduler, see pipes.py."""
+        return round(pipes.bound(self.pipes) / self.weights, 2)
+
+    @property
+    def spills(self) -> bool:
+        """Whether the kernel has a stack or uses local memory."""
+        return self.stack_bytes > 0 or self.local_accesses > 0
+
+    def describe(self) -> dict[str, object]:
+        """Everything there is to say about it, for JSON."""
+        derived: dict[str, object] = {
+            "slots_per_weight": self.slots_per_weight,
+            "bound": self.bound,
+            "of_memory_time": round(self.bound / pipes.budget(self.dtype), 3),
+        }
+        return asdict(self) | {"pipes": self.pipes_per_weight} | derived
+
+
+def row_of(code: Code, path: Path, weights: int, **about: Any) -> Row:
+    """Counts a path."""
+    return Row(
+        **about,
+        weights=weights,
+        slots=len(path),
+        pipes=pipes.count_pipes(path),
+        registers=code.registers,
+        stack_bytes=code.stack_bytes,
+        local_accesses=code.local_accesses,
+    )
+
+
+def term_rows(code: Code, blocks: Blocks, least: int, **about: Any) -> Iterator[Row]:
+    """The loop over terms, in the cheapest of its forms: others start or end a round."""
+    loops = term_loops(blocks, least)
+    if not loops:
+        return
+    loop = min(loops, key=lambda one: one.slots_per_weight)
+    yield row_of(code, loop.path, loop.added, terms="each", **about)
+    batch = None if makes_noise(loop.path) else sign_batch(blocks, loop.path)
+    if batch is not None:
+        yield row_of(code, batch, BATCH * SIGNS_HELD, terms="signs", **about)
+
+
+def stored_dtype(path: Path) -> str:
+    """Dtype of the weights that a path stores 16 bytes at a time."""
+    at, register_of = next(
+        (k, register(i.arguments[-1])) for k, i in enumerate(path) if i.is_wide_store
+    )
+    # The path is a loop, so what comes after the store also comes before it.
+    for i in reversed([*path[at:], *path[:at]]):
+        if register(i.arguments[0]) != register_of or i.opcode.startswith("ST"):
+            continue
+        if i.opcode == "MOV" or i.name.startswith("IMAD.MOV"):
+            register_of = register(i.arguments[-1])
+        elif i.opcode in ("FADD", "FFMA"):
+            return "float32"
+        else:
+            break
+    half = ("HADD2.F32", "F2FP.F16")
+    return "float16" if any(i.name.startswith(half) for i in path) else "bfloat16"
+
+
+def cuda_rows(path: FilePath, arch: str = ARCH) -> list[Row]:
+    """Counts every add_noise kernel of a file."""
+    return [row for code in disassemble(path, arch) for row in rows_of_cuda(code)]
+
+
+def rows_of_cuda(code: Code) -> list[Row]:
+    """Counts one kernel, which serves all dtypes; none if it is no add_noise."""
+    match = CUDA_KERNEL.search(code.name)
+    if match is None:
+        return []
+    about: dict[str, Any] = {
+        "backend": "cuda",
+        "kernel": f"add_noise/{match[3].lower()}",
+        "distribution": "gaussian" if match[1] == "1" else "rademacher",
+        "rounding": "stochastic" if match[2] == "1" else "nearest",
+        "decay": False,
+    }
+    blocks = blocks_of(code.instructions)
+    if match[3] == "Many":
+        return list(term_rows(code, blocks, HELD, dtype="any", **about))
+    found: list[Row] = []
+    for hot in hot_paths(blocks):
+        dtype = stored_dtype(hot)
+        weights = sum(i.stored_bytes for i in hot if i.is_wide_store) // itemsize(dtype)
+        found.append(row_of(code, hot, weights, terms="one", dtype=dtype, **about))
+    found.sort(key=lambda r: (r.dtype, r.slots))
+    kept: list[Row] = []
+    for row in found:
+        # A loop comes twice for each dtype: without decay, and with it.
+        again = any(other.dtype == row.dtype for other in kept)
+        kept.append(replace(row, decay=True) if again else row)
+    return kept
+
+
+def triton_rows(kernels: Iterable[Compiled], backend: str = "triton") -> Iterator[Row]:
+    """Counts Triton kernels, each of which serves one dtype.
+
+    A lane's weights are what it stores on the hot path. Of a kernel of many terms only the loop
+    over them is counted.
+    """
+    for compiled in map(Compiled._make, kernels):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.cubin)
+            file.flush()
+            (code,) = disassemble(FilePath(file.name))
+        about: dict[str, Any] = {
+            "backend": backend,
+            **{name: value for name, value in compiled._asdict().items() if name != "cubin"},
+        }
+        blocks = blocks_of(code.instructions)
+        if about.pop("terms") == "many":
+            yield from term_rows(code, blocks, 1, **about)
+            continue
+        counted = [
+            (hot, sum(i.stored_bytes for i in hot) // itemsize(compiled.dtype))
+            for hot in hot_paths(blocks)
+        ]
+        hot, weights = min(counted, key=lambda found: len(found[0]) / found[1])
+        yield row_of(code, hot, weights, terms="one", **about)
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of a weight."""
+    return 4 if dtype == "float32" else 2

@@ -1,0 +1,1 @@
+"""What ``zorba finetune`` does: data, objective, loop and report."""

@@ -1,0 +1,225 @@
+"""Runs a fine-tune from files to files."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from zorba import machine
+from zorba.finetune import data
+from zorba.finetune.objective import LabelWords, Objective, Score, Text
+from zorba.finetune.report import Curves, lines, write_report
+from zorba.finetune.settings import FinetuneSettings
+from zorba.optim import ZerothOrderSGD
+from zorba.trajectory import TrajectoryWriter
+
+
+def run_finetune(settings: FinetuneSettings, console: Console | None = None) -> dict[str, Any]:
+    """Fine-tunes a model and returns what ``metrics.json`` holds.
+
+    Raises:
+        ValueError: settings, data or model that do not fit; nothing was written.
+        OSError: a file that cannot be read or written, or a model that is not found.
+    """
+    console = console or Console()
+    _check_out(settings)
+    rows, evaluation, labels = _read(settings)
+    console.print(f"data: {len(rows)} rows to train on, {len(evaluation)} to evaluate on")
+    if labels:
+        said = ", ".join(f"{a} = {b!r}" for a, b in zip(labels, settings.words, strict=True))
+        console.print(f"labels: {said}", highlight=False)
+    model, tokenizer = _load(settings)
+    objective: Objective = (
+        LabelWords(
+            model, tokenizer, settings.template, settings.words, settings.label, settings.max_length
+        )
+        if settings.words
+        else Text(model, tokenizer, settings.template, settings.max_length)
+    )
+    optimizer = ZerothOrderSGD(
+        model,
+        lr=settings.lr,
+        eps=settings.eps,
+        num_perturbations=settings.perturbations,
+        estimator=settings.estimator,  # type: ignore[arg-type]
+        distribution=settings.distribution,  # type: ignore[arg-type]
+        placement=settings.placement,  # type: ignore[arg-type]
+        weight_decay=settings.weight_decay,
+        momentum=settings.momentum,
+        clip=settings.clip,
+        blocks=settings.blocks,
+        seed=settings.seed,
+    )
+    active = optimizer.placement.table
+    console.print(
+        f"model: {settings.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M "
+        f"parameters, {active.numel / 1e6:.1f} M active, {next(model.parameters()).dtype} on "
+        f"{active.device}"
+    )
+    settings.out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        if settings.save != "model":
+            writer = TrajectoryWriter.create(
+                settings.out / "trajectory.zot",
+                active,
+                settings.seed,
+                settings.distribution,  # type: ignore[arg-type]
+                "stochastic",
+                model=model,
+                settings={k: str(v) for k, v in asdict(settings).items()},
+            )
+            optimizer.recorder = stack.enter_context(writer)
+        summary, curves = _train(settings, objective, optimizer, rows, evaluation, console)
+    return _finish(settings, model, tokenizer, summary, curves, console)
+
+
+def _check_out(settings: FinetuneSettings) -> None:
+    taken = [settings.out / name for name in ("model", "trajectory.zot", "metrics.json")]
+    there = [str(path) for path in taken if path.exists()]
+    if there:
+        raise ValueError(f"{', '.join(there)} exists: give another folder with --out")
+
+
+def _read(settings: FinetuneSettings) -> tuple[list[data.Row], list[data.Row], list[str]]:
+    needed = data.fields_of(settings.template)
+    if not needed:
+        raise ValueError(f"the template {settings.template!r} has no field such as {{text}}")
+    if settings.words:
+        needed.append(settings.label)
+    rows = data.read_rows(settings.data, needed)
+    evaluation = data.read_rows(settings.eval_data, needed) if settings.eval_data else []
+    if not settings.words:
+        return rows, evaluation, []
+    labels = list(settings.labels) or data.values_of(rows, settings.label)
+    if len(labels) != len(settings.words):
+        raise ValueError(
+            f"{settings.data} has {len(labels)} labels ({', '.join(labels[:8])}) but there are "
+            f"{len(settings.words)} label words ({', '.join(settings.words)})"
+        )
+    rows = data.index_labels(rows, settings.label, labels)
+    return rows, data.index_labels(evaluation, settings.label, labels), labels
+
+
+def _load(settings: FinetuneSettings) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+    dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    config = AutoConfig.from_pretrained(settings.model)
+    names = " ".join(getattr(config, "architectures", None) or [])
+    kind = AutoModelForMaskedLM if "MaskedLM" in names else AutoModelForCausalLM
+    model = kind.from_pretrained(settings.model, dtype=dtype)
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(settings.model)
+
+
+def _batches(rows: list[data.Row], size: int, seed: int) -> Iterator[list[data.Row]]:
+    """Every row once in a random order, then in another one."""
+    order = random.Random(seed)
+    while True:
+        shuffled = order.sample(rows, len(rows))
+        whole = len(rows) - len(rows) % size or len(rows)
+        for start in range(0, whole, size):
+            yield shuffled[start : start + size]
+
+
+def _train(
+    settings: FinetuneSettings,
+    objective: Objective,
+    optimizer: ZerothOrderSGD,
+    rows: list[data.Row],
+    evaluation: list[data.Row],
+    console: Console,
+) -> tuple[dict[str, Any], Curves]:
+    curves = Curves()
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1.0 - t / settings.steps)
+    batches = _batches(rows, settings.batch_size, settings.seed)
+    machine.reset_peak_memory()
+    seconds = kernel = 0.0
+    with _progress(console) as progress:
+        bar = progress.add_task("fine-tune", total=settings.steps, note="")
+
+        def evaluate(step: int) -> None:
+            if evaluation:
+                progress.update(bar, note="evaluating")
+                score = objective.score(evaluation, 4 * settings.batch_size)
+                curves.scores.append((step, score))
+                progress.console.print(f"step {step}: {_said(score)}", highlight=False)
+
+        evaluate(0)
+        for step in range(1, settings.steps + 1):
+            batch = objective.encode(next(batches))
+            optimizer.step(lambda batch=batch: objective.loss(batch))  # type: ignore[misc]
+            schedule.step()
+            report = optimizer.last_step
+            assert report is not None
+            curves.losses.append(report.loss)
+            curves.skipped += report.skipped
+            seconds += report.seconds
+            kernel += report.kernel_seconds
+            progress.update(bar, advance=1, note=f"loss {report.loss:.3f}")
+            due = settings.eval_every and step % settings.eval_every == 0
+            if due or step == settings.steps:
+                optimizer.flush()
+                evaluate(step)
+    summary = {
+        "settings": asdict(settings),
+        "machine": machine.describe(),
+        "steps": settings.steps,
+        "step_seconds": seconds / settings.steps,
+        "kernel_seconds": kernel / settings.steps,
+        "peak_memory_bytes": machine.peak_memory(),
+    }
+    return summary, curves
+
+
+def _finish(
+    settings: FinetuneSettings,
+    model: Any,
+    tokenizer: Any,
+    summary: dict[str, Any],
+    curves: Curves,
+    console: Console,
+) -> dict[str, Any]:
+    written: list[Path] = []
+    if settings.save != "model":
+        written.append(settings.out / "trajectory.zot")
+        summary["trajectory_bytes"] = written[0].stat().st_size
+    if settings.save != "trajectory":
+        written.append(settings.out / "model")
+        model.save_pretrained(written[-1])
+        tokenizer.save_pretrained(written[-1])
+    written += write_report(settings.out, summary, curves)
+    table = Table(title=f"Zeroth-order fine-tune of {settings.model}", show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in lines(summary, curves):
+        table.add_row(name, value)
+    console.print(table)
+    console.print("wrote " + ", ".join(map(str, written)), highlight=False)
+    return summary
+
+
+def _said(score: Score) -> str:
+    accuracy = "" if score.accuracy is None else f", accuracy {score.accuracy:.3f}"
+    return f"evaluation loss {score.loss:.4f}{accuracy}"
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )

@@ -1,0 +1,197 @@
+"""ZOTrainer: ``transformers.Trainer`` with zeroth-order steps in place of backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from zorba.optim import ZerothOrderSGD, active_parameters
+
+
+@dataclass
+class ZOArguments(TrainingArguments):
+    """``TrainingArguments`` and the options of ``ZerothOrderSGD`` (see there).
+
+    ``learning_rate``, ``weight_decay``, ``seed`` and the scheduler are those of the base class.
+    """
+
+    zo_eps: float = field(default=1e-3, metadata={"help": "Distance at which losses are taken."})
+    zo_perturbations: int = field(default=1, metadata={"help": "P: directions a step."})
+    zo_estimator: str = field(default="central", metadata={"help": "central or forward."})
+    zo_distribution: str = field(default="gaussian", metadata={"help": "gaussian or rademacher."})
+    zo_placement: str = field(default="scratch", metadata={"help": "scratch or inplace."})
+    zo_rounding: str = field(
+        default="stochastic", metadata={"help": "Of updates to 16-bit weights, or nearest."}
+    )
+    zo_momentum: float = field(default=0.0, metadata={"help": "Replayed from seeds."})
+    zo_clip: float | None = field(default=None, metadata={"help": "Largest size of a scalar."})
+    zo_blocks: str = field(default="all", metadata={"help": "all, or last:N transformer blocks."})
+    zo_two_pass: bool = field(
+        default=False, metadata={"help": "In place: two passes over the weights a step, not three."}
+    )
+
+
+class ZOTrainer(Trainer):
+    """A ``Trainer`` whose training step needs no gradient (MeZO, arXiv 2305.17333).
+
+    A script for ``Trainer`` runs with it once the class and the arguments are exchanged::
+
+        args = ZOArguments("out", learning_rate=1e-6, zo_eps=1e-3, ...)
+        ZOTrainer(model=model, args=args, train_dataset=data).train()
+
+    Data, collators, evaluation, callbacks, schedulers, checkpoints and resuming are the base
+    class's. What differs:
+
+    - Gradient accumulation makes one larger batch: a step evaluates all of its micro-batches for
+      each perturbation, and holds their inputs meanwhile.
+    - With several processes each evaluates its own share of the data; losses are averaged, so that
+      only scalars travel, and all replicas take the same step.
+    - Logs have ``zo_scalar`` and ``zo_skipped_steps`` (steps whose loss was not finite) in place of
+      ``grad_norm``.
+    - Mixed precision is that of the forward alone; no loss is scaled. Weights keep the dtype that
+      the model was loaded in, and bfloat16 and float16 train well (stochastic rounding).
+
+    Args:
+        model: and all others as ``Trainer`` takes them; ``args`` may be plain
+            ``TrainingArguments`` for the default options. ``optimizers`` may hold a scheduler.
+
+    Raises:
+        ValueError: an optimizer is given, or DeepSpeed, FSDP or several GPUs in one process.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
+            raise ValueError(
+                "ZOTrainer makes its own optimizer: give its options as ZOArguments(zo_eps=..., "
+                "learning_rate=...)"
+            )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "ZOTrainer holds a whole model in each process: DeepSpeed and FSDP, which shard "
+                "it, are not supported"
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"ZOTrainer uses one GPU a process and sees {self.args.n_gpu}: start one process "
+                "a GPU (torchrun), or set CUDA_VISIBLE_DEVICES"
+            )
+        self.accelerator.scaler = None  # it scales gradients, of which there are none
+        self._micro_batches: list[dict[str, Any]] = []
+        self._skipped_steps = 0
+
+    @property
+    def zo_optimizer(self) -> ZerothOrderSGD:
+        """The optimizer without what accelerate puts around it."""
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        assert isinstance(inner, ZerothOrderSGD)
+        return inner
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Makes the optimizer from the arguments; weight decay spares norms and biases."""
+        if self.optimizer is None:
+            target = self.model if model is None else model
+            assert target is not None
+            blocks = self._option("blocks")
+            groups = None
+            if self.args.weight_decay:
+                groups = _spared(target, set(self.get_decay_parameter_names(target)), blocks)
+            self.optimizer = _SteppedByTrainer(
+                target,
+                lr=self.args.learning_rate,
+                eps=self._option("eps"),
+                num_perturbations=self._option("perturbations"),
+                estimator=self._option("estimator"),
+                distribution=self._option("distribution"),
+                placement=self._option("placement"),
+                rounding=self._option("rounding"),
+                weight_decay=self.args.weight_decay,
+                momentum=self._option("momentum"),
+                clip=self._option("clip"),
+                blocks=blocks,
+                groups=groups,
+                two_pass=self._option("two_pass"),
+                seed=self.args.seed,
+            )
+        return self.optimizer
+
+    def _option(self, name: str) -> Any:
+        default = ZOArguments.__dataclass_fields__[f"zo_{name}"].default
+        return getattr(self.args, f"zo_{name}", default)
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Collects a micro-batch, and takes a step on those of a batch at the last one.
+
+        Returns:
+            Mean loss of the batch at its last micro-batch, 0 at the others: float32 [].
+        """
+        self._micro_batches.append(self._prepare_inputs(inputs))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        batches, self._micro_batches = self._micro_batches, []
+        model.train()
+
+        def closure() -> float:
+            losses = [
+                self._loss(model, batch, num_items_in_batch, len(batches)) for batch in batches
+            ]
+            return float(self.accelerator.reduce(torch.stack(losses).sum(), reduction="mean"))
+
+        loss = self.zo_optimizer.step(closure)
+        report = self.zo_optimizer.last_step
+        self._skipped_steps += int(report is not None and report.skipped)
+        return loss.to(self.args.device)
+
+    def _loss(
+        self, model: nn.Module, batch: dict[str, Any], num_items: Tensor | int | None, count: int
+    ) -> Tensor:
+        with self.compute_loss_context_manager():
+            loss: Any = self.compute_loss(model, dict(batch), num_items_in_batch=num_items)
+        by_items = self.model_accepts_loss_kwargs and num_items is not None
+        shared = by_items or self.compute_loss_func is not None
+        share: Tensor = (loss if shared else loss / count).detach().float()
+        return share
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Logs what a zeroth-order step has to tell in place of the norm of a gradient."""
+        if logs.pop("grad_norm", None) is not None:
+            report = self.zo_optimizer.last_step
+            if report is not None:
+                logs["zo_scalar"] = report.scalars[-1]
+            logs["zo_skipped_steps"] = self._skipped_steps
+        super().log(logs, *args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains as ``Trainer.train``; the weights are settled when it ends, however it ends."""
+        self._micro_batches.clear()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.optimizer is not None:
+                self.zo_optimizer.flush()
+
+
+class _SteppedByTrainer(ZerothOrderSGD):
+    """Trainer's loop calls ``step`` behind ``training_step``, which has taken the step already."""
+
+    def step(self, closure: Callable[[], float | Tensor] | None = None) -> Tensor:  # type: ignore[override]
+        """Does nothing without a closure."""
+        return torch.zeros(()) if closure is None else super().step(closure)
+
+
+def _spared(model: nn.Module, decaying: set[str], blocks: str) -> list[dict[str, Any]] | None:
+    """The group of active parameters that do not decay."""
+    active = active_parameters(model, blocks)
+    names = {id(p): name for name, p in model.named_parameters()}
+    spared = [p for p in active.values() if names[id(p)] not in decaying]
+    return [{"params": spared, "weight_decay": 0.0}] if spared else None

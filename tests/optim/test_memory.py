@@ -1,0 +1,75 @@
+"""What a step allocates above the forward that it is made of, counted by torch's allocator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from zorba import ZerothOrderSGD
+
+from benchmarks.allocations import peak_bytes
+from benchmarks.peers import mezo
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=4000, hidden_size=512, intermediate_size=1024, num_hidden_layers=3,
+        num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+@pytest.fixture
+def closure(model: LlamaForCausalLM, threads: None) -> Callable[[], torch.Tensor]:
+    torch.set_num_threads(1)
+    ids = torch.arange(48).reshape(2, 24)
+    return lambda: model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+def bytes_of(parameters: Any) -> int:
+    return max(p.numel() * p.element_size() for p in parameters)
+
+
+@pytest.mark.parametrize("two_pass", [False, True])
+def test_in_place_allocates_nothing(
+    model: LlamaForCausalLM, closure: Callable[[], torch.Tensor], two_pass: bool
+) -> None:
+    with torch.no_grad():
+        inference = peak_bytes(closure)
+    optimizer = ZerothOrderSGD(model, lr=1e-6, placement="inplace", two_pass=two_pass)
+    assert peak_bytes(lambda: optimizer.step(closure)) <= inference + MIB
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("blocks", ["all", "last:1"])
+def test_scratch_allocates_the_largest_active_parameter(
+    model: LlamaForCausalLM, closure: Callable[[], torch.Tensor], blocks: str, distribution: Any
+) -> None:
+    with torch.no_grad():
+        inference = peak_bytes(closure)
+    optimizer = ZerothOrderSGD(model, lr=1e-6, blocks=blocks, distribution=distribution)
+    largest = bytes_of(e.tensor for e in optimizer.placement.table.entries)
+
+    def first_and_second() -> None:
+        again = ZerothOrderSGD(model, lr=1e-6, blocks=blocks, distribution=distribution)
+        again.step(closure)
+        again.step(closure)
+
+    # A step alone finds the scratch of the first one; a whole run allocates it.
+    assert peak_bytes(lambda: optimizer.step(closure)) <= inference + MIB
+    assert peak_bytes(first_and_second) <= inference + largest + MIB
+
+
+def test_the_count_sees_what_mezo_allocates(
+    model: LlamaForCausalLM, closure: Callable[[], torch.Tensor]
+) -> None:
+    """Or the tests above would prove nothing: its pass makes z, and more, of every parameter."""
+    largest = bytes_of(model.parameters())
+    weights = list(model.parameters())
+    assert peak_bytes(lambda: mezo.perturb(weights, 1, 1.0, 1e-3)) >= 2 * largest

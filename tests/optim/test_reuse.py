@@ -1,0 +1,289 @@
+"""Prefix reuse: fewer block forwards, and the same bits."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zorba import ZerothOrderSGD
+from zorba.hf import find_blocks
+
+from tests.hf.test_blocks import tiny_config
+from tests.optim.models import same_bits, snapshot
+
+TEXT = (
+    "llama qwen3 gemma3_text phi gpt_neox bloom falcon opt gpt2 mixtral mamba olmo2".split()  # noqa: SIM905
+)
+MASKED = ["bert", "roberta", "modernbert", "deberta-v2", "electra"]
+PAIRS = ["t5", "bart"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: None) -> None:
+    torch.set_num_threads(1)
+
+
+def tiny(name: str, rng: Any) -> nn.Module:
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
+    torch.manual_seed(rng.seed)
+    config = tiny_config(name)
+    if name in MASKED:
+        model: nn.Module = AutoModelForMaskedLM.from_config(config)
+    elif name in PAIRS:
+        config.decoder_start_token_id = 0
+        model = AutoModelForSeq2SeqLM.from_config(config)
+    else:
+        model = AutoModelForCausalLM.from_config(config)
+    for p in model.parameters():  # tiny models start near zero, where losses would not differ
+        p.data.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def calls_of(model: nn.Module) -> list[int]:
+    """Counts the forwards of each block from here on."""
+    counts = [0] * len(find_blocks(model))
+
+    def count(index: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            counts[index] += 1
+
+        return hook
+
+    for index, block in enumerate(find_blocks(model)):
+        inside = [m for m in block.module.modules() if not isinstance(m, nn.ModuleList)]
+        inner = inside[1]
+        inner.register_forward_hook(count(index))
+    return counts
+
+
+def run(model: nn.Module, steps: int, batch: dict[str, Tensor], **options: Any) -> list[Any]:
+    optimizer = ZerothOrderSGD(model, lr=1e-2, num_perturbations=2, **options)
+    reports = []
+    for _ in range(steps):
+        optimizer.step(lambda: model(**batch).loss)
+        reports.append((optimizer.last_step.scalars, optimizer.last_step.loss))
+    return reports
+
+
+@pytest.mark.parametrize("placement", ["scratch", "inplace"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "dropout"])
+@pytest.mark.parametrize("name", TEXT + MASKED + PAIRS)
+def test_same_bits_and_fewer_forwards(name: str, training: bool, placement: str, rng: Any) -> None:
+    if placement == "inplace" and name not in ("llama", "bert", "t5"):
+        pytest.skip("one of each kind is enough: reuse does not know the placement")
+    ids = torch.randint(1, 100, (3, 7), generator=rng.generator)
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": mask}
+    results = []
+    for reuse in (True, False):
+        model = tiny(name, rng).train(training)
+        counts = calls_of(model)
+        reports = run(model, 2, batch, blocks="last:1", prefix_reuse=reuse, placement=placement)
+        results.append((reports, snapshot(model), counts))
+    (reused, weights, fewer), (plain, expected, all_calls) = results
+    assert reused == plain
+    assert all((weights[n] == expected[n]).all() for n in expected)
+    assert any(g != 0.0 for scalars, _ in reused for g in scalars)
+    # Two steps of four evaluations: every block runs eight times, or twice where it is reused.
+    # Mamba uses weights directly, so the first evaluation is made twice.
+    again = int(name == "mamba" and placement == "scratch")
+    assert all_calls == [8 + again] * len(all_calls)
+    assert fewer == [2] * (len(fewer) - 1) + [8 + again]
+
+
+def test_a_trainable_head_makes_all_blocks_prefix(rng: Any) -> None:
+    model = tiny("llama", rng)
+    model.requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    counts = calls_of(model)
+    ids = torch.randint(1, 100, (3, 7), generator=rng.generator)
+    run(model, 1, {"input_ids": ids, "labels": ids})
+    assert counts == [1, 1, 1]
+
+
+def test_an_active_embedding_leaves_no_prefix(rng: Any) -> None:
+    model = tiny("llama", rng)
+    model.requires_grad_(False)
+    model.model.embed_tokens.requires_grad_(True)
+    model.model.layers[2].requires_grad_(True)
+    counts = calls_of(model)
+    ids = torch.randint(1, 100, (3, 7), generator=rng.generator)
+    run(model, 1, {"input_ids": ids, "labels": ids})
+    assert counts == [4, 4, 4]
+
+
+def test_weights_used_directly_leave_no_prefix(rng: Any) -> None:
+    """An embedding that is looked up without its module runs in front of all blocks."""
+
+    class Direct(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(100, 8)
+            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(3))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            hidden = nn.functional.embedding(ids, self.embed.weight)
+            for layer in self.layers:
+                hidden = layer(hidden)
+            return hidden.square().mean()
+
+    ids = torch.arange(10)
+    results = []
+    for placement in ("scratch", "inplace"):
+        torch.manual_seed(rng.seed)
+        model = Direct()
+        model.layers[:2].requires_grad_(False)
+        optimizer = ZerothOrderSGD(model, lr=0.0, eps=0.1, placement=placement)
+        optimizer.step(lambda model=model: model(ids))
+        results.append(optimizer.last_step.scalars)
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+def test_several_forwards_in_one_closure(rng: Any) -> None:
+    """Micro-batches: each call of a stack has its own prefix."""
+    batches = [torch.randint(1, 100, (2, n), generator=rng.generator) for n in (5, 7)]
+
+    def losses(reuse: bool) -> tuple[Any, list[int]]:
+        model = tiny("llama", rng)
+        counts = calls_of(model)
+        optimizer = ZerothOrderSGD(model, lr=1e-2, blocks="last:1", prefix_reuse=reuse)
+        optimizer.step(lambda: sum(model(input_ids=b, labels=b).loss for b in batches))
+        return (optimizer.last_step.scalars, snapshot(model)), counts
+
+    (reused, weights), counts = losses(True)
+    (plain, expected), _ = losses(False)
+    assert reused == plain
+    assert all(torch.equal(weights[n], expected[n]) for n in expected)
+    assert counts == [2, 2, 4]
+
+
+def test_inputs_that_change_between_evaluations_are_noticed(rng: Any) -> None:
+    """A closure that breaks the rule of one batch a step gets what it would get without reuse."""
+    batches = [torch.randint(1, 100, (2, 6), generator=rng.generator) for _ in range(2)]
+
+    def scalars(reuse: bool) -> Any:
+        model = tiny("llama", rng)
+        optimizer = ZerothOrderSGD(model, lr=1e-2, blocks="last:1", prefix_reuse=reuse)
+        turn = iter(batches)
+
+        def closure() -> Tensor:
+            ids = next(turn)
+            return model(input_ids=ids, labels=ids).loss
+
+        optimizer.step(closure)
+        return optimizer.last_step.scalars
+
+    assert scalars(reuse=True) == scalars(reuse=False)
+
+
+def test_a_later_block_that_gets_something_else_ends_reuse(rng: Any) -> None:
+    """Detected in the middle of a forward: the evaluation is made again, with a warning."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(_Block() for _ in range(4))
+            self.calls = 0
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            self.calls += 1
+            for i, layer in enumerate(self.layers):
+                shift = torch.full((1,), float(self.calls) if i == 2 else 0.0)
+                hidden = layer(hidden, shift)
+            return hidden.square().mean()
+
+    torch.manual_seed(rng.seed)
+    model = Odd()
+    model.layers[:3].requires_grad_(False)
+    x = torch.randn(2, 4, generator=rng.generator)
+    optimizer = ZerothOrderSGD(model, lr=1e-2)
+    with pytest.warns(UserWarning, match="prefix reuse is switched off"):
+        optimizer.step(lambda: model(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(lambda: model(x))
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, hidden: Tensor, shift: Tensor) -> Tensor:
+        return self.linear(hidden) + shift
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_nothing_is_left_behind(at: int, rng: Any) -> None:
+    model = tiny("llama", rng)
+    before = snapshot(model)
+    ids = torch.randint(1, 100, (2, 6), generator=rng.generator)
+    calls = []
+
+    def closure() -> Tensor:
+        loss = model(input_ids=ids, labels=ids).loss
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return loss
+
+    optimizer = ZerothOrderSGD(model, lr=0.0, blocks="last:1")
+
+    def two_steps() -> None:
+        optimizer.step(closure)
+        optimizer.step(closure)
+
+    with pytest.raises(KeyboardInterrupt):
+        two_steps()
+    assert same_bits(model, before)
+    assert all("forward" not in m.__dict__ for m in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_key_value_cache_of_the_caller_is_no_prefix(rng: Any) -> None:
+    """Positions in a cache were made by earlier forwards, which reuse knows nothing of."""
+    from transformers import DynamicCache
+
+    ids = torch.randint(1, 100, (2, 6), generator=rng.generator)
+
+    def scalars(reuse: bool) -> Any:
+        model = tiny("llama", rng).eval()
+        optimizer = ZerothOrderSGD(model, lr=1e-2, blocks="last:1", prefix_reuse=reuse)
+
+        def closure() -> Tensor:
+            cache = DynamicCache(config=model.config)
+            model(input_ids=ids[:, :3], past_key_values=cache)
+            out = model(input_ids=ids[:, 3:], past_key_values=cache)
+            return out.logits.square().mean()
+
+        optimizer.step(closure)
+        return optimizer.last_step.scalars
+
+    with pytest.warns(UserWarning, match="prefix reuse is switched off"):
+        reused = scalars(reuse=True)
+    assert reused == scalars(reuse=False)
+
+
+def test_generation_in_a_closure(rng: Any) -> None:
+    """An objective of generated text: its key-value cache must hold every block's positions."""
+    ids = torch.randint(1, 100, (2, 6), generator=rng.generator)
+
+    def scalars(reuse: bool) -> Any:
+        model = tiny("llama", rng).eval()
+        optimizer = ZerothOrderSGD(model, lr=1e-2, eps=1.0, blocks="last:1", prefix_reuse=reuse)
+
+        def closure() -> Tensor:
+            out = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=-1)
+            return out[:, 6:].float().mean()
+
+        optimizer.step(closure)
+        return optimizer.last_step.scalars
+
+    with pytest.warns(UserWarning, match="prefix reuse is switched off"):
+        reused = scalars(reuse=True)
+    assert reused == scalars(reuse=False)

@@ -1,0 +1,174 @@
+"""In place with two passes a step: what is left between steps, and what settles it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zorba import ZerothOrderSGD
+from zorba.optim import step_seed
+
+import zorba_kernels as zk
+from tests.optim.models import Tied, batch, loss_of, snapshot
+
+EPS = 1e-2
+
+
+def close(model: nn.Module, expected: dict[str, Tensor]) -> bool:
+    """Equal up to the rounding of a few passes, which is far below a perturbation."""
+    return all(
+        torch.allclose(p.detach(), expected[n], rtol=0, atol=1e-5)
+        for n, p in model.named_parameters()
+    )
+
+
+@pytest.fixture
+def stepped(generator: torch.Generator) -> tuple[nn.Module, ZerothOrderSGD, dict[str, Tensor]]:
+    """A model after three steps, its optimizer, and the weights that three passes a step give."""
+    ids, labels = batch(generator)
+    model, other = Tied(), Tied()
+    other.load_state_dict(model.state_dict())
+    optimizers = [
+        ZerothOrderSGD(m, lr=0.01, eps=EPS, placement="inplace", two_pass=two, rounding="nearest")
+        for m, two in ((model, True), (other, False))
+    ]
+    for m, optimizer in zip((model, other), optimizers, strict=True):
+        for _ in range(3):
+            optimizer.step(lambda m=m: loss_of(m, ids, labels))
+    return model, optimizers[0], snapshot(other)
+
+
+def raw(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_weights_are_ahead_until_flush(stepped: Any) -> None:
+    model, optimizer, expected = stepped
+    assert not close(model, expected), "they carry the next perturbation"
+    zk.add_noise_(optimizer.placement.table, step_seed(0, 3), -EPS)
+    assert close(model, expected), "and nothing else"
+    zk.add_noise_(optimizer.placement.table, step_seed(0, 3), EPS)
+    optimizer.flush()
+    assert close(model, expected)
+    settled = raw(model)
+    optimizer.flush()
+    assert all(torch.equal(p, settled[n]) for n, p in model.named_parameters())
+
+
+SETTLED_BY: dict[str, Callable[[nn.Module, ZerothOrderSGD], object]] = {
+    "a forward": lambda model, optimizer: model(torch.zeros(1, 2, dtype=torch.long)),
+    "a forward of a part": lambda model, optimizer: model.norm(torch.zeros(1, 16)),
+    "state_dict of the model": lambda model, optimizer: model.state_dict(),
+    "state_dict of the optimizer": lambda model, optimizer: optimizer.state_dict(),
+    "eval of the optimizer": lambda model, optimizer: optimizer.eval(),
+}
+
+
+@pytest.mark.parametrize("event", SETTLED_BY)
+def test_settled_by(event: str, stepped: Any) -> None:
+    model, optimizer, expected = stepped
+    SETTLED_BY[event](model, optimizer)
+    assert close(model, expected)
+
+
+def test_what_is_read_is_settled(stepped: Any) -> None:
+    model, _, expected = stepped
+    state = model.state_dict()
+    assert all(torch.allclose(state[n], w, rtol=0, atol=1e-5) for n, w in expected.items())
+
+
+def test_the_end_of_the_optimizer_settles(stepped: Any, generator: torch.Generator) -> None:
+    ids, labels = batch(generator)
+    model = Tied()
+    before = snapshot(model)
+    optimizer = ZerothOrderSGD(model, lr=0.0, eps=EPS, placement="inplace", two_pass=True)
+    optimizer.step(lambda: loss_of(model, ids, labels))
+    assert not close(model, before)
+    del optimizer
+    gc.collect()
+    assert close(model, before)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert not model._state_dict_pre_hooks
+
+
+def test_two_passes_a_step(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
+    model, (ids, labels) = Tied(), batch(generator)
+    passes: list[int] = []
+    plain = zk.add_noise_
+    monkeypatch.setattr(zk, "add_noise_", lambda *a, **k: (passes.append(1), plain(*a, **k)))
+    optimizer = ZerothOrderSGD(model, lr=0.1, placement="inplace", two_pass=True)
+    counts = []
+    for _ in range(3):
+        optimizer.step(lambda: loss_of(model, ids, labels))
+        counts.append(len(passes))
+        passes.clear()
+    assert counts == [3, 2, 2], "the first step has nobody to perturb for it"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_closure_that_raises_leaves_settled_weights(
+    at: int, error: type[BaseException], stepped: Any, generator: torch.Generator
+) -> None:
+    model, optimizer, expected = stepped
+    calls = []
+
+    def closure() -> Tensor:
+        calls.append(1)
+        if len(calls) == at:
+            raise error("injected")
+        return model(torch.zeros(1, 2, dtype=torch.long)).sum()
+
+    with pytest.raises(error, match="injected"):
+        optimizer.step(closure)
+    assert close(model, expected)
+
+
+def test_a_loss_that_is_not_finite_settles(stepped: Any) -> None:
+    model, optimizer, expected = stepped
+    optimizer.step(lambda: float("nan"))
+    assert optimizer.last_step.skipped
+    assert close(model, expected)
+
+
+def test_a_change_of_eps_between_steps(stepped: Any, generator: torch.Generator) -> None:
+    """What was added ahead is not what the next step asks for: it must not be used."""
+    model, optimizer, expected = stepped
+    optimizer.param_groups[0]["eps"] = 2 * EPS
+    seen: list[dict[str, Tensor]] = []
+
+    def closure() -> float:
+        seen.append(raw(model))
+        return 0.0
+
+    optimizer.step(closure)
+    model.load_state_dict(expected, strict=False)
+    zk.add_noise_(optimizer.placement.table, optimizer.last_step.seed, 2 * EPS)
+    assert close(model, seen[0])
+
+
+def test_it_resumes(stepped: Any, generator: torch.Generator) -> None:
+    model, optimizer, _ = stepped
+    copy = Tied()
+    copy.load_state_dict(model.state_dict())
+    again = ZerothOrderSGD(copy, lr=0.01, eps=EPS, placement="inplace", two_pass=True)
+    again.load_state_dict(optimizer.state_dict())
+    ids, labels = batch(generator)
+    for m, o in ((model, optimizer), (copy, again)):
+        for _ in range(2):
+            o.step(lambda m=m: loss_of(m, ids, labels))
+        o.flush()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, copy.get_parameter(name))
+
+
+@pytest.mark.parametrize(
+    "options", [{"placement": "scratch"}, {"placement": "inplace", "estimator": "forward"}]
+)
+def test_where_it_makes_no_sense_it_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="two_pass is for"):
+        ZerothOrderSGD(Tied(), lr=0.1, two_pass=True, **options)

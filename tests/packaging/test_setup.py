@@ -1,0 +1,135 @@
+"""setup.py with and without ninja and pybind11: one list of commands, run either way."""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+setuptools = pytest.importorskip("setuptools", reason="the build backend is not installed here")
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="no source tree")
+
+
+def load(monkeypatch) -> ModuleType:
+    """setup.py as a module that builds nothing."""
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    spec = importlib.util.spec_from_file_location("setup_of_zorba", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def hide(monkeypatch, *hidden: str) -> None:
+    """Makes packages look as if they were not installed."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n in hidden else find(n))
+
+
+def fake_compiler(folder: Path) -> Path:
+    """Writes down how it was called, makes the file that it was asked for, and fails on demand."""
+    path = folder / "fake compiler"  # a space: quoting is part of what is tested
+    path.write_text(
+        f"#!{sys.executable}\nimport sys, pathlib\n"
+        f"log = pathlib.Path({str(folder)!r}) / 'log'\n"
+        "with log.open('a') as f: f.write(repr(sys.argv[1:]) + '\\n')\n"
+        "pathlib.Path(sys.argv[sys.argv.index('-o') + 1]).touch()\n"
+        f"sys.exit(pathlib.Path({str(folder)!r}, 'fail').exists())\n"
+    )
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch):
+    """setup.py and its commands for a fake compiler, with CUDA."""
+    compiler = fake_compiler(tmp_path)
+    monkeypatch.setenv("CXX", shlex.quote(str(compiler)))
+    setup = load(monkeypatch)
+    cuda = setup.Cuda(str(compiler), ["/opt/$cuda/lib"], ["-gencode=arch=compute_90,code=sm_90"])
+    return setup, *setup.commands(tmp_path / "out $1" / "_C.so", cuda)
+
+
+def logged(tmp_path) -> list[str]:
+    lines = (tmp_path / "log").read_text().splitlines()
+    (tmp_path / "log").unlink()
+    return lines
+
+
+def test_ninja_and_direct_run_the_same_commands(plan, tmp_path):
+    pytest.importorskip("ninja")
+    setup, compiles, link = plan
+    (tmp_path / "out $1").mkdir()
+    for name in ("ninja", "direct"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "ninja/build.ninja").write_text(setup.ninja_rules(compiles, link))
+    command = [*setup.ninja_command(), "-C", str(tmp_path / "ninja")]
+    subprocess.run(command, check=True, capture_output=True)
+    by_ninja = logged(tmp_path)
+    setup.run_directly(compiles, link, tmp_path / "direct")
+    directly = logged(tmp_path)
+    assert len(directly) == len(compiles) + 1
+    assert sorted(by_ninja) == sorted(directly)
+    assert by_ninja[-1] == directly[-1] == repr(link.words[1:])  # linked last
+
+
+def test_everything_is_compiled_and_linked(plan):
+    _, compiles, link = plan
+    sources = {Path(command.inputs[0]).relative_to(ROOT / "csrc") for command in compiles}
+    found = {
+        p.relative_to(ROOT / "csrc") for s in ("cpp", "cu") for p in ROOT.glob(f"csrc/**/*.{s}")
+    }
+    assert sources == found
+    assert link.inputs == [command.output for command in compiles]
+    assert set(link.inputs) <= set(link.words)
+    # What objects share must come from baseline code: it is linked before the others.
+    isas = [o for o in link.inputs if o.startswith("cpu_") and o[4:-2] in ("baseline", "avx2")]
+    assert isas[0] == "cpu_baseline.o"
+
+
+def test_a_failing_command_fails_the_build(plan, tmp_path):
+    setup, compiles, link = plan
+    (tmp_path / "fail").touch()
+    with pytest.raises(subprocess.CalledProcessError):
+        setup.run_directly(compiles, link, tmp_path)
+    assert repr(link.words[1:]) not in logged(tmp_path)
+
+
+def test_headers_of_torch_serve_without_pybind11(monkeypatch, tmp_path):
+    setup = load(monkeypatch)
+    hide(monkeypatch, "pybind11")
+    folder = setup.pybind11_headers()
+    assert folder.parent.name == "torch"
+    compiler = ["c++", *setup.CXX_FLAGS, "-O0", "-fsyntax-only", "-Werror"]
+    python = f"-I{setup.sysconfig.get_path('include')}"
+    source = str(ROOT / "csrc/binding.cpp")
+    subprocess.run([*compiler, f"-I{folder}", python, source], check=True)
+
+
+def test_no_headers_anywhere_says_so(monkeypatch):
+    setup = load(monkeypatch)
+    hide(monkeypatch, "pybind11", "torch")
+    with pytest.raises(SystemExit, match="install pybind11"):
+        setup.pybind11_headers()
+
+
+def test_no_ninja_means_none(monkeypatch, tmp_path):
+    setup = load(monkeypatch)
+    hide(monkeypatch, "ninja")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert setup.ninja_command() is None
+
+
+def test_no_setuptools_says_so():
+    code = "import sys, runpy; sys.modules['setuptools'] = None; runpy.run_path('setup.py')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "setup.py needs setuptools" in done.stderr
+    assert "Traceback" not in done.stderr

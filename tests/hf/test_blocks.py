@@ -10,7 +10,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from zorba.hf import extend_prefix, find_blocks, run_prefix, run_suffix
 
-from tests.hf.tiny import CASES, build
+from tests.hf.tiny import build, case_of
 
 
 class Layer(GradientCheckpointingLayer):
@@ -34,8 +34,8 @@ class Odd(nn.Module):
             setattr(self, name, nn.ModuleList(members))
 
 
-LLAMA = next(case for case in CASES if case.kind == "llama")
-GEMMA = next(case for case in CASES if case.kind == "gemma3_text")
+LLAMA = case_of("llama")
+GEMMA = case_of("gemma3_text")
 
 
 def test_two_of_three_signs_make_a_block() -> None:

@@ -18,7 +18,7 @@ from zorba.hf import HeadError, LabelWordLoss
 from zorba.hf.head import check_head
 
 from tests.hf.steps import check_step
-from tests.hf.tiny import CASES, Case, build, tiny_config
+from tests.hf.tiny import CASES, Case, build, case_of, tiny_config
 from tests.tolerances import bound
 
 TEMPLATE = "{sentence} It was"
@@ -323,7 +323,7 @@ def test_a_model_without_a_head_is_refused(tokenizer: PreTrainedTokenizerFast) -
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 def test_an_encoder_decoder_is_refused(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    case = next(c for c in CASES if c.kind == kind)
+    case = case_of(kind)
     with pytest.raises(HeadError, match=rf"model type {kind}.* encoder-decoder"):
         LabelWordLoss(build(case), tokenizer, TEMPLATE, WORDS)
 

@@ -16,7 +16,7 @@ from zorba.demo.settings import APART, CLIENTS, DemoSettings
 from zorba.demo.task import area_under_curve
 from zorba.federated import LocalTransport, run_federation
 
-from tests.hf.test_blocks import tiny_config
+from tests.hf.tiny import tiny_config
 
 
 def test_leaks_are_found_whatever_the_punctuation() -> None:

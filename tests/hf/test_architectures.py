@@ -123,7 +123,8 @@ def table() -> str:
     kinds: dict[tuple[str, str], list[str]] = {}
     for case in CASES:
         lists = ", ".join(f"`{item.split(':')[0]}`" for item in case.blocks.split())
-        kinds.setdefault((case.auto, lists), []).append(case.kind)
+        name = f"{case.kind} (`inplace` only)" if case.broken else case.kind
+        kinds.setdefault((case.auto, lists), []).append(name)
     lines = ["| Built with | Model types | Lists of blocks |", "|---|---|---|"]
     for (auto, lists), names in kinds.items():
         lines.append(f"| `AutoModel{auto}` | {', '.join(names)} | {lists} |")

@@ -2,15 +2,64 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from zorba.hf import extend_prefix, find_blocks, run_prefix, run_suffix
 
-from tests.hf.tiny import CASES, build
+from tests.hf.tiny import build, case_of
 
-LLAMA = next(case for case in CASES if case.kind == "llama")
-GEMMA = next(case for case in CASES if case.kind == "gemma3_text")
+
+class Layer(GradientCheckpointingLayer):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+
+
+class Group(Layer):
+    pass
+
+
+class Odd(nn.Module):
+    """Lists that are no blocks, and a config within the config."""
+
+    def __init__(self, **lists: list[nn.Module]) -> None:
+        super().__init__()
+        text = SimpleNamespace(model_type="text", num_hidden_layers=3)
+        self.config = SimpleNamespace(model_type="odd", text_config=text)
+        for name, members in lists.items():
+            setattr(self, name, nn.ModuleList(members))
+
+
+LLAMA = case_of("llama")
+GEMMA = case_of("gemma3_text")
+
+
+def test_two_of_three_signs_make_a_block() -> None:
+    """Marked, as deep as the config says, large: one of them alone is an accident."""
+    one_sign = {
+        "norms": [nn.LayerNorm(4) for _ in range(3)],
+        "stem": [Layer(4) for _ in range(2)],
+        "towers": [nn.Linear(60, 60) for _ in range(4)],
+    }
+    two_signs = {
+        "layers": [Layer(4) for _ in range(3)],
+        "plain": [nn.Linear(60, 60) for _ in range(3)],
+        "groups": [Group(60) for _ in range(2)],
+    }
+    for name, members in two_signs.items():
+        blocks = find_blocks(Odd(**one_sign, **{name: members}))
+        assert [b.name for b in blocks] == [f"{name}.{i}" for i in range(len(members))]
+
+
+def test_one_sign_is_enough_where_no_list_shows_two() -> None:
+    small = Odd(big=[nn.Linear(90, 90)], few=[nn.Linear(4, 4) for _ in range(3)])
+    assert [b.name for b in find_blocks(small)] == ["few.0", "few.1", "few.2"]
+    bare = nn.Sequential(nn.ModuleList(nn.Linear(4, 4) for _ in range(5)))
+    assert len(find_blocks(bare)) == 5
 
 
 def test_names_are_those_of_the_whole_model() -> None:

@@ -18,7 +18,7 @@ from zorba.hf import HeadError, LabelWordLoss
 from zorba.hf.head import check_head
 
 from tests.hf.steps import check_step
-from tests.hf.tiny import CASES, Case, build, tiny_config
+from tests.hf.tiny import CASES, Case, build, case_of, tiny_config
 from tests.tolerances import bound
 
 TEMPLATE = "{sentence} It was"
@@ -110,6 +110,9 @@ KINDS = [
 @pytest.mark.parametrize("case", KINDS, ids=lambda c: c.kind)
 def test_single_tokens_equal_full_logits(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
     model = build(case)
+    bias = model.get_output_embeddings().bias
+    if bias is not None:
+        nn.init.normal_(bias)  # they start as zeros
     loss = LabelWordLoss(model, tokenizer, TEMPLATE, WORDS)
     batch = loss.encode(EXAMPLES)
     plain = torch.stack([plain_scores(model, tokenizer, e, WORDS) for e in EXAMPLES]).detach()
@@ -163,6 +166,7 @@ def test_multiple_choice(normalise: bool, tokenizer: PreTrainedTokenizerFast) ->
 @pytest.mark.parametrize("case", MASKED, ids=lambda c: c.kind)
 def test_masked_model(case: Case, tokenizer: PreTrainedTokenizerFast) -> None:
     model = build(case)
+    nn.init.normal_(model.get_output_embeddings().bias)
     loss = LabelWordLoss(model, tokenizer, "{sentence} It was {mask}.", WORDS)
     batch = loss.encode(EXAMPLES)
     words = [ids_of(tokenizer, word)[0] for word in WORDS]
@@ -319,7 +323,7 @@ def test_a_model_without_a_head_is_refused(tokenizer: PreTrainedTokenizerFast) -
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 def test_an_encoder_decoder_is_refused(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    case = next(c for c in CASES if c.kind == kind)
+    case = case_of(kind)
     with pytest.raises(HeadError, match=rf"model type {kind}.* encoder-decoder"):
         LabelWordLoss(build(case), tokenizer, TEMPLATE, WORDS)
 

@@ -12,15 +12,15 @@ from zorba import ZerothOrderSGD
 from zorba.hf import find_blocks
 
 from tests.hf.steps import changed, check_step, state_of
-from tests.hf.tiny import CASES, VOCABULARY, build
+from tests.hf.tiny import VOCABULARY, build, case_of
 from tests.tolerances import bound
 
 peft = pytest.importorskip("peft", reason="peft is in the test extra")
 
 EPS = 2**-6
 TASKS = {
-    "CAUSAL_LM": (next(c for c in CASES if c.kind == "llama"), ["q_proj", "v_proj"]),
-    "SEQ_CLS": (next(c for c in CASES if c.kind == "bert"), ["query", "value"]),
+    "CAUSAL_LM": (case_of("llama"), ["q_proj", "v_proj"]),
+    "SEQ_CLS": (case_of("bert"), ["query", "value"]),
 }
 PROMPT = {"num_virtual_tokens": 3}
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -210,8 +210,14 @@ CASES = [
 ]
 
 
-def tiny_config(case: Case) -> Any:
-    """Returns the config of a case."""
+def case_of(kind: str) -> Case:
+    """Returns the first case of a model type."""
+    return next(case for case in CASES if case.kind == kind)
+
+
+def tiny_config(case: Case | str) -> Any:
+    """Returns the config of a case, or of the first one of a model type."""
+    case = case_of(case) if isinstance(case, str) else case
     config = AutoConfig.for_model(case.kind)
     _shrink(config)
     config.pad_token_id = 0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zorba import ZerothOrderSGD
 from zorba.hf import find_blocks
 
-from tests.hf.test_blocks import tiny_config
+from tests.hf.tiny import tiny_config
 from tests.optim.models import same_bits, snapshot
 
 TEXT = (

@@ -13,7 +13,7 @@ from zorba.optim import NoiseTerms, active_table, step_seed
 from zorba.trajectory import TrajectoryWriter
 
 import zorba_kernels as zk
-from tests.hf.test_blocks import tiny_config
+from tests.hf.tiny import tiny_config
 from tests.kernels.bits import assert_same_bits
 
 STEPS = 70

@@ -91,7 +91,7 @@ def narrow_logits(
         raise HeadError(
             f"{_name(model)} called its output embedding {len(calls)} times in a forward, not once"
         )
-    return logits.flatten(0, -2).float()
+    return logits.flatten(0, -2).float().to(rows.device)
 
 
 @contextmanager
@@ -112,11 +112,13 @@ def _narrowed(
     def forward(hidden: Tensor) -> Tensor:
         calls.append(None)
         ahead = hidden.shape[1] - length  # virtual tokens of a soft prompt
-        read = hidden[rows, positions + ahead][None]  # [1, n, width]
+        at = (rows.to(hidden.device), positions.to(hidden.device) + ahead)
+        read = hidden[at][None]  # [1, n, width]
         if columns is None:
             return whole(read)
         if not plain:
-            return whole(read)[..., columns]
+            logits = whole(read)
+            return logits[..., columns.to(logits.device)]
         weight: Tensor = head.weight[columns]
         return nn.functional.linear(read, weight, None if head.bias is None else head.bias[columns])
 

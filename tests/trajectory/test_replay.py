@@ -66,40 +66,18 @@ def test_one_pass_equals_many(
             assert report.passes >= with_terms
 
 
-class Recorded(ZerothOrderSGD):
-    """An optimizer whose placement tells a writer what it is given."""
-
-    def record(self, writer: TrajectoryWriter) -> None:
-        update = self.placement.update
-        self.writer = writer
-
-        def told(
-            terms: NoiseTerms,
-            rounding: str,
-            rounding_seed: int | None = None,
-            decay: torch.Tensor | None = None,
-        ) -> None:
-            update(terms, rounding, rounding_seed, decay)
-            writer.append(self.param_groups[0]["step"], terms, rounding_seed, decay)
-
-        self.placement.update = told  # type: ignore[method-assign]
-
-    def step(self, closure):  # type: ignore[no-untyped-def]
-        loss = super().step(closure)
-        if self.last_step.skipped:
-            self.writer.skip(self.param_groups[0]["step"] - 1)
-        return loss
-
-
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_trained_model_is_rebuilt(
-    tmp_path: Path, dtype: torch.dtype, generator: torch.Generator
+    tmp_path: Path, dtype: torch.dtype, momentum: float, generator: torch.Generator
 ) -> None:
     torch.manual_seed(3)
     model, base = Tied(dtype), Tied(dtype)
     model.embed.weight.requires_grad_(False)
     base.load_state_dict(model.state_dict())
-    optimizer = Recorded(model, 1e-2, num_perturbations=2, weight_decay=0.1, seed=5)
+    optimizer = ZerothOrderSGD(
+        model, 1e-2, num_perturbations=2, weight_decay=0.1, momentum=momentum, seed=5
+    )
     writer = TrajectoryWriter.create(
         tmp_path / "run.zot",
         optimizer.placement.table,
@@ -109,7 +87,7 @@ def test_a_trained_model_is_rebuilt(
         model=model,
         settings={"lr": 1e-2},
     )
-    optimizer.record(writer)
+    optimizer.recorder = writer
     for step in range(12):
         ids, labels = batch(generator)
         bad = float("nan") if step in (0, 4, 11) else 1.0

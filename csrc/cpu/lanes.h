@@ -51,10 +51,8 @@ struct Stream {
 template <int count>
 inline void philox_words(uint32_t first, Stream stream, uint32_t sample, const PhiloxKeys& keys,
                          uint32_t (*words)[count]) {
-  constexpr int kVectors = 4;
-  constexpr int kStep = kVectors * kLanes;
   static_assert(count % kLanes == 0, "whole vectors");
-  constexpr int kAtOnce = count % kStep == 0 ? kVectors : 1;
+  constexpr int kAtOnce = count % (4 * kLanes) == 0 ? 4 : count % (2 * kLanes) == 0 ? 2 : 1;
   const Lanes m0 = Lanes{} + 0xD2511F53ull;
   const Lanes m1 = Lanes{} + 0xCD9E8D57ull;
   for (int base = 0; base < count; base += kAtOnce * kLanes) {

@@ -73,6 +73,36 @@ inline void rademacher_tile(int64_t tile, Stream stream, uint32_t sample, const 
   }
 }
 
+// Element i of the result is element mask[i] of a followed by b.
+template <typename Vector>
+inline Vector picked(Vector a, Vector b, WideBits mask) {
+#if defined(__clang__)
+  Vector out;
+  for (int i = 0; i < kWide; ++i) out[i] = mask[i] < kWide ? a[mask[i]] : b[mask[i] - kWide];
+  return out;
+#else
+  return __builtin_shuffle(a, b, mask);
+#endif
+}
+
+// Words alternate between elements (0, 1) and (2, 3) of a rounding word, or (4, 5) and (6, 7):
+// noise.h's rounding_bits of both, the first in the low half.
+inline WideBits rounding_pairs(WideBits words) {
+#if defined(__AVX512BW__)
+  return (WideBits)_mm512_shuffle_epi8(
+      (__m512i)words, _mm512_set4_epi32(0x0F0C0E0F, 0x090A0809, 0x07040607, 0x01020001));
+#elif defined(__AVX2__)
+  const __m128i order = _mm_set_epi32(0x0F0C0E0F, 0x090A0809, 0x07040607, 0x01020001);
+  return (WideBits)_mm256_shuffle_epi8((__m256i)words, _mm256_broadcastsi128_si256(order));
+#else
+  WideBits odd = {};
+  for (int i = 1; i < kWide; i += 2) odd[i] = ~0u;
+  const WideBits turned = (words & ~odd) | ((words << 16 | words >> 16) & odd);
+  return (turned >> 8 & 0xFFu) | (turned & 0xFFu) << 8 | (turned & 0xFF0000u) |
+         (turned & 0xFF00u) << 16;
+#endif
+}
+
 // Rounding bits of a tile of 16-bit weights, for each pair of elements: 16 bits of the first in the
 // low half and of the second in the high half, and the dither of their block.
 inline void rounding_tile(int64_t tile, Stream stream, const PhiloxKeys& keys,
@@ -80,22 +110,30 @@ inline void rounding_tile(int64_t tile, Stream stream, const PhiloxKeys& keys,
   alignas(64) uint32_t words[4][kBlocks / 2];
   philox_words<kBlocks / 2>(rounding_counter(static_cast<uint32_t>(tile * kBlocks)), stream,
                             kRoundingDomain, keys, words);
+  // A block has two words of bits and one dither, and fills four words of output.
+  WideBits bits_of[4], dither_of[4];
+#pragma GCC unroll 4
+  for (int quarter = 0; quarter < 4; ++quarter) {
+    for (int i = 0; i < kWide; ++i) {
+      dither_of[quarter][i] = (quarter * kWide + i) / 4;
+      bits_of[quarter][i] = dither_of[quarter][i] + (i % 4 < 2 ? 0 : kWide);
+    }
+  }
   for (int half = 0; half < 2; ++half) {
-    for (int group = 0; group < kBlocks / 64; ++group) {
-      const uint32_t* first = words[2 * half] + 32 * group;
-      const uint32_t* second = words[2 * half + 1] + 32 * group;
-      const int start = (64 * group + 32 * half) * kGaussianBlock / 2;
-      uint32_t* bits = random + start;
-      float* shift = dither + start;
-      for (int i = 0; i < 32; ++i) {
-        for (int e = 0; e < 4; ++e) {
-          bits[4 * i + e] = rounding_bits(first[i], second[i], 2 * e) |
-                            rounding_bits(first[i], second[i], 2 * e + 1) << 16;
-        }
-      }
-      for (int i = 0; i < 32; ++i) {
-        const float block_dither = rounding_dither(first[i], second[i]);
-        for (int e = 0; e < 4; ++e) shift[4 * i + e] = block_dither;
+    for (int block = 0; block < kBlocks / 2; block += kWide) {
+      const int group = block / 32;
+      const int start = (64 * group + 32 * half + block % 32) * kGaussianBlock / 2;
+      WideBits first, second;
+      std::memcpy(&first, words[2 * half] + block, sizeof first);
+      std::memcpy(&second, words[2 * half + 1] + block, sizeof second);
+      WideFloats shift;
+      for (int i = 0; i < kWide; ++i) shift[i] = rounding_dither(first[i], second[i]);
+#pragma GCC unroll 4
+      for (int quarter = 0; quarter < 4; ++quarter) {
+        const WideBits bits = rounding_pairs(picked(first, second, bits_of[quarter]));
+        const WideFloats shifts = picked(shift, shift, dither_of[quarter]);
+        std::memcpy(random + start + quarter * kWide, &bits, sizeof bits);
+        std::memcpy(dither + start + quarter * kWide, &shifts, sizeof shifts);
       }
     }
   }

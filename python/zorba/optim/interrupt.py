@@ -4,13 +4,46 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
+
+
+class Gate:
+    """Lets Ctrl-C through for as long as the caller's own code runs."""
+
+    def __init__(self, handler: Callable[[int, FrameType | None], Any] | None) -> None:
+        self.handler = handler
+        self.held: list[tuple[int, FrameType | None]] = []
+
+    def hold(self, number: int, frame: FrameType | None) -> None:
+        """Takes the place of the handler."""
+        self.held.append((number, frame))
+
+    def deliver(self) -> None:
+        """Gives the handler the last signal that was held, if there was one."""
+        if self.held and self.handler is not None:
+            last = self.held[-1]
+            self.held.clear()
+            self.handler(*last)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Delivers SIGINT inside the block, one that was held before at its beginning."""
+        if self.handler is None:
+            yield
+            return
+        try:
+            signal.signal(signal.SIGINT, self.handler)
+            self.deliver()
+            yield
+        finally:
+            signal.signal(signal.SIGINT, self.hold)
 
 
 @contextmanager
-def deferred_interrupts() -> Iterator[None]:
+def deferred_interrupts() -> Iterator[Gate]:
     """Delivers SIGINT at the end of the block instead of inside it.
 
     A pass over the weights and the note that it was made must happen together, or an interrupt
@@ -19,13 +52,12 @@ def deferred_interrupts() -> Iterator[None]:
     """
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
+        yield Gate(None)
         return
-    held: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    gate = Gate(handler)
     try:
-        yield
+        signal.signal(signal.SIGINT, gate.hold)
+        yield gate
     finally:
         signal.signal(signal.SIGINT, handler)
-        if held:
-            handler(*held[-1])
+        gate.deliver()

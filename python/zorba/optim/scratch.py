@@ -101,7 +101,8 @@ class ScratchPlacement(Placement):
         """See ``Placement.session``; exact."""
         self._program = None
         try:
-            self._enter()
+            with deferred_interrupts():
+                self._enter()
             yield
             self._check_reached()
         finally:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zorba.optim.estimator import ESTIMATORS, Estimator, finite_differences
 from zorba.optim.generators import GeneratorState
 from zorba.optim.guard import guard
-from zorba.optim.interrupt import deferred_interrupts
+from zorba.optim.interrupt import Gate, deferred_interrupts
 from zorba.optim.momentum import Step, velocity, window
 from zorba.optim.placement import PLACEMENTS, InplacePlacement, Placement, PlacementName
 from zorba.optim.probe import Probe
@@ -259,9 +259,10 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         kernel_before = self.placement.kernel_seconds
         options = self.param_groups[0]
         seed = step_seed(options["seed"], options["step"])
-        with self.placement.session(), self._reuse.session():
+        # Ctrl-C is for the closure: elsewhere it waits, at most until the step is done.
+        with deferred_interrupts() as gate, self.placement.session(), self._reuse.session():
             scalars, loss = finite_differences(
-                self._evaluator(closure),
+                self._evaluator(closure, gate),
                 seed,
                 options["eps"],
                 options["num_perturbations"],
@@ -271,12 +272,11 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             finite = all(map(math.isfinite, scalars))
             if options["clip"] is not None:
                 scalars = [min(max(g, -options["clip"]), options["clip"]) for g in scalars]
-            with deferred_interrupts():
-                if finite:
-                    self._update(seed, scalars)
-                elif self.recorder is not None:
-                    self.recorder.skip(options["step"])
-                options["step"] += 1
+            if finite:
+                self._update(seed, scalars)
+            elif self.recorder is not None:
+                self.recorder.skip(options["step"])
+            options["step"] += 1
         self.last_step = StepReport(
             seed,
             tuple(scalars),
@@ -291,14 +291,17 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         """Distance of each group in units of the first one's."""
         return [group["eps"] / self.param_groups[0]["eps"] for group in self.param_groups]
 
-    def _evaluator(self, closure: Callable[[], float | Tensor]) -> Callable[[NoiseTerms], float]:
+    def _evaluator(
+        self, closure: Callable[[], float | Tensor], gate: Gate
+    ) -> Callable[[NoiseTerms], float]:
         generators = GeneratorState(self.placement.table.device) if self._model.training else None
 
         def run() -> float:
             if generators is not None:
                 generators.rewind()
             self._reuse.begin()
-            return float(closure())
+            with gate.open():
+                return float(closure())
 
         def evaluate(terms: NoiseTerms) -> float:
             self.placement.move_to(terms)

@@ -1,0 +1,145 @@
+"""Ctrl-C at every line of a step: the step was taken, or it was not; never anything between."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+import zorba.optim
+from torch import Tensor, nn
+from zorba import ZerothOrderSGD
+
+from tests.optim.models import same_bits, snapshot
+
+SOURCES = str(Path(zorba.optim.__file__).parent)
+
+
+class Model(nn.Module):
+    """Blocks to reuse, a tied weight, and one that is used without its module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Layer() for _ in range(2))
+        self.head = nn.Linear(4, 4, bias=False)
+        self.twin = nn.Linear(4, 4, bias=False)
+        self.twin.weight = self.head.weight
+        self.direct = nn.Linear(4, 4, bias=False)
+        self.layers[0].requires_grad_(False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return self.twin(torch.tanh(self.head(hidden))) @ self.direct.weight
+
+
+class _Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.tanh(self.linear(hidden))
+
+
+def traced(call: Callable[[], object], at: int | None) -> int:
+    """Runs the call and sends SIGINT at the line with that number; returns the lines that ran."""
+    lines = 0
+
+    def local(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal lines
+        if event == "line":
+            lines += 1
+            if lines == at:
+                os.kill(os.getpid(), signal.SIGINT)
+        return local
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        return local if frame.f_code.co_filename.startswith(SOURCES) else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first step", "later step"])
+def test_scratch(first: bool, threads: None) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    model = Model().to(torch.bfloat16)
+    x = torch.randn(3, 4).to(torch.bfloat16)
+    addresses = [p.data_ptr() for p in model.parameters()]
+
+    def make() -> ZerothOrderSGD:
+        optimizer = ZerothOrderSGD(model, lr=0.5, momentum=0.5, weight_decay=0.1)
+        if not first:
+            optimizer.step(closure)
+        return optimizer
+
+    def closure() -> Tensor:
+        return model(x).float().square().sum()
+
+    start = snapshot(model)
+    optimizer = make()
+    before = snapshot(model)
+    lines = traced(lambda: optimizer.step(closure), None)
+    after, done = snapshot(model), optimizer.state_dict()
+    assert not same_bits(model, before)
+    assert lines > 100
+    outcomes = set()
+    for at in range(1, lines + 1):
+        model.load_state_dict(start, strict=False)
+        optimizer = make()
+        fresh = optimizer.state_dict()
+        with pytest.raises(KeyboardInterrupt):
+            traced(lambda: optimizer.step(closure), at)  # noqa: B023
+        state = optimizer.state_dict()
+        taken = state["param_groups"][0]["step"] == done["param_groups"][0]["step"]
+        assert same_bits(model, after if taken else before), f"line {at}"
+        assert state == (done if taken else fresh), f"line {at}"
+        assert [p.data_ptr() for p in model.parameters()] == addresses, f"line {at}"
+        left = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+        assert not left, f"line {at}"
+        assert not any("forward" in m.__dict__ for m in model.modules()), f"line {at}"
+        outcomes.add(taken)
+    assert outcomes == {False, True}
+
+
+@pytest.mark.parametrize("two_pass", [False, True])
+def test_in_place(two_pass: bool, threads: None) -> None:
+    """To rounding: weights are those of before or after, without a perturbation of 0.1."""
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    x = torch.randn(3, 4)
+    start = snapshot(model)
+
+    def closure() -> Tensor:
+        return model(x).square().sum()
+
+    def make() -> ZerothOrderSGD:
+        return ZerothOrderSGD(model, lr=0.05, eps=0.1, placement="inplace", two_pass=two_pass)
+
+    optimizer = make()
+    lines = traced(lambda: optimizer.step(closure), None)
+    optimizer.flush()
+    after = snapshot(model)
+    for at in range(1, lines + 1):
+        model.load_state_dict(start)
+        optimizer = make()
+        with pytest.raises(KeyboardInterrupt):
+            traced(lambda: optimizer.step(closure), at)  # noqa: B023
+        optimizer.flush()
+        expected = after if optimizer.param_groups[0]["step"] else start
+        for name, p in model.named_parameters():
+            assert torch.allclose(p, expected[name], rtol=0, atol=1e-5), f"line {at}, {name}"

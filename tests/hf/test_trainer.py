@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 from zorba import ZerothOrderSGD, ZOArguments, ZOTrainer
+from zorba.trajectory import Trajectory, TrajectoryError, replay
 
 from tests.optim.models import same_bits, snapshot
 
@@ -196,6 +197,24 @@ def test_losses_that_are_not_finite_are_counted(tmp_path: Path) -> None:
     assert same_bits(model, before)
     logs = [e for e in trainer.state.log_history if "zo_skipped_steps" in e]
     assert [e["zo_skipped_steps"] for e in logs] == [1, 2, 3, 4]
+
+
+def test_a_trajectory_rebuilds_the_model_also_after_a_resume(tmp_path: Path) -> None:
+    log = tmp_path / "run.zot"
+    options = {"zo_trajectory": str(log), "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    trained = train(tmp_path / "a", tiny(torch.bfloat16), weight_decay=0.1, **options).model
+    whole = log.read_bytes()
+    assert len(whole) < 4096
+    base = tiny(torch.bfloat16)
+    assert replay(base, Trajectory.read(log)).verified
+    assert same_bits(base, snapshot(trained))
+    checkpoint = str(tmp_path / "a" / "checkpoint-2")
+    train(tmp_path / "b", tiny(torch.bfloat16), checkpoint, weight_decay=0.1, **options)
+    assert log.read_bytes() == whole
+    with pytest.raises(TrajectoryError, match="exists"):
+        train(tmp_path / "c", tiny(torch.bfloat16), **options)
+    with pytest.raises(ValueError, match="zo_placement='scratch'"):
+        train(tmp_path / "d", tiny(), zo_placement="inplace", zo_trajectory=str(tmp_path / "d.zot"))
 
 
 def test_what_it_refuses(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from zorba.optim import ZerothOrderSGD, active_parameters
+from zorba.trajectory import TrajectoryWriter
 
 
 @dataclass
@@ -35,6 +36,10 @@ class ZOArguments(TrainingArguments):
         default=False, metadata={"help": "In place: two passes over the weights a step, not three."}
     )
 
+    zo_trajectory: str | None = field(
+        default=None, metadata={"help": "File that records the run; see zorba.trajectory."}
+    )
+
 
 class ZOTrainer(Trainer):
     """A ``Trainer`` whose training step needs no gradient (MeZO, arXiv 2305.17333).
@@ -53,6 +58,8 @@ class ZOTrainer(Trainer):
       only scalars travel, and all replicas take the same step.
     - Logs have ``zo_scalar`` and ``zo_skipped_steps`` (steps whose loss was not finite) in place of
       ``grad_norm``.
+    - ``zo_trajectory`` records the run in a file of some kilobytes, from which ``zorba replay``
+      rebuilds the model; a resumed run goes on with it.
     - Mixed precision is that of the forward alone; no loss is scaled. Weights keep the dtype that
       the model was loaded in, and bfloat16 and float16 train well (stochastic rounding).
 
@@ -61,7 +68,8 @@ class ZOTrainer(Trainer):
             ``TrainingArguments`` for the default options. ``optimizers`` may hold a scheduler.
 
     Raises:
-        ValueError: an optimizer is given, or DeepSpeed, FSDP or several GPUs in one process.
+        ValueError: an optimizer is given, a trajectory with placement "inplace", or DeepSpeed, FSDP
+            or several GPUs in one process.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -81,9 +89,15 @@ class ZOTrainer(Trainer):
                 f"ZOTrainer uses one GPU a process and sees {self.args.n_gpu}: start one process "
                 "a GPU (torchrun), or set CUDA_VISIBLE_DEVICES"
             )
+        if self._option("trajectory") and self._option("placement") != "scratch":
+            raise ValueError(
+                "zo_trajectory needs zo_placement='scratch': restoring in place rounds, which no "
+                "record tells"
+            )
         self.accelerator.scaler = None  # it scales gradients, of which there are none
         self._micro_batches: list[dict[str, Any]] = []
         self._skipped_steps = 0
+        self._writer: TrajectoryWriter | None = None
 
     @property
     def zo_optimizer(self) -> ZerothOrderSGD:
@@ -139,6 +153,7 @@ class ZOTrainer(Trainer):
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         batches, self._micro_batches = self._micro_batches, []
+        self._start_recording()
         model.train()
 
         def closure() -> float:
@@ -175,10 +190,43 @@ class ZOTrainer(Trainer):
         """Trains as ``Trainer.train``; the weights are settled when it ends, however it ends."""
         self._micro_batches.clear()
         try:
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
+            if self._writer is not None:
+                self._writer.finish()
+            return result
         finally:
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = self.zo_optimizer.recorder = None
             if self.optimizer is not None:
                 self.zo_optimizer.flush()
+
+    def _start_recording(self) -> None:
+        """In front of the first step: by now a checkpoint has been loaded."""
+        path = self._option("trajectory")
+        if not path or self._writer is not None or not self.is_world_process_zero():
+            return
+        optimizer = self.zo_optimizer
+        options = optimizer.param_groups[0]
+        if options["step"]:
+            writer = TrajectoryWriter.resume(path, optimizer.placement.table, options["step"])
+        else:
+            writer = TrajectoryWriter.create(
+                path,
+                optimizer.placement.table,
+                options["seed"],
+                options["distribution"],
+                options["rounding"],
+                model=self.model,
+                settings={k: str(v) for k, v in self.args.to_sanitized_dict().items()},
+            )
+        self._writer = optimizer.recorder = writer
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """A checkpoint must not outlive the record of the steps that led to it."""
+        if self._writer is not None:
+            self._writer.sync()
+        super()._save_checkpoint(*args, **kwargs)
 
 
 class _SteppedByTrainer(ZerothOrderSGD):

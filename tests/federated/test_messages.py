@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zorba.federated import Greeting, Hello, LogEntry, MessageError, Plan, Reply, decode
 from zorba.federated.codec import HEADER_BYTES, frame
-from zorba.federated.entry import UNCOVERED, decode_entry
+from zorba.federated.entry import RECORD_HEAD_BYTES, UNCOVERED, decode_entry
+from zorba.federated.errors import DamagedError
 
 from tests.federated.world import make_replica
 
@@ -131,6 +132,13 @@ def test_every_flipped_bit_is_refused(kind: str) -> None:
             with pytest.raises(MessageError):
                 decode(bytes(data))
             data[at] ^= 1 << bit
+
+
+def test_a_head_and_a_body_of_two_entries_are_no_entry() -> None:
+    one, other = make_entry(1).record, make_entry(2).record
+    assert len(one) == len(other)
+    with pytest.raises(DamagedError, match="CRC"):
+        decode_entry(one[:RECORD_HEAD_BYTES] + other[RECORD_HEAD_BYTES:])
 
 
 def with_crc(data: bytes) -> bytes:

@@ -136,8 +136,10 @@ class LogEntry:
             0,
             self.mask_version,
         )
-        record = head + _CRC.pack(zlib.crc32(head)) + body
-        return record + _CRC.pack(zlib.crc32(record))
+        first = zlib.crc32(head)
+        # Not over the head's CRC as well: data followed by its CRC leaves the same CRC, whatever
+        # the data, and the last one would say nothing of the head.
+        return head + _CRC.pack(first) + body + _CRC.pack(zlib.crc32(body, first))
 
 
 def read_head(data: bytes | memoryview) -> tuple[int, int]:
@@ -193,7 +195,8 @@ def decode_entry(data: bytes | memoryview) -> LogEntry:
     if length != len(data):
         raise DamagedError(f"log entry says {length} bytes but {len(data)} are there")
     (crc,) = _CRC.unpack_from(data, length - _CRC.size)
-    if crc != zlib.crc32(data[: length - _CRC.size]):
+    body = data[RECORD_HEAD_BYTES : length - _CRC.size]
+    if crc != zlib.crc32(body, zlib.crc32(data[: _HEAD.size])):
         raise DamagedError("the CRC of a log entry does not match")
     head = _HEAD.unpack_from(data)
     _, _, round_number, steps, samples, blocks, columns, noise, law, rounding, _, version = head

@@ -29,7 +29,15 @@ CPU_ISAS = {
 }
 """Instruction sets of the cpu backend, and the processor flags that each needs."""
 
-SERVERS = ("reference", *(f"cpu-{isa}" for isa in CPU_ISAS))
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") != "0"
+"""Whether this process serves CPU tensors with Triton's interpreter: ``make test-interpret``."""
+
+if INTERPRETED:
+    from tests.kernels import interpreter
+
+    interpreter.correct()
+
+SERVERS = ("reference", *(f"cpu-{isa}" for isa in CPU_ISAS), *(["triton"] if INTERPRETED else []))
 COMPILED = tuple(server for server in SERVERS if server != "reference")
 SIZES = (0, 1, 63, 1000, 4097)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,7 +79,7 @@ def processor_lacks(isa: str) -> str | None:
 
 
 def force_server(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes ``reference`` or ``cpu-<isa>`` serve every call that names no backend."""
+    """Makes ``reference``, ``cpu-<isa>`` or ``triton`` serve every call that names no backend."""
     backend, _, isa = name.partition("-")
     if isa:
         lacking = processor_lacks(isa)

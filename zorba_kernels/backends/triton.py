@@ -20,7 +20,7 @@ from torch import Tensor
 
 from zorba_kernels.backends import reference, triton_tuning
 from zorba_kernels.backends.device_table import DeviceTable, HeldProgram, OncePerPair
-from zorba_kernels.backends.triton_tuning import TILE
+from zorba_kernels.backends.triton_tuning import TILE, Config
 from zorba_kernels.noise import Distribution
 from zorba_kernels.program import Program, make_program
 from zorba_kernels.table import DTYPE_CODES, ParamTable
@@ -87,7 +87,7 @@ def noise(
     programs = -(-(offset + numel) // elements) - offset // elements
     if numel:
         with _guard(device):
-            _kernel("noise")[(programs,)](
+            kernel("noise")[(programs,)](
                 z,
                 numel,
                 offset,
@@ -111,7 +111,7 @@ def fingerprint(table: ParamTable) -> int:
         held.for_stream(torch.cuda.current_stream(device))
     if len(packed):
         with _guard(device):
-            _kernel("fingerprint")[(_programs(max(held.tiles, 1), device),)](
+            kernel("fingerprint")[(_programs(max(held.tiles, 1), device),)](
                 held.segments,
                 held.ends,
                 len(packed),
@@ -197,20 +197,24 @@ def _run(
     table: ParamTable, out: ParamTable, arguments: dict[str, Any], flags: dict[str, Any]
 ) -> None:
     device = table.device
-    kernel = _kernel("add_noise")
+    function = kernel("add_noise")
     for code, held in _by_dtype.get(table, out, lambda: _device_tables(table.packed(out), device)):
         ours = flags | {"DTYPE": code}
         if code == DTYPE_CODES[torch.float32]:
             ours["STOCHASTIC"] = False
-        if _interpreted():
-            config = triton_tuning.Config(TILE, 1)  # the larger, the faster it is here
-        else:
-            config = triton_tuning.choose(kernel, ours, held.tiles * TILE, device, _rehearse)
-        _launch(kernel, held, arguments, ours | config.options())
+        _launch(function, held, arguments, ours | _config(ours, held, device).options())
+
+
+def _config(flags: dict[str, Any], held: DeviceTable, device: torch.device) -> Config:
+    if _interpreted():
+        return Config(TILE, 1)  # the larger, the faster it is there
+    return triton_tuning.choose(
+        kernel("add_noise"), flags, held.tiles * TILE, device, _rehearse
+    )
 
 
 def _launch(
-    kernel: Any, held: DeviceTable, arguments: dict[str, Any], options: dict[str, Any]
+    function: Any, held: DeviceTable, arguments: dict[str, Any], options: dict[str, Any]
 ) -> None:
     device = held.segments.device
     if device.type == "cuda":
@@ -218,7 +222,7 @@ def _launch(
     unused = held.segments  # any pointer
     given = {name: unused if value is None else value for name, value in arguments.items()}
     with _guard(device):
-        kernel[(_programs(held.tiles, device),)](
+        function[(_programs(held.tiles, device),)](
             segments=held.segments,
             ends=held.ends,
             count=len(held.segments),
@@ -229,7 +233,7 @@ def _launch(
         )
 
 
-def _rehearse(kernel: Any, flags: dict[str, Any], elements: int, device: torch.device) -> None:
+def _rehearse(function: Any, flags: dict[str, Any], elements: int, device: torch.device) -> None:
     """Runs the kernel, for measurements, on memory of its own."""
     dtype = next(d for d, code in DTYPE_CODES.items() if code == flags["DTYPE"])
     table = ParamTable({"scratch": torch.zeros(elements, dtype=dtype, device=device)})
@@ -247,7 +251,7 @@ def _rehearse(kernel: Any, flags: dict[str, Any], elements: int, device: torch.d
     )
     many = flags["MANY"]
     arguments = _many(HeldProgram(program, device)) if many else _single(program, None)
-    _launch(kernel, _device_table(table.packed(table), device), arguments, flags)
+    _launch(function, _device_table(table.packed(table), device), arguments, flags)
 
 
 # --- Tables --------------------------------------------------------------------------------------
@@ -273,7 +277,8 @@ def _device_table(packed: Tensor, device: torch.device) -> DeviceTable:
 # --- Where it runs -------------------------------------------------------------------------------
 
 
-def _kernel(name: str) -> Any:
+def kernel(name: str) -> Any:
+    """Returns a kernel by the name of its op, which is also that of its module."""
     return getattr(_module(name), name)
 
 
@@ -286,7 +291,7 @@ def _module(name: str) -> Any:
 def _interpreted() -> bool:
     from triton.runtime.interpreter import InterpretedFunction
 
-    return isinstance(_kernel("add_noise"), InterpretedFunction)
+    return isinstance(kernel("add_noise"), InterpretedFunction)
 
 
 @cache

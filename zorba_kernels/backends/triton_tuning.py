@@ -13,6 +13,10 @@ from typing import Any
 
 import torch
 
+from zorba_kernels.table import DTYPE_CODES
+
+FLOAT16 = DTYPE_CODES[torch.float16]
+
 TILE = 8192
 """Elements that a program takes at a time, aligned in the whole parameter."""
 
@@ -39,13 +43,13 @@ def candidates(flags: Flags) -> tuple[Config, ...]:
     """Returns what may serve a kernel of ``add_noise`` with these flags; first the default.
 
     A Philox call makes the signs of 128 elements, so that Rademacher noise wants that many of them
-    in each thread; the sums of a program of many terms need the registers.
+    in each thread; the sums of a program of many terms, and stochastic float16, need the registers.
     """
     if flags["GAUSSIAN"]:
         return Config(512, 1), Config(1024, 1), Config(1024, 2), Config(2048, 4)
-    if flags["MANY"]:
+    if flags["MANY"] or (flags["STOCHASTIC"] and flags["DTYPE"] == FLOAT16):
         return Config(1024, 1), Config(2048, 2), Config(4096, 4)
-    return Config(4096, 1), Config(4096, 2), Config(8192, 2), Config(8192, 4)
+    return Config(2048, 1), Config(4096, 2), Config(8192, 4)
 
 
 _chosen: dict[tuple[Any, ...], Config] = {}

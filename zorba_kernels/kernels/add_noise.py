@@ -97,9 +97,10 @@ def signed(bytes_, coef):
 def add_term(
     total0, total1, block0, first_block, stream_lo, stream_hi, sample, seed_lo, seed_hi, coef,
     GAUSSIAN: tl.constexpr,
+    FRESH: tl.constexpr,
     STRIP: tl.constexpr,
 ):  # fmt: skip
-    """Adds coef * z to the sums of both halves of a strip."""
+    """Adds coef * z to the sums of both halves of a strip; FRESH: they are 0 so far."""
     if GAUSSIAN:
         z0 = gaussian(block0, stream_lo, stream_hi, sample, seed_lo, seed_hi)
         z1 = gaussian(block0 + PAIR // 2, stream_lo, stream_hi, sample, seed_lo, seed_hi)
@@ -113,8 +114,12 @@ def add_term(
         words0, words1 = tl.split(tl.permute(halves, [0, 2, 1]))
         bytes0 = sign_bytes(tl.reshape(words0, [STRIP // (8 * BLOCK)]))
         bytes1 = sign_bytes(tl.reshape(words1, [STRIP // (8 * BLOCK)]))
-        total0 += signed(bytes0, coef)
-        total1 += signed(bytes1, coef)
+        if FRESH:
+            total0 = signed(bytes0, coef)
+            total1 = signed(bytes1, coef)
+        else:
+            total0 += signed(bytes0, coef)
+            total1 += signed(bytes1, coef)
     return total0, total1
 
 
@@ -140,7 +145,7 @@ def change_strip(
     half0 = pair // (PAIR // 2) * PAIR + pair % (PAIR // 2)
     at0 = half0[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     at1 = at0 + PAIR // 2 * BLOCK
-    start = strip * STRIP
+    start = tl.cast(strip, tl.int64) * STRIP  # the interpreter counts with plain integers
     low = tl.maximum(begin - start, 0).to(tl.int32)
     high = tl.minimum(end - start, STRIP).to(tl.int32)
     shift = start * (4 if DTYPE == FLOAT32 else 2)
@@ -173,7 +178,7 @@ def change_strip(
                     seed_lo, seed_hi = words_of(tl.load(seeds + k))
                     total0, total1 = add_term(
                         total0, total1, block0, first_block, stream_lo, stream_hi,
-                        tl.load(samples + k).to(tl.uint32), seed_lo, seed_hi, coef, GAUSSIAN, STRIP,
+                        tl.load(samples + k).to(tl.uint32), seed_lo, seed_hi, coef, GAUSSIAN, False, STRIP,
                     )  # fmt: skip
             if changed:
                 stored0 = end_round(stored0, total0, w0, w1, DTYPE, STOCHASTIC)
@@ -188,7 +193,7 @@ def change_strip(
         total1 = begin_round(stored1, w2, w3, decay, DTYPE, STOCHASTIC, DECAYS)
         total0, total1 = add_term(
             total0, total1, block0, first_block, stream_lo, stream_hi, sample, seed_lo, seed_hi,
-            coef, GAUSSIAN, STRIP,
+            coef, GAUSSIAN, not (STOCHASTIC or DECAYS), STRIP,
         )  # fmt: skip
         stored0 = end_round(stored0, total0, w0, w1, DTYPE, STOCHASTIC)
         stored1 = end_round(stored1, total1, w2, w3, DTYPE, STOCHASTIC)

@@ -51,8 +51,8 @@ def fingerprint(
     pieces as tiles, of which the last may be empty: tiles are aligned in the whole parameter.
     """
     total = tl.zeros([LANES], tl.uint64)
-    for first in range(tl.program_id(0) * LANES, count, tl.num_programs(0) * LANES):
-        at = first + tl.arange(0, LANES)
+    for header_row in range(tl.program_id(0) * LANES, count, tl.num_programs(0) * LANES):
+        at = header_row + tl.arange(0, LANES)
         row = segments + at * FIELDS
         numel = tl.load(row + 2, at < count, 0)
         stream = tl.load(row + 4, at < count, 0)
@@ -75,11 +75,11 @@ def fingerprint(
         if src % 16 != 0:
             whole = low
         for start in range(low, whole, LANES):
-            lane = start + tl.arange(0, LANES)
+            lane = tl.cast(start, tl.int64) + tl.arange(0, LANES)
             key = stream + STEP * (lane + 1).to(tl.uint64)
             total += mix(load_lanes(src, lane, halves, True) ^ key)
         for start in range(whole, (high + 3) // 4, LANES):
-            lane = start + tl.arange(0, LANES)
+            lane = tl.cast(start, tl.int64) + tl.arange(0, LANES)
             key = stream + STEP * (lane + 1).to(tl.uint64)
             total += tl.where(lane * 4 < high, mix(load_lanes(src, lane, halves, False) ^ key), 0)
     tl.atomic_add(result, tl.sum(total, 0).to(tl.int64))

@@ -65,14 +65,13 @@ def words_of(number):
 def philox(c0, c1, c2, c3, key_lo, key_hi):
     """Philox4x32-10: four words of each counter."""
     for _ in tl.static_range(10):
-        high0 = tl.umulhi(c0, 0xD2511F53)
-        high2 = tl.umulhi(c2, 0xCD9E8D57)
-        low0 = c0 * 0xD2511F53
-        low2 = c2 * 0xCD9E8D57
-        c0 = high2 ^ c1 ^ key_lo
-        c2 = high0 ^ c3 ^ key_hi
-        c1 = low2
-        c3 = low0
+        # One multiplication gives both halves; tl.umulhi would take another one.
+        product0 = c0.to(tl.uint64) * 0xD2511F53
+        product2 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (product2 >> 32).to(tl.uint32) ^ c1 ^ key_lo
+        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ key_hi
+        c1 = product2.to(tl.uint32)
+        c3 = product0.to(tl.uint32)
         key_lo += 0x9E3779B9
         key_hi += 0xBB67AE85
     return c0, c1, c2, c3
@@ -168,6 +167,7 @@ def rounding_bits(first, second):
     The element's own byte of the word on top, the next byte below.
     """
     word = tl.join(first, second)[:, :, None]
+    # Not through a reversal of the bytes: LLVM makes a vector bswap of it, which sm_100 cannot do.
     own = 8 * tl.arange(0, 4)[None, None, :]
     following = 8 * ((tl.arange(0, 4) + 1) % 4)[None, None, :]
     bits = (((word >> own) & 0xFF) << 8) | ((word >> following) & 0xFF)

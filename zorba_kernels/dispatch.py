@@ -48,7 +48,7 @@ def choose(name: str | None, device: torch.device) -> Any:
 
     Args:
         name: a backend, or None for what ``ZORBA_BACKEND`` names, or else the first that can serve
-            (for CPU tensors ``cpu`` when ``ZORBA_CPU_ISA`` is set).
+            (for CPU tensors ``cpu`` when ``ZORBA_CPU_ISA`` is set, and never ``triton``).
         device: where the tensors are.
 
     Raises:

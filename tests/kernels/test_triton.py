@@ -94,7 +94,9 @@ def test_the_interpreter_rounds_a_fused_multiply_add_once(rng):
 
 
 def test_the_interpreter_makes_bfloat16_as_torch_does(rng):
-    values = torch.cat([rng.weights(3000, torch.float32), torch.tensor([math.inf, -math.inf, 3e38])])
+    values = torch.cat(
+        [rng.weights(3000, torch.float32), torch.tensor([math.inf, -math.inf, 3e38])]
+    )
     mine = torch.from_numpy(interpreter.to_bfloat16(values.numpy()).view(np.int16))
     assert torch.equal(mine, values.bfloat16().view(torch.int16))
 

@@ -31,7 +31,7 @@ EXACT = {"enable_fp_fusion": False}
 LANES = 256
 """Lanes of 8 bytes that a program of the fingerprint hashes at a time."""
 
-NOISE_BLOCKS = 512
+NOISE_BLOCKS = 256
 """Blocks of 8 values that a program of the noise makes."""
 
 _PROGRAMS = 32  # that a launch starts for each processor, at most
@@ -43,7 +43,9 @@ def unavailable(device: torch.device) -> str | None:
     if device.type not in ("cuda", "cpu"):
         return f"it serves GPU tensors, not {device.type}"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "0":
-        return "it serves GPU tensors, not cpu (the interpreter of Triton, TRITON_INTERPRET=1, does)"
+        return (
+            "it serves GPU tensors, not cpu (the interpreter of Triton, TRITON_INTERPRET=1, does)"
+        )
     try:
         interpreted = _interpreted()
     except ImportError as error:
@@ -208,9 +210,7 @@ def _run(
 def _config(flags: dict[str, Any], held: DeviceTable, device: torch.device) -> Config:
     if _interpreted():
         return Config(TILE, 1)  # the larger, the faster it is there
-    return triton_tuning.choose(
-        kernel("add_noise"), flags, held.tiles * TILE, device, _rehearse
-    )
+    return triton_tuning.choose(kernel("add_noise"), flags, held.tiles * TILE, device, _rehearse)
 
 
 def _launch(
@@ -263,7 +263,7 @@ _by_dtype: OncePerPair[list[tuple[int, DeviceTable]]] = OncePerPair()
 def _device_tables(packed: Tensor, device: torch.device) -> list[tuple[int, DeviceTable]]:
     """A device table for each dtype code that occurs in a segment with elements."""
     filled = packed[packed[:, 2] > 0]
-    codes = filled[:, 5].unique().tolist()
+    codes = sorted(set(filled[:, 5].tolist()))
     return [(code, _device_table(filled[filled[:, 5] == code], device)) for code in codes]
 
 
@@ -298,13 +298,14 @@ def _interpreted() -> bool:
 def _interpreter_fault() -> str | None:
     """Triton's interpreter rounds a fused multiply-add twice, and cuts conversions to bfloat16."""
     cpu = torch.device("cpu")
-    call = (512, 0, 1, 2, 0, "gaussian", cpu)
-    weights = noise(*call)
-    same = torch.equal(weights, reference.noise(*call))
+    weights, expected = (
+        module(512, 0, 1, 2, 0, "gaussian", cpu) for module in (noise, reference.noise)
+    )
     tables = [ParamTable({"w": weights.bfloat16()}) for _ in range(2)]
     program = make_program([1], 0.1, 1, "rademacher", "nearest", None, None, None)
     for module, table in zip((add_noise, reference.add_noise), tables, strict=True):
         module(table, table, program)
+    same = torch.equal(weights, expected)
     if same and torch.equal(*(table.entries[0].tensor for table in tables)):
         return None
     return (

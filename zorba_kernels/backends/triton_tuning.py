@@ -29,14 +29,20 @@ Rehearse = Callable[[Any, Flags, int, torch.device], None]
 
 @dataclass(frozen=True)
 class Config:
-    """A choice: ``strip`` elements in the registers of ``warps`` warps."""
+    """A choice: ``strip`` elements in the registers of ``warps`` warps.
+
+    Without a limit of ours, ptxas takes lower limits for the registers of a thread where that lets
+    more warps run, and spills.
+    """
 
     strip: int
     warps: int
+    registers: int | None = None  # of a thread, at most; not for AMD's compiler
 
     def options(self) -> dict[str, Any]:
         """What a launch needs besides the kernel's arguments."""
-        return {"STRIP": self.strip, "num_warps": self.warps, "num_stages": 1}
+        options = {"STRIP": self.strip, "num_warps": self.warps, "num_stages": 1}
+        return options | ({} if self.registers is None else {"maxnreg": self.registers})
 
 
 def candidates(flags: Flags) -> tuple[Config, ...]:
@@ -45,11 +51,13 @@ def candidates(flags: Flags) -> tuple[Config, ...]:
     A Philox call makes the signs of 128 elements, so that Rademacher noise wants that many of them
     in each thread; the sums of a program of many terms, and stochastic float16, need the registers.
     """
+    most = 255 if torch.version.hip is None else None
     if flags["GAUSSIAN"]:
-        return Config(512, 1), Config(1024, 1), Config(1024, 2), Config(2048, 4)
+        most = most if flags["MANY"] else None
+        return tuple(Config(s, w, most) for s, w in ((512, 1), (1024, 1), (1024, 2), (2048, 4)))
     if flags["MANY"] or (flags["STOCHASTIC"] and flags["DTYPE"] == FLOAT16):
-        return Config(1024, 1), Config(2048, 2), Config(4096, 4)
-    return Config(2048, 1), Config(4096, 2), Config(8192, 4)
+        return tuple(Config(1024 * w, w, most) for w in (1, 2, 4))
+    return tuple(Config(2048 * w, w, most) for w in (1, 2, 4))
 
 
 _chosen: dict[tuple[Any, ...], Config] = {}
@@ -92,7 +100,7 @@ def _measured(
     import triton
 
     configs = {
-        triton.Config({"STRIP": c.strip}, num_warps=c.warps, num_stages=1): c
+        triton.Config({"STRIP": c.strip}, num_warps=c.warps, num_stages=1, maxnreg=c.registers): c
         for c in candidates(flags)
     }
     tuner = triton.autotune(list(configs), key=["tiles", *flags], cache_results=True)(kernel)

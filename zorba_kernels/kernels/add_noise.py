@@ -12,7 +12,6 @@ import triton.language as tl
 from zorba_kernels.kernels.noise import (
     BLOCK,
     CALL,
-    FLOAT16,
     FLOAT32,
     ROUNDING_DOMAIN,
     as_bits,
@@ -37,7 +36,7 @@ PAIR = tl.constexpr(64)  # blocks after which the halves take turns again
 
 @triton.jit
 def load(base, at, low, high, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
-    """Elements ``at`` [n, 8] counted from the address ``base``, as stored; 0 outside [low, high)."""
+    """Elements ``at`` [n, 8] after the address ``base``, as stored; 0 outside [low, high)."""
     if DTYPE == FLOAT32:
         pointer = base.to(tl.pointer_type(tl.int32))
     else:
@@ -63,7 +62,15 @@ def store(base, at, stored, low, high, DTYPE: tl.constexpr, WHOLE: tl.constexpr)
 
 
 @triton.jit
-def begin_round(stored, first, second, decay, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr, DECAYS: tl.constexpr):
+def begin_round(
+    stored,
+    first,
+    second,
+    decay,
+    DTYPE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    DECAYS: tl.constexpr,
+):
     """What the sum of a round starts from, before its first term."""
     weight = widen(stored, DTYPE)
     if STOCHASTIC:
@@ -178,7 +185,8 @@ def change_strip(
                     seed_lo, seed_hi = words_of(tl.load(seeds + k))
                     total0, total1 = add_term(
                         total0, total1, block0, first_block, stream_lo, stream_hi,
-                        tl.load(samples + k).to(tl.uint32), seed_lo, seed_hi, coef, GAUSSIAN, False, STRIP,
+                        tl.load(samples + k).to(tl.uint32), seed_lo, seed_hi, coef,
+                        GAUSSIAN, False, STRIP,
                     )  # fmt: skip
             if changed:
                 stored0 = end_round(stored0, total0, w0, w1, DTYPE, STOCHASTIC)

@@ -131,7 +131,7 @@ def sign_words(call, stream_lo, stream_hi, sample, seed_lo, seed_hi):
 
 @triton.jit
 def sign_bytes(words):
-    """[n] -> [4 n]: the signs of each block of 8 in the low byte; what is above is no part of it."""
+    """[n] -> [4 n]: the signs of each block of 8 in the low byte, and more above it."""
     bytes_ = words[:, None] >> (8 * tl.arange(0, 4))[None, :]
     return tl.reshape(bytes_, [4 * words.shape[0]])
 

@@ -1,6 +1,7 @@
 # make install   .venv with an editable install; the other targets call it
 # make demo      fine-tune SmolLM2-135M as a federation of 8 clients, about 5 minutes
 # make test      run the tests
+# make test-interpret   run the kernels' tests in Triton's interpreter; make test does it too
 # make bench     measure the kernels against MeZO's own pass
 # make gpu-check everything that needs a GPU, under 8 minutes; installs nothing
 # make sass      count the issue slots of the kernels in their machine code, and compare with the
@@ -12,9 +13,10 @@ VENV ?= .venv
 # The version that the tests run with. On a machine with a GPU: make install TORCH=torch
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
+INTERPRETED := triton golden equality fingerprint special_values table
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: install demo test bench gpu-check sass lint format clean
+.PHONY: install demo test test-interpret bench gpu-check sass lint format clean
 
 install: $(VENV)/.installed
 
@@ -34,6 +36,11 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest tests
+	$(MAKE) test-interpret
+
+# In a process of its own: Triton decides at import whether its kernels are interpreted.
+test-interpret: install
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest --server triton $(INTERPRETED:%=tests/kernels/test_%.py)
 
 bench: install
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/latest.json

@@ -29,17 +29,37 @@ CPU_ISAS = {
 }
 """Instruction sets of the cpu backend, and the processor flags that each needs."""
 
-SERVERS = ("reference", *(f"cpu-{isa}" for isa in CPU_ISAS))
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") != "0"
+"""Whether this process serves CPU tensors with Triton's interpreter: ``make test-interpret``."""
+
+if INTERPRETED:
+    from tests.kernels import interpreter
+
+    interpreter.correct()
+
+SERVERS = ("reference", *(f"cpu-{isa}" for isa in CPU_ISAS), *(["triton"] if INTERPRETED else []))
 COMPILED = tuple(server for server in SERVERS if server != "reference")
 SIZES = (0, 1, 63, 1000, 4097)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+not_interpreted = pytest.mark.not_interpreted
+"""Marks a test, with its reason, that Triton's interpreter does not run."""
 
 _rng_seed = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds --server, which restricts the suite to one backend and instruction set."""
-    parser.addoption("--server", choices=SERVERS, help="run backend tests on this one only")
+    parser.addoption(
+        "--server", choices=(*SERVERS, "triton"), help="run backend tests on this one only"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers the marker; refuses --server=triton without the interpreter."""
+    config.addinivalue_line("markers", "not_interpreted(reason): not for Triton's interpreter")
+    if config.getoption("--server") == "triton" and not INTERPRETED:
+        raise pytest.UsageError("--server=triton needs TRITON_INTERPRET=1 (make test-interpret)")
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
@@ -71,7 +91,7 @@ def processor_lacks(isa: str) -> str | None:
 
 
 def force_server(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes ``reference`` or ``cpu-<isa>`` serve every call that names no backend."""
+    """Makes ``reference``, ``cpu-<isa>`` or ``triton`` serve every call that names no backend."""
     backend, _, isa = name.partition("-")
     if isa:
         lacking = processor_lacks(isa)
@@ -107,6 +127,9 @@ def _served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     only = request.config.getoption("--server")
     if only not in (None, request.param):
         pytest.skip(f"--server={only}")
+    mark = request.node.get_closest_marker("not_interpreted")
+    if request.param == "triton" and mark is not None:
+        pytest.skip(f"not in Triton's interpreter: {mark.args[0]}")
     force_server(request.param, monkeypatch)
     served = Served(request.param)
     monkeypatch.setattr(eager, "choose", served.choose)

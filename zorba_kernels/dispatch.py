@@ -9,9 +9,14 @@ from typing import Any
 
 import torch
 
-from zorba_kernels.backends import cpu, cuda, reference
+from zorba_kernels.backends import cpu, cuda, reference, triton
 
-_BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "cpu": cpu, "reference": reference}
+_BACKENDS: dict[str, ModuleType] = {
+    "cuda": cuda,
+    "triton": triton,
+    "cpu": cpu,
+    "reference": reference,
+}
 """In order of preference."""
 
 
@@ -43,7 +48,7 @@ def choose(name: str | None, device: torch.device) -> Any:
 
     Args:
         name: a backend, or None for what ``ZORBA_BACKEND`` names, or else the first that can serve
-            (for CPU tensors ``cpu`` when ``ZORBA_CPU_ISA`` is set).
+            (for CPU tensors ``cpu`` when ``ZORBA_CPU_ISA`` is set, and never ``triton``).
         device: where the tensors are.
 
     Raises:
@@ -54,11 +59,14 @@ def choose(name: str | None, device: torch.device) -> Any:
     if asked is None and device.type == "cpu" and cpu.isa():
         asked = "cpu"  # ZORBA_CPU_ISA asks for it: no quiet fall back on a slower one
     if asked is None:
-        reasons = {n: m.unavailable(device) for n, m in _BACKENDS.items()}
-        best = next((n for n, reason in reasons.items() if reason is None), None)
-        if best is None:
-            raise BackendUnavailableError(f"no backend can serve {device} tensors: {reasons}")
-        return _BACKENDS[best]
+        reasons = {}
+        for candidate, module in _BACKENDS.items():
+            if candidate == "triton" and device.type == "cpu":
+                continue  # its interpreter is for tests: nobody gets it unasked
+            reasons[candidate] = module.unavailable(device)
+            if reasons[candidate] is None:
+                return module
+        raise BackendUnavailableError(f"no backend can serve {device} tensors: {reasons}")
     if asked not in _BACKENDS:
         raise ValueError(f"unknown backend {asked!r}; there are {', '.join(_BACKENDS)}")
     reason = _BACKENDS[asked].unavailable(device)

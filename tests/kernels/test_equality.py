@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import zorba_kernels as zk
+from tests.conftest import not_interpreted
 from tests.kernels.bits import assert_same_bits
 from zorba_kernels.backends import reference
 
@@ -31,6 +32,7 @@ def test_noise(compiled, rng, distribution, size):
         assert_same_bits(zk.noise(size, **call), zk.noise(size, **call, backend="reference"))
 
 
+@not_interpreted("half a minute; test_triton.py has every radius and angle in one launch")
 def test_every_radius_and_angle(compiled):
     """Both halves of the 65,536 radii and 32,768 angles occur in this noise, and agree."""
     count = 1 << 22
@@ -118,6 +120,7 @@ def test_the_last_elements_of_the_contract(server, distribution):
         zk.noise(100, **call, offset=last - 99)
 
 
+@not_interpreted("it has no threads; test_triton.py has several tiles")
 @pytest.mark.usefixtures("threads")
 def test_threads(compiled, rng, dtype, rounding, distribution):
     """More pieces than threads: 300,000 elements are ten pieces of work and a ragged end."""

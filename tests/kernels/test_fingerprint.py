@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import zorba_kernels as zk
+from tests.conftest import not_interpreted
 
 
 def fingerprint(tensors, **call):
@@ -25,7 +26,9 @@ def test_equals_the_oracle(compiled, rng, dtype, size):
     assert 0 <= mine < 1 << 64
 
 
-@pytest.mark.parametrize("numel", [1, 2, 3, 4, 5, 63])
+@pytest.mark.parametrize(
+    "numel", [1, 2, 3, 4, 5, pytest.param(63, marks=not_interpreted("thousands of launches"))]
+)
 def test_every_single_bit_shows(server, rng, dtype, numel):
     weights = rng.weights(numel, dtype)
     words = raw(weights)
@@ -91,6 +94,7 @@ def test_signed_zero_and_nan_payloads_show(server):
     assert len({fingerprint({"w": values[i : i + 1]}) for i in range(4)}) == 4
 
 
+@not_interpreted("it has no threads")
 @pytest.mark.usefixtures("threads")
 def test_threads(server, rng):
     weights = {"a": rng.weights(600_001, torch.bfloat16), "b": rng.weights(63, torch.float32)}

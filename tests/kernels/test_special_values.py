@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import zorba_kernels as zk
+from tests.conftest import not_interpreted
 from tests.kernels.bits import assert_same_bits, bits_of
 
 HALF_PATTERNS = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
@@ -91,6 +92,7 @@ def test_signed_zero(server, dtype):
     assert not bits_of(weights).any()
 
 
+@not_interpreted("it computes on the host in the caller's mode; a GPU has no such mode")
 def test_flush_mode_of_the_caller_changes_nothing(server, rng, dtype, rounding):
     if not torch.set_flush_denormal(False):
         pytest.skip("this processor cannot flush subnormals")

@@ -1,0 +1,174 @@
+"""The triton backend in Triton's interpreter, besides what every backend is tested for.
+
+``make test-interpret`` runs this file, and the suites that have a server, with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import zorba_kernels as zk
+from tests.conftest import INTERPRETED
+from tests.kernels import exact
+from tests.kernels.bits import assert_same_bits
+from zorba_kernels.backends import reference, triton
+from zorba_kernels.backends.triton_tuning import Config
+
+if not INTERPRETED:
+    pytest.skip("for Triton's interpreter: make test-interpret", allow_module_level=True)
+
+import triton as triton_language
+import triton.language as tl
+
+from tests.kernels import interpreter
+from zorba_kernels.kernels.noise import box_muller
+
+CPU = torch.device("cpu")
+
+
+@triton_language.jit
+def normals(words, first, second, COUNT: tl.constexpr):  # noqa: N803
+    at = tl.arange(0, COUNT)
+    a, b = box_muller(tl.load(words + at).to(tl.uint32, bitcast=True))
+    tl.store(first + at, a)
+    tl.store(second + at, b)
+
+
+def changed(tensors, *args, groups=None, offsets=None, **kwargs):
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    zk.add_noise_(zk.ParamTable(copies, groups=groups, offsets=offsets), *args, **kwargs)
+    return copies
+
+
+def assert_like_the_oracle(tensors, *args, **kwargs):
+    mine = changed(tensors, *args, **kwargs, backend="triton")
+    expected = changed(tensors, *args, **kwargs, backend="reference")
+    for name in tensors:
+        assert_same_bits(mine[name], expected[name])
+
+
+def test_it_serves_cpu_tensors_only_when_it_is_named(monkeypatch):
+    monkeypatch.delenv("ZORBA_BACKEND", raising=False)
+    assert triton.unavailable(CPU) is None
+
+    def served(*args, **kwargs):
+        raise AssertionError("served by triton")
+
+    monkeypatch.setattr(triton, "noise", served)
+    zk.noise(8, seed=1, stream=2)
+    with pytest.raises(AssertionError, match="served by triton"):
+        zk.noise(8, seed=1, stream=2, backend="triton")
+    monkeypatch.setenv("ZORBA_BACKEND", "triton")
+    with pytest.raises(AssertionError, match="served by triton"):
+        zk.noise(8, seed=1, stream=2)
+    assert "interpreter" in triton.unavailable(torch.device("cuda"))
+
+
+def test_an_interpreter_that_rounds_otherwise_is_refused(monkeypatch):
+    builder = interpreter.InterpreterBuilder
+    monkeypatch.setattr(
+        builder,
+        "create_fma",
+        lambda self, x, y, z: interpreter.TensorHandle(x.data * y.data + z.data, z.dtype.scalar),
+    )
+    triton._interpreter_fault.cache_clear()
+    try:
+        assert "does not round" in triton.unavailable(CPU)
+    finally:
+        triton._interpreter_fault.cache_clear()
+
+
+def test_the_interpreter_rounds_a_fused_multiply_add_once(rng):
+    a, b, c = (
+        rng.weights(3000, torch.float32) * 2.0 ** (50 * (2 * torch.rand(3000) - 1))
+        for _ in range(3)
+    )
+    c[:1000] = -a[:1000] * b[:1000]  # the rest of the product is left
+    mine = interpreter.fma(a.numpy(), b.numpy(), c.numpy())
+    for x, y, z, result in zip(a.tolist(), b.tolist(), c.tolist(), mine.tolist(), strict=True):
+        assert result == exact.fma(x, y, z)
+
+
+def test_the_interpreter_makes_bfloat16_as_torch_does(rng):
+    values = torch.cat(
+        [rng.weights(3000, torch.float32), torch.tensor([math.inf, -math.inf, 3e38])]
+    )
+    mine = torch.from_numpy(interpreter.to_bfloat16(values.numpy()).view(np.int16))
+    assert torch.equal(mine, values.bfloat16().view(torch.int16))
+
+
+def test_every_radius_and_angle():
+    radii = torch.arange(1 << 16) | 0x12340000
+    angles = torch.arange(1 << 16) << 16 | 0x5678
+    words = torch.cat([radii, angles])
+    first, second = torch.empty(1 << 17), torch.empty(1 << 17)
+    normals[(1,)](reference._to_int32(words), first, second, COUNT=1 << 17)
+    expected = reference._box_muller(words)
+    assert_same_bits(first, expected[0])
+    assert_same_bits(second, expected[1])
+
+
+@pytest.mark.parametrize("terms", [1, 2])
+@pytest.mark.parametrize("strip", [512, 2048])
+def test_bits_do_not_depend_on_the_pieces(
+    monkeypatch, rng, dtype, rounding, distribution, terms, strip
+):
+    """Whole strips, ragged ones on either side, addresses without alignment, several tiles."""
+    base = rng.weights(6007, dtype)
+    shift = rng.integer(4)
+    tensors = {"a": base[shift : shift + 5000], "b": rng.weights(700, dtype)}
+    args = (rng.integers(terms), rng.coefs(terms), distribution, rounding)
+    call = {"offsets": {"a": rng.integer(13), "b": rng.integer(34)}, "backend": "triton"}
+    expected = changed(tensors, *args, **call | {"backend": "reference"})
+    monkeypatch.setattr(triton, "_config", lambda *_: Config(strip, 1))
+    monkeypatch.setattr(triton, "TILE", 2048)
+    views = {"a": base[shift : shift + 5000], "b": tensors["b"]}
+    outside = base[:shift].clone(), base[shift + 5000 :].clone()
+    zk.add_noise_(zk.ParamTable(views, offsets=call["offsets"]), *args, backend="triton")
+    for name in tensors:
+        assert_same_bits(views[name], expected[name])
+    assert_same_bits(base[:shift], outside[0])
+    assert_same_bits(base[shift + 5000 :], outside[1])
+
+
+@pytest.mark.parametrize("decay", [None, [0.0, 0.01, 0.0, 0.5]], ids=["plain", "decay"])
+@pytest.mark.parametrize("zero", [False, True], ids=["all", "some zero"])
+def test_one_term_of_many_groups(rng, rounding, decay, zero):
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    weights = {f"{i}": rng.weights(700 * i, dtypes[i % 3]) for i in range(8)}
+    groups = {name: int(name) % 4 for name in weights}
+    coefs = rng.coefs(4, 1)
+    if zero:
+        coefs[1:3] = 0.0
+    assert_like_the_oracle(
+        weights, rng.integer(64), coefs, rounding=rounding, decay=decay, groups=groups
+    )
+    out = {name: torch.full_like(tensor, torch.nan) for name, tensor in weights.items()}
+    tables = zk.ParamTable(weights, groups=groups), zk.ParamTable(out, groups=groups)
+    zk.add_noise(*tables, 5, coefs, rounding=rounding, decay=decay, backend="triton")
+    expected = changed(
+        weights, 5, coefs, rounding=rounding, decay=decay, groups=groups, backend="reference"
+    )
+    for name in weights:
+        assert_same_bits(out[name], expected[name])
+
+
+def test_decay_of_infinite_weights(rng, rounding, distribution):
+    weights = {"w": torch.tensor([math.inf, -math.inf, math.nan, 1.0] * 16).bfloat16()}
+    for seeds in ([1], [1, 2]):
+        assert_like_the_oracle(
+            weights, seeds, [0.1] * len(seeds), distribution, rounding, decay=0.1
+        )
+
+
+def test_fingerprint_of_several_tiles_and_of_views(monkeypatch, rng, dtype):
+    base = rng.weights(9000, dtype)
+    monkeypatch.setattr(triton, "TILE", 2048)
+    for shift in (0, 1, 8):
+        table = zk.ParamTable({"w": base[shift:], "e": base[:0]}, offsets={"w": 77})
+        mine = zk.fingerprint(table, backend="triton")
+        assert mine == zk.fingerprint(table, backend="reference")

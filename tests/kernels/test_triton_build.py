@@ -1,0 +1,168 @@
+"""The Triton kernels on any machine: they compile for NVIDIA GPUs, and who cannot run says why."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import zorba_kernels as zk
+from tests.conftest import INTERPRETED
+from zorba_kernels.backends import triton, triton_tuning
+from zorba_kernels.backends.triton_tuning import SIZES, candidates
+from zorba_kernels.backends.triton_variants import variants
+
+if INTERPRETED:
+    pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+pytest.importorskip("triton")
+
+FLAGS = {
+    "GAUSSIAN": True, "STOCHASTIC": False, "MANY": False, "DECAYS": False, "TILE": 8192, "DTYPE": 1,
+}  # fmt: skip
+GPU = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_every_variant_compiles_without_spills(arch, tmp_path):
+    """Also without contraction, approximations and flushed subnormals, which would change bits."""
+    from triton import knobs
+
+    every = list(variants())
+    assert len(every) == 33
+    with ThreadPoolExecutor(2) as pool:
+        kernels = list(pool.map(lambda variant: variant.compile(arch), every))
+    spills = {}
+    for variant, compiled in zip(every, kernels, strict=True):
+        assert not re.search(r"\.ftz|\.approx|\.full\.f32", compiled.asm["ptx"]), variant.name
+        assert compiled.metadata.enable_fp_fusion is False
+        cubin = tmp_path / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        used = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", used)
+        assert found, used
+        if found[2] != "0" or found[3] != "0":
+            spills[variant.name] = found[0]
+    assert spills == {}
+
+
+def test_no_value_of_an_argument_leads_to_another_compilation():
+    for op in ("add_noise", "noise", "fingerprint"):
+        for parameter in triton.kernel(op).params:
+            assert parameter.is_constexpr or parameter.do_not_specialize, parameter.name
+            assert parameter.is_constexpr or parameter.annotation_type, parameter.name
+
+
+def test_the_order_of_backends():
+    assert [row.name for row in zk.backends()] == ["cuda", "triton", "cpu", "reference"]
+
+
+@pytest.mark.parametrize("call", ["noise", "add_noise_", "fingerprint"])
+def test_cpu_tensors_are_refused(call):
+    weights = torch.ones(8)
+    table = zk.ParamTable({"w": weights})
+    calls = {
+        "noise": lambda: zk.noise(8, seed=1, stream=2, backend="triton"),
+        "add_noise_": lambda: zk.add_noise_(table, 1, 0.1, backend="triton"),
+        "fingerprint": lambda: zk.fingerprint(table, backend="triton"),
+    }
+    with pytest.raises(zk.BackendUnavailableError, match="serves GPU tensors, not cpu"):
+        calls[call]()
+    assert bool((weights == 1.0).all())
+
+
+def test_what_else_is_refused(monkeypatch):
+    assert "not meta" in triton.unavailable(torch.device("meta"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert triton.unavailable(GPU) == "torch finds no usable GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert triton.unavailable(torch.device("cuda", 3)) == "there is no GPU 3, only 1"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert "capability 8.0" in triton.unavailable(GPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    assert triton.unavailable(GPU) is None
+
+
+def test_the_interpreter_cannot_be_switched_on_later(monkeypatch):
+    triton.kernel("add_noise")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "set it before" in triton.unavailable(torch.device("cpu"))
+
+
+def test_without_triton_everything_else_works():
+    code = """
+import sys
+sys.modules["triton"] = None
+import zorba_kernels as zk
+import torch
+zk.noise(8, seed=1, stream=2)
+print({row.name: row.reason for row in zk.backends("cuda")}["triton"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "triton cannot be imported" in done.stdout
+
+
+# --- Tuning --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tuning(monkeypatch):
+    """Measurements that find the second candidate the fastest: the calls, and a fresh memory."""
+    calls = []
+
+    def measured(kernel, flags, size, device, rehearse):
+        calls.append(size)
+        return candidates(flags)[1]
+
+    monkeypatch.setattr(triton_tuning, "_measured", measured)
+    monkeypatch.setattr(triton_tuning, "_chosen", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return calls
+
+
+def choose(elements, flags=FLAGS):
+    return triton_tuning.choose(None, flags, elements, GPU, None)
+
+
+def test_large_tables_are_measured_once(tuning):
+    default, other = candidates(FLAGS)[:2]
+    assert choose(SIZES[0] - 1) == default
+    assert tuning == []
+    assert choose(SIZES[0]) == choose(SIZES[1] - 1) == other
+    assert choose(1 << 33) == other
+    assert tuning == [SIZES[0], SIZES[1]]
+    choose(SIZES[0], FLAGS | {"DTYPE": 2})
+    assert tuning == [SIZES[0], SIZES[1], SIZES[0]]
+
+
+def test_a_captured_pass_is_not_measured(tuning, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert choose(SIZES[0]) == candidates(FLAGS)[0]
+    assert tuning == []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert choose(SIZES[0]) == candidates(FLAGS)[1]
+
+
+def test_no_memory_to_measure_with(tuning, monkeypatch):
+    def full(*args):
+        tuning.append(args)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(triton_tuning, "_measured", full)
+    assert choose(SIZES[0]) == choose(SIZES[0]) == candidates(FLAGS)[0]
+    assert len(tuning) == 1
+
+
+def test_candidates_fit_a_tile():
+    for variant in variants(every_candidate=True):
+        if variant.op == "add_noise":
+            strip, warps = variant.flags["STRIP"], variant.options["num_warps"]
+            assert triton_tuning.TILE % strip == 0
+            assert strip % (512 * warps) == 0

@@ -210,7 +210,10 @@ def _run(
 def _config(flags: dict[str, Any], held: DeviceTable, device: torch.device) -> Config:
     if _interpreted():
         return Config(TILE, 1)  # the larger, the faster it is there
-    return triton_tuning.choose(kernel("add_noise"), flags, held.tiles * TILE, device, _rehearse)
+    with _guard(device):
+        return triton_tuning.choose(
+            kernel("add_noise"), flags, held.tiles * TILE, device, _rehearse
+        )
 
 
 def _launch(

@@ -41,7 +41,9 @@ def add_noise_(
 
     Args:
         table: the tensors; modified in place.
-        seeds: uint64 of each term, [terms].
+        seeds: uint64 of each term, [terms]; in an int64 tensor their bits. Under ``torch.compile``
+            seeds that change from call to call belong in a tensor: its symbolic integers end at
+            2**63, which half of all seeds exceed.
         coefs: finite float32; [terms] for all groups alike, or [groups, terms].
         distribution: "gaussian" (standard normal) or "rademacher" (+1 or -1).
         rounding: of 16-bit weights: "nearest" (ties to even), or "stochastic", which is unbiased

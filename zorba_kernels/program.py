@@ -52,7 +52,7 @@ def make_program(
     """Checks the arguments of ``add_noise_`` (see there) and returns them in one shape."""
     check_choice("distribution", distribution, DISTRIBUTIONS)
     check_choice("rounding", rounding, ROUNDINGS)
-    seed_list = [check_uint64(s, "seed") for s in _as_list(seeds)]
+    seed_list = _seeds(seeds, "seed")
     terms = len(seed_list)
     sample_list = [0] * terms if samples is None else [check_sample(s) for s in _as_list(samples)]
     if len(sample_list) != terms:
@@ -109,6 +109,13 @@ def _as_list(value: int | Sequence[int]) -> list[int]:
     return list(value) if isinstance(value, Iterable) else [value]
 
 
+def _seeds(value: int | Sequence[int], what: str) -> list[int]:
+    """uint64 values; a tensor holds their bits, as torch has no arithmetic on uint64."""
+    if isinstance(value, Tensor) and value.dtype == torch.int64:
+        return [v % (1 << 64) for v in _as_list(value)]
+    return [check_uint64(s, what) for s in _as_list(value)]
+
+
 def _coefs(
     coefs: float | Sequence[float] | Sequence[Sequence[float]] | Tensor, groups: int, terms: int
 ) -> Tensor:
@@ -155,7 +162,7 @@ def _rounding_seeds(
 ) -> tuple[int, ...]:
     """One a round; by default the round's first seed, whose rounding domain nothing else uses."""
     if given is not None:
-        out = [check_uint64(s, "rounding_seed") for s in _as_list(given)]
+        out = _seeds(given, "rounding_seed")
         if len(out) != len(ends):
             raise ValueError(f"{len(ends)} rounds but {len(out)} rounding seeds")
         return tuple(out)

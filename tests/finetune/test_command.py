@@ -198,6 +198,16 @@ def test_tables_with_quotes_and_tabs(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "a.tsv", ["text"]) == [{"text": "four, five", "label": "0"}]
 
 
+def test_files_as_other_programs_write_them(tmp_path: Path) -> None:
+    """Separators of lines inside of strings, a mark at the start, and a long field."""
+    text = "one\u2028two\u0085three"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\r\n")
+    assert read_rows(tmp_path / "a.jsonl", ["text"]) == [{"text": text}]
+    long = "word " * 50_000
+    (tmp_path / "a.csv").write_text(f"text\n{long}\n", encoding="utf-8-sig")
+    assert read_rows(tmp_path / "a.csv", ["text"]) == [{"text": long}]
+
+
 def test_labels_are_ordered_as_numbers_or_words() -> None:
     rows: list[dict[str, Any]] = [{"label": value} for value in (10, 9, "-1", 10)]
     assert values_of(rows, "label") == ["-1", "9", "10"]

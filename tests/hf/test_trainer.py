@@ -217,6 +217,25 @@ def test_a_trajectory_rebuilds_the_model_also_after_a_resume(tmp_path: Path) -> 
         train(tmp_path / "d", tiny(), zo_placement="inplace", zo_trajectory=str(tmp_path / "d.zot"))
 
 
+def test_a_loss_that_is_a_mean_of_its_batch_is_scaled(tmp_path: Path) -> None:
+    """transformers' switch for a compute_loss of one's own, where it has one."""
+    losses = []
+    for micro in (1, 4):
+        trainer = ZOTrainer(
+            model=tiny(),
+            args=arguments(
+                tmp_path, gradient_accumulation_steps=micro, max_steps=1,
+                per_device_train_batch_size=8 // micro, zo_eps=1e-6,
+            ),
+            train_dataset=rows(8),
+        )  # fmt: skip
+        trainer.compute_loss = lambda model, batch, **rest: model(**batch).loss  # type: ignore[method-assign]
+        trainer.loss_is_scaled_for_ga = False
+        trainer.train()
+        losses.append(next(e["loss"] for e in trainer.state.log_history if "loss" in e))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
 def test_what_it_refuses(tmp_path: Path) -> None:
     adam = torch.optim.Adam(tiny().parameters())
     with pytest.raises(ValueError, match="makes its own optimizer"):

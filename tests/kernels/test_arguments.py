@@ -85,9 +85,11 @@ def test_seeds_of_every_integer_kind(server):
         weights = torch.zeros(100)
         zk.add_noise_(zk.ParamTable({"w": weights}), seeds, 1.0)
         results.append(weights)
-    weights = torch.zeros(100)
-    zk.add_noise_(zk.ParamTable({"w": weights}), torch.tensor([large], dtype=torch.uint64), 1.0)
-    for result in [*results[1:], weights]:
+    for bits in (torch.tensor([large], dtype=torch.uint64), torch.tensor([-3])):
+        weights = torch.zeros(100)
+        zk.add_noise_(zk.ParamTable({"w": weights}), bits, 1.0)
+        results.append(weights)
+    for result in results[1:]:
         assert_same_bits(result, results[0])
 
 

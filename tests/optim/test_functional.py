@@ -252,3 +252,71 @@ def test_a_tied_weight_with_an_owner_that_never_runs() -> None:
         optimizer.step(lambda: model(torch.arange(7)).square().sum())
     assert optimizer.last_step is not None
     assert optimizer.last_step.scalars[0] != 0.0
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_hooks_that_compute_with_the_weights() -> None:
+    """weight_norm makes the weight in a pre-hook, from parameters perturbed by then."""
+    scalars = []
+    for placement in ("scratch", "inplace"):
+        torch.manual_seed(4)
+        model = nn.utils.weight_norm(nn.Linear(4, 3))
+        x = torch.randn(5, 4)
+        optimizer = ZerothOrderSGD(model, lr=0.0, eps=0.1, placement=placement)
+        optimizer.step(lambda model=model, x=x: model(x).square().mean())
+        assert optimizer.last_step is not None
+        scalars.append(optimizer.last_step.scalars[0])
+    assert scalars[0] == pytest.approx(scalars[1], rel=1e-4)
+
+
+def test_a_module_that_returns_its_weight() -> None:
+    """A view of the scratch buffer, which the next module will write."""
+
+    class Latents(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 4))
+
+        def forward(self, n: int) -> dict[str, tuple[Tensor, ...]]:
+            return {"rows": (self.weight[:n],)}
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.latents = Latents()
+            self.layer = nn.Linear(4, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = self.latents(3)["rows"][0]
+            return (self.layer(x) @ torch.ones(6, 4) + rows).square().mean()
+
+    scalars = []
+    for placement in ("scratch", "inplace"):
+        torch.manual_seed(4)
+        model, x = Model(), torch.randn(3, 4)
+        optimizer = ZerothOrderSGD(model, lr=0.0, eps=0.1, placement=placement)
+        optimizer.step(lambda model=model, x=x: model(x))
+        assert optimizer.last_step is not None
+        scalars.append(optimizer.last_step.scalars[0])
+    assert scalars[0] == pytest.approx(scalars[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("placement", ["scratch", "inplace"])
+def test_autocast_around_a_step(placement: str) -> None:
+    """It keeps casts of weights by their tensors, which would hide perturbations."""
+    torch.manual_seed(4)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), torch.randn(5, 8)
+    optimizer = ZerothOrderSGD(model, lr=0.0, eps=0.1, placement=placement)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        optimizer.step(lambda: model(x).float().square().mean())
+    outside = ZerothOrderSGD(model, lr=0.0, eps=0.1, placement=placement)
+
+    def closure() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(x).float().square().mean()
+
+    outside.step(closure)
+    assert optimizer.last_step is not None
+    assert outside.last_step is not None
+    assert optimizer.last_step.scalars[0] != 0.0
+    assert optimizer.last_step.scalars[0] == pytest.approx(outside.last_step.scalars[0], rel=1e-2)

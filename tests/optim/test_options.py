@@ -172,8 +172,8 @@ def test_momentum_is_heavy_ball_sgd(count: int, generator: torch.Generator) -> N
 def test_velocity_terms() -> None:
     assert window(0.0) == 1
     assert window(0.9) == 44
-    steps = [(7, (1.0, 2.0)), (9, (4.0, -6.0))]
-    terms = velocity(steps, 0.5, [-0.1, 0.0])
+    steps = [(7, (1.0, 2.0), 0.9), (9, (4.0, -6.0), 0.5)]
+    terms = velocity(steps, [-0.1, 0.0])
     assert terms.seeds == (7, 7, 9, 9)
     assert terms.samples == (0, 1, 0, 1)
     expected = torch.tensor([[-0.025, -0.05, -0.2, 0.3], [0.0, 0.0, 0.0, 0.0]])

@@ -89,11 +89,12 @@ def test_same_bits_and_fewer_forwards(name: str, training: bool, placement: str,
     assert reused == plain
     assert all((weights[n] == expected[n]).all() for n in expected)
     assert any(g != 0.0 for scalars, _ in reused for g in scalars)
-    # Two steps of four evaluations: every block runs eight times, or twice where it is reused.
-    # Mamba uses weights directly, so the first evaluation is made twice.
+    # Two steps of four evaluations: every block runs eight times, or twice where it is reused. The
+    # first evaluation is made again to prove that, and in Mamba, which uses weights directly, once
+    # more to see them perturbed.
     again = int(name == "mamba" and placement == "scratch")
     assert all_calls == [8 + again] * len(all_calls)
-    assert fewer == [2] * (len(fewer) - 1) + [8 + again]
+    assert fewer == [2 + again] * (len(fewer) - 1) + [9 + again]
 
 
 def test_a_trainable_head_makes_all_blocks_prefix(rng: Any) -> None:
@@ -114,7 +115,7 @@ def test_an_active_embedding_leaves_no_prefix(rng: Any) -> None:
     counts = calls_of(model)
     ids = torch.randint(1, 100, (3, 7), generator=rng.generator)
     run(model, 1, {"input_ids": ids, "labels": ids})
-    assert counts == [4, 4, 4]
+    assert counts == [4, 4, 5], "skipped in the proof alone, whose noise is the same"
 
 
 def test_weights_used_directly_leave_no_prefix(rng: Any) -> None:
@@ -159,17 +160,18 @@ def test_several_forwards_in_one_closure(rng: Any) -> None:
     (plain, expected), _ = losses(False)
     assert reused == plain
     assert all(torch.equal(weights[n], expected[n]) for n in expected)
-    assert counts == [2, 2, 4]
+    assert counts == [2, 2, 6], "two evaluations and the proof"
 
 
 def test_inputs_that_change_between_evaluations_are_noticed(rng: Any) -> None:
     """A closure that breaks the rule of one batch a step gets what it would get without reuse."""
-    batches = [torch.randint(1, 100, (2, 6), generator=rng.generator) for _ in range(2)]
+    batches = [torch.randint(1, 100, (2, 6), generator=rng.generator) for _ in range(3)]
 
     def scalars(reuse: bool) -> Any:
         model = tiny("llama", rng)
         optimizer = ZerothOrderSGD(model, lr=1e-2, blocks="last:1", prefix_reuse=reuse)
-        turn = iter(batches)
+        optimizer.step(lambda: model(input_ids=batches[0], labels=batches[0]).loss)
+        turn = iter(batches[1:])
 
         def closure() -> Tensor:
             ids = next(turn)
@@ -179,6 +181,109 @@ def test_inputs_that_change_between_evaluations_are_noticed(rng: Any) -> None:
         return optimizer.last_step.scalars
 
     assert scalars(reuse=True) == scalars(reuse=False)
+
+
+READ_OTHERWISE = {
+    "hidden states of an early layer": lambda model, ids: (
+        model(input_ids=ids, output_hidden_states=True).hidden_states[1].square().mean()
+        + model(input_ids=ids, labels=ids).loss
+    ),
+    "attentions": lambda model, ids: sum(
+        a.square().mean() for a in model(input_ids=ids, output_attentions=True).attentions
+    ),
+}
+
+
+@pytest.mark.parametrize("case", READ_OTHERWISE)
+def test_what_is_read_besides_the_last_output(case: str, rng: Any) -> None:
+    ids = torch.randint(1, 100, (2, 6), generator=rng.generator)
+
+    def scalars(reuse: bool) -> Any:
+        model = tiny("llama", rng)
+        model.config._attn_implementation = "eager"
+        optimizer = ZerothOrderSGD(model, lr=1e-2, blocks="last:1", prefix_reuse=reuse)
+        for _ in range(2):
+            optimizer.step(lambda: READ_OTHERWISE[case](model, ids))
+        return optimizer.last_step.scalars
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert scalars(reuse=True) == scalars(reuse=False)
+
+
+def test_losses_of_routers_are_no_output_of_a_block(rng: Any) -> None:
+    """transformers collects them by hooks inside blocks, which skipped blocks do not run."""
+    ids = torch.randint(1, 100, (2, 6), generator=rng.generator)
+
+    def scalars(reuse: bool) -> Any:
+        model = tiny("mixtral", rng)
+        optimizer = ZerothOrderSGD(model, lr=1e-2, blocks="last:1", prefix_reuse=reuse)
+        optimizer.step(lambda: model(input_ids=ids, labels=ids, output_router_logits=True).loss)
+        return optimizer.last_step.scalars
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert scalars(reuse=True) == scalars(reuse=False)
+
+
+class _Skips(nn.Module):
+    """The output of the first block is added behind the last one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Block() for _ in range(4))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        none = torch.zeros(1)
+        first = self.layers[0](hidden, none)
+        for layer in self.layers[1:]:
+            first, hidden = first, layer(first if hidden is first else hidden, none)
+        return (hidden + first).square().mean()
+
+
+def test_a_skip_between_blocks_keeps_every_output(rng: Any) -> None:
+    """Proven to the bit, so it is still reused, and nobody is warned."""
+    x = torch.randn(2, 4, generator=rng.generator)
+
+    def scalars(reuse: bool) -> tuple[Any, list[int]]:
+        torch.manual_seed(rng.seed)
+        model = _Skips()
+        model.layers[:3].requires_grad_(False)
+        counts = calls_of(model)
+        optimizer = ZerothOrderSGD(model, lr=1e-2, prefix_reuse=reuse)
+        for _ in range(3):
+            optimizer.step(lambda: model(x))
+        return optimizer.last_step.scalars, counts
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (reused, counts), (plain, _) = scalars(reuse=True), scalars(reuse=False)
+    assert reused == plain
+    assert counts[0] == 4, "twice in the first step, to keep every output, then once a step"
+
+
+def test_layers_that_are_dropped_at_random(rng: Any) -> None:
+    """LayerDrop draws between blocks: skipped ones must leave the generator where they left it."""
+    ids = torch.randint(1, 100, (2, 6), generator=rng.generator)
+
+    def scalars(reuse: bool) -> Any:
+        config = tiny_config("opt")
+        config.layerdrop = 0.4
+        torch.manual_seed(rng.seed)
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_config(config).train()
+        optimizer = ZerothOrderSGD(model, lr=1e-2, blocks="last:1", prefix_reuse=reuse)
+        seen = []
+        for step in range(12):
+            torch.manual_seed(step)
+            optimizer.step(lambda: model(input_ids=ids, labels=ids).loss)
+            seen.append(optimizer.last_step.scalars)
+        return seen
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert scalars(reuse=True) == scalars(reuse=False)
 
 
 def test_a_later_block_that_gets_something_else_ends_reuse(rng: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +65,7 @@ SETTLED_BY: dict[str, Callable[[nn.Module, ZerothOrderSGD], object]] = {
     "a forward": lambda model, optimizer: model(torch.zeros(1, 2, dtype=torch.long)),
     "a forward of a part": lambda model, optimizer: model.norm(torch.zeros(1, 16)),
     "state_dict of the model": lambda model, optimizer: model.state_dict(),
+    "state_dict of a part": lambda model, optimizer: model.norm.state_dict(),
     "state_dict of the optimizer": lambda model, optimizer: optimizer.state_dict(),
     "eval of the optimizer": lambda model, optimizer: optimizer.eval(),
 }
@@ -73,6 +76,35 @@ def test_settled_by(event: str, stepped: Any) -> None:
     model, optimizer, expected = stepped
     SETTLED_BY[event](model, optimizer)
     assert close(model, expected)
+
+
+def test_weights_that_are_loaded_stay_as_loaded(stepped: Any) -> None:
+    """Nothing is taken off them for a perturbation that they never had."""
+    model, optimizer, expected = stepped
+    model.load_state_dict(expected, strict=False)
+    optimizer.flush()
+    assert all(torch.equal(p, expected[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("event", ["flush", "forward", "state_dict"])
+def test_a_model_that_moved_is_settled(event: str, stepped: Any) -> None:
+    model, optimizer, expected = stepped
+    model.double().float()
+    if event == "flush":
+        optimizer.flush()
+    elif event == "forward":
+        model(torch.zeros(1, 2, dtype=torch.long))
+    else:
+        model.state_dict()
+    assert close(model, expected)
+
+
+def test_a_model_with_hooks_can_be_copied_and_pickled(stepped: Any) -> None:
+    model, optimizer, expected = stepped
+    optimizer.flush()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert close(twin, expected)
+        twin(torch.zeros(1, 2, dtype=torch.long))
 
 
 def test_what_is_read_is_settled(stepped: Any) -> None:

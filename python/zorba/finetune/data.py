@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import string
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def values_of(rows: list[Row], field: str) -> list[str]:
 
 def _json_lines(path: Path) -> list[tuple[int, Row]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Lines end in a newline alone: other separators may stand in a string as they are.
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -87,6 +89,12 @@ def _json_lines(path: Path) -> list[tuple[int, Row]]:
 
 
 def _table(path: Path, separator: str) -> list[tuple[int, Row]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file, delimiter=separator)
-        return [(reader.line_num, row) for row in reader]
+    limit = csv.field_size_limit(sys.maxsize)  # a document is one field
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter=separator)
+            return [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"{path}: {error}") from None
+    finally:
+        csv.field_size_limit(limit)

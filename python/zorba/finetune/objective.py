@@ -97,6 +97,8 @@ class Text(Objective):
         texts = [self._template.format(**{f: row[f] for f in self._fields}) for row in rows]
         ids = self._tokenizer(texts, truncation=True, max_length=self._max_length)["input_ids"]
         longest = max(map(len, ids))
+        if longest < 2:
+            raise ValueError(f"no row of a batch has two tokens to learn from, as {texts[0]!r}")
         inputs = torch.zeros(len(ids), longest, dtype=torch.long)
         labels = torch.full((len(ids), longest), -100)
         mask = torch.zeros(len(ids), longest, dtype=torch.long)

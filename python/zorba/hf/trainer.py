@@ -32,6 +32,9 @@ class ZOArguments(TrainingArguments):
     zo_momentum: float = field(default=0.0, metadata={"help": "Replayed from seeds."})
     zo_clip: float | None = field(default=None, metadata={"help": "Largest size of a scalar."})
     zo_blocks: str = field(default="all", metadata={"help": "all, or last:N transformer blocks."})
+    zo_prefix_reuse: bool = field(
+        default=True, metadata={"help": "Run blocks that no perturbation can reach once a step."}
+    )
     zo_two_pass: bool = field(
         default=False, metadata={"help": "In place: two passes over the weights a step, not three."}
     )
@@ -129,6 +132,7 @@ class ZOTrainer(Trainer):
                 clip=self._option("clip"),
                 blocks=blocks,
                 groups=groups,
+                prefix_reuse=self._option("prefix_reuse"),
                 two_pass=self._option("two_pass"),
                 seed=self.args.seed,
             )
@@ -172,10 +176,19 @@ class ZOTrainer(Trainer):
     ) -> Tensor:
         with self.compute_loss_context_manager():
             loss: Any = self.compute_loss(model, dict(batch), num_items_in_batch=num_items)
-        by_items = self.model_accepts_loss_kwargs and num_items is not None
-        shared = by_items or self.compute_loss_func is not None
+        shared = getattr(self, "loss_is_scaled_for_ga", None)
+        if shared is None:
+            by_items = self.model_accepts_loss_kwargs and num_items is not None
+            shared = by_items or self.compute_loss_func is not None
         share: Tensor = (loss if shared else loss / count).detach().float()
         return share
+
+    def _clip_grad_norm(self, model: nn.Module) -> float:
+        """There is no gradient to clip, nor a scale to take off it."""
+        return 0.0
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
+        return 0.0
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Logs what a zeroth-order step has to tell in place of the norm of a gradient."""
@@ -188,7 +201,6 @@ class ZOTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as ``Trainer.train``; the weights are settled when it ends, however it ends."""
-        self._micro_batches.clear()
         try:
             result = super().train(*args, **kwargs)
             if self._writer is not None:
@@ -200,6 +212,11 @@ class ZOTrainer(Trainer):
                 self._writer = self.zo_optimizer.recorder = None
             if self.optimizer is not None:
                 self.zo_optimizer.flush()
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """A loop that is entered again after an out-of-memory error starts with no batch."""
+        self._micro_batches.clear()
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _start_recording(self) -> None:
         """In front of the first step: by now a checkpoint has been loaded."""

@@ -18,8 +18,8 @@ from zorba.optim.terms import NoiseTerms
 CUT = 0.01
 """Weight below which a step is left out of the velocity: 44 steps at momentum 0.9."""
 
-Step = tuple[int, tuple[float, ...]]
-"""Seed of a step, and its scalars."""
+Step = tuple[int, tuple[float, ...], float]
+"""Seed of a step, its scalars, and the momentum by which it aged the velocity before it."""
 
 
 def window(momentum: float) -> int:
@@ -27,23 +27,25 @@ def window(momentum: float) -> int:
     return 1 if momentum == 0.0 else math.floor(math.log(CUT) / math.log(momentum)) + 1
 
 
-def velocity(steps: Sequence[Step], momentum: float, scale: Sequence[float]) -> NoiseTerms:
+def velocity(steps: Sequence[Step], scale: Sequence[float]) -> NoiseTerms:
     """Returns ``scale * v`` as noise, oldest step first.
 
     Args:
         steps: recent ones, the newest last.
-        momentum: weight of a step against the one after it.
         scale: of each group, [groups].
     """
     seeds: list[int] = []
     samples: list[int] = []
     weights: list[float] = []
     counts: list[int] = []
-    for age, (seed, scalars) in zip(range(len(steps) - 1, -1, -1), steps, strict=True):
+    ages = [1.0]
+    for _, _, momentum in reversed(steps[1:]):
+        ages.append(ages[-1] * momentum)
+    for age, (seed, scalars, _) in zip(reversed(ages), steps, strict=True):
         for sample, g in enumerate(scalars):
             seeds.append(seed)
             samples.append(sample)
-            weights.append(momentum**age * g)
+            weights.append(age * g)
             counts.append(len(scalars))
     rows: Tensor = torch.tensor(scale, dtype=torch.float64)[:, None]
     coefs = rows * torch.tensor(weights, dtype=torch.float64) / torch.tensor(counts)

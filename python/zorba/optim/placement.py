@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Literal, get_args
 
@@ -26,12 +26,14 @@ class Placement(ABC):
         table: the weights; its groups are the rows of every ``NoiseTerms`` given.
         distribution: of the noise.
         kernel_seconds: time spent in passes over weights so far.
+        remake: makes the table anew where its parameters have moved; None where they may not.
     """
 
     def __init__(self, table: zk.ParamTable, distribution: str) -> None:
         self.table = table
         self.distribution = distribution
         self.kernel_seconds = 0.0
+        self.remake: Callable[[], zk.ParamTable] | None = None
 
     @abstractmethod
     def session(self) -> AbstractContextManager[None]:
@@ -60,6 +62,11 @@ class Placement(ABC):
             then: what the next session moves to first. The weights may be left there, in the same
                 pass, until ``settle`` or the next session takes it off again.
         """
+
+    def refresh(self) -> None:
+        """Follows parameters that have moved, to a device or another dtype, with ``remake``."""
+        if self.remake is not None and not self.table.current:
+            self.rebase(self.remake())
 
     def rebase(self, table: zk.ParamTable) -> None:
         """Works on another table of the same parameters from here on: they have moved."""
@@ -117,6 +124,7 @@ class InplacePlacement(Placement):
 
     def settle(self) -> None:
         """See ``Placement.settle``; one pass, or none where nothing is left."""
+        self.refresh()
         self.move_to(NoiseTerms.none(self.table.num_groups))
 
     def move_to(self, terms: NoiseTerms) -> None:

@@ -2,7 +2,8 @@
 
 Where the first blocks of a stack hold no active parameter and nothing active runs in front of
 them, their output is the same in every evaluation of a step. The first evaluation keeps it; in the
-others these blocks hand through what they get, and the last of them returns what was kept. The
+others these blocks hand through what they get, and the last of them returns what was kept (or each
+its own output, where the model reads them). The
 model's own forward runs as always, so its masks, positions and heads are its own affair.
 
 What makes this exact: a block is skipped only while all tensors that the stack was given are equal
@@ -62,11 +63,17 @@ class PrefixReuse:
     Args:
         model: a model with transformer blocks; without any, nothing is reused.
         table: its active parameters.
+
+    Attributes:
+        enabled: whether there is anything to reuse.
+        everything: whether the output of every block is kept, for models that read more than that
+            of the last one: hidden states of several layers, skips between blocks.
     """
 
     def __init__(self, model: nn.Module, table: zk.ParamTable) -> None:
         self._model = model
         self._device = table.device
+        self.everything = False
         self._stacks = _prefixes(model, table)
         self._owners = [o.module for o in find_owners(model, table) if o.module is not None]
         self.enabled = bool(self._stacks)
@@ -76,8 +83,9 @@ class PrefixReuse:
         self._unfilled: list[Any] = []  # key-value caches that skipped blocks were given
 
     @contextmanager
-    def session(self) -> Iterator[None]:
-        """Context of a step; the model is as it was on leaving it."""
+    def session(self, device: torch.device) -> Iterator[None]:
+        """Context of a step; the model, whose generators are the device's, is as it was after."""
+        self._device = device
         if not self.enabled:
             yield
             return
@@ -110,6 +118,16 @@ class PrefixReuse:
         self._unfilled.clear()
         for stack in self._stacks:
             stack.at, stack.skipping = -1, False
+
+    @property
+    def kept(self) -> bool:
+        """Whether the first evaluation has kept anything."""
+        return any(call for stack in self._stacks for call in stack.calls)
+
+    def restart(self) -> None:
+        """Forgets what was kept: the next evaluation is the first one again."""
+        self._evaluations = 0
+        self._forget()
 
     def disable(self) -> None:
         """Reuses nothing from here on."""
@@ -191,7 +209,7 @@ class PrefixReuse:
             return
         assert hidden is not None
         assert result is not None
-        if number:
+        if number and not self.everything:
             call[number - 1].hidden_out = None
         call[number] = _Call(
             others,
@@ -207,8 +225,8 @@ def _replay(call: _Call, hidden: Tensor | None, others: list[Tensor]) -> Any:
         raise ReuseError
     if call.hidden_out is not None:
         hidden = call.hidden_out.clone()  # whoever reads it may write it
-        if call.generators is not None:
-            call.generators.rewind()
+    if call.generators is not None:
+        call.generators.rewind()  # what runs between blocks may draw as well
     return hidden if call.rest is None else (hidden, *call.rest)
 
 

@@ -112,7 +112,8 @@ class ScratchPlacement(Placement):
     def _enter(self) -> None:
         for owner in self._owners:
             if owner.module is not None:
-                before = owner.module.register_forward_pre_hook(self._before(owner))
+                # In front of hooks that compute with the weights, as weight_norm's.
+                before = owner.module.register_forward_pre_hook(self._before(owner), prepend=True)
                 self._handles.append(before)
                 self._handles.append(
                     owner.module.register_forward_hook(self._after(owner), always_call=True)
@@ -141,8 +142,9 @@ class ScratchPlacement(Placement):
             None,
         )
         for owner in self._owners:
+            owner.depth = 0  # an evaluation that was cut short has not left its modules
+            self._put_back(owner)
             if owner.module is None:
-                self._put_back(owner)
                 self._show(owner)
 
     def update(
@@ -193,11 +195,14 @@ class ScratchPlacement(Placement):
         return hook
 
     def _after(self, owner: Owner) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            del module, args, output
-            owner.depth -= 1
-            if owner.depth == 0:
-                self._put_back(owner)
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            del module, args
+            owner.depth = max(0, owner.depth - 1)
+            if owner.depth or owner.showing is None:
+                return None
+            kept = _own(output, owner.showing.buffer)
+            self._put_back(owner)
+            return kept
 
         return hook
 
@@ -231,3 +236,23 @@ class ScratchPlacement(Placement):
             self._shown -= part.parameters.keys()
             self._free[owner.level].append(buffer)
         owner.showing = None
+
+
+def _own(output: Any, buffer: Tensor | None) -> Any:
+    """The output of a forward, with copies of what are views of its perturbed weights."""
+    if isinstance(output, Tensor):
+        inside = (
+            buffer is not None
+            and output.layout == torch.strided
+            and output.device == buffer.device
+            and output.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+        )
+        return output.clone() if inside else output
+    if type(output) in (tuple, list):
+        return type(output)(_own(value, buffer) for value in output)
+    if isinstance(output, dict):
+        for name, value in output.items():
+            kept = _own(value, buffer)
+            if kept is not value:
+                output[name] = kept
+    return output

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from zorba.optim.estimator import ESTIMATORS, Estimator, finite_differences
-from zorba.optim.generators import GeneratorState
+from zorba.optim.evaluation import Evaluator
 from zorba.optim.guard import guard
-from zorba.optim.interrupt import Gate, deferred_interrupts
+from zorba.optim.interrupt import deferred_interrupts
 from zorba.optim.momentum import Step, velocity, window
 from zorba.optim.placement import PLACEMENTS, InplacePlacement, Placement, PlacementName
-from zorba.optim.probe import Probe
-from zorba.optim.reuse import PrefixReuse, ReuseError
 from zorba.optim.scratch import ScratchPlacement
 from zorba.optim.select import Blocks, active_parameters, active_table, param_groups
 from zorba.optim.terms import NoiseTerms
@@ -168,19 +165,18 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             _check_number("weight_decay", group["weight_decay"], 0.0)
         self._model = model
         names = {id(p): name for name, p in parameters.items()}
-        self._group_of = {
-            names[id(p)]: g for g, group in enumerate(self.param_groups) for p in group["params"]
-        }
-        table = active_table(model, self._group_of)
+        table = active_table(
+            model,
+            {names[id(p)]: g for g, group in enumerate(self.param_groups) for p in group["params"]},
+        )
         self.placement: Placement = (
             ScratchPlacement(model, table, distribution)
             if placement == "scratch"
             else InplacePlacement(table, distribution)
         )
-        self._reuse = PrefixReuse(model, table)
-        if not prefix_reuse:
-            self._reuse.disable()
-        self._probed = placement == "inplace" and not self._reuse.enabled
+        group_of = {entry.name: entry.group for entry in table.entries}
+        self.placement.remake = lambda: active_table(model, group_of)
+        self._evaluator = Evaluator(model, self.placement, prefix_reuse)
         self._two_pass = two_pass
         if two_pass:
             unguard = guard(model, self.placement)
@@ -241,7 +237,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             closure: runs the model on one batch and returns what to minimise, a loss or minus an
                 accuracy, without calling backward. Every call must use the same batch. Randomness
                 from torch's generators (dropout) is repeated for each call while the model is in
-                training mode. The first step may call it once more than 2P times.
+                training mode. The first step may call it a few times more than that.
 
         Returns:
             Mean of the losses seen, a 0-dimensional float32 tensor.
@@ -254,15 +250,14 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         if closure is None:
             raise ValueError("step needs a closure that returns the loss of one batch")
         started = time.perf_counter()
-        if not self.placement.table.current:  # the model was moved to a device or another dtype
-            self.placement.rebase(active_table(self._model, self._group_of))
+        self.placement.refresh()
         kernel_before = self.placement.kernel_seconds
         options = self.param_groups[0]
         seed = step_seed(options["seed"], options["step"])
         # Ctrl-C is for the closure: elsewhere it waits, at most until the step is done.
-        with deferred_interrupts() as gate, self.placement.session(), self._reuse.session():
+        with deferred_interrupts() as gate, self._evaluator.session():
             scalars, loss = finite_differences(
-                self._evaluator(closure, gate),
+                self._evaluator.of(closure, gate),
                 seed,
                 options["eps"],
                 options["num_perturbations"],
@@ -272,11 +267,12 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             finite = all(map(math.isfinite, scalars))
             if options["clip"] is not None:
                 scalars = [min(max(g, -options["clip"]), options["clip"]) for g in scalars]
-            if finite:
-                self._update(seed, scalars)
-            elif self.recorder is not None:
-                self.recorder.skip(options["step"])
+            update = self._update(seed, scalars) if finite else None
             options["step"] += 1
+            if self.recorder is not None and update is not None:
+                self.recorder.append(options["step"] - 1, *update)
+            elif self.recorder is not None:
+                self.recorder.skip(options["step"] - 1)
         self.last_step = StepReport(
             seed,
             tuple(scalars),
@@ -291,78 +287,27 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         """Distance of each group in units of the first one's."""
         return [group["eps"] / self.param_groups[0]["eps"] for group in self.param_groups]
 
-    def _evaluator(
-        self, closure: Callable[[], float | Tensor], gate: Gate
-    ) -> Callable[[NoiseTerms], float]:
-        generators = GeneratorState(self.placement.table.device) if self._model.training else None
-
-        def run() -> float:
-            if generators is not None:
-                generators.rewind()
-            self._reuse.begin()
-            with gate.open():
-                return float(closure())
-
-        def evaluate(terms: NoiseTerms) -> float:
-            self.placement.move_to(terms)
-            if not self._probed:
-                return self._first_evaluation(terms, run)
-            try:
-                return run()
-            except ReuseError:
-                warnings.warn(
-                    "prefix reuse is switched off: blocks get other inputs in each evaluation of "
-                    "a step",
-                    stacklevel=2,
-                )
-                self._reuse.disable()
-                return run()
-
-        return evaluate
-
-    def _first_evaluation(self, terms: NoiseTerms, run: Callable[[], float]) -> float:
-        """Finds out how the parameters are used, and evaluates again where that matters."""
-        probe = Probe(self._model, self.placement.table, on_functional=self._reuse.close)
-        with probe.watch():
-            loss = run()
-        self._probed = True
-        if probe.functional:
-            self._reuse.limit()
-        if not isinstance(self.placement, ScratchPlacement):
-            return loss
-        if probe.unread:
-            names = sorted(probe.unread)
-            warnings.warn(
-                f"the first evaluation did not use {', '.join(names[:5])}"
-                f"{' and more' if len(names) > 5 else ''}: updates will move them at random. "
-                "Freeze them (requires_grad=False), unless other batches use them, as experts of a "
-                "mixture",
-                stacklevel=2,
-            )
-            self.placement.excuse(probe.unread)
-        if probe.functional:
-            self.placement.hold(probe.functional)
-            self.placement.move_to(terms)
-            loss = run()
-        return loss
-
-    def _update(self, seed: int, scalars: list[float]) -> None:
+    def _update(self, seed: int, scalars: list[float]) -> tuple[NoiseTerms, int, Tensor | None]:
+        """Writes the weights; returns what was written, as a recorder takes it."""
         options = self.param_groups[0]
-        steps: list[Step] = [(seed, tuple(scalars))]
+        steps: list[Step] = [(seed, tuple(scalars), options["momentum"])]
         if options["momentum"]:
-            memory = cast(dict[str, Any], self.state)["momentum"]
-            kept = [*memory.get("steps", []), *steps]
-            steps = memory["steps"] = kept[-window(options["momentum"]) :]
+            steps = [*self._recent(), *steps][-window(options["momentum"]) :]
         rates = [float(group["lr"]) for group in self.param_groups]
         scale = [-lr / share for lr, share in zip(rates, self._shares(), strict=True)]
-        terms = velocity(steps, options["momentum"], scale)
+        terms = velocity(steps, scale)
         decays = [
             lr * group["weight_decay"] for lr, group in zip(rates, self.param_groups, strict=True)
         ]
         decay = torch.tensor(decays) if any(decays) else None
         self.placement.update(terms, options["rounding"], seed, decay, self._next_move())
-        if self.recorder is not None:
-            self.recorder.append(options["step"], terms, seed, decay)
+        if options["momentum"]:
+            cast(dict[str, Any], self.state)["momentum"] = {"steps": steps}
+        return terms, seed, decay
+
+    def _recent(self) -> list[Step]:
+        """Steps that the velocity is made of."""
+        return list(cast(dict[str, Any], self.state)["momentum"].get("steps", []))
 
     def _next_move(self) -> NoiseTerms | None:
         """What the next step's first evaluation will add to the weights."""

@@ -1,7 +1,7 @@
-"""Compiles the Triton kernels that later stages tune, on all processors at once.
+"""Compiles the Triton kernels that later stages launch or tune, on all processors at once.
 
-``triton.autotune`` compiles one candidate after the other, some 75 for what is measured here: a few
-minutes. Processes that each run a share of them on a scrap of memory leave them in Triton's cache.
+``triton.autotune`` compiles one candidate after the other, some 100 in all: a few minutes. Here
+each process compiles a share of them and leaves it in Triton's cache.
 
     python -m benchmarks.gpu_check.precompile PART PARTS DEVICE
 """
@@ -12,16 +12,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from benchmarks.gpu_check.report import Report
-from zorba_kernels.backends import triton, triton_tuning
-from zorba_kernels.table import DTYPE_CODES
+from zorba_kernels.backends import triton
+from zorba_kernels.backends.triton_variants import variants
 
-SCRAP = 1 << 13  # elements
 PATIENCE = 90.0  # seconds
 
 
@@ -31,7 +28,7 @@ def precompile(report: Report, device: torch.device) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu_check.precompile"]
     start = time.monotonic()
     running = [
-        subprocess.Popen([*command, str(part), str(parts), device.type]) for part in range(parts)
+        subprocess.Popen([*command, str(part), str(parts), str(device)]) for part in range(parts)
     ]
     good = 0
     for process in running:
@@ -43,30 +40,18 @@ def precompile(report: Report, device: torch.device) -> None:
     report.note(triton_precompiled={"processes": parts, "done": good, "seconds": seconds})
 
 
-def variants() -> Iterator[dict[str, Any]]:
-    """Compile-time flags of every kernel and candidate that a stage may tune."""
-    for dtype, code in DTYPE_CODES.items():
-        for gaussian in (True, False):
-            for many in (True, False):
-                for stochastic in (False,) if dtype == torch.float32 else (False, True):
-                    flags = {
-                        "GAUSSIAN": gaussian,
-                        "STOCHASTIC": stochastic,
-                        "MANY": many,
-                        "DECAYS": many,
-                        "TILE": triton_tuning.TILE,
-                        "DTYPE": code,
-                    }
-                    for config in triton_tuning.candidates(flags):
-                        yield flags | config.options()
+def main(part: int, parts: int) -> None:
+    """Compiles every ``parts``-th variant for the current device, as a launch would, and runs none.
 
-
-def main(part: int, parts: int, device: torch.device) -> None:
-    """Compiles every ``parts``-th variant."""
-    kernel = triton._kernel("add_noise")
-    for flags in list(variants())[part::parts]:
-        triton._rehearse(kernel, flags, SCRAP, device)
+    Triton finds a kernel in its cache only by what a launch makes of the arguments: ``warmup`` goes
+    the same way. No argument is specialised on, so that any value stands for all.
+    """
+    for variant in list(variants(every_candidate=True))[part::parts]:
+        kernel = triton.kernel(variant.op)
+        arguments = {p.name: 0 for p in kernel.params if not p.is_constexpr}
+        kernel.warmup(grid=(1,), **arguments, **variant.flags, **variant.options)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), torch.device(sys.argv[3]))
+    with torch.cuda.device(sys.argv[3]):
+        main(int(sys.argv[1]), int(sys.argv[2]))

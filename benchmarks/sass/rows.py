@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from benchmarks.sass import pipes
 from benchmarks.sass.disassembly import Code, disassemble, register
 from benchmarks.sass.flow import Blocks, Path, blocks_of, hot_paths
-from benchmarks.sass.terms import makes_noise, sign_batch, term_loops
+from benchmarks.sass.terms import Loop, makes_noise, sign_batch, term_loops
 
 ARCH = "sm_90"
 Key = tuple[str | bool, ...]
@@ -50,7 +50,7 @@ class Row:
     ``terms`` says what is counted: "one" is a whole pass of one term, "each" is one more term in
     the same pass, and "signs" is that term's share of making the signs of a batch of terms. What a
     tile or a strip of weights takes once is not counted: for "one", where in its parameter a tile
-    lies, and its signs; for "each", loading, rounding and storing.
+    lies and, in CUDA, its signs; for "each", loading, rounding and storing.
     """
 
     backend: str  # "cuda", "triton" or "peer"
@@ -123,9 +123,8 @@ def row_of(code: Code, path: Path, weights: int, **about: Any) -> Row:
     )
 
 
-def term_rows(code: Code, blocks: Blocks, least: int, **about: Any) -> Iterator[Row]:
+def term_rows(code: Code, blocks: Blocks, loops: list[Loop], **about: Any) -> Iterator[Row]:
     """The loop over terms, in the cheapest of its forms: others start or end a round."""
-    loops = term_loops(blocks, least)
     if not loops:
         return
     loop = min(loops, key=lambda one: one.slots_per_weight)
@@ -173,7 +172,7 @@ def rows_of_cuda(code: Code) -> list[Row]:
     }
     blocks = blocks_of(code.instructions)
     if match[3] == "Many":
-        return list(term_rows(code, blocks, HELD, dtype="any", **about))
+        return list(term_rows(code, blocks, term_loops(blocks, HELD), dtype="any", **about))
     found: list[Row] = []
     for hot in hot_paths(blocks):
         dtype = stored_dtype(hot)
@@ -205,7 +204,13 @@ def triton_rows(kernels: Iterable[Compiled], backend: str = "triton") -> Iterato
         }
         blocks = blocks_of(code.instructions)
         if about.pop("terms") == "many":
-            yield from term_rows(code, blocks, 1, **about)
+            loops = term_loops(blocks, 1)
+            # A round that passes all its terms by is a loop that adds to float32 weights, too, but
+            # makes no noise: it has few wide products. All of a Philox call need not be there
+            # either, as those that are alike for all lanes may be made elsewhere.
+            products = [sum("IMAD.WIDE" in i.name for i in loop.path) for loop in loops]
+            noisy = [a for a, n in zip(loops, products, strict=True) if 2 * n >= max(products)]
+            yield from term_rows(code, blocks, noisy, **about)
             continue
         counted = [
             (hot, sum(i.stored_bytes for i in hot) // itemsize(compiled.dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -11,6 +12,8 @@ from triton.compiler import ASTSource
 from benchmarks.peers import tl_randn
 from benchmarks.sass.disassembly import assembler
 from benchmarks.sass.rows import Compiled
+from zorba_kernels.backends.triton_variants import Variant, variants
+from zorba_kernels.table import DTYPE_CODES
 
 TARGET = GPUTarget("cuda", 90, 32)
 
@@ -37,6 +40,26 @@ def cubin_of(
     source = ASTSource(kernel, types, dict(constants), attributes)
     compiled = triton.compile(source, target=TARGET, options=options)
     return bytes(compiled.asm["cubin"])
+
+
+def add_noise() -> list[Compiled]:
+    """Every variant of the backend's ``add_noise``, with the configuration of small tables."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(_compiled, (v for v in variants() if v.op == "add_noise")))
+
+
+def _compiled(variant: Variant) -> Compiled:
+    flags = variant.flags
+    names = {code: str(dtype).removeprefix("torch.") for dtype, code in DTYPE_CODES.items()}
+    return Compiled(
+        variant.op,
+        "gaussian" if flags["GAUSSIAN"] else "rademacher",
+        "stochastic" if flags["STOCHASTIC"] else "nearest",
+        "many" if flags["MANY"] else "one",
+        names[flags["DTYPE"]],
+        flags["DECAYS"] and not flags["MANY"],  # that of a round is no part of its terms
+        bytes(variant.compile(TARGET.arch).asm["cubin"]),
+    )
 
 
 def peer() -> Compiled:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import itertools
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -27,7 +27,10 @@ from benchmarks.gpu_check import (
 from benchmarks.gpu_check.report import Report
 from benchmarks.gpu_check.sanitized import DONE, main
 from benchmarks.gpu_check.sizes import FULL, SMALL, llama
+from tests.conftest import INTERPRETED
+from zorba_kernels.backends import triton, triton_tuning
 from zorba_kernels.program import make_program
+from zorba_kernels.table import DTYPE_CODES
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -178,22 +181,62 @@ def test_the_build_is_for_this_gpu_and_must_have_cuda(monkeypatch):
     assert facts.items() <= given["env"].items()
 
 
-def test_what_is_compiled_ahead_is_what_triton_tunes():
-    """The flags are the backend's own, and a variant runs: here in the interpreter."""
-    triton = pytest.importorskip("zorba_kernels.backends.triton")
+@pytest.fixture
+def compiled(monkeypatch, tmp_path) -> list[tuple[str, str]]:
+    """By what Triton's cache knows each kernel that it is to compile for a GPU, which is not there.
+
+    Compiling and running do nothing; everything before that is Triton's own.
+    """
+    pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+
+    found = []
+
+    def compile_source(source, target, options, **given):
+        found.append((source.hash(), make_backend(target).parse_options(options).hash()))
+        return MagicMock()
+
+    gpu = MagicMock()
+    gpu.get_current_device.return_value = object()  # Triton remembers what it has by device
+    gpu.get_current_target.return_value = GPUTarget("cuda", 90, 32)
+    gpu.get_benchmarker.return_value = lambda call, quantiles: (call(), [1.0] * 3)[1]
+    for name in ("jit", "autotuner"):
+        monkeypatch.setattr(f"triton.runtime.{name}.driver", SimpleNamespace(active=gpu))
+    monkeypatch.setattr("triton.compiler.compile", compile_source)
+    monkeypatch.setattr(triton_tuning, "SIZES", (1,))
+    monkeypatch.setattr(triton_tuning, "_chosen", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # of earlier measurements
+    yield found
+    for op in ("add_noise", "noise", "fingerprint"):
+        triton.kernel(op).device_caches.pop(gpu.get_current_device.return_value, None)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
+def test_what_is_compiled_ahead_is_what_triton_tunes(compiled):
+    """Every pass, and every candidate that is measured for it, is found in Triton's cache."""
     from benchmarks.gpu_check import precompile
 
-    variants = list(precompile.variants())
-    program = make_program(1, 1.0, 1, "gaussian", "nearest", None, None, None)
-    launched = {"DTYPE", *triton._flags(program, many=False)}
-    assert all(set(v) == launched | {"STRIP", "num_warps", "num_stages"} for v in variants)
-    assert len({tuple(v.items()) for v in variants}) == len(variants) > 60
-    command = [sys.executable, "-m", "benchmarks.gpu_check.precompile", "0", str(len(variants))]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [*command, "cpu"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    kinds = itertools.product(
+        (1, [1, 2]), ("gaussian", "rademacher"), ("nearest", "stochastic"), (None, 0.1)
     )
-    assert done.returncode == 0, done.stderr
+    table = zk.ParamTable({str(dtype): torch.zeros(8, dtype=dtype) for dtype in DTYPE_CODES})
+    for seeds_, distribution, rounding, decay in kinds:
+        coefs = 0.1 if seeds_ == 1 else [0.1, 0.2]
+        program = make_program(seeds_, coefs, 1, distribution, rounding, None, None, None, decay)
+        triton.add_noise(table, table, program)
+    for distribution in ("gaussian", "rademacher"):
+        triton.noise(8, 0, 1, 2, 0, distribution, CPU)
+    triton.fingerprint(table)
+    launched = set(compiled)
+    compiled.clear()
+    for kernel in map(triton.kernel, ("add_noise", "noise", "fingerprint")):
+        kernel.device_caches.clear()  # so that Triton looks on disk again
+    for part in range(3):
+        precompile.main(part, 3)
+    assert len(compiled) == len(set(compiled)) > 100
+    assert set(compiled) == launched
 
 
 def test_sanitized_script(capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -279,6 +280,14 @@ def test_triton_kernels():
     rows, versions = counted(count_triton())
     (peer,) = (row for row in rows if row.backend == "peer")
     assert 80 < peer.slots_per_weight < 160
+    ours = [row for row in rows if row.backend == "triton"]
+    assert Counter(row.terms for row in ours) == {"one": 20, "each": 10}
+    # A loop with the 18 to 20 products of a Philox call, not one over rounds that have no terms.
+    assert all(row.pipes["imad"] > 18 for row in ours)
+    each = [row for row in ours if row.terms == "each"]
+    for distribution in ("gaussian", "rademacher"):  # the noise does not depend on the dtype
+        slots = [row.slots_per_weight for row in each if row.distribution == distribution]
+        assert max(slots) < 1.15 * min(slots)
     assert failures(rows, versions, Recorded.load()) == []
 
 

@@ -17,7 +17,7 @@ from zorba import ZerothOrderSGD
 from benchmarks.allocations import peak_bytes
 from benchmarks.peers import mezo
 
-ROUNDS = 3
+ROUNDS = 9
 GROUP = "step of a 135 M model, bf16, 16 x 32 tokens"
 SCHEMES: dict[str, dict[str, Any]] = {
     "scratch": {},

@@ -23,11 +23,6 @@ LR, EPS = 1e-3, 2**-6  # such an eps moves losses by more than the rounding of b
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
-@pytest.fixture(autouse=True)
-def one_thread(threads: None) -> None:
-    torch.set_num_threads(1)
-
-
 def label(case: Case) -> str:
     return f"{case.kind}-{case.auto}"
 

@@ -37,11 +37,6 @@ CAUSAL = [case for case in CASES if case.auto == "ForCausalLM"]
 MASKED = [case for case in CASES if case.auto == "ForMaskedLM"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread(threads: None) -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     """Words with the space in front of them are tokens, as in most models' tokenizers."""

@@ -36,11 +36,6 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread(threads: None) -> None:
-    torch.set_num_threads(1)
-
-
 def adapted(task: str, adapter: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     case, targets = TASKS[task]
     name, options = ADAPTERS[adapter]

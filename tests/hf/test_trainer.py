@@ -18,11 +18,6 @@ from zorba.trajectory import Trajectory, TrajectoryError, replay
 from tests.optim.models import same_bits, snapshot
 
 
-@pytest.fixture(autouse=True)
-def one_thread(threads: None) -> None:
-    torch.set_num_threads(1)
-
-
 def tiny(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -73,8 +73,7 @@ def traced(call: Callable[[], object], at: int | None) -> int:
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first step", "later step"])
-def test_scratch(first: bool, threads: None) -> None:
-    torch.set_num_threads(1)
+def test_scratch(first: bool) -> None:
     torch.manual_seed(1)
     model = Model().to(torch.bfloat16)
     x = torch.randn(3, 4).to(torch.bfloat16)
@@ -116,9 +115,8 @@ def test_scratch(first: bool, threads: None) -> None:
 
 
 @pytest.mark.parametrize("two_pass", [False, True])
-def test_in_place(two_pass: bool, threads: None) -> None:
+def test_in_place(two_pass: bool) -> None:
     """To rounding: weights are those of before or after, without a perturbation of 0.1."""
-    torch.set_num_threads(1)
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     x = torch.randn(3, 4)

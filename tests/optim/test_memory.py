@@ -26,8 +26,7 @@ def model() -> LlamaForCausalLM:
 
 
 @pytest.fixture
-def closure(model: LlamaForCausalLM, threads: None) -> Callable[[], torch.Tensor]:
-    torch.set_num_threads(1)
+def closure(model: LlamaForCausalLM) -> Callable[[], torch.Tensor]:
     ids = torch.arange(48).reshape(2, 24)
     return lambda: model(input_ids=ids, labels=ids, use_cache=False).loss
 

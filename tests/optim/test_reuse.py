@@ -21,11 +21,6 @@ MASKED = ["bert", "roberta", "modernbert", "deberta-v2", "electra"]
 PAIRS = ["t5", "bart"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread(threads: None) -> None:
-    torch.set_num_threads(1)
-
-
 def tiny(name: str, rng: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 

@@ -16,20 +16,11 @@ from tests.conftest import Random
 from tests.trajectory.world import (
     GROUPS,
     RUN_SEED,
+    WEIGHTS,
     make_table,
     make_updates,
-    make_weights,
     record,
 )
-
-WEIGHTS = make_weights(torch.bfloat16, Random(1))
-
-
-@pytest.fixture
-def path(tmp_path: Path, rng: Random) -> Path:
-    """A finished trajectory of a dozen steps of every kind."""
-    record(tmp_path / "run.zot", make_table(WEIGHTS), make_updates(12, rng))
-    return tmp_path / "run.zot"
 
 
 def test_a_resumed_run_has_the_bytes_of_an_uninterrupted_one(tmp_path: Path, rng: Random) -> None:

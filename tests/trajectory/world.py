@@ -22,6 +22,9 @@ def make_weights(dtype: torch.dtype, rng: Random) -> dict[str, Tensor]:
     return {name: rng.weights(shapes[name], dtype) for name in NAMES}
 
 
+WEIGHTS = make_weights(torch.bfloat16, Random(1))
+
+
 def make_table(weights: dict[str, Tensor]) -> zk.ParamTable:
     """A table over a copy of the weights."""
     return zk.ParamTable({n: w.clone() for n, w in weights.items()}, NAMES)

@@ -3,12 +3,12 @@
 Where the first blocks of a stack hold no active parameter and nothing active runs in front of
 them, their output is the same in every evaluation of a step. The first evaluation keeps it; in the
 others these blocks hand through what they get, and the last of them returns what was kept (or each
-its own output, where the model reads them). The
-model's own forward runs as always, so its masks, positions and heads are its own affair.
+its own output, where the model reads them). The model's own forward runs as always, so its masks,
+positions and heads are its own affair.
 
 What makes this exact: a block is skipped only while all tensors that the stack was given are equal
 to those of the first evaluation, bit for bit, and random generators continue where they stood
-behind the prefix.
+behind each block.
 """
 
 from __future__ import annotations

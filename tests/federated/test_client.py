@@ -22,7 +22,7 @@ from zorba.federated import (
     decode,
     run_federation,
 )
-from zorba.optim.terms import NoiseTerms
+from zorba.optim import NoiseTerms, one_by_one
 
 import zorba_kernels as zk
 from tests.federated.world import World, copy_table, loss_of, make_settings, weights_of
@@ -141,7 +141,10 @@ def test_objective_that_raises_leaves_the_applied_entries(world: World) -> None:
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 1e300])
 def test_non_finite_loss_sits_the_round_out(world: World, loss: float) -> None:
     data = world.plan("ada")
-    world.clients["ada"].objective = lambda r, k: (lambda terms: loss * float(terms.coefs.sum()), 1)
+    world.clients["ada"].objective = lambda r, k: (
+        one_by_one(lambda terms: loss * float(terms.coefs.sum())),
+        1,
+    )
     with pytest.raises(FederationError, match="round 1, step 0"):
         world.clients["ada"].handle(data)
     report = run_federation(world.server, world.transport, 1).reports[0]
@@ -163,7 +166,7 @@ def test_pending_steps_are_the_round_of_a_single_client(tmp_path: Path, distribu
 
     def spying(round_number: int, step: int) -> Any:
         evaluate, count = inner(round_number, step)
-        return (lambda terms: seen.append(terms) or evaluate(terms)), count  # type: ignore[func-returns-value]
+        return (lambda noises: seen.extend(noises) or evaluate(noises)), count  # type: ignore[func-returns-value]
 
     client.objective = spying
     start = copy_table(replica.table)
@@ -216,7 +219,7 @@ def test_masked_blocks_stay_still_while_measuring(tmp_path: Path) -> None:
         seen.append(terms)
         return float(terms.coefs.sum())
 
-    world.clients["cleo"].objective = lambda r, k: (evaluate, 4)
+    world.clients["cleo"].objective = lambda r, k: (one_by_one(evaluate), 4)
     reply = reply_of(world.clients["cleo"].handle(world.plan("cleo")))
     assert reply.scalars.shape == (2, 3)
     assert not any(terms.active(block) for terms in seen for block in (2, 3))
@@ -233,7 +236,7 @@ def test_clip_holds_for_pending_steps_too(tmp_path: Path) -> None:
 
     def spying(round_number: int, step: int) -> Any:
         evaluate, count = inner(round_number, step)
-        return (lambda terms: seen.append(terms) or evaluate(terms)), count  # type: ignore[func-returns-value]
+        return (lambda noises: seen.extend(noises) or evaluate(noises)), count  # type: ignore[func-returns-value]
 
     client.objective = spying
     reply = reply_of(client.handle(world.plan("ada")))

@@ -16,7 +16,7 @@ from zorba.federated import (
     Server,
     model_fingerprint,
 )
-from zorba.optim.terms import NoiseTerms
+from zorba.optim import Evaluate, NoiseTerms, one_by_one
 
 import zorba_kernels as zk
 
@@ -65,7 +65,7 @@ def loss_of(table: zk.ParamTable, target: float) -> float:
 def make_objective(replica: Replica, target: float, examples: int) -> Callable[[int, int], Any]:
     """Evaluates on a perturbed copy: the weights are never written."""
 
-    def objective(round_number: int, step: int) -> tuple[Callable[[NoiseTerms], float], int]:
+    def objective(round_number: int, step: int) -> tuple[Evaluate, int]:
         def evaluate(terms: NoiseTerms) -> float:
             perturbed = copy_table(replica.table)
             if terms.seeds:
@@ -78,7 +78,7 @@ def make_objective(replica: Replica, target: float, examples: int) -> Callable[[
                 )
             return loss_of(perturbed, target + 0.01 * round_number + 0.1 * step)
 
-        return evaluate, examples
+        return one_by_one(evaluate), examples
 
     return objective
 

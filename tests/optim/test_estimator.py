@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from zorba.optim import NoiseTerms, finite_differences
+from zorba.optim import NoiseTerms, finite_differences, one_by_one
 
 import zorba_kernels as zk
 
@@ -29,7 +29,7 @@ def test_central_is_exact_on_a_quadratic(active: list[float], generator: torch.G
     def loss(terms: NoiseTerms) -> float:
         return float((point + _direction(terms)).square().sum())
 
-    scalars, _ = finite_differences(loss, 5, 1e-3, 4, "central", active)
+    scalars, _ = finite_differences(one_by_one(loss), 5, 1e-3, 4, "central", active)
     mask = torch.tensor(active, dtype=torch.float64).repeat_interleave(SIZE // 2)
     for p, g in enumerate(scalars):
         z = zk.noise(SIZE, seed=5, stream=7, sample=p).double() * mask
@@ -44,7 +44,7 @@ def test_forward_evaluates_the_base_once() -> None:
         seen.append(terms)
         return float(_direction(terms).sum())
 
-    scalars, _ = finite_differences(loss, 5, 1e-3, 3, "forward", [1.0, 1.0])
+    scalars, _ = finite_differences(one_by_one(loss), 5, 1e-3, 3, "forward", [1.0, 1.0])
     assert [len(terms.seeds) for terms in seen] == [0, 1, 1, 1]
     assert len(scalars) == 3
 
@@ -57,7 +57,7 @@ def test_pending_terms_ride_along() -> None:
         seen.append(terms)
         return 0.0
 
-    finite_differences(loss, 5, 1e-3, 1, "central", [0.0, 1.0], pending)
+    finite_differences(one_by_one(loss), 5, 1e-3, 1, "central", [0.0, 1.0], pending)
     assert [terms.seeds for terms in seen] == [(9, 5), (9, 5)]
     assert seen[0].coefs[:, 0].tolist() == [0.25, 0.0]
     assert seen[0].coefs[0, 1] == 0.0
@@ -66,7 +66,9 @@ def test_pending_terms_ride_along() -> None:
 
 def test_mean_loss_is_nan_where_a_loss_is() -> None:
     losses = iter([1.0, math.inf])
-    scalars, mean = finite_differences(lambda _: next(losses), 5, 1e-3, 1, "central", [1.0])
+    scalars, mean = finite_differences(
+        one_by_one(lambda _: next(losses)), 5, 1e-3, 1, "central", [1.0]
+    )
     assert math.isnan(mean)
     assert not math.isfinite(scalars[0])
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import zorba_kernels as zk
 from zorba.demo.data import Example
 from zorba.hf import Prefix, extend_prefix, run_prefix, run_suffix
-from zorba.optim import NoiseTerms, ScratchPlacement
+from zorba.optim import Evaluate, NoiseTerms, ScratchPlacement, one_by_one
 
 
 @dataclass
@@ -101,7 +101,7 @@ class Pool:
         """Bytes of the cached hidden states."""
         return sum(prefix.nbytes for prefix in self.prefixes)
 
-    def objective(self, round_: int, step: int) -> tuple[Callable[[NoiseTerms], float], int]:
+    def objective(self, round_: int, step: int) -> tuple[Evaluate, int]:
         """Returns the loss function of one local step and its number of examples.
 
         The batch is a function of (round, step) alone: a repeated plan measures the same.
@@ -120,7 +120,7 @@ class Pool:
             return loss
 
         self.seconds.count += 1
-        return evaluate, len(prefix.labels)
+        return one_by_one(evaluate), len(prefix.labels)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 See ``docs/protocol.md``.
 """
 
-from zorba.federated.client import Client, Evaluate, Objective
+from zorba.federated.client import Client, Objective
 from zorba.federated.entry import LogEntry
 from zorba.federated.errors import (
     DivergedError,
@@ -26,7 +26,6 @@ from zorba.identity import model_fingerprint
 __all__ = [
     "Client",
     "DivergedError",
-    "Evaluate",
     "FederationError",
     "FederationResult",
     "FederationSettings",

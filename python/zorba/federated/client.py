@@ -16,14 +16,13 @@ from zorba.federated.errors import DivergedError, FederationError, GapError, Mes
 from zorba.federated.messages import Greeting, Hello, Plan, Reply, decode
 from zorba.federated.replica import Replica
 from zorba.identity import package_version
-from zorba.optim.estimator import finite_differences
+from zorba.optim.estimator import Evaluate, finite_differences
 from zorba.optim.terms import NoiseTerms
 from zorba_kernels.noise import NOISE_VERSION
 
-Evaluate = Callable[[NoiseTerms], float]
 Objective = Callable[[int, int], tuple[Evaluate, int]]
-"""``objective(round, step)`` picks a batch and returns (the loss on it at the weights plus given
-noise, its number of examples). The same round and step must pick the same batch."""
+"""``objective(round, step)`` picks a batch and returns (the losses on it at the weights plus given
+noises, its number of examples). The same round and step must pick the same batch."""
 
 
 class Client:

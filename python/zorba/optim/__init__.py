@@ -1,6 +1,6 @@
 """The optimizer and its parts: terms, estimator, placements."""
 
-from zorba.optim.estimator import finite_differences
+from zorba.optim.estimator import Evaluate, finite_differences, one_by_one
 from zorba.optim.placement import InplacePlacement, Placement
 from zorba.optim.reuse import PrefixReuse
 from zorba.optim.scratch import ScratchPlacement, UnreachedParameterError
@@ -9,6 +9,7 @@ from zorba.optim.sgd import Recorder, StepReport, ZerothOrderSGD, step_seed
 from zorba.optim.terms import NoiseTerms
 
 __all__ = [
+    "Evaluate",
     "InplacePlacement",
     "NoiseTerms",
     "Placement",
@@ -21,5 +22,6 @@ __all__ = [
     "active_parameters",
     "active_table",
     "finite_differences",
+    "one_by_one",
     "step_seed",
 ]

@@ -13,9 +13,14 @@ from zorba.optim.terms import NoiseTerms
 Estimator = Literal["central", "forward"]
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 
+Evaluate = Callable[[Sequence[NoiseTerms]], Sequence[float]]
+"""Returns the loss at the weights plus each of the given noises; leaves the weights as they are.
+
+It gets all evaluations of a step at once, so that it may run them side by side."""
+
 
 def finite_differences(
-    evaluate: Callable[[NoiseTerms], float],
+    evaluate: Evaluate,
     seed: int,
     eps: float,
     num_perturbations: int,
@@ -29,7 +34,7 @@ def finite_differences(
     1); ``forward``: ``(F(w + eps M z) - F(w)) / eps``, one evaluation of F(w) for all p.
 
     Args:
-        evaluate: returns the loss at the weights plus the given noise; must not change the weights.
+        evaluate: called once, with the 2P noises (P + 1 for ``forward``).
         seed: uint64, shared by the perturbations; perturbation p is its sample p.
         eps: distance of the evaluations, positive.
         num_perturbations: P, at least 1.
@@ -42,17 +47,20 @@ def finite_differences(
     """
     mask = torch.as_tensor(active, dtype=torch.float32)
     base = NoiseTerms.none(len(mask)) if pending is None else pending
-    scalars: list[float] = []
-    losses: list[float] = []
-    if estimator == "forward":
-        losses.append(evaluate(base))
+    central = estimator == "central"
+    noises = [] if central else [base]
     for sample in range(num_perturbations):
-        plus = evaluate(base.plus(NoiseTerms.single(seed, sample, eps * mask)))
-        losses.append(plus)
-        if estimator == "forward":
-            scalars.append((plus - losses[0]) / eps)
-            continue
-        minus = evaluate(base.plus(NoiseTerms.single(seed, sample, -eps * mask)))
-        losses.append(minus)
-        scalars.append((plus - minus) / (2 * eps))
+        for distance in (eps, -eps) if central else (eps,):
+            noises.append(base.plus(NoiseTerms.single(seed, sample, distance * mask)))
+    losses = list(evaluate(noises))
+    if central:
+        pairs = zip(losses[::2], losses[1::2], strict=True)
+        scalars = [(plus - minus) / (2 * eps) for plus, minus in pairs]
+    else:
+        scalars = [(plus - losses[0]) / eps for plus in losses[1:]]
     return scalars, math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.nan
+
+
+def one_by_one(loss: Callable[[NoiseTerms], float]) -> Evaluate:
+    """Returns what evaluates a function at each noise in turn."""
+    return lambda noises: [loss(terms) for terms in noises]

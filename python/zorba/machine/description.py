@@ -1,11 +1,9 @@
-"""What a run ran on, and how much memory it took."""
+"""Which machine and versions a figure belongs to."""
 
 from __future__ import annotations
 
 import contextlib
 import platform
-import resource
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,6 @@ from typing import Any
 import torch
 
 import zorba_kernels as zk
-
-_STATUS = Path("/proc/self/status")
 
 
 def describe() -> dict[str, Any]:
@@ -41,19 +37,3 @@ def version_of(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def reset_peak_memory() -> None:
-    """Starts the peak of this process anew, where the system can (Linux)."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory() -> int:
-    """Returns the most bytes that this process had resident since the last reset."""
-    with contextlib.suppress(OSError, StopIteration):
-        lines = _STATUS.read_text().splitlines()
-        line = next(line for line in lines if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,117 @@
+"""Calls a function in a process of its own and watches the memory that it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import multiprocessing
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from zorba.machine.peak import PeakAnonymous
+
+T = TypeVar("T")
+Ready = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Apart(Generic[T]):
+    """What a call in a process of its own came to.
+
+    Attributes:
+        result: what it returned.
+        baseline: bytes of anonymous memory when it said that it was ready.
+        peak: the most bytes of anonymous memory since.
+        device_peak: the most bytes that torch's allocator held on a GPU since; 0 without one.
+    """
+
+    result: T
+    baseline: int
+    peak: int
+    device_peak: int
+
+    @property
+    def above(self) -> int:
+        """Bytes of anonymous memory above the baseline."""
+        return self.peak - self.baseline
+
+
+def run_apart(function: Callable[..., T], *args: Any, interval: float = 0.001) -> Apart[T]:
+    """Calls ``function(ready, *args)`` in a fresh process and measures its memory (Linux).
+
+    The function imports what it needs and then calls ``ready()``, once: the baseline is read there.
+    Memory that imports left free is given back to the system before, so that it is not reused
+    unseen.
+
+    Args:
+        function: importable by name, as for ``multiprocessing`` (a script that calls this needs the
+            usual ``if __name__ == "__main__"``).
+        args: its further arguments; they and the result are pickled.
+        interval: seconds between two looks at the memory.
+
+    Raises:
+        RuntimeError: the function raised (the message has its traceback), never called ``ready``,
+            or its process died.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, function, args), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        _receive(ours, process, "ready")
+        assert process.pid is not None
+        with PeakAnonymous(process.pid, interval) as watch:
+            ours.send("go")
+            result, device_peak = _receive(ours, process, "done")
+        return Apart(result, watch.baseline, watch.peak, device_peak)
+    finally:
+        ours.close()
+        process.join(10)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _receive(connection: Connection, process: Any, wanted: str) -> Any:
+    try:
+        kind, value = connection.recv()
+    except EOFError:
+        process.join(10)
+        raise RuntimeError(
+            f"the process of the call ended with exit code {process.exitcode} (negative: a signal; "
+            "-9 is often the system, out of memory)"
+        ) from None
+    if kind == "error":
+        raise RuntimeError(f"the call in a process of its own failed:\n{value}")
+    if kind != wanted:
+        raise RuntimeError("the function never called ready(): there is no baseline")
+    return value
+
+
+def _serve(connection: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    def ready() -> None:
+        gc.collect()
+        _give_back_free_memory()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        connection.send(("ready", None))
+        connection.recv()
+
+    try:
+        result = function(ready, *args)
+        device_peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        connection.send(("done", (result, device_peak)))
+    except BaseException:
+        connection.send(("error", traceback.format_exc()))
+
+
+def _give_back_free_memory() -> None:
+    with contextlib.suppress(OSError, AttributeError):  # glibc only
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,86 @@
+"""The peak of a process's anonymous memory, watched from outside."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from zorba.machine import PeakAnonymous, anonymous_memory, run_apart
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+
+MIB = 1 << 20
+
+
+def hold(ready: Callable[[], None], size: int) -> int:
+    """Holds ``size`` bytes, gives them back, and holds half of them."""
+    torch.ones(1 << 16)
+    ready()
+    whole = torch.ones(size // 4)
+    held = whole.nbytes
+    del whole
+    return held + torch.ones(size // 8).nbytes
+
+
+def map_file(ready: Callable[[], None], path: str) -> int:
+    """Reads all of a mapped file."""
+    torch.ones(1 << 16).sum()
+    ready()
+    mapped = torch.from_file(path, shared=False, size=os.path.getsize(path) // 4)
+    return int((mapped.max() == mapped.min()) * mapped.nbytes)
+
+
+def fail(ready: Callable[[], None]) -> None:
+    ready()
+    raise KeyError("no such thing")
+
+
+def forget(ready: Callable[[], None]) -> None:
+    del ready
+
+
+def die(ready: Callable[[], None]) -> None:
+    ready()
+    os.kill(os.getpid(), 9)
+
+
+def test_sees_what_was_held_and_given_back() -> None:
+    size = 256 * MIB
+    run = run_apart(hold, size)
+    assert run.result == size + size // 2
+    assert abs(run.above - size) < 8 * MIB  # the counter lags
+
+
+def test_leaves_out_mapped_files(tmp_path: Path) -> None:
+    size = 128 * MIB
+    path = tmp_path / "weights"
+    path.write_bytes(b"\x01" * size)
+    run = run_apart(map_file, str(path))
+    assert run.result == size
+    assert run.above < 8 * MIB
+
+
+def test_watches_this_process_too() -> None:
+    before = anonymous_memory(os.getpid())
+    with PeakAnonymous(os.getpid()) as watch:
+        kept = torch.ones(64 * MIB, dtype=torch.uint8)
+        del kept
+    assert watch.baseline >= before - 8 * MIB
+    assert watch.above > 56 * MIB
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [(fail, "no such thing"), (forget, r"never called ready\(\)"), (die, "exit code -9")],
+)
+def test_says_what_went_wrong(function: Callable[..., None], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        run_apart(function)
+
+
+def test_no_such_process() -> None:
+    with pytest.raises(OSError, match="No such file"), PeakAnonymous(2**22 + 1):
+        pass

@@ -12,12 +12,15 @@ from zorba.federated.errors import (
     LogError,
     MessageError,
     ReplicaError,
+    RunFolderError,
 )
+from zorba.federated.events import EventReader, EventWriter
 from zorba.federated.identity import ModelIdentity
 from zorba.federated.log import LogHeader, RoundLog
 from zorba.federated.loop import FederationResult, RoundReport, run_federation
 from zorba.federated.messages import Greeting, Hello, Plan, Reply, decode
 from zorba.federated.replica import Replica
+from zorba.federated.run_folder import RunFolder, RunRecorder
 from zorba.federated.server import Receipt, RoundOutcome, Server
 from zorba.federated.settings import FederationSettings
 from zorba.federated.transport import LocalTransport, Transport
@@ -26,6 +29,8 @@ from zorba.identity import model_fingerprint
 __all__ = [
     "Client",
     "DivergedError",
+    "EventReader",
+    "EventWriter",
     "FederationError",
     "FederationResult",
     "FederationSettings",
@@ -47,6 +52,9 @@ __all__ = [
     "RoundLog",
     "RoundOutcome",
     "RoundReport",
+    "RunFolder",
+    "RunFolderError",
+    "RunRecorder",
     "Server",
     "Transport",
     "decode",

@@ -37,3 +37,7 @@ class GapError(ReplicaError):
 
 class DivergedError(ReplicaError):
     """A replica's fingerprint is not the one that the log says it must have."""
+
+
+class RunFolderError(FederationError, RuntimeError):
+    """A run folder holds something else, or is in use by another run."""

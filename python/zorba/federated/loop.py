@@ -19,6 +19,7 @@ class RoundReport:
         round: from 1.
         loss: mean of the clients' losses by their examples; nan when nobody replied.
         clients: whose replies went into the log entry.
+        losses: of each of these clients.
         bytes_up: encoded answers, greetings' included, by client.
         bytes_down: encoded messages, by client.
         scalar_bytes_up: of these answers the scalars alone, by client.
@@ -34,6 +35,7 @@ class RoundReport:
     round: int
     loss: float
     clients: tuple[str, ...]
+    losses: dict[str, float]
     bytes_up: dict[str, int]
     bytes_down: dict[str, int]
     scalar_bytes_up: dict[str, int]
@@ -147,6 +149,7 @@ def _run_round(
         round=entry.round,
         loss=outcome.loss,
         clients=tuple(sorted(outcome.replies)),
+        losses={name: r.loss for name, r in sorted(outcome.replies.items())},
         bytes_up=exchange.up,
         bytes_down=exchange.down,
         scalar_bytes_up={name: r.scalar_bytes for name, r in sorted(outcome.replies.items())},

@@ -116,6 +116,11 @@ class Server:
         return tuple(self._masks.rows)
 
     @property
+    def masks(self) -> dict[str, tuple[bool, ...]]:
+        """Which blocks each client activates, by client."""
+        return {name: tuple(row.tolist()) for name, row in self._masks.rows.items()}
+
+    @property
     def admitted(self) -> tuple[str, ...]:
         """Clients whose hello was accepted."""
         return tuple(name for name in self._masks.rows if name in self._marks)

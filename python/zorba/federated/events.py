@@ -1,0 +1,161 @@
+"""Events of a run: JSON lines, appended as things happen and read while they are written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zorba.federated.errors import RunFolderError
+
+EVENT_SCHEMA = 1
+"""Version of the events; the first line of a file carries it."""
+
+
+class EventWriter:
+    """Appends events to a file, each a line that is with the system when ``write`` returns.
+
+    Events are telemetry: the log is the state. So a disk that is full loses events and does not
+    end the run; the next event that can be written is preceded by one that says how many were
+    lost. A line is there as a whole or not at all; the torn last line that a kill leaves is cut
+    when the file is opened. Threads may share a writer, processes must not share a file.
+
+    Args:
+        path: of the file; an existing one is continued.
+
+    Raises:
+        RunFolderError: the file is there and holds no events of this schema.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock = threading.Lock()
+        self._lost = 0
+        existing = self.path.read_bytes() if self.path.exists() else b""
+        self._end = existing.rfind(b"\n") + 1
+        if self._end:
+            _check_first(_parse(existing[: existing.index(b"\n")]), self.path)
+        elif existing[:1] not in (b"", b"{"):
+            raise RunFolderError(f"{self.path} holds no events: it is left as it is")
+        self._file = self.path.open("ab", buffering=0)
+        self._file.truncate(self._end)
+
+    def write(self, event: str, fields: Mapping[str, Any] | None = None) -> None:
+        """Appends an event.
+
+        Args:
+            event: its kind.
+            fields: what JSON can hold; numbers that are not finite become null.
+        """
+        with self._lock:
+            if self._lost and self._append("lost", {"events": self._lost}):
+                self._lost = 0
+            if not self._append(event, fields or {}):
+                self._lost += 1
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _append(self, event: str, fields: Mapping[str, Any]) -> bool:
+        record: dict[str, Any] = {"event": event, "time": _now()}
+        if self._end == 0:
+            record["schema"] = EVENT_SCHEMA
+        text = json.dumps(_plain({**record, **fields}), allow_nan=False, separators=(",", ":"))
+        line = text.encode() + b"\n"
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError("the line was written in part")
+        except OSError:
+            self._file.truncate(self._end)
+            return False
+        self._end += len(line)
+        return True
+
+
+class EventReader:
+    """Reads events, also of a file that grows.
+
+    Args:
+        path: of the file; it need not exist yet.
+
+    Attributes:
+        damaged: whole lines so far that hold no event; they are passed over.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.damaged = 0
+        self._offset = 0
+        self._file_id = -1
+
+    def poll(self) -> list[dict[str, Any]]:
+        """Returns the events since the last call; none where there is no file.
+
+        A last line without its end is left for the next call. When another file has taken the
+        place of the first, its events follow from the start; the first line of a file is known by
+        its ``schema``.
+
+        Raises:
+            RunFolderError: the file holds no events of this schema.
+        """
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            return []
+        with file:
+            status = os.fstat(file.fileno())
+            if status.st_ino != self._file_id or status.st_size < self._offset:
+                self._file_id, self._offset, self.damaged = status.st_ino, 0, 0
+            file.seek(self._offset)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        lines = [_parse(line) for line in whole.split(b"\n")[:-1]]
+        if self._offset == 0 and lines:
+            _check_first(lines[0], self.path)
+        self._offset += len(whole)
+        events = [line for line in lines if line is not None]
+        self.damaged += len(lines) - len(events)
+        return events
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Returns the event of a line; None where it holds none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("event"), str) else None
+
+
+def _check_first(record: dict[str, Any] | None, path: Path) -> None:
+    if record is None or "schema" not in record:
+        raise RunFolderError(f"{path} holds no events: its first line names no schema")
+    if record["schema"] != EVENT_SCHEMA:
+        raise RunFolderError(
+            f"{path} holds events of schema {record['schema']!r}, this package reads {EVENT_SCHEMA}"
+        )
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+def _plain(value: Any) -> Any:
+    """Returns the value as JSON has it: text for unknown objects, null for what is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int | bool) else str(value)

@@ -1,0 +1,239 @@
+"""A run's folder: the log that is its state, and what people and programs read to watch it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from zorba import machine
+from zorba.federated.entry import UNCOVERED
+from zorba.federated.events import EventWriter
+from zorba.federated.loop import FederationResult, RoundReport
+from zorba.federated.server import Server
+from zorba.federated.settings import FederationSettings
+from zorba.files import write_whole
+
+if TYPE_CHECKING:
+    from zorba.planning import BlockPlan
+
+MAX_TEXT = 500
+"""Characters kept of a text that came from a client: a failure or the reason of a refusal."""
+
+
+class RunFolder:
+    """Paths of a run.
+
+    Attributes:
+        path: of the folder.
+        log: ``federation.log``, the server's log.
+        events: ``events.jsonl``, see ``docs/watching.md``.
+        plan: ``plan.json``, the plan in force.
+        summary: ``summary.json``, what the run came to.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.log = self.path / "federation.log"
+        self.events = self.path / "events.jsonl"
+        self.plan = self.path / "plan.json"
+        self.summary = self.path / "summary.json"
+
+    def clear(self) -> None:
+        """Removes what an earlier run left; makes the folder where there is none."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for file in (self.log, self.events, self.plan, self.summary):
+            file.unlink(missing_ok=True)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Writes ``summary.json``."""
+        _write_json(self.summary, summary)
+
+
+class RunRecorder:
+    """Writes the events of a run; its ``round`` is the ``on_round`` of ``run_federation``.
+
+    ::
+
+        folder = RunFolder("runs/reviews")
+        server = Server(settings, identity, names, masks, folder.log)
+        with RunRecorder(folder, server, rounds=100, plan=plan) as recorder:
+            result = run_federation(server, transport, 100, on_round=recorder.round)
+            recorder.end(result)
+
+    Leaving the block through an exception is written as the run's end, with the reason. A server
+    that was killed leaves no end; the next one on the same folder goes on with a start of its own.
+    The server's log must be in the folder: its lock is what keeps a second writer away.
+
+    Args:
+        folder: of the run; made where there is none.
+        server: of the job.
+        rounds: to run now.
+        plan: that the masks come from; None where they were given by hand.
+        settings: more than the server's to tell of, by name.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        server: Server,
+        rounds: int,
+        plan: BlockPlan | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.folder = folder
+        self._ended = False
+        folder.path.mkdir(parents=True, exist_ok=True)
+        self._events = EventWriter(folder.events)
+        record = _plan_record(server, plan)
+        self._events.write(
+            "start",
+            {
+                "job": server.settings.job,
+                "round": server.log.last_round,
+                "last_round": server.log.last_round + rounds,
+                "settings": {**_settings_record(server, rounds), **(settings or {})},
+                "plan": record,
+                "machine": machine.describe(),
+            },
+        )
+        self._write_plan(record)
+        if server.log.cut_bytes:
+            cut = server.log.cut_bytes
+            self.fault(f"the log ended with a torn entry of {cut} bytes, which was cut")
+
+    def round(self, report: RoundReport) -> None:
+        """Writes what a round did."""
+        entry = report.entry
+        base = entry.base_fingerprint
+        self._events.write(
+            "round",
+            {
+                "round": report.round,
+                "loss": report.loss,
+                "seconds": report.seconds,
+                "clients": report.clients,
+                "losses": report.losses,
+                "bytes_up": report.bytes_up,
+                "bytes_down": report.bytes_down,
+                "scalar_bytes_up": report.scalar_bytes_up,
+                "scalar_bytes_down": report.scalar_bytes_down,
+                "entry_bytes": len(entry.record),
+                "uncovered": [b for b, c in enumerate(entry.columns.tolist()) if c == UNCOVERED],
+                "failures": _cut(report.failures),
+                "refusals": _cut(report.refusals),
+                "problem": report.problem,
+                "fingerprints_equal": report.fingerprints_equal,
+                "base_fingerprint": None if base is None else f"{base:016x}",
+            },
+        )
+
+    def evaluation(self, round_number: int, **scores: float | None) -> None:
+        """Writes the scores of the weights after a round.
+
+        Args:
+            round_number: 0 for the weights that the run started from.
+            scores: ``accuracy``, ``auc``, ``loss``, or others by their name.
+        """
+        self._events.write("evaluation", {"round": round_number, **scores})
+
+    def memory(self, measured: Mapping[str, int]) -> None:
+        """Writes how many bytes clients took, by client, as measured there."""
+        self._events.write("memory", {"bytes": measured})
+
+    def fault(self, text: str, client: str | None = None, round_number: int | None = None) -> None:
+        """Writes a fault that no round tells of: a process that died, a machine that is gone."""
+        fields = {"round": round_number, "client": client, "text": text[:MAX_TEXT]}
+        self._events.write("fault", fields)
+
+    def replan(self, server: Server, plan: BlockPlan | None, reason: str) -> None:
+        """Writes the plan that is in force from the next round on."""
+        record = _plan_record(server, plan)
+        fields = {"round": server.log.last_round, "reason": reason, "plan": record}
+        self._events.write("replan", fields)
+        self._write_plan(record)
+
+    def end(self, result: FederationResult) -> None:
+        """Writes what the run came to."""
+        self._ended = True
+        self._events.write(
+            "end",
+            {
+                "round": result.final_round,
+                "replicas_identical": result.replicas_identical,
+                "fingerprints": {n: f"{f:016x}" for n, f in sorted(result.fingerprints.items())},
+                "flush_bytes_down": result.flush_bytes_down,
+                "failures": _cut(result.failures),
+            },
+        )
+
+    def __enter__(self) -> RunRecorder:
+        """Returns the recorder itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes the file; tells the exception that ended the run, if one did."""
+        if error is not None and not self._ended:
+            reason = f"{type(error).__name__}: {error}".rstrip(": ")
+            self._events.write("end", {"problem": reason[:MAX_TEXT]})
+        self._events.close()
+
+    def _write_plan(self, record: Mapping[str, Any]) -> None:
+        # The events have it too: a full disk must not end the run.
+        with contextlib.suppress(OSError):
+            _write_json(self.folder.plan, record)
+
+
+def _plan_record(server: Server, plan: BlockPlan | None) -> dict[str, Any]:
+    """Who activates what, as ``plan.json`` has it; a hand-made mask has no budgets and no front."""
+    masks = server.masks
+    if plan is None:
+        blocks: tuple[str, ...] = tuple(f"block-{b}" for b in range(server.identity.num_blocks))
+        return {"clients": list(masks), "blocks": blocks, "mask": _rows(masks)}
+    return {
+        "clients": plan.clients,
+        "blocks": plan.blocks,
+        "mask": _rows(dict(zip(plan.clients, plan.mask.tolist(), strict=True))),
+        "version": f"{plan.version:016x}",
+        "budgets": plan.budgets,
+        "memory": plan.memory,
+        "front": [{"f1": point.f1, "f2": point.f2} for point in plan.front],
+        "chosen": plan.chosen,
+    }
+
+
+def _rows(masks: Mapping[str, Any]) -> list[str]:
+    return ["".join("1" if active else "0" for active in row) for row in masks.values()]
+
+
+def _settings_record(server: Server, rounds: int) -> dict[str, Any]:
+    """Settings by name; a schedule is told by its rates at the ends of the run."""
+    settings: FederationSettings = server.settings
+    record = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    if callable(settings.lr):
+        first, last = server.round, server.log.last_round + max(1, rounds)
+        ends = [f"{settings.lr_at(r):.4g} in round {r}" for r in dict.fromkeys((first, last))]
+        record["lr"] = ", ".join(ends)
+    return record
+
+
+def _cut(texts: Mapping[str, str]) -> dict[str, str]:
+    return {name: text[:MAX_TEXT] for name, text in texts.items()}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2, default=str) + "\n"
+    write_whole(path, lambda draft: _write_text(draft, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)

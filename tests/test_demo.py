@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 from zorba.cli import app
 from zorba.demo import build, data
-from zorba.demo.report import Curves, write_files
+from zorba.demo.report import write_files
+from zorba.demo.run import Run
 from zorba.demo.settings import APART, CLIENTS, DemoSettings
 from zorba.demo.task import area_under_curve
-from zorba.federated import LocalTransport, run_federation
+from zorba.watch import Follower, Status
 
 from tests.hf.tiny import tiny_config
 
@@ -83,23 +86,26 @@ def test_a_whole_demo_on_a_tiny_random_model(
     seen: list[int] = []
     federation = build.build(settings, model, parts, [examples(10)], [5, 9], lambda: seen.append(1))
     assert len(seen) == 1 + len(CLIENTS) * 2
-    names = list(CLIENTS)
-    result = run_federation(
-        federation.server,
-        LocalTransport(federation.clients),
-        rounds=settings.rounds,
-        available=lambda r: [n for n in names if n != APART or not settings.sits_out(r)],
-    )
+    output = io.StringIO()
+    run = Run(settings, federation, Console(file=output, width=200))
+    result = run.train()
     assert result.replicas_identical
     assert len(set(result.fingerprints.values())) == 1
     assert federation.replicas[APART].passes < federation.replicas["shared"].passes
     assert all(n <= 20 for report in result.reports for n in report.scalar_bytes_up.values())
     score = federation.held_out.score(federation.suffixes["shared"])
     assert score == federation.held_out.score(federation.suffixes[APART])
-    curves = Curves([1.0, 0.5], [(0, score), (2, score)])
-    paths = write_files(tmp_path, {"accuracy_after": score.accuracy}, curves, federation.plan)
-    assert json.loads(paths[0].read_text()) == {"accuracy_after": score.accuracy}
+    assert run.curves.scores[-1] == (8, score)
+    summary = run.summary(result, model, 1.0)
+    paths = write_files(tmp_path, summary, run.curves, federation.plan)
+    assert json.loads(paths[0].read_text())["accuracy_after"] == score.accuracy
     assert all(path.stat().st_size > 0 for path in paths)
+    state = Follower(tmp_path / "events.jsonl").update()
+    assert [r.loss for r in state.rounds] == run.curves.losses
+    assert state.clients[APART].history.count(Status.SITS_OUT) == 4
+    assert [at for at, _ in state.evaluations] == list(range(9))
+    assert "round 8: accuracy" in output.getvalue()
+    assert "fingerprints equal" in output.getvalue()
 
 
 def test_help_explains_every_knob() -> None:

@@ -231,6 +231,25 @@ def replay(
         _fail("replay", str(error))
 
 
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, of any process of this machine.")],
+    once: Annotated[bool, typer.Option(help="Show the state of now, and return.")] = False,
+) -> None:
+    """Show a federation while it runs: clients, rounds, loss, bytes, and when each was last seen.
+
+    Ends with the run, or with Ctrl-C, which the run does not notice.
+    """
+    if importlib.util.find_spec("rich") is None:
+        _fail("watch", "it needs rich: pip install 'zorba-kernels[watch]'")
+    from zorba.watch.command import watch_run
+
+    try:
+        watch_run(run, once=once)
+    except (RuntimeError, OSError) as error:
+        _fail("watch", str(error))
+
+
 def _progress_bar(label: str) -> Callable[[int, int], None] | None:
     """Returns what shows a bar, given done and total; None where nobody looks at a terminal."""
     if not sys.stderr.isatty():

@@ -15,7 +15,14 @@ from torch import nn
 from zorba.demo import data
 from zorba.demo.settings import APART, CLIENTS, DemoSettings
 from zorba.demo.task import HeldOut, Pool, Seconds, Suffix, prefix_of
-from zorba.federated import Client, FederationSettings, Replica, Server, model_fingerprint
+from zorba.federated import (
+    Client,
+    FederationSettings,
+    Replica,
+    RunFolder,
+    Server,
+    model_fingerprint,
+)
 from zorba.hf import Block, find_blocks
 from zorba.planning import BlockPlan, plan_blocks, weights_memory
 
@@ -155,9 +162,8 @@ def build(
 
 
 def _server(settings: DemoSettings, replica: Replica, chosen: BlockPlan) -> Server:
-    log = settings.out / "federation.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.unlink(missing_ok=True)  # every demo starts at the base model
+    folder = RunFolder(settings.out)
+    folder.clear()  # every demo starts at the base model
     return Server(
         FederationSettings(
             job="demo",
@@ -173,5 +179,5 @@ def _server(settings: DemoSettings, replica: Replica, chosen: BlockPlan) -> Serv
         replica.identity,
         list(chosen.clients),
         torch.as_tensor(chosen.mask.copy()),
-        log,
+        folder.log,
     )

@@ -14,14 +14,24 @@ from zorba import machine
 from zorba.demo import build, data, packages
 from zorba.demo.report import Curves, print_summary, write_files
 from zorba.demo.settings import APART, DemoSettings
-from zorba.demo.task import Score
-from zorba.federated import FederationResult, LocalTransport, RoundReport, run_federation
+from zorba.federated import (
+    FederationResult,
+    LocalTransport,
+    RoundReport,
+    RunFolder,
+    RunRecorder,
+    run_federation,
+)
+from zorba.watch.live import LiveView
+
+_LINE_SECONDS = 10.0  # between two lines of rounds, where there is no terminal
 
 
 def run_demo(settings: DemoSettings, console: Console | None = None) -> dict[str, Any]:
     """Fine-tunes SmolLM2-135M as a federation of 8 clients and returns the summary.
 
-    Writes ``summary.json``, ``curves.png``, ``plan.png`` and the log to ``settings.out``.
+    Leaves a run folder (``docs/watching.md``) with the pictures ``curves.png`` and ``plan.png`` at
+    ``settings.out``.
 
     Raises:
         RuntimeError: a package could not be fetched.
@@ -41,13 +51,14 @@ def run_demo(settings: DemoSettings, console: Console | None = None) -> dict[str
     stages.say("plan, replicas, and the frozen blocks' output for every sentence (once)")
     batches = len(evaluation) + len(parts) * settings.pool // settings.batch_size
     with _progress(console) as progress:
-        bar = progress.add_task("frozen prefix", total=batches, note="")
+        bar = progress.add_task("frozen prefix", total=batches)
         federation = build.build(
             settings, model, parts, evaluation, answers, lambda: progress.advance(bar)
         )
     console.print(federation.plan.render(), highlight=False)
-    run = _Run(settings, federation, console)
-    result = run.train(stages)
+    run = Run(settings, federation, console)
+    stages.say("rounds, with evaluations in between")
+    result = run.train()
     summary = run.summary(result, model, time.perf_counter() - began)
     paths = write_files(settings.out, summary, run.curves, federation.plan)
     print_summary(console, summary)
@@ -67,7 +78,7 @@ class _Stages:
         self._console.print(f"[{seconds:6.1f} s] {text}", highlight=False)
 
 
-class _Run:
+class Run:
     """One training run and what it saw."""
 
     def __init__(
@@ -89,56 +100,75 @@ class _Run:
             word = "pass" if passes == 1 else "passes"
             self.catch_up = f"{APART} applied {rounds} rounds at once, in {passes} {word}"
 
-    def score(self, round_number: int) -> Score:
+    def score(self, round_number: int, recorder: RunRecorder) -> None:
+        """Scores the held-out set at the shared replica's weights."""
         score = self.federation.held_out.score(self.federation.suffixes["shared"])
         self.curves.scores.append((round_number, score))
-        return score
+        recorder.evaluation(round_number, accuracy=score.accuracy, auc=score.auc)
 
-    def train(self, stages: _Stages) -> FederationResult:
+    def train(self) -> FederationResult:
+        """Runs and shows all rounds, with evaluations before, between and after them."""
+        settings, federation = self.settings, self.federation
+        folder = RunFolder(settings.out)
+        recorder = RunRecorder(
+            folder,
+            federation.server,
+            settings.rounds,
+            federation.plan,
+            {
+                name: getattr(settings, name)
+                for name in ("trainable", "batch_size", "pool", "alpha")
+            },
+        )
+        with LiveView(folder.events, self.console, every=_LINE_SECONDS), recorder:
+            self.score(0, recorder)
+            result = self._run_rounds(recorder)
+            self.score(settings.rounds, recorder)
+            recorder.end(result)
+        return result
+
+    def _run_rounds(self, recorder: RunRecorder) -> FederationResult:
         settings = self.settings
-        before = self.score(0)
-        stages.say(f"before: accuracy {before.accuracy:.3f}, AUC {before.auc:.3f}")
         every = max(1, settings.rounds // max(1, settings.evaluations))
+        apart = self.federation.replicas[APART]
+        seen = (apart.applied_round, apart.passes)
+        evaluating = 0.0
+
+        def on_round(report: RoundReport) -> None:
+            nonlocal evaluating, seen
+            recorder.round(report)
+            self._watch_catch_up(*seen)
+            seen = (apart.applied_round, apart.passes)
+            self.curves.losses.append(report.loss)
+            if report.round % every == 0 and report.round < settings.rounds:
+                began = time.perf_counter()
+                self.score(report.round, recorder)
+                evaluating += time.perf_counter() - began
+
         machine.reset_peak_memory()
         started = time.perf_counter()
-        evaluating = 0.0
-        with _progress(self.console) as progress:
-            bar = progress.add_task("rounds", total=settings.rounds, note="")
-            apart = self.federation.replicas[APART]
-            seen = (apart.applied_round, apart.passes)
-
-            def on_round(report: RoundReport) -> None:
-                nonlocal evaluating, seen
-                self._watch_catch_up(*seen)
-                seen = (apart.applied_round, apart.passes)
-                self.curves.losses.append(report.loss)
-                number = len(self.curves.losses)
-                note = f"loss {report.loss:.3f}"
-                if number % every == 0 and number < settings.rounds:
-                    began = time.perf_counter()
-                    score = self.score(number)
-                    evaluating += time.perf_counter() - began
-                    line = f"round {number}: loss {report.loss:.3f}, "
-                    stages.say(f"{line}accuracy {score.accuracy:.3f}, AUC {score.auc:.3f}")
-                progress.update(bar, advance=1, note=note)
-
-            names = list(self.federation.clients)
-            result = run_federation(
-                self.federation.server,
-                LocalTransport(self.federation.clients),
-                rounds=settings.rounds,
-                on_round=on_round,
-                available=lambda number: [
-                    n for n in names if n != APART or not settings.sits_out(number)
-                ],
-            )
+        names = list(self.federation.clients)
+        result = run_federation(
+            self.federation.server,
+            LocalTransport(self.federation.clients),
+            rounds=settings.rounds,
+            on_round=on_round,
+            available=lambda number: [
+                n for n in names if n != APART or not settings.sits_out(number)
+            ],
+        )
         self.train_seconds = time.perf_counter() - started - evaluating
         self.peak_memory = machine.peak_memory()
-        after = self.score(settings.rounds)
-        stages.say(f"after: accuracy {after.accuracy:.3f}, AUC {after.auc:.3f}")
         return result
 
     def summary(self, result: FederationResult, model: Any, seconds: float) -> dict[str, Any]:
+        """Returns what ``summary.json`` holds.
+
+        Args:
+            result: of ``train``.
+            model: that was fine-tuned.
+            seconds: that everything took.
+        """
         federation, settings = self.federation, self.settings
         first, last = self.curves.scores[0][1], self.curves.scores[-1][1]
         up = [n for report in result.reports for n in report.bytes_up.values()]
@@ -199,7 +229,6 @@ def _progress(console: Console) -> Progress:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,

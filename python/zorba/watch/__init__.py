@@ -1,0 +1,8 @@
+"""Watching a run: what its events add up to, a live view in the terminal, and a page.
+
+See ``docs/watching.md``.
+"""
+
+from zorba.watch.state import Follower, RunState, Status
+
+__all__ = ["Follower", "RunState", "Status"]

@@ -1,0 +1,89 @@
+"""Reads the fields of an event, whatever somebody wrote there, and puts figures in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+_MAX_TEXT = 500
+
+
+def clean(value: Any) -> str:
+    """Returns text that is safe to show: one line, no control and no direction characters.
+
+    It says nothing of markup, which the one who writes markup must escape.
+    """
+    text = str(value)[:_MAX_TEXT]
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
+
+
+def number(fields: Mapping[str, Any], key: str) -> float | None:
+    """Returns a finite number, or None."""
+    value = fields.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def whole(fields: Mapping[str, Any], key: str, default: int = 0) -> int:
+    """Returns an integer."""
+    value = fields.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) else default
+
+
+def table(fields: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Returns an object by cleaned names; an empty one where there is none."""
+    value = fields.get(key)
+    return {clean(k): v for k, v in value.items()} if isinstance(value, Mapping) else {}
+
+
+def counts(fields: Mapping[str, Any], key: str) -> dict[str, int]:
+    """Returns an object's integers by cleaned names."""
+    return {k: v for k, v in table(fields, key).items() if isinstance(v, int)}
+
+
+def sequence(fields: Mapping[str, Any], key: str) -> list[Any]:
+    """Returns a list; an empty one where there is none."""
+    value = fields.get(key)
+    return value if isinstance(value, list) else []
+
+
+def moment(fields: Mapping[str, Any]) -> datetime | None:
+    """Returns the event's time, or None."""
+    try:
+        time = datetime.fromisoformat(str(fields.get("time")))
+    except ValueError:
+        return None
+    return time if time.tzinfo else None
+
+
+def size(count: float) -> str:
+    """Returns bytes in words: ``512 B``, ``1.5 KiB``, ``2.0 GiB``."""
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if abs(count) >= 1 << power:
+            return f"{count / (1 << power):,.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Returns a time in words: ``0.31 s``, ``42 s``, ``3:05 min``, ``2:10 h``, ``3 d 4 h``."""
+    seconds = max(0.0, seconds)
+    if seconds < 10:
+        return f"{seconds:.2f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02d} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d} h" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def metric(name: str) -> str:
+    """Returns the name of a score as it is shown."""
+    return "AUC" if name == "auc" else name.replace("_", " ")

@@ -1,0 +1,116 @@
+"""Run folders as a server writes them, without the server."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from zorba.federated import EventWriter
+
+HOSTILE = (
+    '<script>alert("1")</script>',
+    "<img src=x onerror=alert(2)>",
+    "'\"><svg onload=alert(3)>",
+    "[bold red]markup[/bold red]",
+    "\x1b[31mred\x1b]0;title\x07",
+    "\u202eesrever",
+    "two\nlines\r\n",
+    "\ud800 \x00 \ufffe",
+    "{{ 7 * 7 }} {% raw %} ]]> <!-- &amp; </style></title>",
+)
+"""What a client might call itself, or say of its failure."""
+
+
+class Run:
+    """Writes the events of a made-up run.
+
+    Args:
+        path: of the folder.
+        names: of the clients.
+        blocks: how many.
+        rounds: that are to be done.
+        draw: of the mask and the losses.
+        budgets: whether the plan knows budgets.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        names: Iterable[str],
+        blocks: int,
+        rounds: int,
+        draw: random.Random,
+        budgets: bool = True,
+    ) -> None:
+        self.path, self.names, self.draw = path, list(names), draw
+        path.mkdir(parents=True, exist_ok=True)
+        self.writer = EventWriter(path / "events.jsonl")
+        self.mask = [[b == 0 or draw.random() < 0.6 for b in range(blocks)] for _ in self.names]
+        self.plan: dict[str, Any] = {
+            "clients": self.names,
+            "blocks": [f"layers.{b}" for b in range(blocks)],
+            "mask": ["".join("01"[a] for a in row) for row in self.mask],
+        }
+        if budgets:
+            self.plan |= {
+                "budgets": [2**30 * (n % 4 + 1) for n in range(len(self.names))],
+                "memory": [2**29 * (n % 4 + 1) for n in range(len(self.names))],
+            }
+        self.rounds = rounds
+        self.start(0)
+
+    def start(self, after: int, **more: Any) -> None:
+        """The server starts."""
+        fields = {
+            "job": "reviews",
+            "round": after,
+            "last_round": self.rounds,
+            "settings": {"lr": 0.1, "clip": None, "num_perturbations": 5},
+            "plan": self.plan,
+            "machine": {"cpu": "a processor", "torch": "2.13"},
+        }
+        self.writer.write("start", fields | more)
+
+    def round(
+        self,
+        number: int,
+        failures: Mapping[str, str] | None = None,
+        refusals: Mapping[str, str] | None = None,
+        away: Iterable[str] = (),
+        **more: Any,
+    ) -> None:
+        """A round in which everyone measures who is not named."""
+        failures, refusals, away = failures or {}, refusals or {}, set(away)
+        asked = [name for name in self.names if name not in away]
+        there = [name for name in asked if name not in failures]
+        used = [name for name in there if name not in refusals]
+        losses = {name: self.draw.gauss(0.7, 0.05) for name in used}
+        fields = {
+            "round": number,
+            "loss": sum(losses.values()) / len(losses) if losses else None,
+            "seconds": 0.5,
+            "clients": used,
+            "losses": losses,
+            "bytes_up": dict.fromkeys(there, 82),
+            "bytes_down": dict.fromkeys(asked, 234),
+            "uncovered": [],
+            "failures": failures,
+            "refusals": refusals,
+            "problem": "",
+            "fingerprints_equal": True,
+        }
+        self.writer.write("round", fields | more)
+
+    def end(self, **more: Any) -> None:
+        """The run ends well."""
+        fields = {
+            "round": self.rounds,
+            "replicas_identical": True,
+            "fingerprints": dict.fromkeys(self.names, "00ab" * 4),
+            "flush_bytes_down": {},
+            "failures": {},
+        }
+        self.writer.write("end", fields | more)
+        self.writer.close()

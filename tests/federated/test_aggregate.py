@@ -2,81 +2,176 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 import pytest
-from zorba.federated.aggregate import Measurement, aggregate
+from zorba.federated.aggregate import aggregate, fold
 from zorba.federated.entry import UNCOVERED
 
+from tests.conftest import Random
 
-def _measurements(count: int, blocks: int, seed: int = 0) -> dict[str, Measurement]:
-    rng = np.random.default_rng(seed)
-    return {
-        f"client{n}": Measurement(
-            rng.normal(size=(2, 3)).astype(np.float32),
-            rng.random(blocks) < 0.5,
-            int(rng.integers(1, 50)),
-        )
-        for n in range(count)
-    }
+RULES = ("mean", "median", "trimmed")
 
 
+class Measured(NamedTuple):
+    """What clients measured, in the order of their names."""
+
+    scalars: Any  # float32 [clients, K, P]
+    masks: Any  # bool [clients, blocks]
+    examples: Any  # [clients]
+
+
+@pytest.fixture
+def numbers(rng: Random) -> np.random.Generator:
+    """numpy's generator, from the test's seed."""
+    return np.random.default_rng(rng.seed)
+
+
+def measured(numbers: np.random.Generator, clients: int, blocks: int) -> Measured:
+    """K = 2, P = 3, every block covered by about half of the clients."""
+    return Measured(
+        numbers.normal(size=(clients, 2, 3)).astype(np.float32),
+        numbers.random((clients, blocks)) < 0.5,
+        numbers.integers(1, 50, clients),
+    )
+
+
+def one_block(*scalars: float) -> tuple[Any, Any]:
+    """Scalars of as many clients, K = P = 1, and masks of one block."""
+    return np.array(scalars, np.float32).reshape(-1, 1, 1), np.ones((len(scalars), 1), bool)
+
+
+def of_copies(rule: str, copies: Any, trim: float) -> Any:
+    """The rule on the list that has each client's scalar as often as the client weighs."""
+    ranked = np.sort(copies, axis=0)
+    if rule == "median":
+        return np.median(ranked, axis=0)
+    cut = int(np.ceil(trim * len(ranked))) if rule == "trimmed" else 0
+    cut = min(cut, (len(ranked) - 1) // 2)
+    return ranked[cut : len(ranked) - cut].mean(axis=0)
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("weighting", ["examples", "uniform"])
 @pytest.mark.parametrize("clip", [None, 0.5])
-def test_equals_the_formula(weighting: str, clip: float | None) -> None:
-    given = _measurements(6, 9)
-    coefs, columns = aggregate(given, 0.1, weighting, clip)  # type: ignore[arg-type]
-    for block in range(9):
-        covering = [m for m in given.values() if m.mask[block]]
-        if not covering:
+def test_equals_the_rule_on_copies(
+    numbers: np.random.Generator, rule: Any, weighting: Any, clip: float | None
+) -> None:
+    given = measured(numbers, 9, 12)
+    trim = float(numbers.uniform(0, 0.5))
+    coefs, columns = aggregate(*given, 0.1, weighting, clip, rule, trim)
+    for block in range(12):
+        covering = given.masks[:, block]
+        if not covering.any():
             assert columns[block] == UNCOVERED
             continue
-        total = sum(m.num_examples if weighting == "examples" else 1 for m in covering)
-        mean = np.zeros((2, 3))
-        for m in covering:
-            g = m.scalars.astype(np.float64)
-            g = g if clip is None else np.clip(g, -clip, clip)
-            mean += g * (m.num_examples if weighting == "examples" else 1) / total
-        # float64 sums of 6 terms, then one rounding to float32 (6e-8 relative)
-        np.testing.assert_allclose(coefs[:, :, columns[block]], -0.1 * mean / 3, rtol=1e-6)
+        g = given.scalars[covering].astype(np.float64)
+        g = g if clip is None else np.clip(g, -clip, clip)
+        counts = given.examples[covering] if weighting == "examples" else 1
+        expected = -0.1 * of_copies(rule, np.repeat(g, counts, axis=0), trim) / 3
+        # float64 sums of up to 450 terms, then one rounding to float32 (6e-8 relative). Sums that
+        # cancel keep the error of their terms, which are below 6.
+        np.testing.assert_allclose(coefs[:, :, columns[block]], expected, rtol=1e-6, atol=1e-14)
+
+
+def test_sums_have_the_order_that_is_documented(numbers: np.random.Generator) -> None:
+    """In plain Python: any machine whose doubles are IEEE's makes these bits."""
+    for count in (1, 2, 3, 7, 64, 101):
+        values = numbers.normal(size=(count, 4)) * 10.0 ** numbers.integers(-20, 20, (count, 4))
+        lists = values.T.tolist()
+        for terms in lists:
+            while len(terms) > 1:
+                half = (len(terms) + 1) // 2
+                rest = terms[half:]
+                terms[:] = [a + b for a, b in zip(terms, rest, strict=False)] + terms[
+                    len(rest) : half
+                ]
+        assert fold(values).tolist() == [terms[0] for terms in lists]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_bits_depend_on_the_clients_of_a_block_alone(
+    numbers: np.random.Generator, rule: Any
+) -> None:
+    given = measured(numbers, 40, 7)
+    coefs, columns = aggregate(*given, 0.3, aggregation=rule)
+    for block in range(7):
+        clients = given.masks[:, block]
+        alone = given.scalars[clients], given.masks[clients, block : block + 1]
+        one, _ = aggregate(*alone, given.examples[clients], 0.3, aggregation=rule)
+        assert one[:, :, 0].tobytes() == coefs[:, :, columns[block]].tobytes()
 
 
 def test_blocks_of_the_same_coverage_share_a_column() -> None:
-    given = {
-        "a": Measurement(np.ones((1, 2), np.float32), np.array([1, 1, 0, 0, 1], bool), 1),
-        "b": Measurement(np.ones((1, 2), np.float32), np.array([0, 1, 0, 0, 0], bool), 1),
-    }
-    coefs, columns = aggregate(given, 1.0)
+    masks = np.array([[1, 1, 0, 0, 1], [0, 1, 0, 0, 0]], bool)
+    coefs, columns = aggregate(np.ones((2, 1, 2), np.float32), masks, np.ones(2, int), 1.0)
     assert columns.tolist() == [0, 1, UNCOVERED, UNCOVERED, 0]
     assert coefs.shape == (1, 2, 2)
 
 
-def test_order_of_arrival_does_not_matter() -> None:
-    given = _measurements(40, 7)
-    for name, value in (("client3", 3e38), ("client7", -3e38), ("client20", 1.0)):
-        scalars = np.full((2, 3), value, np.float32)
-        given[name] = Measurement(scalars, np.ones(7, bool), 1)  # sums that depend on their order
-    backwards = dict(reversed(given.items()))
-    for one, other in zip(aggregate(given, 0.3), aggregate(backwards, 0.3), strict=True):
-        assert one.tobytes() == other.tobytes()
-
-
-def test_one_client_keeps_its_scalars() -> None:
-    (only,) = _measurements(1, 1).values()
-    coefs, _ = aggregate({"a": Measurement(only.scalars, np.array([True]), 17)}, 0.5)
-    expected = (-0.5 * only.scalars.astype(np.float64) / 3).astype(np.float32)
+@pytest.mark.parametrize("rule", RULES)
+def test_one_client_keeps_its_scalars(numbers: np.random.Generator, rule: Any) -> None:
+    scalars = measured(numbers, 1, 1).scalars
+    coefs, _ = aggregate(scalars, np.array([[True]]), np.array([17]), 0.5, aggregation=rule)
+    expected = (-0.5 * scalars[0].astype(np.float64) / 3).astype(np.float32)
     assert coefs[:, :, 0].tobytes() == expected.tobytes()
 
 
 def test_nobody_covers_anything() -> None:
-    given = {"a": Measurement(np.ones((1, 2), np.float32), np.zeros(3, bool), 5)}
-    coefs, columns = aggregate(given, 1.0)
+    scalars, masks = np.ones((1, 1, 2), np.float32), np.zeros((1, 3), bool)
+    coefs, columns = aggregate(scalars, masks, np.array([5]), 1.0)
     assert coefs.shape == (1, 2, 0)
     assert (columns == UNCOVERED).all()
 
 
-def test_a_client_without_examples_covers_nothing() -> None:
-    given = {
-        "a": Measurement(np.ones((1, 2), np.float32), np.array([1, 1, 0], bool), 5),
-        "b": Measurement(np.ones((1, 2), np.float32), np.array([0, 1, 1], bool), 0),
-    }
-    assert aggregate(given, 1.0)[1].tolist() == [0, 0, UNCOVERED]
+@pytest.mark.parametrize("rule", RULES)
+def test_a_client_without_examples_covers_nothing(rule: Any) -> None:
+    masks = np.array([[1, 1, 0], [0, 1, 1]], bool)
+    scalars = np.array([[[1.0]], [[50.0]]], np.float32)
+    coefs, columns = aggregate(scalars, masks, np.array([5, 0]), 1.0, aggregation=rule)
+    assert columns.tolist() == [0, 0, UNCOVERED]
+    assert coefs.tolist() == [[[-1.0]]]
+
+
+# --- Liars ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed"])
+@pytest.mark.parametrize("lie", [3.4e38, 1e30, -1e30, 50.0])
+def test_liars_below_the_share_move_nothing_out_of_the_others_range(
+    numbers: np.random.Generator, rule: Any, lie: float
+) -> None:
+    honest = numbers.normal(size=6)
+    given = np.append(honest, [lie, lie])[numbers.permutation(8)]
+    scalars, masks = one_block(*given)
+    coefs, _ = aggregate(scalars, masks, np.ones(8, int), 1.0, "uniform", None, rule, 0.25)
+    assert honest.min() <= -coefs.item() <= honest.max()
+    mean, _ = aggregate(scalars, masks, np.ones(8, int), 1.0, "uniform")
+    assert not honest.min() <= -mean.item() <= honest.max()
+
+
+def test_as_many_are_cut_as_the_share_asks_for_and_no_fewer() -> None:
+    scalars, masks = one_block(*range(100))
+    for trim in (0.07, 0.29, 0.291):  # 0.29 * 100 is a little below 29 in doubles
+        kept = range(int(np.ceil(trim * 100)), 100 - int(np.ceil(trim * 100)))
+        coefs, _ = aggregate(
+            scalars, masks, np.ones(100, int), 1.0, "uniform", None, "trimmed", trim
+        )
+        assert -coefs.item() == pytest.approx(np.mean(kept))
+    huge = np.where(np.arange(100) >= 71, 3e38, 1.0)
+    coefs, _ = aggregate(
+        *one_block(*huge), np.ones(100, int), 1.0, "uniform", None, "trimmed", 0.29
+    )
+    assert coefs.item() == -1.0, "not a trace of what was cut"
+
+
+def test_examples_are_votes() -> None:
+    """Why robust rules go with uniform weights: a claim of many examples is many clients."""
+    scalars, masks = one_block(0.1, 0.2, 0.3, 99.0)
+    claimed = np.array([8, 8, 8, 4_000_000_000])
+    told = [
+        -aggregate(scalars, masks, claimed, 1.0, weighting, None, "median")[0].item()  # type: ignore[arg-type]
+        for weighting in ("examples", "uniform")
+    ]
+    assert told == pytest.approx([99.0, 0.25])

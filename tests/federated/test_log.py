@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from zorba.federated import LogError, LogHeader, RoundLog
+from zorba.federated.entry import split_records
 from zorba.federated.log import HEADER_BYTES
 
 from tests.federated.test_messages import make_entry
@@ -41,10 +42,38 @@ def test_entries_come_back(path: Path) -> None:
         assert list(log.entries(5)) == []
         record = make_entry(2, BLOCKS).record
         assert log.entry(2).record == record
-        assert len(list(log.entries(1, max_bytes=2 * len(record)))) == 2
         for first, last in ((0, 2), (1, 5), (6, None)):
             with pytest.raises(LogError, match="not in a log of 4 rounds"):
                 list(log.entries(first, last))
+
+
+def test_records_are_the_bytes_of_whole_entries(path: Path) -> None:
+    with RoundLog(path, HEADER) as log:
+        sizes = [len(entry.record) for entry in log.entries(1)]
+        for limit in (0, sizes[1] - 1, sizes[1], sizes[1] + sizes[2], 1 << 20):
+            count, data = log.records(2, limit)
+            assert count == sum(sum(sizes[1 : 2 + n]) <= limit for n in range(3))
+            told = [entry.record for entry in split_records(data, count)]
+            assert told == [entry.record for entry in log.entries(2, 1 + count)]
+        assert log.records(5, 1 << 20) == (0, b"")
+        with pytest.raises(LogError, match="not in a log of 4 rounds"):
+            log.records(6, 1 << 20)
+
+
+def test_fingerprints_are_known_as_far_as_entries_tell(path: Path) -> None:
+    with RoundLog(path, HEADER) as log:
+        told = [make_entry(t).base_fingerprint for t in range(1, 5)]
+        assert log.fingerprint_after(0) == HEADER.identity.start
+        assert log.fingerprint_after(1) == told[1]
+        assert log.fingerprint_after(2) == told[2]
+        assert log.fingerprint_after(3) == told[2], "the third changed no weight"
+        assert log.fingerprint_after(4) is None
+        log.append(replace(make_entry(5, BLOCKS, columns=0), base_fingerprint=None))
+        assert log.fingerprint_after(4) is log.fingerprint_after(5) is None
+        log.append(make_entry(6, BLOCKS))
+        assert (
+            log.fingerprint_after(4) == log.fingerprint_after(5) == make_entry(6).base_fingerprint
+        )
 
 
 def test_every_truncation_leaves_a_prefix_or_an_error(path: Path, tmp_path: Path) -> None:

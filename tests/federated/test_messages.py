@@ -113,6 +113,15 @@ def test_plan_keeps_its_fields() -> None:
     assert [e.record for e in back.entries] == [e.record for e in plan.entries]
 
 
+def test_plans_of_many_clients_are_the_plan_with_each_mask() -> None:
+    plan = make_plan()
+    masks = np.array([[1, 0, 1, 1, 0], [0, 1, 0, 0, 0], [1, 0, 1, 1, 0]], bool)
+    records = b"".join(entry.record for entry in plan.entries)
+    made = replace(plan, entries=()).encode_each(masks, len(plan.entries), records)
+    each = [replace(plan, mask=tuple(mask.tolist())).encode() for mask in masks]
+    assert made == each
+
+
 @pytest.mark.parametrize("kind", MESSAGES)
 def test_every_truncation_is_refused(kind: str) -> None:
     data = MESSAGES[kind].encode()

@@ -33,6 +33,10 @@ from tests.federated.world import MASKS, NAMES, World, make_settings
         {"distribution": "cauchy"},
         {"rounding": "up"},
         {"weighting": "votes"},
+        {"aggregation": "krum"},
+        {"trim": 0.5},
+        {"trim": -0.1},
+        {"trim": math.nan},
     ],
     ids=str,
 )

@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from zorba.federated.entry import UNCOVERED
-from zorba.federated.settings import Weighting
+from zorba.federated.settings import Aggregation, Weighting
+
+_Floats = npt.NDArray[np.float64]
+_Bools = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True, eq=False)
-class Measurement:
-    """What one client measured, and for what.
-
-    Attributes:
-        scalars: g, float32 [K, P], finite.
-        mask: blocks that were perturbed, bool [blocks].
-        num_examples: of its batches.
-    """
-
-    scalars: npt.NDArray[np.float32]
-    mask: npt.NDArray[np.bool_]
-    num_examples: int
-
-
-def clip_scalars(scalars: npt.NDArray[np.float32], clip: float | None) -> npt.NDArray[np.float64]:
+def clip_scalars(scalars: npt.NDArray[np.float32], clip: float | None) -> _Floats:
     """Returns scalars of any shape cut to [-clip, clip], as float64."""
     wide = scalars.astype(np.float64)
     return wide if clip is None else np.clip(wide, -clip, clip)
 
 
-def update_coefs(scalars: npt.NDArray[np.float64], lr: float) -> npt.NDArray[np.float32]:
+def update_coefs(scalars: _Floats, lr: float) -> npt.NDArray[np.float32]:
     """Returns ``-lr * g / P`` in float32, for g of shape [K, P] or [K, P, columns].
 
     Server and clients use this one function, so that a local step that rides along unwritten has
@@ -45,48 +34,118 @@ def update_coefs(scalars: npt.NDArray[np.float64], lr: float) -> npt.NDArray[np.
 
 
 def aggregate(
-    measurements: Mapping[str, Measurement],
+    scalars: npt.NDArray[np.float32],
+    masks: _Bools,
+    examples: npt.NDArray[np.integer[Any]],
     lr: float,
     weighting: Weighting = "examples",
     clip: float | None = None,
+    aggregation: Aggregation = "mean",
+    trim: float = 0.25,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
-    """Averages scalars over the clients that had a block active.
+    """Makes one scalar of those of all clients that had a block active, for each block.
 
-    ``w[n, b] = p[n] a[n, b] / sum_m p[m] a[m, b]``, ``G[k, b, p] = sum_n w[n, b] g[n, k, p]`` and
-    ``coefs = -lr G / P``. Blocks that the same clients covered have the same G, and share a column.
+    Client n counts as p[n] equal copies of its scalars: its number of examples, or 1 with
+    "uniform". For each block, step and perturbation, over the W copies of the clients that had the
+    block active:
+
+    - "mean" of all: ``G[k, b, p] = sum_n p[n] a[n, b] g[n, k, p] / sum_n p[n] a[n, b]``.
+    - "trimmed": the ceil(trim * W) lowest and as many of the highest are left out, and the rest
+      averaged; as many as leave one or two in the middle where that is fewer.
+    - "median": the middle one, or the mean of the middle two.
+
+    The last two are the coordinate-wise rules of Yin et al., arXiv 1803.01498 (definitions 1 and
+    2), a block at a time. They withstand less than that share of copies, so with "examples" a
+    client that claims many examples is many clients.
+
+    Sums are exact in no order, so theirs is fixed: see ``fold``. Every server that is given the
+    clients in the order of their names makes the same bits.
 
     Args:
-        measurements: by client; at least one, all of the same shapes.
+        scalars: g, finite, float32 [clients, K, P], in the order of the clients' names.
+        masks: a, bool [clients, blocks].
+        examples: of each client's batches, [clients], at most 2**32 each.
         lr: learning rate.
-        weighting: p[n] is the client's number of examples, or 1 with "uniform".
-        clip: largest absolute scalar.
+        weighting: "examples" or "uniform".
+        clip: largest absolute scalar; larger ones are cut to it first.
+        aggregation: "mean", "median" or "trimmed".
+        trim: share of the copies that "trimmed" leaves out at each end, below 0.5.
 
     Returns:
-        Coefficients, float32 [K, P, columns], and the column of each block, int32 [blocks],
-        ``UNCOVERED`` where nobody had it active. Sums are float64 in the order of client names, so
-        that every server makes the same bits.
+        Coefficients ``-lr G / P``, float32 [K, P, columns], and the column of each block, int32
+        [blocks]: blocks that the same clients covered share one, ``UNCOVERED`` where there were
+        none.
     """
-    names = sorted(measurements)
-    masks = np.stack([measurements[name].mask for name in names])  # [N, blocks]
-    examples = [measurements[name].num_examples for name in names]
-    weight = np.array(examples if weighting == "examples" else [1] * len(names), dtype=np.float64)
-    masks = masks & (weight > 0)[:, None]
-    scalars = clip_scalars(np.stack([measurements[name].scalars for name in names]), clip)
-
-    columns = np.full(masks.shape[1], UNCOVERED, dtype=np.int32)
+    count, *shape = scalars.shape
+    copies = np.ones(count, np.int64) if weighting == "uniform" else examples.astype(np.int64)
+    values = clip_scalars(scalars, clip).reshape(count, -1)
+    if aggregation == "mean":
+        combine = _mean(values, copies)
+    else:
+        combine = _trimmed(values, copies, 0.5 if aggregation == "median" else trim)
+    covering = np.ascontiguousarray((masks & (copies > 0)[:, None]).T)  # [blocks, clients]
+    columns = np.full(len(covering), UNCOVERED, dtype=np.int32)
     known: dict[bytes, int] = {}
     parts: list[npt.NDArray[np.float32]] = []
-    for block in range(masks.shape[1]):
-        covering = masks[:, block]
-        if not covering.any():
+    for block, clients in enumerate(covering):
+        if not clients.any():
             continue
-        key = covering.tobytes()
+        key = clients.tobytes()
         if key not in known:
             known[key] = len(parts)
-            shares = weight[covering] / np.add.accumulate(weight[covering])[-1]
-            # accumulate, unlike sum, is one addition after the other on every machine
-            mean = np.add.accumulate(scalars[covering] * shares[:, None, None], axis=0)[-1]
-            parts.append(update_coefs(mean, lr))
+            parts.append(update_coefs(combine(clients).reshape(shape), lr))
         columns[block] = known[key]
-    coefs = np.stack(parts, axis=2) if parts else np.zeros((*scalars.shape[1:], 0), np.float32)
+    coefs = np.stack(parts, axis=2) if parts else np.zeros((*shape, 0), np.float32)
     return coefs, columns
+
+
+def fold(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Returns the sum over the first axis; overwrites ``values``.
+
+    The second half is added on to the first until one row is left (the first half keeps the odd
+    one), so the order of additions follows from the number of rows alone: unlike ``numpy.sum``
+    this has the same bits on every machine. Its error grows with the logarithm of that number.
+    """
+    rows = len(values)
+    while rows > 1:
+        half = (rows + 1) // 2
+        values[: rows - half] += values[half:rows]
+        rows = half
+    total: npt.NDArray[Any] = values[0]
+    return total
+
+
+_Combine = Callable[[_Bools], _Floats]
+"""Of the clients given by bool [clients], one number for each scalar: float64 [K * P]."""
+
+
+def _mean(values: _Floats, copies: npt.NDArray[np.int64]) -> _Combine:
+    weighted = values * copies[:, None]
+    room = np.empty_like(weighted)  # used again by each column: fresh memory costs more than sums
+
+    def combine(clients: _Bools) -> _Floats:
+        rows = np.flatnonzero(clients)
+        taken = np.take(weighted, rows, axis=0, out=room[: len(rows)], mode="clip")
+        mean: _Floats = fold(taken) / copies[rows].sum()
+        return mean
+
+    return combine
+
+
+def _trimmed(values: _Floats, copies: npt.NDArray[np.int64], trim: float) -> _Combine:
+    order = np.argsort(values.T, axis=1, kind="stable")  # [K * P, clients]: equal ones by name
+    ranked = np.ascontiguousarray(np.take_along_axis(values.T, order, axis=1))
+
+    def combine(clients: _Bools) -> _Floats:
+        chosen = clients[order]
+        weight = copies[order[chosen]].reshape(len(order), -1)  # [K * P, covering clients]
+        end = np.add.accumulate(weight, axis=1)  # integers: copies up to and with this client's
+        total = int(end[0, -1])
+        cut = min(math.ceil(trim * total), (total - 1) // 2)
+        kept = np.minimum(end, total - cut) - np.maximum(end - weight, cut)
+        np.maximum(kept, 0, out=kept)
+        terms = ranked[chosen].reshape(weight.shape) * kept
+        mean: _Floats = fold(np.ascontiguousarray(terms.T)) / (total - 2 * cut)
+        return mean
+
+    return combine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import os
 import struct
 import zlib
@@ -152,6 +153,8 @@ class RoundLog:
             if wrong:
                 raise LogError(f"{self.path} is the log of {wrong}: give another path")
             self._ends = [HEADER_BYTES]  # [t] is where entry t ends
+            self._states = [0]  # [t] counts the entries up to t that changed the weights
+            self._fingerprints = {0: self.header.identity.start}  # by state, where it is known
             self._scan()
         except BaseException:
             self._file.close()
@@ -193,37 +196,53 @@ class RoundLog:
                     f"round {entry.round} was not written to the log: {error}"
                 ) from error
             raise
-        self._ends.append(self.size + len(record))
+        self._note(entry, self.size + len(record))
+
+    def fingerprint_after(self, round_number: int) -> int | None:
+        """Returns the fingerprint of the replicas after a round, or None where no entry tells it.
+
+        An entry tells the one before it, which holds as far back as no entry changed a weight.
+        """
+        return self._fingerprints.get(self._states[round_number])
 
     def entry(self, round_number: int) -> LogEntry:
         """Returns the entry of a round."""
         return next(self.entries(round_number, round_number))
 
-    def entries(
-        self, first: int, last: int | None = None, max_bytes: int | None = None
-    ) -> Iterator[LogEntry]:
+    def entries(self, first: int, last: int | None = None) -> Iterator[LogEntry]:
         """Yields the entries of rounds ``first`` to ``last`` (None: to the end of the log).
 
         Args:
             first: from 1.
             last: at least ``first - 1``, which yields none.
-            max_bytes: stop before more bytes of records than this were yielded.
 
         Raises:
             LogError: rounds that are not in the log, or a record that was damaged since.
         """
-        end = self.last_round if last is None else last
-        if not 1 <= first <= end + 1 or end > self.last_round:
-            raise LogError(f"rounds {first} to {end} are not in a log of {self.last_round} rounds")
-        start = self._ends[first - 1]
-        for round_number in range(first, end + 1):
+        for round_number in range(first, self._check_range(first, last) + 1):
             begin, stop = self._ends[round_number - 1], self._ends[round_number]
-            if max_bytes is not None and stop - start > max_bytes:
-                return
             try:
                 yield decode_entry(self._read(begin, stop - begin))
             except MessageError as error:
                 raise LogError(f"offset {begin}, round {round_number}: {error}") from None
+
+    def records(self, first: int, max_bytes: int) -> tuple[int, bytes]:
+        """Returns the bytes of entries as they lie in the file; whoever decodes them checks them.
+
+        Args:
+            first: round of the first one, from 1; the round after the last makes none.
+            max_bytes: take no more than fit.
+
+        Returns:
+            How many entries they are, and their bytes.
+
+        Raises:
+            LogError: the round is not in the log.
+        """
+        end = self._check_range(first, None)
+        begin = self._ends[first - 1]
+        last = bisect.bisect_right(self._ends, begin + max_bytes, first, end + 1) - 1
+        return last + 1 - first, self._read(begin, self._ends[last] - begin)
 
     def close(self) -> None:
         """Closes the file; another server may then open it."""
@@ -236,6 +255,21 @@ class RoundLog:
     def __exit__(self, *_: object) -> None:
         """Closes the file."""
         self.close()
+
+    def _check_range(self, first: int, last: int | None) -> int:
+        """Returns the last round of a range, after checking that all of it is in the log."""
+        end = self.last_round if last is None else last
+        if not 1 <= first <= end + 1 or end > self.last_round:
+            raise LogError(f"rounds {first} to {end} are not in a log of {self.last_round} rounds")
+        return end
+
+    def _note(self, entry: LogEntry, end: int) -> None:
+        """Takes a whole entry, which ends at this offset of the file, into the index."""
+        state = self._states[-1]
+        if entry.base_fingerprint is not None:
+            self._fingerprints.setdefault(state, entry.base_fingerprint)
+        self._states.append(state if entry.empty else state + 1)
+        self._ends.append(end)
 
     def _read(self, offset: int, count: int) -> bytes:
         parts = []
@@ -271,7 +305,7 @@ class RoundLog:
                     f"{self.header.identity.num_blocks} blocks, found round {told} of "
                     f"{entry.num_blocks}"
                 )
-            self._ends.append(begin + length)
+            self._note(entry, begin + length)
 
     def _valid_record_after(self, offset: int) -> bool:
         """Whether a whole record starts anywhere after ``offset``."""

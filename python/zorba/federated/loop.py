@@ -144,15 +144,15 @@ def _run_round(
         exchange.run(server.greetings(nodes))
     exchange.run(server.begin_round(nodes))
     outcome = server.end_round()
-    entry = outcome.entry
+    entry, replies = outcome.entry, outcome.replies
     return RoundReport(
         round=entry.round,
         loss=outcome.loss,
-        clients=tuple(sorted(outcome.replies)),
-        losses={name: r.loss for name, r in sorted(outcome.replies.items())},
+        clients=tuple(replies),
+        losses=dict(zip(replies, replies.losses.tolist(), strict=True)),
         bytes_up=exchange.up,
         bytes_down=exchange.down,
-        scalar_bytes_up={name: r.scalar_bytes for name, r in sorted(outcome.replies.items())},
+        scalar_bytes_up=dict.fromkeys(replies, replies.scalar_bytes),
         scalar_bytes_down=entry.scalar_bytes,
         seconds=time.perf_counter() - started,
         failures=exchange.failures,
@@ -166,7 +166,8 @@ def _run_round(
 def _flush(
     server: Server, transport: Transport, timeout: float | None, reports: tuple[RoundReport, ...]
 ) -> FederationResult:
-    nodes = [name for name in server.names if name in set(transport.nodes())]
+    reachable = set(transport.nodes())
+    nodes = [name for name in server.names if name in reachable]
     exchange = _Exchange(server, transport, timeout)
     exchange.run(server.greetings(nodes))
     lacking: int | None = None

@@ -13,7 +13,7 @@ from zorba.federated.codec import check_name
 
 
 class Masks:
-    """Checked masks by client.
+    """Checked masks, a row of one array for each client.
 
     Args:
         names: of the clients.
@@ -21,7 +21,9 @@ class Masks:
         num_blocks: of the model.
 
     Attributes:
-        rows: mask of each client, bool [blocks], in the order given.
+        names: in the order given.
+        rows: place of each client in the sorted order of names.
+        array: masks in that order, bool [clients, blocks].
         version: uint32 hash of names and masks: the same masks have the same version after a
             restart.
 
@@ -38,15 +40,27 @@ class Masks:
             )
         if len(set(names)) != len(names) or not names:
             raise ValueError("there must be clients, and their names must differ")
-        self.rows: dict[str, npt.NDArray[np.bool_]] = {}
-        for name, row in zip(names, array, strict=True):
-            if not row.any():
-                raise ValueError(f"client {name} activates no block: leave it out or give it one")
-            self.rows[check_name(name, "client name")] = row.copy()
-        text = b"".join(n.encode() + b"\0" + self.rows[n].tobytes() for n in sorted(names))
+        self.names = tuple(check_name(name, "client name") for name in names)
+        idle = np.flatnonzero(~array.any(axis=1))
+        if len(idle):
+            name = self.names[idle[0]]
+            raise ValueError(f"client {name} activates no block: leave it out or give it one")
+        order = sorted(range(len(names)), key=self.names.__getitem__)
+        self.rows = {self.names[at]: row for row, at in enumerate(order)}
+        self.array: npt.NDArray[np.bool_] = array[order]
+        text = b"".join(
+            name.encode() + b"\0" + mask.tobytes()
+            for name, mask in zip(self.rows, self.array, strict=True)
+        )
         self.version = int.from_bytes(hashlib.sha256(text).digest()[:4], "little")
 
     def present(self, available: Iterable[str] | None) -> list[str]:
         """Returns the clients that are also in ``available`` (None: all), sorted."""
-        there = self.rows.keys() if available is None else self.rows.keys() & set(available)
-        return sorted(there)
+        if available is None:
+            return list(self.rows)
+        there = available if isinstance(available, set | frozenset) else set(available)
+        return [name for name in self.rows if name in there]
+
+    def of(self, names: Iterable[str]) -> npt.NDArray[np.bool_]:
+        """Returns the masks of these clients, bool [names, blocks]."""
+        return self.array[[self.rows[name] for name in names]]

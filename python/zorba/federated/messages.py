@@ -193,6 +193,19 @@ class Plan:
 
     def encode(self) -> bytes:
         """Returns the message."""
+        records = b"".join(entry.record for entry in self.entries)
+        return self.encode_each(np.array([self.mask]), len(self.entries), records)[0]
+
+    def encode_each(
+        self, masks: npt.NDArray[np.bool_], num_entries: int, records: bytes
+    ) -> list[bytes]:
+        """Returns this plan for many clients, each with its own mask.
+
+        Args:
+            masks: bool [clients, blocks], in the place of ``mask``.
+            num_entries: how many log entries the plans carry, in the place of ``entries``.
+            records: bytes of these entries, as in the log.
+        """
         fixed = pack_checked(
             _PLAN,
             "plan",
@@ -206,15 +219,16 @@ class Plan:
             ROUNDING_CODES[self.rounding],
             len(self.seeds),
             self.num_perturbations,
-            len(self.mask),
+            masks.shape[1],
             self.eps,
             self.local_lr,
             self.clip,
-            len(self.entries),
+            num_entries,
         )
-        seeds = pack_checked(struct.Struct(f"<{len(self.seeds)}Q"), "seeds", *self.seeds)
-        bits = np.packbits(np.array(self.mask, dtype=bool), bitorder="little").tobytes()
-        return frame(self.KIND, b"".join([fixed, seeds, bits, *(e.record for e in self.entries)]))
+        head = fixed + pack_checked(struct.Struct(f"<{len(self.seeds)}Q"), "seeds", *self.seeds)
+        packed = [row.tobytes() for row in np.packbits(masks, axis=1, bitorder="little")]
+        made = {bits: frame(self.KIND, head + bits + records) for bits in set(packed)}
+        return [made[bits] for bits in packed]
 
     @staticmethod
     def read(reader: Reader) -> Plan:

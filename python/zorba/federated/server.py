@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from zorba.federated.aggregate import Measurement, aggregate
+from zorba.federated.aggregate import aggregate
 from zorba.federated.entry import UNCOVERED, LogEntry
 from zorba.federated.errors import MessageError
 from zorba.federated.identity import ModelIdentity
 from zorba.federated.log import LogHeader, RoundLog
 from zorba.federated.masks import Masks
 from zorba.federated.messages import Greeting, Hello, Plan, Reply, decode
+from zorba.federated.open_round import OpenRound, Replies
 from zorba.federated.settings import FederationSettings
 from zorba.identity import package_version
 from zorba_kernels.noise import NOISE_VERSION
@@ -58,7 +58,7 @@ class RoundOutcome:
     """
 
     entry: LogEntry
-    replies: dict[str, Reply]
+    replies: Replies
     loss: float
     diverged: dict[str, str] = field(default_factory=dict)
     problem: str = ""
@@ -97,13 +97,12 @@ class Server:
         self.fingerprints: dict[str, tuple[int, int]] = {}
         # A mark is what the client itself told; a server that was started again asks anew.
         self._marks: dict[str, int] = {}
-        self._plans: dict[str, Plan] = {}
-        self._replies: dict[str, Reply] = {}
-        self.set_masks(names, masks)
+        self._masks = Masks(names, masks, identity.num_blocks)
         self.log = RoundLog(
             log_path,
             LogHeader(settings.job_id, identity, settings.distribution, settings.rounding),
         )
+        self._give_up_round()
 
     @property
     def round(self) -> int:
@@ -113,17 +112,18 @@ class Server:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all clients."""
-        return tuple(self._masks.rows)
+        return self._masks.names
 
     @property
     def masks(self) -> dict[str, tuple[bool, ...]]:
         """Which blocks each client activates, by client."""
-        return {name: tuple(row.tolist()) for name, row in self._masks.rows.items()}
+        rows = self._masks.of(self.names).tolist()
+        return {name: tuple(row) for name, row in zip(self.names, rows, strict=True)}
 
     @property
     def admitted(self) -> tuple[str, ...]:
         """Clients whose hello was accepted."""
-        return tuple(name for name in self._masks.rows if name in self._marks)
+        return tuple(name for name in self.names if name in self._marks)
 
     def set_masks(self, names: Sequence[str], masks: Any) -> None:
         """Replaces clients and masks; the round that is under way is given up.
@@ -136,7 +136,7 @@ class Server:
             ValueError: shapes or names do not fit; nothing was changed.
         """
         self._masks = Masks(names, masks, self.identity.num_blocks)
-        self._plans, self._replies = {}, {}
+        self._give_up_round()
 
     def set_settings(self, settings: FederationSettings) -> None:
         """Replaces settings, the learning rate for example; the round under way is given up.
@@ -149,7 +149,7 @@ class Server:
             if mine != theirs:
                 raise ValueError(f"{what} of a running job must stay {mine}, got {theirs}")
         self.settings = settings
-        self._plans, self._replies = {}, {}
+        self._give_up_round()
 
     def greetings(self, available: Iterable[str] | None = None) -> dict[str, bytes]:
         """Returns a greeting for each client that was not admitted yet (of those available)."""
@@ -168,12 +168,11 @@ class Server:
         ready = [name for name in self._masks.present(available) if name in self._marks]
         limit = self.settings.clients_per_round
         if limit is not None and limit < len(ready):
-            rank = self.settings.rank_of
-            ready = sorted(sorted(ready, key=lambda name: rank(self.round, name))[:limit])
-        self._plans = {name: self._plan(name, measure=True) for name in ready}
-        self._replies = {}
-        messages = {name: plan.encode() for name, plan in self._plans.items()}
-        return messages | self.greetings(available)
+            ranks = self.settings.ranks_of(self.round, len(self._masks.rows))
+            places = np.array([self._masks.rows[name] for name in ready])
+            drawn = np.argsort(ranks[places], kind="stable")[:limit]
+            ready = [ready[at] for at in np.sort(drawn)]
+        return self._ask(ready, measure=True) | self.greetings(available)
 
     def receive(self, name: str, data: bytes) -> Receipt:
         """Takes a client's answer.
@@ -216,21 +215,20 @@ class Server:
         Raises:
             LogError: the entry could not be written; the round can be ended again.
         """
-        replies, diverged = self._agreeing()
+        replies, diverged = self._open.agreeing()
         problem = ""
         try:
             entry = self._entry(replies)
         except MessageError as error:
-            problem, replies = f"{error}: set clip, or lower lr", {}
+            problem = f"{error}: set clip, or lower lr"
+            replies = self._open.none()
             entry = self._entry(replies)
         self.log.append(entry)
         for name in diverged:
             self._marks.pop(name, None)  # greeted next, and judged by what it says then
-        self._plans, self._replies = {}, {}
-        examples = sum(r.num_examples for r in replies.values())
-        loss = sum(r.loss * r.num_examples for r in replies.values())
-        mean = loss / examples if examples else math.nan
-        return RoundOutcome(entry, replies, mean, diverged, problem)
+        self._give_up_round()
+        loss = float(np.average(replies.losses, weights=replies.examples)) if replies else math.nan
+        return RoundOutcome(entry, replies, loss, diverged, problem)
 
     def final_plan(self, available: Iterable[str] | None = None) -> dict[str, bytes]:
         """Returns plans that measure nothing for the admitted clients: they end with all the log.
@@ -238,13 +236,8 @@ class Server:
         Args:
             available: clients that can be reached; None for all.
         """
-        self._plans = {
-            name: self._plan(name, measure=False)
-            for name in self._masks.present(available)
-            if name in self._marks
-        }
-        self._replies = {}
-        return {name: plan.encode() for name, plan in self._plans.items()}
+        ready = [name for name in self._masks.present(available) if name in self._marks]
+        return self._ask(ready, measure=False)
 
     def lacking(self, name: str) -> int:
         """Returns how many log entries the client is known to lack; all of them if unknown."""
@@ -254,23 +247,43 @@ class Server:
         """Closes the log."""
         self.log.close()
 
-    def _plan(self, name: str, *, measure: bool) -> Plan:
-        s, mark = self.settings, self._marks[name]
-        entries = tuple(self.log.entries(mark + 1, max_bytes=MAX_PLAN_LOG_BYTES))
-        measure = measure and mark + len(entries) == self.log.last_round
-        steps = range(s.local_steps if measure else 0)
+    def _give_up_round(self) -> None:
+        self._open = OpenRound(self.settings.job_id, self.round, (0, 1), {})
+
+    def _ask(self, names: Sequence[str], *, measure: bool) -> dict[str, bytes]:
+        """Opens the round and returns a plan for each of these clients, in the order given."""
+        s = self.settings
+        by_mark: dict[int, list[str]] = {}
+        for name in names:
+            by_mark.setdefault(self._marks[name], []).append(name)
+        messages: dict[str, bytes] = dict.fromkeys(names, b"")
+        reached: dict[str, int] = dict.fromkeys(names, 0)
+        for mark, group in by_mark.items():  # those after the same round get the same, but masks
+            count, records = self.log.records(mark + 1, MAX_PLAN_LOG_BYTES)
+            steps = s.local_steps if measure and mark + count == self.log.last_round else 0
+            plan = self._plan(mark, steps)
+            plans = plan.encode_each(self._masks.of(group), count, records)
+            messages.update(zip(group, plans, strict=True))
+            reached.update(dict.fromkeys(group, mark + count))
+        shape = (s.local_steps if measure else 0, s.num_perturbations)
+        self._open = OpenRound(s.job_id, self.round, shape, reached)
+        return messages
+
+    def _plan(self, mark: int, steps: int) -> Plan:
+        """Plan of clients after round ``mark``, without the entries and with all blocks active."""
+        s = self.settings
         return Plan(
             job=s.job_id,
             round=self.round,
             base_round=mark,
-            entries=entries,
-            seeds=tuple(s.seed_of(self.round, step) for step in steps),
+            entries=(),
+            seeds=tuple(s.seed_of(self.round, step) for step in range(steps)),
             num_perturbations=s.num_perturbations,
             eps=s.eps,
             estimator=s.estimator,
             distribution=s.distribution,
             rounding=s.rounding,
-            mask=tuple(bool(a) for a in self._masks.rows[name]),
+            mask=(True,) * self.identity.num_blocks,
             mask_version=self._masks.version,
             local_lr=s.lr_at(self.round),
             clip=s.clip or math.inf,
@@ -293,31 +306,11 @@ class Server:
         self.fingerprints[name] = (hello.applied_round, hello.fingerprint)
 
     def _take_reply(self, name: str, reply: Reply) -> None:
-        plan = self._plans.get(name)
-        if reply.round != self.round or plan is None:
-            raise MessageError(
-                f"{name} replies to round {reply.round}; "
-                + (f"round {self.round} is under way" if plan else "it was asked nothing now")
-            )
-        if name in self._replies:
-            raise MessageError(f"{name} replied to round {reply.round} already")
-        shape = (len(plan.seeds), plan.num_perturbations)
-        if reply.scalars.shape != shape:
-            raise MessageError(
-                f"{name} sent scalars of shape {list(reply.scalars.shape)}, expected {list(shape)}"
-            )
-        reached = plan.base_round + len(plan.entries)
-        if reply.applied_round < reached or reply.applied_round >= self.round:
-            raise MessageError(
-                f"{name} measured after round {reply.applied_round}, expected round {reached}"
-            )
-        if plan.seeds and reply.num_examples == 0:
-            raise MessageError(f"{name} measured on no examples")
+        self._open.check(name, reply)
         self._check_position(name, reply.applied_round, reply.fingerprint)
         self._marks[name] = reply.applied_round
         self.fingerprints[name] = (reply.applied_round, reply.fingerprint)
-        if plan.seeds:
-            self._replies[name] = reply
+        self._open.add(name, reply)
 
     def _check_position(self, name: str, applied: int, fingerprint: int) -> None:
         """Compares a client's weights with what the log knows of that round's."""
@@ -326,14 +319,7 @@ class Server:
                 f"{name} has applied round {applied}, but the log ends at {self.log.last_round}: "
                 "it followed another log of this job"
             )
-        known = self.identity.start if applied == 0 else None
-        later = applied + 1
-        while known is None and later <= self.log.last_round:  # else the majority will tell
-            entry = self.log.entry(later)
-            known = entry.base_fingerprint
-            if not entry.empty:
-                break
-            later += 1
+        known = self.log.fingerprint_after(applied)  # None: the majority will tell
         if known is not None and fingerprint != known:
             raise _DivergedClientError(
                 f"{name} has diverged: after round {applied} its fingerprint is "
@@ -341,33 +327,21 @@ class Server:
                 "from the original model"
             )
 
-    def _agreeing(self) -> tuple[dict[str, Reply], dict[str, str]]:
-        """Splits replies by fingerprint: the majority's, and those that differ, with the reason."""
-        votes = Counter(reply.fingerprint for reply in self._replies.values())
-        if len(votes) <= 1:
-            return dict(self._replies), {}
-        winner, count = votes.most_common(1)[0]
-        if 2 * count <= len(self._replies):
-            reason = "the clients' fingerprints differ and no majority tells which are right"
-            return {}, dict.fromkeys(self._replies, reason)
-        good = {n: r for n, r in self._replies.items() if r.fingerprint == winner}
-        return good, {
-            n: f"fingerprint {r.fingerprint:#018x} after round {r.applied_round}, most clients "
-            f"have {winner:#018x}"
-            for n, r in self._replies.items()
-            if n not in good
-        }
-
-    def _entry(self, replies: dict[str, Reply]) -> LogEntry:
+    def _entry(self, replies: Replies) -> LogEntry:
         s = self.settings
         coefs = np.zeros((s.local_steps, s.num_perturbations, 0), dtype=np.float32)
         columns = np.full(self.identity.num_blocks, UNCOVERED, dtype=np.int32)
         if replies:
-            measured = {
-                name: Measurement(reply.scalars, self._masks.rows[name], reply.num_examples)
-                for name, reply in replies.items()
-            }
-            coefs, columns = aggregate(measured, s.lr_at(self.round), s.weighting, s.clip)
+            coefs, columns = aggregate(
+                replies.scalars,
+                self._masks.of(replies),
+                replies.examples,
+                s.lr_at(self.round),
+                s.weighting,
+                s.clip,
+                s.aggregation,
+                s.trim,
+            )
         return LogEntry(
             round=self.round,
             seeds=tuple(s.seed_of(self.round, step) for step in range(s.local_steps)),
@@ -375,7 +349,7 @@ class Server:
             columns=columns,
             rounding_seed=s.rounding_seed_of(self.round),
             mask_version=self._masks.version,
-            base_fingerprint=next((r.fingerprint for r in replies.values()), None),
+            base_fingerprint=int(replies.fingerprints[0]) if replies else None,
             distribution=s.distribution,
             rounding=s.rounding,
         )

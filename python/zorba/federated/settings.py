@@ -9,12 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
+
 from zorba.optim.estimator import ESTIMATORS, Estimator
 from zorba_kernels.noise import DISTRIBUTIONS, ROUNDINGS, Distribution, Rounding
 from zorba_kernels.program import check_choice
 
 Weighting = Literal["examples", "uniform"]
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
+Aggregation = Literal["mean", "median", "trimmed"]
+AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
 
 MAX_STEPS = 4096
 """Most local steps of a round, and most perturbations of a step: bounds what a message may ask."""
@@ -41,6 +46,10 @@ class FederationSettings:
         clip: largest absolute value of a scalar; larger ones are cut to it. None for no limit.
         clients_per_round: how many clients take part in a round; None for all.
         weighting: clients weigh by their "examples", or all alike: "uniform".
+        aggregation: of a block's scalars: their "mean", "median", or the mean of what is left when
+            they are "trimmed" at both ends. See ``zorba.federated.aggregate``.
+        trim: share of a block's weight that "trimmed" leaves out at each end, at least 0 and below
+            0.5. Take more than the share of clients that may lie.
     """
 
     job: str
@@ -55,6 +64,8 @@ class FederationSettings:
     clip: float | None = None
     clients_per_round: int | None = None
     weighting: Weighting = "examples"
+    aggregation: Aggregation = "mean"
+    trim: float = 0.25
 
     def __post_init__(self) -> None:
         """Raises ValueError or TypeError where a setting makes no sense."""
@@ -72,6 +83,9 @@ class FederationSettings:
         check_choice("distribution", self.distribution, DISTRIBUTIONS)
         check_choice("rounding", self.rounding, ROUNDINGS)
         check_choice("weighting", self.weighting, WEIGHTINGS)
+        check_choice("aggregation", self.aggregation, AGGREGATIONS)
+        if _check_rate(self.trim, "trim") >= 0.5:
+            raise ValueError(f"trim must be below 0.5, got {self.trim!r}: 0.5 is the median")
         if not callable(self.lr):
             _check_rate(self.lr, "lr")
 
@@ -94,9 +108,15 @@ class FederationSettings:
         """Returns the uint64 seed of a round's stochastic rounding."""
         return self._derive("rounding", struct.pack("<I", round_number))
 
-    def rank_of(self, round_number: int, client: str) -> int:
-        """Returns the number by which clients are drawn: the lowest take part in the round."""
-        return self._derive("draw", struct.pack("<I", round_number) + client.encode())
+    def ranks_of(self, round_number: int, count: int) -> npt.NDArray[np.uint64]:
+        """Returns the numbers by which clients are drawn: the lowest take part in the round.
+
+        One for each of ``count`` clients in the order of names: the stream of the generator
+        Philox4x64, of which numpy promises that it stays as it is.
+        """
+        key = self._derive("draw", struct.pack("<I", round_number))
+        ranks: npt.NDArray[np.uint64] = np.random.Philox(key=key).random_raw(count)
+        return ranks
 
     def _derive(self, purpose: str, data: bytes) -> int:
         """First 8 bytes of SHA-256 of the purpose, the job's seed and data."""

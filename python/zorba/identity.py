@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 
-import torch
 from torch import Tensor
 
-import zorba_kernels as zk
+from zorba.tables import DeviceTables, fingerprint
 
 
 def model_fingerprint(parameters: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> int:
@@ -17,12 +16,8 @@ def model_fingerprint(parameters: Mapping[str, Tensor] | Iterable[tuple[str, Ten
     Args:
         parameters: for example ``model.named_parameters()``; only read.
     """
-    pairs = parameters.items() if isinstance(parameters, Mapping) else parameters
-    by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
-    for name, tensor in pairs:
-        by_device.setdefault(tensor.device, []).append((name, tensor))
-    # A fingerprint is a sum over weights, so those of the devices add up.
-    return sum(zk.fingerprint(zk.ParamTable(part)) for part in by_device.values()) % (1 << 64)
+    named = dict(parameters.items() if isinstance(parameters, Mapping) else parameters)
+    return fingerprint(DeviceTables(named, dict.fromkeys(named, 0)))
 
 
 def package_version() -> str:

@@ -19,6 +19,7 @@ from zorba.federated.identity import ModelIdentity
 from zorba.federated.log import LogHeader, RoundLog
 from zorba.federated.loop import FederationResult, RoundReport, run_federation
 from zorba.federated.messages import Greeting, Hello, Plan, Reply, decode
+from zorba.federated.objective import Batches, ModelObjective
 from zorba.federated.replica import Replica
 from zorba.federated.run_folder import RunFolder, RunRecorder
 from zorba.federated.server import Receipt, RoundOutcome, Server
@@ -27,6 +28,7 @@ from zorba.federated.transport import LocalTransport, Transport
 from zorba.identity import model_fingerprint
 
 __all__ = [
+    "Batches",
     "Client",
     "DivergedError",
     "EventReader",
@@ -43,6 +45,7 @@ __all__ = [
     "LogHeader",
     "MessageError",
     "ModelIdentity",
+    "ModelObjective",
     "Objective",
     "Plan",
     "Receipt",

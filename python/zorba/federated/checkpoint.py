@@ -12,6 +12,7 @@ import zorba_kernels as zk
 from zorba.federated.errors import ReplicaError
 from zorba.federated.identity import ModelIdentity
 from zorba.files import write_whole
+from zorba.tables import Tables
 from zorba_kernels.noise import NOISE_VERSION, Distribution, Rounding
 
 CHECKPOINT_SCHEMA = 1
@@ -43,7 +44,7 @@ class CheckpointInfo:
     schema: int = CHECKPOINT_SCHEMA
 
 
-def save_checkpoint(path: Path, table: zk.ParamTable, info: CheckpointInfo) -> None:
+def save_checkpoint(path: Path, table: Tables, info: CheckpointInfo) -> None:
     """Writes the table's tensors and ``info``; needs the package safetensors."""
     from safetensors.torch import save_file  # optional: only checkpoints need it
 
@@ -57,7 +58,7 @@ def save_checkpoint(path: Path, table: zk.ParamTable, info: CheckpointInfo) -> N
     write_whole(path, lambda draft: save_file(tensors, draft, metadata=metadata))
 
 
-def load_checkpoint(path: Path, table: zk.ParamTable) -> tuple[CheckpointInfo, dict[str, Tensor]]:
+def load_checkpoint(path: Path, table: Tables) -> tuple[CheckpointInfo, dict[str, Tensor]]:
     """Reads a checkpoint and checks that it is whole and fits the table.
 
     Args:
@@ -101,7 +102,7 @@ def _read_info(path: Path, metadata: dict[str, str]) -> CheckpointInfo:
     return info
 
 
-def _check_fit(path: Path, table: zk.ParamTable, tensors: dict[str, Tensor]) -> None:
+def _check_fit(path: Path, table: Tables, tensors: dict[str, Tensor]) -> None:
     mine = {e.name: (tuple(e.tensor.shape), e.tensor.dtype) for e in table.entries}
     theirs = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
     for name in sorted(mine.keys() | theirs.keys()):

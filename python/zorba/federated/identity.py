@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, fields
 
-import zorba_kernels as zk
+from zorba.tables import Tables, fingerprint
 
 MAX_BLOCKS = 65534
 """Blocks of a model; 65535 marks an uncovered block in wide log entries."""
@@ -48,7 +48,7 @@ _MEANING = {
 }
 
 
-def identity_of(table: zk.ParamTable, origin: int) -> ModelIdentity:
+def identity_of(table: Tables, origin: int) -> ModelIdentity:
     """Returns the identity of a model whose trainable parameters are in the table, at theta_0."""
     if table.num_groups > MAX_BLOCKS:
         raise ValueError(
@@ -61,7 +61,7 @@ def identity_of(table: zk.ParamTable, origin: int) -> ModelIdentity:
     digest = hashlib.sha256("\n".join(lines).encode()).digest()
     return ModelIdentity(
         origin=origin,
-        start=zk.fingerprint(table),
+        start=fingerprint(table),
         layout=int.from_bytes(digest[:8], "little"),
         num_weights=table.numel,
         num_blocks=table.num_groups,

@@ -13,6 +13,7 @@ from zorba.federated.checkpoint import CheckpointInfo, load_checkpoint, save_che
 from zorba.federated.entry import LogEntry
 from zorba.federated.errors import DivergedError, GapError, ReplicaError
 from zorba.federated.identity import identity_of
+from zorba.tables import Tables, each_table, fingerprint
 from zorba_kernels.noise import NOISE_VERSION, Distribution, Rounding
 
 
@@ -24,6 +25,7 @@ class Replica:
 
     Args:
         table: the trainable weights; group b of it is block b. ``apply`` and ``load`` modify them.
+            ``DeviceTables`` where idle blocks are on the host, or may come to be.
         origin: ``model_fingerprint`` of all parameters at theta_0, frozen ones too, so that two
             models that differ only in frozen weights are told apart.
         distribution: of the noise that the client's objective makes.
@@ -37,7 +39,7 @@ class Replica:
 
     def __init__(
         self,
-        table: zk.ParamTable,
+        table: Tables,
         origin: int,
         distribution: Distribution = "gaussian",
         rounding: Rounding = "stochastic",
@@ -70,7 +72,7 @@ class Replica:
         """
         self._check_whole()
         if fresh or self._fingerprint is None:
-            self._fingerprint = zk.fingerprint(self.table)
+            self._fingerprint = fingerprint(self.table)
         return self._fingerprint
 
     def apply(self, entries: Iterable[LogEntry]) -> int:
@@ -178,19 +180,24 @@ class Replica:
         # applies the same rounds a second time.
         before, self._fingerprint = self._fingerprint, None
         self._interrupted = True
+        coefs = torch.from_numpy(np.concatenate([e.block_coefs() for e in entries], axis=1))
+        written = False
         try:
-            zk.add_noise_(
-                self.table,
-                seeds,
-                torch.from_numpy(np.concatenate([e.block_coefs() for e in entries], axis=1)),
-                self.distribution,
-                self.rounding,
-                [entry.rounding_seed for entry in entries],
-                samples=samples,
-                rounds=[len(e.seeds) * e.num_perturbations for e in entries],
-            )
+            for table in each_table(self.table):
+                zk.add_noise_(
+                    table,
+                    seeds,
+                    coefs,
+                    self.distribution,
+                    self.rounding,
+                    [entry.rounding_seed for entry in entries],
+                    samples=samples,
+                    rounds=[len(e.seeds) * e.num_perturbations for e in entries],
+                )
+                written = True
         except (TypeError, ValueError, zk.BackendUnavailableError):
-            self._interrupted, self._fingerprint = False, before  # refused: nothing was written
+            if not written:  # refused: the weights are as before
+                self._interrupted, self._fingerprint = False, before
             raise
         self._interrupted = False
         self.passes += 1

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import struct
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from zorba.offload import Offload
+from zorba.optim.estimator import Evaluate
 from zorba.optim.generators import GeneratorState
 from zorba.optim.interrupt import Gate
+from zorba.optim.lockstep import Lockstep
 from zorba.optim.placement import Placement
 from zorba.optim.probe import Probe
 from zorba.optim.reuse import PrefixReuse, ReuseError
@@ -20,6 +24,7 @@ from zorba.optim.scratch import ScratchPlacement
 from zorba.optim.terms import NoiseTerms
 
 Closure = Callable[[], float | Tensor]
+Losses = list[float]
 
 
 class Evaluator:
@@ -43,18 +48,27 @@ class Evaluator:
             self._reuse.disable()
         in_place = not isinstance(placement, ScratchPlacement)
         self._probed = in_place and not self._reuse.enabled
+        self._offload = Offload.of(model)
 
     @contextmanager
     def session(self) -> Iterator[None]:
         """Context of a step; model and weights are as before on leaving it, but for updates."""
+        device = self._placement.table.device
         try:
-            with self._placement.session(), self._reuse.session(self._placement.table.device):
+            with ExitStack() as stack:
+                if self._offload is not None:
+                    stack.enter_context(self._offload.streaming())
+                stack.enter_context(self._placement.session())
+                stack.enter_context(self._reuse.session(device))
                 yield
         finally:
             torch.clear_autocast_cache()
 
-    def of(self, closure: Closure, gate: Gate) -> Callable[[NoiseTerms], float]:
-        """Returns what gives the closure's loss at the weights plus some noise.
+    def of(self, closure: Closure, gate: Gate) -> Evaluate:
+        """Returns what gives the closure's losses at the weights plus some noises.
+
+        Where idle blocks are off the device all evaluations run side by side, so that each block
+        is brought once; else one after the other.
 
         Args:
             closure: see ``ZerothOrderSGD.step``.
@@ -63,7 +77,8 @@ class Evaluator:
         device = self._placement.table.device
         generators = GeneratorState(device) if self._model.training else None
 
-        def run() -> float:
+        def run(terms: NoiseTerms) -> float:
+            self._placement.move_to(terms)
             # Autocast keeps its copies of weights by their tensors: they would miss a perturbation.
             torch.clear_autocast_cache()
             if generators is not None:
@@ -72,29 +87,47 @@ class Evaluator:
             with gate.open():
                 return float(closure())
 
-        def attempt(terms: NoiseTerms) -> float:
-            self._placement.move_to(terms)
+        def attempt(calls: Callable[[], Losses]) -> Losses:
             try:
-                return run()
+                return calls()
             except ReuseError:
                 self._give_up("blocks get other inputs in each evaluation of a step")
-                self._placement.move_to(terms)
-                return run()
+                return calls()
 
-        def evaluate(terms: NoiseTerms) -> float:
-            if self._probed:
-                return attempt(terms)
-            self._placement.move_to(terms)
+        def alone(terms: NoiseTerms) -> float:
+            return attempt(lambda: [run(terms)])[0]
+
+        def first(terms: NoiseTerms) -> float:
             probe = Probe(self._model, self._placement.table, on_functional=self._reuse.close)
             with probe.watch():
-                loss = run()
+                loss = run(terms)
             self._probed = True
             if self._learn(probe):
                 self._reuse.restart()
-                loss = attempt(terms)
-            return self._prove(loss, lambda: attempt(terms))
+                loss = alone(terms)
+            return self._prove(loss, lambda: alone(terms))
+
+        def evaluate(noises: Sequence[NoiseTerms]) -> Losses:
+            losses = [] if self._probed else [first(noises[0])]
+            rest = noises[len(losses) :]
+            lockstep = self._lockstep()
+            if lockstep is None:
+                return losses + [alone(terms) for terms in rest]
+            with gate.open():
+                return losses + attempt(
+                    lambda: lockstep.run([partial(run, t) for t in rest], generators is not None)
+                )
 
         return evaluate
+
+    def _lockstep(self) -> Lockstep | None:
+        """Returns what runs evaluations side by side, where that saves bringing idle blocks."""
+        offload, placement = self._offload, self._placement
+        if offload is None or not offload.idle or not isinstance(placement, ScratchPlacement):
+            return None
+        reused = self._reuse.modules
+        blocks = [block.module for block in offload.blocks if block.module not in reused]
+        return Lockstep(blocks, placement)
 
     def _learn(self, probe: Probe) -> bool:
         """Takes in how parameters are used; returns whether the evaluation did not see them all."""

@@ -34,12 +34,13 @@ class Gate:
         if self.handler is None:
             yield
             return
+        outside = signal.getsignal(signal.SIGINT)  # open already, where evaluations are nested
         try:
             signal.signal(signal.SIGINT, self.handler)
             self.deliver()
             yield
         finally:
-            signal.signal(signal.SIGINT, self.hold)
+            signal.signal(signal.SIGINT, outside)
 
 
 @contextmanager

@@ -120,6 +120,11 @@ class PrefixReuse:
             stack.at, stack.skipping = -1, False
 
     @property
+    def modules(self) -> set[nn.Module]:
+        """Blocks that run in one evaluation of a step and are skipped in the others."""
+        return {m for stack in self._stacks for m in stack.modules} if self.enabled else set()
+
+    @property
     def kept(self) -> bool:
         """Whether the first evaluation has kept anything."""
         return any(call for stack in self._stacks for call in stack.calls)

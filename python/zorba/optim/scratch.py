@@ -147,6 +147,31 @@ class ScratchPlacement(Placement):
             if owner.module is None:
                 self._show(owner)
 
+    def park(self) -> Any:
+        """Takes the perturbed weights away in the middle of an evaluation.
+
+        Returns:
+            What ``resume`` needs to go on with it.
+        """
+        running = [(o, o.depth, o.showing) for o in self._owners if o.depth or o.showing]
+        buffers = [None if part is None else part.buffer for _, _, part in running]
+        for owner, _, _ in running:
+            owner.depth = 0
+            self._put_back(owner)
+        depths = [(owner, depth) for owner, depth, _ in running]
+        program, self._program = self._program, None  # whose evaluation has not reached all yet
+        return program, self._moving, depths, buffers
+
+    def resume(self, parked: Any) -> None:
+        """Goes on with an evaluation where ``park`` left it, in the same memory."""
+        self._program, self._moving, depths, buffers = parked
+        for (owner, depth), buffer in zip(depths, buffers, strict=True):
+            owner.depth = depth
+            if buffer is not None:
+                free = self._free[owner.level]
+                free.append(free.pop(next(i for i, b in enumerate(free) if b is buffer)))
+                self._show(owner)
+
     def update(
         self,
         terms: NoiseTerms,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import zorba_kernels as zk
 from zorba.hf.blocks import find_blocks
+from zorba.offload import Offload
 from zorba_kernels.noise import canonical_name
 
 Blocks = str | Sequence[bool] | Tensor
@@ -46,7 +47,8 @@ def active_parameters(model: nn.Module, blocks: Blocks = "all") -> dict[str, nn.
             blocks; or a mask, one boolean a block in the order of ``zorba.hf.find_blocks``.
 
     Raises:
-        ValueError: a mask of another length, a string that is neither, or nothing left.
+        ValueError: a mask of another length, a string that is neither, nothing left, or blocks that
+            are off the device (``zorba.offload``).
     """
     wanted = {n: p for n, p in _named(model).items() if p.requires_grad}
     if not (isinstance(blocks, str) and blocks == "all"):
@@ -59,6 +61,14 @@ def active_parameters(model: nn.Module, blocks: Blocks = "all") -> dict[str, nn.
     if not wanted:
         where = "" if isinstance(blocks, str) and blocks == "all" else f" in blocks={blocks!r}"
         raise ValueError(f"the model has no parameter with requires_grad=True{where}")
+    offload = Offload.of(model)
+    away = [b for b in offload.blocks if b.name in offload.idle] if offload else []
+    off = [block.name for block in away if wanted.keys() & set(block.parameters)]
+    if off:
+        raise ValueError(
+            f"blocks={blocks!r} makes {', '.join(off[:5])} active, but they are off the device: "
+            "give the mask of the blocks that Offload.active names, or make them active there"
+        )
     return wanted
 
 

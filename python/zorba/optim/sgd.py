@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from zorba.optim.estimator import ESTIMATORS, Estimator, finite_differences, one_by_one
+from zorba.optim.estimator import ESTIMATORS, Estimator, finite_differences
 from zorba.optim.evaluation import Evaluator
 from zorba.optim.guard import guard
 from zorba.optim.interrupt import deferred_interrupts
@@ -257,7 +257,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         # Ctrl-C is for the closure: elsewhere it waits, at most until the step is done.
         with deferred_interrupts() as gate, self._evaluator.session():
             scalars, loss = finite_differences(
-                one_by_one(self._evaluator.of(closure, gate)),
+                self._evaluator.of(closure, gate),
                 seed,
                 options["eps"],
                 options["num_perturbations"],

@@ -1,0 +1,111 @@
+"""What a client measures that holds a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import zorba_kernels as zk
+from zorba.offload import Offload
+from zorba.optim.estimator import Evaluate
+from zorba.optim.evaluation import Evaluator
+from zorba.optim.interrupt import deferred_interrupts
+from zorba.optim.scratch import ScratchPlacement
+from zorba.optim.terms import NoiseTerms
+from zorba.tables import DeviceTables, Tables
+from zorba_kernels.noise import Distribution
+
+Batches = Callable[[int, int], tuple[Any, int]]
+"""``batches(round, step)`` returns a batch and its number of examples, always the same ones."""
+
+
+class ModelObjective:
+    """An ``Objective`` of ``Client``: the loss of a model, perturbed exactly (placement "scratch").
+
+    Only the blocks that a plan's mask activates are perturbed; those in front of the first one run
+    once a step. Where the model is offloaded (``zorba.offload.Offload``), blocks move between host
+    and device as the mask says, and all evaluations of a step run side by side.
+
+    Args:
+        model: what ``loss`` runs.
+        table: its trainable parameters, the replica's; group b is block b. ``DeviceTables`` where
+            the model is offloaded.
+        batches: picks a batch, see ``Batches``.
+        loss: returns the loss of a batch, a number or a tensor of one element.
+        distribution: of the noise, the replica's.
+        prefix_reuse: whether blocks that no perturbation can reach run once a step.
+
+    Raises:
+        ValueError: the model is offloaded, and the table is no ``DeviceTables``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        table: Tables,
+        batches: Batches,
+        loss: Callable[[Any], float | Tensor],
+        distribution: Distribution,
+        prefix_reuse: bool = True,
+    ) -> None:
+        if Offload.of(model) is not None and not isinstance(table, DeviceTables):
+            raise ValueError(
+                "the blocks of an offloaded model move: give DeviceTables of its parameters as the "
+                "table, to the replica too"
+            )
+        self._model = model
+        self._table = table
+        self._batches = batches
+        self._loss = loss
+        self._distribution = distribution
+        self._prefix_reuse = prefix_reuse
+        self._active: tuple[int, ...] = ()
+        self._evaluator: Evaluator | None = None
+        self._placement: ScratchPlacement | None = None
+
+    def __call__(self, round_number: int, step: int) -> tuple[Evaluate, int]:
+        """See ``Objective``."""
+        batch, count = self._batches(round_number, step)
+
+        @torch.no_grad()
+        def evaluate(noises: Sequence[NoiseTerms]) -> Sequence[float]:
+            evaluator = self._evaluator_of(noises)
+            with deferred_interrupts() as gate, evaluator.session():
+                return evaluator.of(lambda: self._loss(batch), gate)(noises)
+
+        return evaluate, count
+
+    def _evaluator_of(self, noises: Sequence[NoiseTerms]) -> Evaluator:
+        """Returns what evaluates at these noises; a new one where other blocks are active."""
+        groups = range(self._table.num_groups)
+        active = tuple(g for g in groups if any(terms.active(g) for terms in noises))
+        if self._placement is not None:
+            self._placement.refresh()
+        if self._evaluator is None or self._placement is None or active != self._active:
+            self._place(set(active))
+            self._placement = ScratchPlacement(
+                self._model, self._table_of(set(active)), self._distribution
+            )
+            self._placement.remake = lambda: self._table_of(set(active))
+            self._evaluator = Evaluator(self._model, self._placement, self._prefix_reuse)
+            self._active = active
+        return self._evaluator
+
+    def _place(self, active: set[int]) -> None:
+        """Brings active blocks to the device, and sends the others to the host."""
+        offload = Offload.of(self._model)
+        if offload is None:
+            return
+        names = {entry.name for entry in self._table.entries if entry.group in active}
+        offload.set_active([b.name for b in offload.blocks if names & set(b.parameters)])
+
+    def _table_of(self, active: set[int]) -> zk.ParamTable:
+        entries = [entry for entry in self._table.entries if entry.group in active]
+        return zk.ParamTable(
+            {entry.name: entry.source for entry in entries},
+            groups={entry.name: entry.group for entry in entries},
+            num_groups=self._table.num_groups,
+        )

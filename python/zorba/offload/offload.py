@@ -1,0 +1,242 @@
+"""Offload: a model whose idle blocks live on the host."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zorba.hf.blocks import Block, find_blocks
+from zorba.offload.host import to_file, to_pinned
+from zorba.offload.stream import BlockStream
+
+_offloads: weakref.WeakKeyDictionary[nn.Module, Offload] = weakref.WeakKeyDictionary()
+
+
+class Offload:
+    """Keeps the idle blocks of a model on the host.
+
+    An idle block's parameters hold its weights on the host, where updates find them (a ParamTable
+    of them is one of CPU tensors). For the length of its forward they point into one of two buffers
+    on the device, to which the weights are copied ahead of use. Everything else (active blocks,
+    embeddings, norms, head, buffers) is brought to the device. Any forward of the model works,
+    inside of a training step or not; inside of ``streaming`` the copies run ahead.
+
+    Args:
+        model: a model with transformer blocks.
+        active: names of the blocks that stay on the device (``zorba.hf.find_blocks``); the others
+            are idle.
+        device: where the model computes; that of its first parameter by default.
+        folder: for a file a block, mapped to memory: on a CPU, where the device's memory is the
+            host's, there is no other way. On a GPU None means page-locked memory. The files are
+            scratch: they change with the weights, and are removed by ``close``.
+
+    Raises:
+        ValueError: an unknown block, no blocks, weights that are shared between an idle block and
+            the rest of the model, no folder on a CPU, or a model that is offloaded already.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        active: Collection[str],
+        device: torch.device | str | None = None,
+        folder: str | Path | None = None,
+    ) -> None:
+        if model in _offloads:
+            raise ValueError("the model is offloaded already: use set_active, or close it first")
+        self._model = model
+        self._blocks = {block.name: block for block in find_blocks(model)}
+        self._device = torch.device(device) if device else next(model.parameters()).device
+        self._folder = None if folder is None else Path(folder)
+        if self._folder is None and self._device.type == "cpu":
+            raise ValueError(
+                "on a CPU idle blocks wait in files: give folder=, on a disk and not in a file "
+                "system that lives in memory"
+            )
+        self._host: dict[str, dict[str, Tensor]] = {}
+        self._forwards: dict[str, Any] = {}
+        self._stream = BlockStream(self._device, {})
+        self._check(active)
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        _offloads[model] = self
+        try:
+            self._bring_rest()
+            self.set_active(active)
+            for name in self.active:
+                self._bring(name)
+        except BaseException:
+            self.close()
+            raise
+
+    @staticmethod
+    def of(model: nn.Module) -> Offload | None:
+        """Returns the Offload of a model, or None."""
+        return _offloads.get(model)
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Names of the blocks on the host, in the order of the model."""
+        return tuple(self._host)
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the blocks on the device."""
+        return tuple(name for name in self._blocks if name not in self._host)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """All blocks."""
+        return tuple(self._blocks.values())
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Device memory that the buffers take: twice the largest idle block."""
+        return self._stream.nbytes
+
+    @property
+    def loads(self) -> int:
+        """How many times a block was copied to the device since the last ``set_active``."""
+        return self._stream.loads
+
+    def streaming(self) -> AbstractContextManager[None]:
+        """Context in which no weight changes: blocks are fetched ahead, and kept between uses."""
+        return self._stream.streaming()
+
+    def set_active(self, active: Collection[str]) -> None:
+        """Moves blocks between host and device; their bits stay.
+
+        Args:
+            active: names of all blocks that shall be on the device from now on.
+
+        Raises:
+            ValueError: an unknown block, or weights shared with the rest; nothing was moved.
+            OSError: a file could not be written; blocks moved before stay where they went.
+        """
+        self._check(active)
+        wanted = set(active)
+        if set(self.active) == wanted:
+            return
+        self._stream = BlockStream(self._device, {})
+        try:
+            # Arriving blocks need memory that leaving ones free.
+            for name in [n for n in self._blocks if n not in wanted and n not in self._host]:
+                self._leave(name)
+            for name in [n for n in self._blocks if n in wanted and n in self._host]:
+                self._arrive(name)
+        finally:
+            self._host = {name: self._host[name] for name in self._blocks if name in self._host}
+            self._stream = BlockStream(self._device, self._host)
+
+    def close(self) -> None:
+        """Brings all blocks to the device and removes the files. The model is as it was."""
+        for name in list(self._host):
+            self._arrive(name)
+        self._stream = BlockStream(self._device, {})
+        _offloads.pop(self._model, None)
+
+    def __enter__(self) -> Offload:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Closes."""
+        self.close()
+
+    def _check(self, active: Collection[str]) -> None:
+        unknown = sorted(set(active) - set(self._blocks))
+        if unknown:
+            raise ValueError(
+                f"the model has no blocks named {', '.join(map(str, unknown[:5]))}; it has "
+                f"{next(iter(self._blocks))} to {next(reversed(self._blocks))}"
+            )
+        for name, block in self._blocks.items():
+            if name in active:
+                continue
+            own = {id(p) for p in block.module.parameters()}
+            inside = set(block.module.modules())
+            for path, module in self._model.named_modules():
+                if module in inside:
+                    continue
+                shared = [n for n, p in module._parameters.items() if id(p) in own]
+                if shared:
+                    raise ValueError(
+                        f"block {name} shares weights with {path or 'the model'}.{shared[0]}: it "
+                        "must stay active"
+                    )
+
+    def _bring_rest(self) -> None:
+        """Puts what is in no block, and every block's buffers, on the device."""
+        in_blocks = {id(p) for b in self._blocks.values() for p in b.module.parameters()}
+        for p in self._model.parameters():
+            if id(p) not in in_blocks:
+                p.data = _own(p.data, self._device)
+        for module in self._model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(self._device)
+
+    def _leave(self, name: str) -> None:
+        """Moves a block to the host."""
+        block = self._blocks[name]
+        named = dict(block.module.named_parameters())
+        weights = {n: p.data for n, p in named.items()}
+        host = to_pinned(weights) if self._folder is None else to_file(self._path(name), weights)
+        self._host[name] = host
+        for n, p in named.items():
+            p.data = host[n]
+        self._forwards[name] = block.module.__dict__.get("forward")
+        block.module.forward = self._forward(name, named, block.module.forward)
+
+    def _arrive(self, name: str) -> None:
+        """Moves a block to the device."""
+        module = self._blocks[name].module
+        before = self._forwards.pop(name)
+        if before is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.forward = before
+        self._bring(name)
+        del self._host[name]
+        if self._folder is not None:
+            self._path(name).unlink(missing_ok=True)
+
+    def _bring(self, name: str) -> None:
+        for p in self._blocks[name].module.parameters():
+            p.data = _own(p.data, self._device)
+
+    def _path(self, name: str) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{name}.safetensors"
+
+    def _forward(self, name: str, named: dict[str, nn.Parameter], original: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with self._shown(name, named):
+                return original(*args, **kwargs)
+
+        return forward
+
+    @contextmanager
+    def _shown(self, name: str, named: dict[str, nn.Parameter]) -> Iterator[None]:
+        """Lets a block's parameters read from the device."""
+        with self._stream.use(name) as weights:
+            try:
+                for n, p in named.items():
+                    p.data = weights[n]
+                yield
+            finally:
+                for n, p in named.items():
+                    p.data = self._host[name][n]
+
+
+def _own(weights: Tensor, device: torch.device) -> Tensor:
+    """Weights on the device, in memory of their own rather than a mapped file's."""
+    if weights.device != device:
+        return weights.to(device)
+    return weights.clone() if device.type == "cpu" else weights

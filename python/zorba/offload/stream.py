@@ -1,0 +1,208 @@
+"""Two buffers on the device through which the weights of idle blocks pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BUFFERS = 2
+_ALIGN = 64  # bytes, as torch aligns tensors on a CPU: the bits of a product may depend on it
+
+Pairs = Sequence[tuple[Tensor, Tensor]]
+
+
+class _Copies(Protocol):
+    """Copies in the background, in the order in which they were started."""
+
+    def start(self, pairs: Pairs, freed: Any) -> Any:
+        """Copies second to first of each pair, once ``freed`` is done; returns a ticket."""
+        ...
+
+    def wait(self, ticket: Any, *, host: bool = False) -> None:
+        """Lets what follows on the device, or the host itself, wait until the copy is done."""
+        ...
+
+    def freed(self) -> Any:
+        """Returns a mark behind what the device was told to do so far."""
+        ...
+
+
+class _HostCopies:
+    """A thread that copies within the host: numpy's copies hold no lock and start no threads."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="zorba-offload")
+
+    def start(self, pairs: Pairs, freed: Any) -> Future[None]:
+        return self._thread.submit(self._copy, pairs)
+
+    def wait(self, ticket: Future[None], *, host: bool = False) -> None:
+        ticket.result()
+
+    def freed(self) -> None:
+        """Whoever released a buffer is done with it: there is one thread that computes."""
+
+    @staticmethod
+    def _copy(pairs: Pairs) -> None:
+        for target, source in pairs:
+            np.copyto(_bytes(target), _bytes(source))
+
+
+class _DeviceCopies:
+    """A stream of a GPU beside the one that computes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def start(self, pairs: Pairs, freed: torch.cuda.Event | None) -> torch.cuda.Event:
+        with torch.cuda.stream(self._stream):
+            if freed is not None:
+                self._stream.wait_event(freed)
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(self._stream)
+        return done
+
+    def wait(self, ticket: torch.cuda.Event, *, host: bool = False) -> None:
+        if host:
+            ticket.synchronize()
+        else:
+            torch.cuda.current_stream(self._device).wait_event(ticket)
+
+    def freed(self) -> torch.cuda.Event:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
+@dataclass
+class _Buffer:
+    """A piece of device memory, and the block whose weights are in it or on their way."""
+
+    memory: Tensor
+    block: str | None = None
+    ticket: Any = None
+    users: int = 0
+    freed: Any = None
+    last_use: int = 0
+    views: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by block, by parameter
+
+
+class BlockStream:
+    """Brings blocks to the device, each ahead of its use inside of ``streaming``.
+
+    Args:
+        device: where they are used.
+        blocks: weights of each block on the host, by block and parameter, in the order of use.
+            They are only read.
+    """
+
+    def __init__(self, device: torch.device, blocks: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self._blocks = blocks
+        self._order = list(blocks)
+        size = max((sum(map(_padded, b.values())) for b in blocks.values()), default=0)
+        self._buffers = [
+            _Buffer(torch.empty(size, dtype=torch.uint8, device=device))
+            for _ in range(min(BUFFERS, len(blocks)))
+        ]
+        self._copies: _Copies = _DeviceCopies(device) if device.type == "cuda" else _HostCopies()
+        self._streaming = False
+        self._uses = 0
+        self.loads = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(buffer.memory.numel() for buffer in self._buffers)
+
+    @contextmanager
+    def streaming(self) -> Iterator[None]:
+        """Weights on the host do not change inside: they may be fetched ahead, and used again."""
+        if self._streaming or not self._order:
+            yield
+            return
+        self._streaming = True
+        try:
+            for name in self._order[: len(self._buffers)]:
+                self._fetch(name)
+            yield
+        finally:
+            self._streaming = False
+            for buffer in self._buffers:
+                self._drop(buffer)
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[dict[str, Tensor]]:
+        """Gives the weights of a block on the device, for the length of the context."""
+        buffer = self._fetch(name)
+        self._copies.wait(buffer.ticket)
+        self._uses += 1
+        buffer.users += 1
+        buffer.last_use = self._uses
+        try:
+            if self._streaming:
+                self._fetch_next(name)
+            yield buffer.views[name]
+        finally:
+            buffer.users -= 1
+            if not buffer.users:
+                buffer.freed = self._copies.freed()
+                if not self._streaming:
+                    self._drop(buffer)
+
+    def _fetch(self, name: str) -> _Buffer:
+        """Returns the buffer that has the block, or will have it."""
+        for buffer in self._buffers:
+            if buffer.block == name:
+                return buffer
+        free = [buffer for buffer in self._buffers if not buffer.users]
+        if not free:
+            raise RuntimeError(
+                f"block {name} is needed while {len(self._buffers)} other idle blocks run: blocks "
+                "within blocks cannot be offloaded"
+            )
+        buffer = min(free, key=lambda b: (b.block is not None, b.last_use))
+        views = self._views(buffer, name)
+        source = self._blocks[name]
+        buffer.ticket = self._copies.start([(views[p], source[p]) for p in source], buffer.freed)
+        buffer.block = name
+        self.loads += 1
+        return buffer
+
+    def _fetch_next(self, name: str) -> None:
+        """Fetches the block that comes behind this one, where a buffer is free."""
+        at = self._order.index(name) + 1
+        if at < len(self._order) and any(not buffer.users for buffer in self._buffers):
+            self._fetch(self._order[at])
+
+    def _drop(self, buffer: _Buffer) -> None:
+        if buffer.ticket is not None:
+            self._copies.wait(buffer.ticket, host=True)
+        buffer.block = buffer.ticket = None
+
+    def _views(self, buffer: _Buffer, name: str) -> dict[str, Tensor]:
+        if name not in buffer.views:
+            views, at = {}, 0
+            for parameter, tensor in self._blocks[name].items():
+                piece = buffer.memory[at : at + tensor.numel() * tensor.element_size()]
+                views[parameter] = piece.view(tensor.dtype).view(tensor.shape)
+                at += _padded(tensor)
+            buffer.views[name] = views
+        return buffer.views[name]
+
+
+def _padded(tensor: Tensor) -> int:
+    return -(-tensor.numel() * tensor.element_size() // _ALIGN) * _ALIGN
+
+
+def _bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return tensor.reshape(-1).view(torch.uint8).numpy()

@@ -1,0 +1,75 @@
+"""Parameters of a model that may be on several devices, and may move between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+import zorba_kernels as zk
+from zorba_kernels.table import Entry
+
+
+class DeviceTables:
+    """One ``ParamTable`` a device, all with the same groups; made anew where parameters moved.
+
+    Args:
+        tensors: parameters by canonical name; kept, and looked at again later.
+        groups: group of each.
+        num_groups: rows that coefficients have; one more than the largest group by default.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        groups: Mapping[str, int],
+        num_groups: int | None = None,
+    ) -> None:
+        self._tensors = dict(tensors)
+        self._groups = dict(groups)
+        self.num_groups = 1 + max(groups.values(), default=0) if num_groups is None else num_groups
+        self._tables: tuple[zk.ParamTable, ...] = ()
+
+    @property
+    def tables(self) -> tuple[zk.ParamTable, ...]:
+        """Tables of the parameters where they are now."""
+        if not (self._tables and all(table.current for table in self._tables)):
+            by_device: dict[torch.device, dict[str, Tensor]] = {}
+            for name, tensor in self._tensors.items():
+                by_device.setdefault(tensor.device, {})[name] = tensor
+            self._tables = tuple(
+                zk.ParamTable(
+                    part, groups={n: self._groups[n] for n in part}, num_groups=self.num_groups
+                )
+                for part in by_device.values()
+            )
+        return self._tables
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Entries of all tables."""
+        return [entry for table in self.tables for entry in table.entries]
+
+    @property
+    def numel(self) -> int:
+        """Elements of all parameters together."""
+        return sum(table.numel for table in self.tables)
+
+    def __iter__(self) -> Iterator[zk.ParamTable]:
+        """Goes over the tables."""
+        return iter(self.tables)
+
+
+Tables = zk.ParamTable | DeviceTables
+"""What holds weights: a table, or one a device."""
+
+
+def each_table(tables: Tables) -> Sequence[zk.ParamTable]:
+    """Returns the tables of one device each."""
+    return tables.tables if isinstance(tables, DeviceTables) else (tables,)
+
+
+def fingerprint(tables: Tables) -> int:
+    """Returns the uint64 fingerprint of all weights, the sum of those of the devices."""
+    return sum(zk.fingerprint(table) for table in each_table(tables)) % (1 << 64)

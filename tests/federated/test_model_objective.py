@@ -1,0 +1,144 @@
+"""Clients that hold whole models, some with idle blocks on the host: the bits are the same."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from zorba.federated import (
+    Client,
+    FederationResult,
+    LocalTransport,
+    ModelObjective,
+    Replica,
+    Server,
+    model_fingerprint,
+    run_federation,
+)
+from zorba.hf import find_blocks
+from zorba.offload import Offload
+from zorba.optim import NoiseTerms, active_table
+from zorba.tables import DeviceTables
+
+import zorba_kernels as zk
+from tests.federated.world import make_settings
+from tests.hf.tiny import VOCABULARY, build, case_of
+
+CASE = case_of("llama")
+NAMES = ("ada", "bob", "cleo")
+MASKS = [[True, False, False], [False, True, True], [False, False, True]]
+REPLANNED = [[False, True, True], [True, False, False], [True, True, False]]
+
+
+def batches(number: int) -> Any:
+    """Sequences that are a function of client, round and step."""
+
+    def batch(round_number: int, step: int) -> tuple[torch.Tensor, int]:
+        generator = torch.Generator().manual_seed(100 * number + 10 * round_number + step)
+        return torch.randint(3, VOCABULARY, (2, 6), generator=generator), 2
+
+    return batch
+
+
+def make_client(
+    name: str, number: int, folder: Path | None, stack: ExitStack, dtype: torch.dtype
+) -> Client:
+    """A client with a model of its own; its blocks are offloaded where it has a folder."""
+    model: nn.Module = build(CASE, dtype)
+    blocks = find_blocks(model)
+    groups = {p: b for b, block in enumerate(blocks) for p in block.parameters}
+    named = {n: p for n, p in model.named_parameters() if n in groups}
+    origin = model_fingerprint(model.named_parameters())
+    table: Any = active_table(model, groups)
+    if folder is not None:
+        stack.enter_context(Offload(model, [blocks[0].name], folder=folder))
+        table = DeviceTables(named, groups)
+
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+    replica = Replica(table, origin, distribution="rademacher")
+    objective = ModelObjective(model, table, batches(number), loss, "rademacher")
+    return Client(name, replica, objective)
+
+
+def federate(path: Path, offloaded: bool, dtype: torch.dtype) -> tuple[FederationResult, set[int]]:
+    """Eight rounds: cleo joins late, masks change in mid-run, bob leaves for good."""
+    with ExitStack() as stack:
+        clients = {
+            name: make_client(
+                name, n, path / f"{name}-host" if offloaded and n else None, stack, dtype
+            )
+            for n, name in enumerate(NAMES)
+        }
+        settings = make_settings(distribution="rademacher", local_steps=2, num_perturbations=2)
+        identity = clients["ada"].replica.identity
+        server = Server(settings, identity, NAMES, MASKS, path / f"log-{offloaded}")
+
+        def present(number: int) -> list[str]:
+            return [n for n in NAMES if (n != "cleo" or number > 3) and (n != "bob" or number < 7)]
+
+        transport = LocalTransport(clients)
+        run_federation(server, transport, 5, available=present)
+        server.set_masks(NAMES, REPLANNED)
+        result = run_federation(server, transport, 3, available=present)
+        server.close()
+        assert not result.failures, result.failures
+        fingerprints = {c.replica.fingerprint(fresh=True) for c in clients.values()}
+        return result, fingerprints
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offloaded_clients_end_with_the_bits_of_resident_ones(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    resident, mine = federate(tmp_path, False, dtype)
+    offloaded, theirs = federate(tmp_path, True, dtype)
+    assert resident.replicas_identical
+    assert offloaded.replicas_identical
+    assert len(mine) == 1
+    assert mine == theirs
+    for a, b in zip(resident.reports, offloaded.reports, strict=True):
+        assert a.loss == b.loss
+        assert not b.failures
+
+
+def test_blocks_follow_the_mask(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        client = make_client("ada", 0, tmp_path / "host", stack, torch.float32)
+        objective: Any = client.objective
+        offload = Offload.of(objective._model)
+        assert offload is not None
+        for active in ([0], [2], [0, 1, 2], [1]):
+            evaluate, count = objective(1, 0)
+            coefs = torch.zeros(3, 1)
+            coefs[active] = 1e-2
+            noises = [NoiseTerms((5,), (0,), coefs), NoiseTerms((5,), (0,), -coefs)]
+            losses = evaluate(noises)
+            assert losses[0] != losses[1]
+            assert count == 2
+            assert offload.active == tuple(f"model.layers.{b}" for b in active)
+
+
+def test_a_plain_table_of_an_offloaded_model_is_refused(tmp_path: Path) -> None:
+    model = build(CASE)
+    groups = {p: b for b, block in enumerate(find_blocks(model)) for p in block.parameters}
+    table = active_table(model, groups)
+    offload = Offload(model, ["model.layers.0"], folder=tmp_path)
+    with offload, pytest.raises(ValueError, match="DeviceTables"):
+        ModelObjective(model, table, batches(0), lambda ids: 0.0, "rademacher")
+
+
+def test_checkpoint_of_an_offloaded_replica(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        client = make_client("ada", 0, tmp_path / "host", stack, torch.bfloat16)
+        other = make_client("bob", 0, None, stack, torch.bfloat16)
+        for table in client.replica.table:  # type: ignore[union-attr]
+            zk.add_noise_(table, 3, 0.1)
+        client.replica.save(tmp_path / "checkpoint")
+        other.replica.load(tmp_path / "checkpoint")
+        assert other.replica.fingerprint(fresh=True) == client.replica.fingerprint(fresh=True)

@@ -122,6 +122,44 @@ def test_rejoined_client_applies_no_round_twice(world: World) -> None:
     assert len(world.fingerprints()) == 1
 
 
+def test_client_back_at_its_checkpoint_misses_no_round(world: World, tmp_path: Path) -> None:
+    undisturbed = World(tmp_path / "undisturbed.log")
+    run_federation(undisturbed.server, undisturbed.transport, 6)
+    run_federation(world.server, world.transport, 2)
+    world.replicas["bob"].save(tmp_path / "bob.safetensors")
+    run_federation(world.server, world.transport, 2)
+    world.replicas["bob"].load(tmp_path / "bob.safetensors")  # what is left after a kill
+    result = run_federation(world.server, world.transport, 2)
+    assert [len(report.clients) for report in result.reports] == [3, 3]
+    assert world.fingerprints() == undisturbed.fingerprints()
+    world.replicas["bob"].load(tmp_path / "bob.safetensors")  # killed before the last exchange
+    assert run_federation(world.server, world.transport, 0).replicas_identical
+    undisturbed.server.close()
+
+
+def test_clients_that_join_do_not_exceed_those_of_a_round(tmp_path: Path) -> None:
+    world = World(tmp_path / "log", make_settings(clients_per_round=2))
+    assert world.server.begin_round() == world.server.greetings(), "nobody is known"
+    for name, message in world.server.greetings(NAMES[:1]).items():
+        world.server.receive(name, world.clients[name].handle(message))
+    assert world.server.ask_again().keys() == {"ada"}
+    for name, message in world.server.greetings(NAMES).items():
+        world.server.receive(name, world.clients[name].handle(message))
+    assert len(world.server.ask_again()) == 1, "ada was asked already"
+    assert world.server.ask_again() == {}
+    world.server.close()
+
+
+def test_hello_after_a_reply_takes_nothing_back(world: World) -> None:
+    world.greet()
+    for name, message in world.server.begin_round().items():
+        assert world.server.receive(name, world.clients[name].handle(message)).accepted
+    hello = world.clients["bob"].handle(Greeting(world.settings.job_id).encode())
+    assert world.server.receive("bob", hello).accepted
+    assert world.server.ask_again() == {}
+    assert world.server.end_round().replies.keys() == set(NAMES)
+
+
 def test_masks_can_change_between_rounds(world: World) -> None:
     run_federation(world.server, world.transport, 2)
     old = world.server.log.entry(2).mask_version
@@ -192,7 +230,7 @@ def test_client_of_another_model_takes_no_part(world: World) -> None:
     assert not result.replicas_identical
     assert result.fingerprints.keys() == {"ada", "cleo"}
     greeting = len(Greeting(0).encode())
-    assert transport.bytes_down["bob"] == 4 * greeting, "two at first, one a round, one at the end"
+    assert transport.bytes_down["bob"] == 3 * greeting, "one a round, one at the end"
 
 
 def test_registering_a_client_under_another_name_is_refused(world: World) -> None:

@@ -10,6 +10,9 @@ from zorba.federated.entry import LogEntry
 from zorba.federated.server import Server
 from zorba.federated.transport import Transport
 
+_EXCHANGES = 3
+"""Most exchanges of a round: a greeting, a plan that a client cannot follow, one that it can."""
+
 
 @dataclass(frozen=True)
 class RoundReport:
@@ -109,8 +112,8 @@ def run_federation(
     """Runs rounds, then sends every reachable client the rest of the log.
 
     One exchange a round: a round's log entry rides on the next plan. A client that the server does
-    not know is greeted, and takes part from the next round on; only when it knows nobody, as after
-    a restart, the greetings are an exchange of their own.
+    not know is greeted beside it; in a second exchange it gets its plan, and so does one that
+    could not follow the plan that it had.
 
     Args:
         server: of the job; it may have rounds behind it.
@@ -140,9 +143,12 @@ def _run_round(
 ) -> RoundReport:
     started = time.perf_counter()
     exchange = _Exchange(server, transport, timeout)
-    if not nodes & set(server.admitted):
-        exchange.run(server.greetings(nodes))
-    exchange.run(server.begin_round(nodes))
+    messages = server.begin_round(nodes)
+    for _ in range(_EXCHANGES):
+        exchange.run(messages)
+        messages = server.ask_again()
+        if not messages:
+            break
     outcome = server.end_round()
     entry, replies = outcome.entry, outcome.replies
     return RoundReport(
@@ -170,11 +176,14 @@ def _flush(
     nodes = [name for name in server.names if name in reachable]
     exchange = _Exchange(server, transport, timeout)
     exchange.run(server.greetings(nodes))
-    lacking: int | None = None
-    # Once, unless a client lacks more than fits in a message.
-    while lacking is None or 0 < sum(map(server.lacking, nodes)) < lacking:
-        lacking = sum(map(server.lacking, nodes))
-        exchange.run(server.final_plan(nodes))
+    ready = [name for name in server.admitted if name in reachable]
+    # Once, unless a client lacks more than fits in a message, or says that it lacks more than that.
+    stalls = 0
+    while ready and stalls < _EXCHANGES:
+        before = sum(map(server.lacking, ready))
+        exchange.run(server.final_plan(ready))
+        ready = [n for n in ready if server.lacking(n) and n not in exchange.failures]
+        stalls = stalls + 1 if sum(map(server.lacking, ready)) >= before else 0
     last = server.log.last_round
     told = {name: server.fingerprints[name] for name in nodes if name in server.fingerprints}
     fingerprints = {name: mark[1] for name, mark in told.items() if mark[0] == last}

@@ -61,23 +61,48 @@ class OpenRound:
     Args:
         job: uint64.
         number: of the round; a client that is after the one before it measures.
-        shape: K and P, of the scalars that are asked for; K is 0 where nothing is measured.
-        reached: the round that each client is after once it applied its plan; in the order of
-            names.
+        shape: K and P, of the scalars of a client that measures.
     """
 
-    def __init__(
-        self, job: int, number: int, shape: tuple[int, int], reached: Mapping[str, int]
-    ) -> None:
+    def __init__(self, job: int, number: int, shape: tuple[int, int]) -> None:
         self._job = job
         self._number = number
         self._shape = shape
-        self._reached = reached
-        self._names = tuple(reached)
-        self._rows = {name: row for row, name in enumerate(reached)}
         columns = [("applied", "u4"), ("examples", "u4"), ("fingerprint", "u8"), ("loss", "f4")]
-        self._table = np.zeros(len(reached), dtype=[*columns, ("scalars", "f4", shape)])
-        self._came = np.zeros(len(reached), dtype=bool)
+        self._rows: dict[str, int] = {}
+        self._reached: dict[str, int] = {}
+        self._steps: dict[str, int] = {}
+        self._table = np.zeros(0, dtype=[*columns, ("scalars", "f4", shape)])
+        self._came = np.zeros(0, dtype=bool)
+
+    @property
+    def asked(self) -> set[str]:
+        """Clients that a plan was sent to."""
+        return set(self._rows)
+
+    def answered(self, name: str) -> bool:
+        """Whether a client's scalars came."""
+        row = self._rows.get(name)
+        return row is not None and bool(self._came[row])
+
+    def expect(self, reached: Mapping[str, int], *, measure: bool) -> None:
+        """Expects a reply of each of these clients, besides those that are expected already.
+
+        Args:
+            reached: the round that each client is after once it applied its plan.
+            measure: whether those that are then after the round before this one measure.
+        """
+        self._reached.update(reached)
+        for name, after in reached.items():
+            self._steps[name] = self._shape[0] if measure and after == self._number - 1 else 0
+        if reached.keys() <= self._rows.keys():
+            return
+        old, table, came = self._rows, self._table, self._came
+        self._rows = {name: row for row, name in enumerate(sorted(self._reached))}
+        self._table = np.zeros(len(self._rows), dtype=table.dtype)
+        self._came = np.zeros(len(self._rows), dtype=bool)
+        moved = [self._rows[name] for name in old]
+        self._table[moved], self._came[moved] = table, came
 
     def check(self, name: str, reply: Reply) -> None:
         """Raises MessageError for a reply that is not the one which was asked for."""
@@ -90,9 +115,7 @@ class OpenRound:
             )
         if self._came[row]:
             raise MessageError(f"{name} replied to round {reply.round} already")
-        reached = self._reached[name]
-        steps, samples = self._shape
-        steps = steps if reached == self._number - 1 else 0
+        reached, steps, samples = self._reached[name], self._steps[name], self._shape[1]
         if reply.scalars.shape != (steps, samples):
             raise MessageError(
                 f"{name} sent scalars of shape {list(reply.scalars.shape)}, expected "
@@ -131,20 +154,22 @@ class OpenRound:
             majority nobody is.
         """
         rows = np.flatnonzero(self._came)
+        names = list(self._rows)
         told = self._table["fingerprint"][rows]
         values, votes = np.unique(told, return_counts=True)
         if len(values) <= 1:
             return self._at(rows), {}
         if 2 * votes.max() <= len(rows):
             reason = "the clients' fingerprints differ and no majority tells which are right"
-            return self.none(), {self._names[row]: reason for row in rows}
+            return self.none(), {names[row]: reason for row in rows}
         winner = values[votes.argmax()]
         return self._at(rows[told == winner]), {
-            self._names[row]: f"fingerprint {self._table['fingerprint'][row]:#018x} after round "
+            names[row]: f"fingerprint {self._table['fingerprint'][row]:#018x} after round "
             f"{self._table['applied'][row]}, most clients have {winner:#018x}"
             for row in rows[told != winner]
         }
 
     def _at(self, rows: npt.NDArray[np.int64]) -> Replies:
-        names = [self._names[row] for row in rows.tolist()]
+        every = list(self._rows)
+        names = [every[row] for row in rows.tolist()]
         return Replies(self._job, self._number, names, self._table[rows])

@@ -97,6 +97,7 @@ class Server:
         self.fingerprints: dict[str, tuple[int, int]] = {}
         # A mark is what the client itself told; a server that was started again asks anew.
         self._marks: dict[str, int] = {}
+        self._greeted_back: set[str] = set()  # hellos of the round under way, not yet asked
         self._masks = Masks(names, masks, identity.num_blocks)
         self.log = RoundLog(
             log_path,
@@ -166,13 +167,19 @@ class Server:
             A plan for each client drawn, and a greeting for each available one not admitted.
         """
         ready = [name for name in self._masks.present(available) if name in self._marks]
-        limit = self.settings.clients_per_round
-        if limit is not None and limit < len(ready):
-            ranks = self.settings.ranks_of(self.round, len(self._masks.rows))
-            places = np.array([self._masks.rows[name] for name in ready])
-            drawn = np.argsort(ranks[places], kind="stable")[:limit]
-            ready = [ready[at] for at in np.sort(drawn)]
-        return self._ask(ready, measure=True) | self.greetings(available)
+        self._give_up_round()
+        return self._ask(self._draw(ready, taken=0), measure=True) | self.greetings(available)
+
+    def ask_again(self) -> dict[str, bytes]:
+        """Returns plans of the round under way for clients that said hello since it began.
+
+        Those joined, or could not follow the plan that they had: one that was killed is back where
+        its checkpoint is, and lacks more of the log than the server knew. Replies that came stay.
+        """
+        ready = sorted(name for name in self._greeted_back if not self._open.answered(name))
+        self._greeted_back = set()
+        taken = len(self._open.asked - set(ready))
+        return self._ask(self._draw(ready, taken), measure=True)
 
     def receive(self, name: str, data: bytes) -> Receipt:
         """Takes a client's answer.
@@ -237,6 +244,7 @@ class Server:
             available: clients that can be reached; None for all.
         """
         ready = [name for name in self._masks.present(available) if name in self._marks]
+        self._give_up_round()
         return self._ask(ready, measure=False)
 
     def lacking(self, name: str) -> int:
@@ -248,10 +256,22 @@ class Server:
         self.log.close()
 
     def _give_up_round(self) -> None:
-        self._open = OpenRound(self.settings.job_id, self.round, (0, 1), {})
+        shape = (self.settings.local_steps, self.settings.num_perturbations)
+        self._open = OpenRound(self.settings.job_id, self.round, shape)
+        self._greeted_back = set()
+
+    def _draw(self, ready: list[str], taken: int) -> list[str]:
+        """Returns the clients that take part, where ``taken`` others do already; sorted."""
+        limit = self.settings.clients_per_round
+        if limit is None or taken + len(ready) <= limit:
+            return ready
+        ranks = self.settings.ranks_of(self.round, len(self._masks.rows))
+        places = np.array([self._masks.rows[name] for name in ready])
+        drawn = np.argsort(ranks[places], kind="stable")[: max(0, limit - taken)]
+        return [ready[at] for at in np.sort(drawn)]
 
     def _ask(self, names: Sequence[str], *, measure: bool) -> dict[str, bytes]:
-        """Opens the round and returns a plan for each of these clients, in the order given."""
+        """Returns a plan for each of these clients, in the order given, and expects its reply."""
         s = self.settings
         by_mark: dict[int, list[str]] = {}
         for name in names:
@@ -265,8 +285,7 @@ class Server:
             plans = plan.encode_each(self._masks.of(group), count, records)
             messages.update(zip(group, plans, strict=True))
             reached.update(dict.fromkeys(group, mark + count))
-        shape = (s.local_steps if measure else 0, s.num_perturbations)
-        self._open = OpenRound(s.job_id, self.round, shape, reached)
+        self._open.expect(reached, measure=measure)
         return messages
 
     def _plan(self, mark: int, steps: int) -> Plan:
@@ -303,6 +322,7 @@ class Server:
             raise MessageError(f"{name} has {wrong}")
         self._check_position(name, hello.applied_round, hello.fingerprint)
         self._marks[name] = hello.applied_round
+        self._greeted_back.add(name)
         self.fingerprints[name] = (hello.applied_round, hello.fingerprint)
 
     def _take_reply(self, name: str, reply: Reply) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from zorba import ZerothOrderSGD
+from zorba.hf import narrow_logits
 from zorba.offload import Offload
 
 from tests.hf.steps import bits_of, state_of
@@ -203,3 +205,32 @@ def test_a_step_that_fails_anywhere_leaves_the_weights(tmp_path: Path) -> None:
     reference = ZerothOrderSGD(resident, **OPTIONS, blocks=[False, True, False])
     reference.step(lambda: loss_of(resident, case))
     assert_equal_models(resident, model)
+
+
+@pytest.mark.parametrize("columns", [True, False], ids=["columns", "vocabulary"])
+def test_evaluations_side_by_side_read_their_own_logits(columns: bool, tmp_path: Path) -> None:
+    """They go through one head, narrowed by each of them."""
+    case = case_of("llama")
+    rows, at = torch.arange(2), torch.tensor([5, 3])
+    words = torch.tensor([7, 9]) if columns else None
+    inputs = {"input_ids": torch.arange(3, 15).view(2, 6), "use_cache": False}
+
+    def closure(model: nn.Module) -> torch.Tensor:
+        logits = narrow_logits(model, inputs, rows, at, words)
+        return nn.functional.cross_entropy(logits, torch.tensor([0, 1]))
+
+    scalars, models = [], [build(case), build(case)]
+    for model in models:
+        with contextlib.ExitStack() as stack:
+            if model is models[1]:
+                stack.enter_context(Offload(model, ["model.layers.1"], folder=tmp_path))
+            optimizer = ZerothOrderSGD(
+                model, blocks=[False, True, False], num_perturbations=3, **OPTIONS
+            )
+            for _ in range(2):
+                optimizer.step(lambda model=model: closure(model))
+                assert optimizer.last_step is not None
+                scalars.append(optimizer.last_step.scalars)
+        assert "forward" not in vars(model.get_output_embeddings())
+    assert scalars[:2] == scalars[2:]
+    assert_equal_models(*models)

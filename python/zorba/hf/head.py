@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -85,51 +87,86 @@ def narrow_logits(
         HeadError: the model has no output embedding, or does not call it.
     """
     length = inputs["input_ids"].shape[1]
-    with _narrowed(model, length, rows, positions, columns) as calls:
+    reads = _Reads(length, rows, positions, columns)
+    with _narrowed(model, reads):
         logits: Tensor = model(**inputs).logits
-    if len(calls) != 1:
+    if reads.calls != 1:
         raise HeadError(
-            f"{_name(model)} called its output embedding {len(calls)} times in a forward, not once"
+            f"{_name(model)} called its output embedding {reads.calls} times in a forward, not once"
         )
     return logits.flatten(0, -2).float().to(rows.device)
 
 
+@dataclass
+class _Reads:
+    """Which logits a forward reads, and how often it has come by the head."""
+
+    length: int
+    rows: Tensor
+    positions: Tensor
+    columns: Tensor | None
+    calls: int = 0
+
+
+_reads: ContextVar[_Reads | None] = ContextVar("reads", default=None)
+"""Of the forward that runs now. Forwards that run side by side (``zorba.optim.lockstep``: each is a
+greenlet, which has a context of its own) go through one head and each read their own."""
+
+
+class _Narrow:
+    """Takes the place of a head's forward as long as some forward reads less than all of it."""
+
+    def __init__(self, head: Any) -> None:
+        self.users = 0
+        self._head = head
+        self._patched = "forward" in vars(head)
+        # accelerate's, where it placed the head on a device of its own
+        self._whole: Callable[[Tensor], Tensor] = head.forward
+        self._plain = type(head) is nn.Linear and not self._patched
+        head.forward = self
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        reads = _reads.get()
+        if reads is None:
+            return self._whole(hidden)
+        reads.calls += 1
+        ahead = hidden.shape[1] - reads.length  # virtual tokens of a soft prompt
+        at = (reads.rows.to(hidden.device), reads.positions.to(hidden.device) + ahead)
+        read = hidden[at][None]  # [1, n, width]
+        if reads.columns is None:
+            return self._whole(read)
+        if not self._plain:
+            logits = self._whole(read)
+            return logits[..., reads.columns.to(logits.device)]
+        head, columns = self._head, reads.columns
+        weight: Tensor = head.weight[columns]
+        return nn.functional.linear(read, weight, None if head.bias is None else head.bias[columns])
+
+    def take_off(self) -> None:
+        """Gives the head its own forward back."""
+        if self._patched:
+            self._head.forward = self._whole
+        else:
+            del self._head.forward
+
+
 @contextmanager
-def _narrowed(
-    model: nn.Module, length: int, rows: Tensor, positions: Tensor, columns: Tensor | None
-) -> Iterator[list[None]]:
+def _narrowed(model: nn.Module, reads: _Reads) -> Iterator[None]:
     find: Any = getattr(model, "get_output_embeddings", None)
     head: Any = find() if find is not None else None
     if head is None:
         raise HeadError(f"{_name(model)} has no output embedding: is it a language model?")
-    whole: Callable[[Tensor], Tensor] = (
-        head.forward
-    )  # accelerate's, where it placed the head on a device of its own
-    patched = "forward" in vars(head)
-    plain = type(head) is nn.Linear and not patched
-    calls: list[None] = []
-
-    def forward(hidden: Tensor) -> Tensor:
-        calls.append(None)
-        ahead = hidden.shape[1] - length  # virtual tokens of a soft prompt
-        at = (rows.to(hidden.device), positions.to(hidden.device) + ahead)
-        read = hidden[at][None]  # [1, n, width]
-        if columns is None:
-            return whole(read)
-        if not plain:
-            logits = whole(read)
-            return logits[..., columns.to(logits.device)]
-        weight: Tensor = head.weight[columns]
-        return nn.functional.linear(read, weight, None if head.bias is None else head.bias[columns])
-
-    head.forward = forward
+    there = vars(head).get("forward")
+    narrow = there if isinstance(there, _Narrow) else _Narrow(head)
+    narrow.users += 1
+    token = _reads.set(reads)
     try:
-        yield calls
+        yield
     finally:
-        if patched:
-            head.forward = whole
-        else:
-            del head.forward
+        _reads.reset(token)
+        narrow.users -= 1
+        if not narrow.users:
+            narrow.take_off()
 
 
 def _name(model: nn.Module) -> str:

@@ -250,6 +250,25 @@ def watch(
         _fail("watch", str(error))
 
 
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, ended or not.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Path of the page; report.html in the folder.")
+    ] = None,
+) -> None:
+    """Write a federation's run as one HTML page with its pictures, which needs nothing else."""
+    missing = [name for name in ("jinja2", "rich") if importlib.util.find_spec(name) is None]
+    if missing:
+        _fail("report", f"it needs {', '.join(missing)}: pip install 'zorba-kernels[watch]'")
+    from zorba.watch.page import write_report
+
+    try:
+        typer.echo(f"wrote {write_report(run, out)}")
+    except (RuntimeError, OSError) as error:
+        _fail("report", str(error))
+
+
 def _progress_bar(label: str) -> Callable[[int, int], None] | None:
     """Returns what shows a bar, given done and total; None where nobody looks at a terminal."""
     if not sys.stderr.isatty():

@@ -121,9 +121,11 @@ def test_a_terminal_gets_the_view_and_a_few_lines(tmp_path: Path, draw: random.R
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_text("hello\n")
-    view = LiveView(tmp_path / "events.jsonl", Console(file=io.StringIO()))
-    with pytest.raises(RunFolderError, match="names no schema"), view:
+    output = io.StringIO()
+    with LiveView(tmp_path / "events.jsonl", Console(file=output, width=200)) as view:
         assert view.ended.wait(10)
+    assert isinstance(view.error, RunFolderError)
+    assert "the view of the run stopped" in output.getvalue()
     for path, words in ((tmp_path, "names no schema"), (tmp_path / "x", "there is no run at")):
         result = CliRunner().invoke(app, ["watch", str(path)], env={"COLUMNS": "200"})
         assert result.exit_code == 1

@@ -23,6 +23,7 @@ from zorba.federated import (
     run_federation,
 )
 from zorba.watch.live import LiveView
+from zorba.watch.page import write_report
 
 _LINE_SECONDS = 10.0  # between two lines of rounds, where there is no terminal
 
@@ -30,8 +31,8 @@ _LINE_SECONDS = 10.0  # between two lines of rounds, where there is no terminal
 def run_demo(settings: DemoSettings, console: Console | None = None) -> dict[str, Any]:
     """Fine-tunes SmolLM2-135M as a federation of 8 clients and returns the summary.
 
-    Leaves a run folder (``docs/watching.md``) with the pictures ``curves.png`` and ``plan.png`` at
-    ``settings.out``.
+    Leaves a run folder (``docs/watching.md``) with its page, and the pictures ``curves.png`` and
+    ``plan.png``, at ``settings.out``.
 
     Raises:
         RuntimeError: a package could not be fetched.
@@ -61,6 +62,7 @@ def run_demo(settings: DemoSettings, console: Console | None = None) -> dict[str
     result = run.train()
     summary = run.summary(result, model, time.perf_counter() - began)
     paths = write_files(settings.out, summary, run.curves, federation.plan)
+    paths.append(write_report(settings.out))
     print_summary(console, summary)
     console.print("wrote " + ", ".join(str(path) for path in paths), highlight=False)
     return summary

@@ -34,6 +34,7 @@ class RunFolder:
         events: ``events.jsonl``, see ``docs/watching.md``.
         plan: ``plan.json``, the plan in force.
         summary: ``summary.json``, what the run came to.
+        report: ``report.html``, see ``zorba report``.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -42,11 +43,12 @@ class RunFolder:
         self.events = self.path / "events.jsonl"
         self.plan = self.path / "plan.json"
         self.summary = self.path / "summary.json"
+        self.report = self.path / "report.html"
 
     def clear(self) -> None:
         """Removes what an earlier run left; makes the folder where there is none."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for file in (self.log, self.events, self.plan, self.summary):
+        for file in (self.log, self.events, self.plan, self.summary, self.report):
             file.unlink(missing_ok=True)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 See ``docs/watching.md``.
 """
 
-from zorba.watch.state import Follower, RunState, Status
+from zorba.watch.records import Status
+from zorba.watch.state import Follower, RunState
 
 __all__ = ["Follower", "RunState", "Status"]

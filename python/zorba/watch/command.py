@@ -49,5 +49,7 @@ def watch_run(path: Path, console: Console | None = None, once: bool = False) ->
     try:
         with LiveView(folder.events, console) as view:
             view.ended.wait()
+        if view.error is not None:
+            raise view.error
     except KeyboardInterrupt:
         console.print("no longer watching; the run goes on", highlight=False)

@@ -62,12 +62,18 @@ def moment(fields: Mapping[str, Any]) -> datetime | None:
     return time if time.tzinfo else None
 
 
+def unit(most: float) -> tuple[int, str]:
+    """Returns the unit that a number of bytes is best told in: its bytes, and its name."""
+    for power, name in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if most >= 1 << power:
+            return 1 << power, name
+    return 1, "B"
+
+
 def size(count: float) -> str:
     """Returns bytes in words: ``512 B``, ``1.5 KiB``, ``2.0 GiB``."""
-    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if abs(count) >= 1 << power:
-            return f"{count / (1 << power):,.1f} {unit}"
-    return f"{count:.0f} B"
+    one, name = unit(abs(count))
+    return f"{count:.0f} B" if one == 1 else f"{count / one:,.1f} {name}"
 
 
 def duration(seconds: float) -> str:

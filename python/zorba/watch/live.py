@@ -12,7 +12,6 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
-from zorba.federated.errors import RunFolderError
 from zorba.watch.fields import moment
 from zorba.watch.state import Follower
 from zorba.watch.terminal import RunView, event_line
@@ -32,7 +31,8 @@ class LiveView:
         every: seconds between two lines of rounds, where it is no terminal; 0 for all rounds.
 
     Attributes:
-        ended: set when the run has ended, or the file holds no events.
+        ended: set when the run has ended, or the view has failed.
+        error: why the view failed, which the run does not notice; None where it did not.
     """
 
     def __init__(self, events: Path, console: Console, every: float = 0.0) -> None:
@@ -42,7 +42,7 @@ class LiveView:
         self._follower = Follower(events)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="zorba live view", daemon=True)
-        self._error: RunFolderError | None = None
+        self.error: Exception | None = None
         self._faults = 0
         self._next_line = 0.0
         self._live = (
@@ -64,17 +64,11 @@ class LiveView:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Shows the last state and stops.
-
-        Raises:
-            RunFolderError: the file holds no events; not where another exception is on its way.
-        """
+        """Shows the last state and stops."""
         self._stop.set()
         self._thread.join()
         if self._live is not None:
             self._live.stop()
-        if self._error is not None and error is None:
-            raise self._error
 
     def _run(self) -> None:
         try:
@@ -84,8 +78,10 @@ class LiveView:
                 first = False
                 self._stop.wait(_POLL_SECONDS)
             self._update(first)
-        except RunFolderError as error:
-            self._error = error
+        except Exception as error:  # a view must not end the run that it shows
+            self.error = error
+            text = f"the view of the run stopped: {error}"
+            self._console.print(text, markup=False, highlight=False)
             self.ended.set()
 
     def _update(self, first: bool) -> None:

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from zorba.watch.fields import clean, duration, metric, size, table
-from zorba.watch.state import ClientState, RunState, Status
+from zorba.watch.records import ClientState, Status
+from zorba.watch.state import RunState
 
 _STYLES = ("dim", "green", "cyan", "yellow", "red", "bold red")
 _RAMP = "▁▂▃▄▅▆▇█"

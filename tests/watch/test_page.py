@@ -50,7 +50,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        self.text += data + "\n"
 
     def check(self) -> None:
         """Asserts that it needs nothing else, runs nothing, and that its pictures are whole."""
@@ -166,6 +166,15 @@ def test_large_runs_make_pages_of_a_readable_size(tmp_path: Path, draw: random.R
     page = page_of(many)
     assert "Only the first 200 of 3,000 clients are shown." in page.text
     assert "And 2500 other clients." in page.text
+
+
+def test_one_absurd_loss_leaves_the_rest_to_be_seen(tmp_path: Path, draw: random.Random) -> None:
+    run = Run(tmp_path, ["ada", "bob"], 4, 40, draw)
+    for t in range(1, 41):
+        run.round(t, **({"loss": 3e38, "losses": {"ada": 3e38}} if t == 17 else {}))
+    page = page_of(tmp_path)
+    assert "1 rounds lie outside of the picture." in page.text
+    assert not re.search(r"\d{9}", page.text), "no endless figures"
 
 
 # --- What others say -----------------------------------------------------------------------------

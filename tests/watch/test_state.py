@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from zorba.watch import Follower, RunState, Status
-from zorba.watch.fields import clean, duration, size
+from zorba.watch.fields import clean, duration, size, usual_range
 
 from tests.watch.runs import HOSTILE, Run
 
@@ -141,3 +141,14 @@ def test_figures_in_words() -> None:
     seconds = (-1, 0.312, 42.4, 185, 7800, 3 * 86400 + 4 * 3600)
     words = ["0.00 s", "0.31 s", "42 s", "3:05 min", "2:10 h", "3 d 4 h"]
     assert [duration(s) for s in seconds] == words
+
+
+def test_the_usual_range_leaves_out_what_is_far_from_all_others(draw: random.Random) -> None:
+    values = [draw.gauss(0.7, 0.05) for _ in range(draw.randint(3, 400))]
+    assert usual_range(values) == (min(values), max(values))
+    low, high = usual_range([*values, 3e38, -3e38])
+    assert -20 < low <= min(values)
+    assert max(values) <= high < 20
+    assert usual_range([0.0]) == (0.0, 0.0)
+    assert usual_range([5.0, 6.0]) == (5.0, 6.0)
+    assert usual_range([234.0] * 50 + [1e6])[1] == 468.0

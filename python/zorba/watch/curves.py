@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from markupsafe import Markup
 
-from zorba.watch.fields import metric, size, unit
+from zorba.watch.fields import decimal, metric, size, unit, usual_range
 from zorba.watch.state import RunState
 from zorba.watch.svg import Plot, Point, stretches
 
@@ -19,6 +19,9 @@ def loss_picture(state: RunState) -> tuple[Markup, str]:
     """Returns the clients' loss over the rounds, and what there is to read of it."""
     rounds = [(r.number, r.loss) for r in state.rounds]
     there = [(float(x), y) for x, y in rounds if y is not None]
+    low, high = usual_range([y for _, y in there] or [0.0])
+    outside = sum(not low <= y <= high for _, y in there)
+    there = [(x, min(max(y, low), high)) for x, y in there]
     tests = [(float(at), scores["loss"]) for at, scores in state.evaluations if "loss" in scores]
     if not there:
         return Markup(), ""
@@ -26,17 +29,17 @@ def loss_picture(state: RunState) -> tuple[Markup, str]:
     plot = Plot("loss over rounds", [x for x, _ in there + tests], values, "loss")
     _mark_starts(plot, state)
     if len(rounds) <= _MOST_POINTS:
-        plot.curve(rounds, "raw")
+        plot.curve(_with_gaps(rounds, there), "raw")
     else:
         plot.band(_band(there), "band")
     width = max(1, len(there) // 20)
     plot.curve(_moving_mean(there, width), "a")
     plot.dots(tests, "dot b", "evaluation loss")
     mean = sum(y for _, y in there[-width:]) / width
-    labels = [(mean, f"{mean:.3f}", "a")]
+    labels = [(mean, decimal(mean), "a")]
     if tests:
         plot.curve(tests, "b")
-        labels.append((tests[-1][1], f"{tests[-1][1]:.3f}", "b"))
+        labels.append((tests[-1][1], decimal(tests[-1][1]), "b"))
     plot.label(labels)
     words = "Mean of the clients' batches, by their examples"
     words += ": each round and " if len(rounds) <= _MOST_POINTS else ": range and "
@@ -44,7 +47,9 @@ def loss_picture(state: RunState) -> tuple[Markup, str]:
     if tests:
         words += " Dots: loss on the evaluation data."
     silent = len(rounds) - len(there)
-    return plot.markup(), words + (f" In {silent} rounds nobody replied." if silent else "")
+    words += f" In {silent} rounds nobody replied." if silent else ""
+    words += f" {outside} rounds lie outside of the picture." if outside else ""
+    return plot.markup(), words
 
 
 def scores_picture(state: RunState) -> tuple[Markup, str]:
@@ -62,7 +67,7 @@ def scores_picture(state: RunState) -> tuple[Markup, str]:
         plot.curve(curves[name], colour)
         plot.dots(curves[name], f"dot {colour}", metric(name))
         last = curves[name][-1][1]
-        labels.append((last, f"{last:.3f}", colour))
+        labels.append((last, decimal(last), colour))
     plot.label(labels)
     return plot.markup(), legend([(metric(n), c) for n, c in zip(names, "abcd", strict=False)])
 
@@ -71,10 +76,11 @@ def traffic_picture(state: RunState) -> tuple[Markup, str]:
     """Returns the bytes of all clients over the rounds, and what there is to read of them."""
     if not state.rounds:
         return Markup(), ""
-    most = max(r.bytes_down for r in state.rounds)
-    # A client that comes back gets all that it missed: one such round would flatten the others.
-    usual = float(np.median([r.bytes_down for r in state.rounds]))
-    top = most if most <= 5 * usual else 3 * usual
+    most = max(max(r.bytes_down, r.bytes_up) for r in state.rounds)
+    top = max(
+        usual_range([r.bytes_down for r in state.rounds])[1],
+        usual_range([r.bytes_up for r in state.rounds])[1],
+    )
     one, name = unit(top)
     up = [(float(r.number), min(r.bytes_up, top) / one) for r in state.rounds]
     down = [(float(r.number), min(r.bytes_down, top) / one) for r in state.rounds]
@@ -98,10 +104,10 @@ def traffic_picture(state: RunState) -> tuple[Markup, str]:
     words = legend([("down to the clients", "a"), ("up to the server", "b")])
     words += Markup(" Encoded messages of all clients.")
     if top < most:
-        largest = max(state.rounds, key=lambda r: r.bytes_down)
+        largest = max(state.rounds, key=lambda r: max(r.bytes_down, r.bytes_up))
         words += Markup(
-            " A client that comes back gets all that it missed: the largest round, {:,}, is cut "
-            "here, it took {} down."
+            " A client that comes back gets all that it missed: rounds like {:,}, with {}, are cut "
+            "here."
         ).format(largest.number, size(most))
     return plot.markup(), words
 
@@ -117,6 +123,14 @@ def legend(entries: Sequence[tuple[str, str]]) -> Markup:
 def _mark_starts(plot: Plot, state: RunState) -> None:
     for _, after in state.starts[1:]:
         plot.mark(after, f"the server started again after round {after}")
+
+
+def _with_gaps(
+    rounds: Sequence[tuple[int, float | None]], there: Sequence[tuple[float, float]]
+) -> list[Point]:
+    """Returns a value for each round, None where there is none."""
+    values = iter(there)
+    return [(float(x), None if y is None else next(values)[1]) for x, y in rounds]
 
 
 def _moving_mean(points: Sequence[tuple[float, float]], width: int) -> list[Point]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
+
+import numpy as np
 
 _MAX_TEXT = 500
 
@@ -88,6 +90,31 @@ def duration(seconds: float) -> str:
         return f"{minutes}:{rest:02d} min"
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d} h" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def decimal(value: float) -> str:
+    """Returns a loss or a score in words; one that is beyond all reason stays short."""
+    return f"{value:.3f}" if abs(value) < 1e5 else f"{value:.2e}"
+
+
+def usual_range(values: Sequence[float]) -> tuple[float, float]:
+    """Returns the range to show values in: all of them, but for what is far from all others.
+
+    A client may tell any finite loss, and one that comes back after a month gets a month's log:
+    neither should flatten the rest of a picture.
+
+    Args:
+        values: at least one.
+    """
+    low, high = (
+        np.quantile(values, 0.05, method="higher"),
+        np.quantile(values, 0.95, method="lower"),
+    )
+    room = 20.0 * max(abs(float(high - low)), 0.05 * abs(float(high)))
+    return (
+        max(min(values), min(float(low), float(high)) - room),
+        min(max(values), max(float(low), float(high)) + room),
+    )
 
 
 def metric(name: str) -> str:

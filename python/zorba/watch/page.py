@@ -15,7 +15,7 @@ from zorba.files import write_whole
 from zorba.identity import package_version
 from zorba.watch.command import read_run
 from zorba.watch.curves import loss_picture, scores_picture, traffic_picture
-from zorba.watch.fields import clean, duration, metric, size, table
+from zorba.watch.fields import clean, decimal, duration, metric, size, table
 from zorba.watch.maps import (
     activation_picture,
     bytes_picture,
@@ -27,8 +27,6 @@ from zorba.watch.records import Status
 from zorba.watch.state import RunState
 
 _MOST_TABLE_ROWS = 500
-_QUIET_SECONDS = 60.0
-_MOST_DEPTH = 3
 
 _SECTIONS = (
     (
@@ -82,7 +80,7 @@ def render_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"size": size, "clock": _clock}
+    environment.filters |= {"size": size, "clock": _clock, "decimal": decimal}
     sections = []
     for heading, pictures in _SECTIONS:
         drawn = [(name, *draw(state)) for name, draw in pictures]
@@ -121,11 +119,11 @@ def _status(state: RunState, now: datetime) -> tuple[str, str]:
     if state.problem:
         return "bad", f"Stopped after round {state.round}: {state.problem}"
     if state.end is None:
-        age = (now - state.last_event).total_seconds() if state.last_event else 0.0
         words = f"Round {state.round} of {state.last_round} is done, and no end was written: "
-        if age < _QUIET_SECONDS:
+        silence = state.silence(now)
+        if silence is None:
             return "good", words + "the run is under way."
-        return "warn", words + f"it waits or was killed. The last event is {duration(age)} old."
+        return "warn", words + f"it waits or was killed. The last event is {duration(silence)} old."
     if not state.end.get("replicas_identical"):
         return "bad", f"Ended after round {state.round}, and the replicas are not all identical."
     return "good", f"Ended after round {state.round}, all replicas identical."
@@ -143,15 +141,16 @@ def _tiles(state: RunState) -> list[tuple[str, str, str]]:
         tenth = max(1, len(losses) // 10)
         start, end = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
         note = "first and last tenth of the rounds" if tenth > 1 else "first and last round"
-        tiles.append(("loss", f"{start:.3f} → {end:.3f}", note))
+        tiles.append(("loss", f"{decimal(start)} → {decimal(end)}", note))
     for name in list(dict.fromkeys(n for _, s in state.evaluations for n in s))[:3]:
         scores = [(at, s[name]) for at, s in state.evaluations if name in s]
         (first_at, before), (last_at, after) = scores[0], scores[-1]
+        title = "evaluation loss" if name == "loss" else metric(name)
         if len(scores) == 1:
-            tiles.append((metric(name), f"{before:.3f}", f"after round {first_at}"))
+            tiles.append((title, decimal(before), f"after round {first_at}"))
         else:
             note = f"after rounds {first_at} and {last_at}"
-            tiles.append((metric(name), f"{before:.3f} → {after:.3f}", note))
+            tiles.append((title, f"{decimal(before)} → {decimal(after)}", note))
     measured = sum(c.rounds_measured for c in state.clients.values())
     if state.rounds:
         asked = max(1, sum(r.asked for r in state.rounds))

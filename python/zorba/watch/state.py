@@ -15,6 +15,7 @@ from zorba.watch.fields import clean, counts, moment, number, sequence, table, w
 from zorba.watch.records import ClientState, Fault, PlanState, Round, Status
 
 _PACE_ROUNDS = 20
+_SILENT_SECONDS = 30.0
 
 
 class RunState:
@@ -72,6 +73,16 @@ class RunState:
     def problem(self) -> str:
         """What ended the run, where it did not end well; else empty."""
         return clean(self.end["problem"]) if self.end and self.end.get("problem") else ""
+
+    def silence(self, now: datetime) -> float | None:
+        """Returns the seconds since the last event of a run that has not ended, if they are many.
+
+        The server waits for a client then, or was killed.
+        """
+        if self.end is not None or self.last_event is None:
+            return None
+        seconds = (now - self.last_event).total_seconds()
+        return seconds if seconds >= max(_SILENT_SECONDS, 5 * (self.pace or 0.0)) else None
 
     def apply(self, event: Mapping[str, Any]) -> None:
         """Takes the next event; kinds that are not known change nothing."""

@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from zorba.watch.fields import clean, duration, metric, size, table
+from zorba.watch.fields import clean, decimal, duration, metric, size, table, usual_range
 from zorba.watch.records import ClientState, Status
 from zorba.watch.state import RunState
 
@@ -21,7 +21,6 @@ _STYLES = ("dim", "green", "cyan", "yellow", "red", "bold red")
 _RAMP = "▁▂▃▄▅▆▇█"
 _HEAD_LINES = 13
 """Lines of a screen that are not rows of clients."""
-_QUIET_SECONDS = 30.0
 
 
 class RunView:
@@ -56,7 +55,7 @@ class RunView:
         if state.rounds:
             losses = [r.loss for r in state.rounds if r.loss is not None]
             text = _line(sparkline(losses, min(40, max(8, width - 30))), "cyan")
-            text.append(f"  {losses[-1]:.4f}" if losses else "no client replied", style="bold")
+            text.append(f"  {decimal(losses[-1])}" if losses else "no client replied", style="bold")
             head.add_row("loss", text)
         if state.evaluations:
             head.add_row("evaluation", _line(evaluation_words(state)))
@@ -66,9 +65,10 @@ class RunView:
             up = sum(r.bytes_up for r in state.rounds)
             down = sum(r.bytes_down for r in state.rounds)
             head.add_row("traffic", f"{size(up)} up, {size(down)} down so far")
-        quiet = self._quiet()
-        if quiet:
-            head.add_row("quiet", _line(quiet, "yellow"))
+        silence = state.silence(self._now)
+        if silence is not None:
+            words = f"no event for {duration(silence)}: the server waits for clients, or was killed"
+            head.add_row("quiet", _line(words, "yellow"))
         if state.faults:
             last = max(state.faults, key=lambda fault: str(fault.last))
             who = f"{last.client} " if last.client else ""
@@ -93,16 +93,6 @@ class RunView:
         grid = Table.grid(padding=(0, 1))
         grid.add_row(bar, _line(words))
         return grid
-
-    def _quiet(self) -> str:
-        """Says since when nothing was heard of a run that has not ended, where that is long."""
-        state = self._state
-        if state.end is not None or state.last_event is None:
-            return ""
-        seconds = (self._now - state.last_event).total_seconds()
-        if seconds < max(_QUIET_SECONDS, 5 * (state.pace or 0.0)):
-            return ""
-        return f"no event for {duration(seconds)}: the server waits for clients, or was killed"
 
     def _coverage(self, width: int) -> Text:
         """One mark a block: the share of clients that covered it in the last round."""
@@ -145,7 +135,7 @@ class RunView:
             cells.append(str(client.last_round or "-"))
             cells.append(self._age(client.last_seen))
             if wide:
-                loss = "" if client.loss is None else f"{client.loss:.3f}"
+                loss = "" if client.loss is None else decimal(client.loss)
                 cells += [loss, size(client.bytes_up), size(client.bytes_down)]
             grid.add_row(*cells, _status(client, bool(state.rounds)))
         rest = Counter(client.status for _, client in ranked[len(shown) :])
@@ -165,7 +155,8 @@ def sparkline(values: Sequence[float], width: int) -> str:
     """Returns a line of at most ``width`` block characters: means of stretches of the values."""
     if not values:
         return ""
-    means = [float(part.mean()) for part in np.array_split(values, min(width, len(values)))]
+    shown = np.clip(values, *usual_range(values))
+    means = [float(part.mean()) for part in np.array_split(shown, min(width, len(values)))]
     low, high = min(means), max(means)
     span = (high - low) or 1.0
     return "".join(_RAMP[round(7 * (mean - low) / span)] for mean in means)
@@ -173,7 +164,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 def scores_words(scores: Mapping[str, float]) -> str:
     """Returns scores in words: ``accuracy 0.752, AUC 0.834``."""
-    return ", ".join(f"{metric(name)} {value:.3f}" for name, value in scores.items())
+    return ", ".join(f"{metric(name)} {decimal(value)}" for name, value in scores.items())
 
 
 def evaluation_words(state: RunState) -> str:
@@ -208,7 +199,7 @@ def event_line(event: Mapping[str, Any], state: RunState) -> str | None:
         last = state.rounds[-1]
         counts = Counter(c.status for c in state.clients.values())
         words = ", ".join(f"{n} {status.words}" for status, n in sorted(counts.items()))
-        loss = "no loss" if last.loss is None else f"loss {last.loss:.4f}"
+        loss = "no loss" if last.loss is None else f"loss {decimal(last.loss)}"
         traffic = f"{size(last.bytes_up)} up, {size(last.bytes_down)} down"
         bad = int((last.coverage == 0).sum())
         uncovered = f", {bad} of {len(last.coverage)} blocks not covered" if bad else ""

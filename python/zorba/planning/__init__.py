@@ -1,5 +1,6 @@
 """Plans which client activates which blocks, under each client's memory budget."""
 
+from zorba.planning.importance import estimate_importance
 from zorba.planning.memory import IdlePolicy, MemoryModel, weights_memory
 from zorba.planning.picture import draw_plan
 from zorba.planning.plan import BlockPlan, ParetoPoint, mask_version
@@ -15,6 +16,7 @@ __all__ = [
     "ParetoPoint",
     "PlanSolverError",
     "draw_plan",
+    "estimate_importance",
     "mask_version",
     "plan_blocks",
     "weights_memory",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from zorba.planning.columns import ColumnPool, Found, Rows
 from zorba.planning.problem import Mask, Problem
 from zorba.planning.rounding import round_counts
 
@@ -71,10 +72,12 @@ class Program:
         self._lowest = problem.min_coverage if min_coverage is None else min_coverage
         self._num_clients, self._num_kinds = len(problem.clients), len(problem.kinds)
         self._kind_extra = [problem.extra[kind[0]] for kind in problem.kinds]
+        self._pool = ColumnPool(problem)
         self._rows: list[tuple[Row, float, float]] = []
         self._upper: list[float] = []
         self._integer: list[int] = []
         self._add_clients()
+        self._num_client_rows = len(self._rows)
         self._add_coverage()
         self.f1 = self._coverage_objective()
         self._f2_scale = math.fsum(sum(problem.extra) / budget for budget in problem.budgets)
@@ -94,8 +97,7 @@ class Program:
         problem = self.problem
         if objective is self.f1:
             return problem.f1(mask) / math.fsum(problem.priorities)
-        counts = np.stack([mask[:, list(kind)].sum(axis=1) for kind in problem.kinds], axis=1)
-        flat = counts.ravel().tolist()
+        flat = self._counts_of(mask).ravel().tolist()
         return math.fsum(c * flat[i] for i, c in objective.items())
 
     def minimize(
@@ -134,14 +136,15 @@ class Program:
         if relaxed.x is not None:
             masks += self._rounded(objective, limits, relaxed, gap)
         bound = relaxed.fun if relaxed.status == 0 else 0.0
-        best: Solution | None = None
-        if masks:
-            mask = min(masks, key=lambda m: self.value(objective, m))
-            value = self.value(objective, mask)
-            found_gap = max(0.0, (value - bound) / value) if value else 0.0
-            best = Solution(mask, found_gap, proven=found_gap <= gap)
-            if best.proven:
-                return best
+        best = self._best(objective, masks, bound, gap)
+        if gap and bound and not (best and best.proven):
+            pool = self._combined(objective, limits, relaxed, masks, gap, end - time.monotonic())
+            bound = pool.bound
+            if pool.counts is not None:
+                masks.append(self._deal(pool.counts.tolist()))
+            best = self._best(objective, masks, bound, gap)
+        if best and best.proven:
+            return best
         while (left := end - time.monotonic()) > 0:
             result = self._solve(objective, limits, gap, left)
             if result.x is None:
@@ -171,15 +174,44 @@ class Program:
             f2_limit = min(f2_limit, relaxed.fun * (1 + gap / 2))
         elif objective is not self.f1:
             return []
-        values = relaxed.x[: self._num_clients * self._num_kinds]
-        values = values.reshape(self._num_clients, self._num_kinds)
-        found = round_counts(self.problem, values, f2_limit * self._f2_scale)
+        found = round_counts(self.problem, self._x(relaxed.x), f2_limit * self._f2_scale)
         masks = [self._deal(counts.tolist()) for counts in found]
         return [mask for mask in masks if self.value(self.f1, mask) <= f1_limit]
 
-    def _counts(self, x: Vector) -> NDArray[np.int64]:
+    def _combined(
+        self,
+        objective: Row,
+        limits: Sequence[Limit],
+        relaxed: OptimizeResult,
+        masks: list[Mask],
+        gap: float,
+        seconds: float,
+    ) -> Found:
+        """Looks for the best mask of whole rows, see `ColumnPool`."""
+        for mask in masks:
+            self._pool.add(self._counts_of(mask))
+        self._pool.add(np.floor(self._x(relaxed.x) + 1e-6).astype(np.int64))
+        rows = self._arrays(objective, limits, self._rows[self._num_client_rows :])
+        return self._pool.search(rows, relaxed.fun, gap, seconds)
+
+    def _best(self, objective: Row, masks: list[Mask], bound: float, gap: float) -> Solution | None:
+        if not masks:
+            return None
+        mask = min(masks, key=lambda m: self.value(objective, m))
+        value = self.value(objective, mask)
+        found_gap = max(0.0, (value - bound) / value) if value else 0.0
+        return Solution(mask, found_gap, proven=found_gap <= gap)
+
+    def _counts_of(self, mask: Mask) -> NDArray[np.int64]:
+        kinds = self.problem.kinds
+        return np.stack([mask[:, list(kind)].sum(axis=1) for kind in kinds], axis=1)
+
+    def _x(self, x: Vector) -> Vector:
         size = self._num_clients * self._num_kinds
-        return np.rint(x[:size]).astype(np.int64).reshape(self._num_clients, self._num_kinds)
+        return x[:size].reshape(self._num_clients, self._num_kinds)
+
+    def _counts(self, x: Vector) -> NDArray[np.int64]:
+        return np.rint(self._x(x)).astype(np.int64)
 
     def _solve(
         self,
@@ -190,26 +222,18 @@ class Program:
     ) -> OptimizeResult:
         """Runs HiGHS; without `seconds`, on the relaxation, which is quick and never cut short."""
         from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import csr_array
 
-        rows = [*self._rows, *((row, -np.inf, bound + _KEEP_SLACK) for row, bound in limits)]
-        cost = np.zeros(len(self._upper))
-        cost[list(objective)] = list(objective.values())
-        entries = [(i, j, v) for i, (row, _, _) in enumerate(rows) for j, v in row.items()]
-        i, j, v = zip(*entries, strict=True)
-        matrix = csr_array((v, (i, j)), shape=(len(rows), len(cost)))
-        integer = np.zeros(len(cost), dtype=np.int64)
+        rows = self._arrays(objective, limits, self._rows)
+        integer = np.zeros(len(rows.cost), dtype=np.int64)
         options: dict[str, float] = {}
         if seconds is not None:
             integer[:] = self._integer
             options = {"mip_rel_gap": gap, "time_limit": seconds}
         result = milp(
-            cost,
+            rows.cost,
             integrality=integer,
-            bounds=Bounds(0, np.array(self._upper)),
-            constraints=LinearConstraint(
-                matrix, np.array([r[1] for r in rows]), np.array([r[2] for r in rows])
-            ),
+            bounds=Bounds(0, rows.upper),
+            constraints=LinearConstraint(rows.matrix, rows.low, rows.high),
             options=options,  # type: ignore[arg-type]  # scipy-stubs wants its private TypedDict
         )
         if result.status == 2:
@@ -217,6 +241,21 @@ class Program:
         if result.status not in (0, 1):
             raise PlanSolverError(f"HiGHS ended with status {result.status}: {result.message}")
         return result
+
+    def _arrays(
+        self, objective: Row, limits: Sequence[Limit], rows: Sequence[tuple[Row, float, float]]
+    ) -> Rows:
+        from scipy.sparse import csr_array
+
+        rows = [*rows, *((row, -np.inf, bound + _KEEP_SLACK) for row, bound in limits)]
+        cost = np.zeros(len(self._upper))
+        cost[list(objective)] = list(objective.values())
+        entries = [(i, j, v) for i, (row, _, _) in enumerate(rows) for j, v in row.items()]
+        i, j, v = zip(*entries, strict=True)
+        matrix = csr_array((v, (i, j)), shape=(len(rows), len(cost)))
+        low, high = (np.array([row[k] for row in rows]) for k in (1, 2))
+        upper = np.array(self._upper, dtype=np.float64)
+        return Rows(cost, matrix, low, high, upper, self._num_clients + 1 - self._lowest)
 
     def _add_clients(self) -> None:
         problem = self.problem

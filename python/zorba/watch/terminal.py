@@ -89,7 +89,13 @@ class RunView:
         if state.pace is not None:
             left = duration(state.pace * (total - done))
             words += f", {duration(state.pace)} a round, {left} left"
-        bar = ProgressBar(total=max(1, total), completed=done, width=min(30, max(5, width - 62)))
+        bar = ProgressBar(
+            total=max(1, total),
+            completed=done,
+            width=min(30, max(5, width - 62)),
+            complete_style="cyan",
+            finished_style="green",
+        )
         grid = Table.grid(padding=(0, 1))
         grid.add_row(bar, _line(words))
         return grid

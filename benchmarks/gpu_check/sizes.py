@@ -45,6 +45,8 @@ class Sizes(NamedTuple):
     model_13b: Callable[[], Shapes]
     many_seeds: Callable[[], Shapes]
     calls: int
+    # steps with idle blocks on the host: layers, width, inner width
+    offload: tuple[int, int, int]
 
 
 # 8 Gaussian seeds show every backend each of the 2**32 words 32 times on average, so all of them;
@@ -62,6 +64,7 @@ FULL = Sizes(
     model_13b=lambda: llama(40, 5120, 13824, 32000),
     many_seeds=lambda: squares(16, 4096),
     calls=2000,
+    offload=(24, 2048, 5632),
 )
 
 SMALL = Sizes(
@@ -77,4 +80,5 @@ SMALL = Sizes(
     model_13b=lambda: llama(2, 64, 96, 128),
     many_seeds=lambda: squares(2, 64),
     calls=5,
+    offload=(4, 64, 96),
 )

@@ -37,6 +37,7 @@ STAGES = (
     Stage("suites", "tests on the GPU", 150, 30),
     Stage("passes", "speed of a pass and of a step", 75, 20),
     Stage("seeds", "64 seeds in a pass", 60, 20),
+    Stage("offload", "steps with idle blocks on the host", 45, 20),
     Stage("peers", "speed against others", 60, 20, optional=True),
     Stage("sanitizer", "compute-sanitizer", 90, 20, optional=True),
 )

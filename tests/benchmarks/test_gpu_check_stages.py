@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ from benchmarks.gpu_check import (
     bits,
     build,
     identity,
+    offload,
     passes,
     sanitizer,
     seeds,
@@ -47,6 +49,27 @@ def test_identity(report):
     assert len(report.checks) == 6
     assert all(check["elements"] >= SMALL.least_other for check in report.checks)
     assert all(check["all"] for check in report.checks[2:])
+
+
+def test_offload(report, threads):
+    torch.set_num_threads(1)
+    offload.run(report, CPU, SMALL)
+    assert report.passed
+    assert [check["name"] for check in report.checks] == ["offloaded steps = resident steps"]
+    assert report.targets[0]["unit"] == "x resident"
+
+
+def test_offload_finds_other_weights(report, monkeypatch, threads):
+    @contextlib.contextmanager
+    def broken(model, mask, device):
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.weight[0, 0] += 1.0
+        yield
+
+    torch.set_num_threads(1)
+    monkeypatch.setattr(offload, "offloaded", broken)
+    offload.run(report, CPU, SMALL)
+    assert not report.passed
 
 
 def test_identity_finds_a_wrong_bit(report, monkeypatch):

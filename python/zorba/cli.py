@@ -148,6 +148,9 @@ def finetune(
     ] = _FINETUNE.distribution,
     placement: Annotated[str, typer.Option(help="scratch or inplace.")] = _FINETUNE.placement,
     blocks: Annotated[str, typer.Option(help="all, or last:N blocks.")] = _FINETUNE.blocks,
+    offload: Annotated[
+        Path | None, typer.Option(help="Folder from which idle blocks are streamed.")
+    ] = _FINETUNE.offload,
     momentum: Annotated[float, typer.Option(help="Replayed from seeds.")] = _FINETUNE.momentum,
     weight_decay: Annotated[float, typer.Option(help="Decoupled.")] = _FINETUNE.weight_decay,
     clip: Annotated[
@@ -172,9 +175,11 @@ def finetune(
     answer. Without, it learns the text that the template makes of each row. Writes the model, its
     trajectory (see zorba replay) or both, metrics.json and loss.png.
     """
-    missing = [name for name in _FINETUNE_NEEDS if importlib.util.find_spec(name) is None]
+    needs = _FINETUNE_NEEDS + (["greenlet"] if offload else [])
+    missing = [name for name in needs if importlib.util.find_spec(name) is None]
     if missing:
-        _fail("finetune", f"it needs {', '.join(missing)}: pip install 'zorba-kernels[finetune]'")
+        extras = "finetune,offload" if offload else "finetune"
+        _fail("finetune", f"it needs {', '.join(missing)}: pip install 'zorba-kernels[{extras}]'")
     from zorba.finetune.run import run_finetune
 
     try:
@@ -196,6 +201,7 @@ def finetune(
             distribution=distribution,
             placement=placement,
             blocks=blocks,
+            offload=offload,
             momentum=momentum,
             weight_decay=weight_decay,
             clip=clip,

@@ -128,6 +128,22 @@ def test_it_learns_text_and_saves_a_trajectory_alone(
     assert (out / "trajectory.zot").stat().st_size == metrics["trajectory_bytes"]
 
 
+def test_idle_blocks_off_the_device_change_no_bit(
+    model: Path, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    options = ["--steps", 5, "--lr", 1e-2, "--eps", 1e-2, "--blocks", "last:1"]
+    for out, more in (("resident", []), ("offloaded", ["--offload", tmp_path / "host"])):
+        result = classify(model, files, tmp_path / out, *options, *more)
+        assert result.exit_code == 0, result.output
+    assert not list((tmp_path / "host").iterdir())
+    mine, theirs = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / out / "model", dtype="auto")
+        for out in ("resident", "offloaded")
+    )
+    for name, p in mine.named_parameters():
+        assert torch.equal(p.view(torch.int16), theirs.get_parameter(name).view(torch.int16))
+
+
 REFUSED: dict[str, tuple[list[object], str]] = {
     "words that do not fit": (["--words", " a, good, bad"], "2 labels .negative, positive. but"),
     "one word": (["--words", " good"], "leaves nothing to choose"),
@@ -139,6 +155,7 @@ REFUSED: dict[str, tuple[list[object], str]] = {
         "needs placement scratch",
     ),
     "a kind of saving": (["--save", "all"], "expected model, trajectory or both"),
+    "offloading nothing": (["--offload", "host"], "give blocks last:N"),
     "a dtype": (["--dtype", "int8"], "expected auto, float32"),
     "a distribution": (["--distribution", "cauchy"], "rademacher"),
     "a model": ([], "nothing-here"),

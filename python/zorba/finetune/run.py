@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,10 @@ from zorba.finetune import data
 from zorba.finetune.objective import LabelWords, Objective, Score, Text
 from zorba.finetune.report import Curves, lines, write_report
 from zorba.finetune.settings import FinetuneSettings
+from zorba.hf import find_blocks
+from zorba.offload import Offload
 from zorba.optim import ZerothOrderSGD
+from zorba.optim.select import block_mask
 from zorba.trajectory import TrajectoryWriter
 
 
@@ -38,6 +41,18 @@ def run_finetune(settings: FinetuneSettings, console: Console | None = None) -> 
         said = ", ".join(f"{a} = {b!r}" for a, b in zip(labels, settings.words, strict=True))
         console.print(f"labels: {said}", highlight=False)
     model, tokenizer = _load(settings)
+    with _offloaded(model, settings):
+        return _finetune(settings, model, tokenizer, rows, evaluation, console)
+
+
+def _finetune(
+    settings: FinetuneSettings,
+    model: Any,
+    tokenizer: Any,
+    rows: list[data.Row],
+    evaluation: list[data.Row],
+    console: Console,
+) -> dict[str, Any]:
     objective: Objective = (
         LabelWords(
             model, tokenizer, settings.template, settings.words, settings.label, settings.max_length
@@ -117,8 +132,23 @@ def _load(settings: FinetuneSettings) -> tuple[Any, Any]:
     names = " ".join(getattr(config, "architectures", None) or [])
     kind = AutoModelForMaskedLM if "MaskedLM" in names else AutoModelForCausalLM
     model: Any = kind.from_pretrained(settings.model, dtype=dtype)
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(settings.model)
+    if settings.offload is None:
+        model = model.to(_device(settings))
+    return model.eval(), AutoTokenizer.from_pretrained(settings.model)
+
+
+def _device(settings: FinetuneSettings) -> str:
+    return settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _offloaded(model: Any, settings: FinetuneSettings) -> AbstractContextManager[Any]:
+    """Context in which idle blocks are off the device, where that was asked for."""
+    if settings.offload is None:
+        return nullcontext()
+    found = find_blocks(model)
+    mask = block_mask(settings.blocks, len(found))
+    active = [block.name for block, on in zip(found, mask, strict=True) if on]
+    return Offload(model, active, _device(settings), settings.offload)
 
 
 def _batches(rows: list[data.Row], size: int, seed: int) -> Iterator[list[data.Row]]:

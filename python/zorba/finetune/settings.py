@@ -29,6 +29,8 @@ class FinetuneSettings:
         distribution: "gaussian" or "rademacher".
         placement: "scratch" or "inplace".
         blocks: "all", or "last:N".
+        offload: folder for the weights of idle blocks, which are then streamed; None to keep them
+            on the device.
         momentum: of heavy-ball SGD.
         weight_decay: decoupled.
         clip: largest size of a scalar, or None.
@@ -57,6 +59,7 @@ class FinetuneSettings:
     distribution: str = "rademacher"
     placement: str = "scratch"
     blocks: str = "all"
+    offload: Path | None = None
     momentum: float = 0.0
     weight_decay: float = 0.0
     clip: float | None = None
@@ -80,6 +83,8 @@ class FinetuneSettings:
                 f"a trajectory needs placement scratch, not {self.placement}: restoring in place "
                 "rounds, which no record tells"
             )
+        if self.offload is not None and self.blocks == "all":
+            raise ValueError("offload is for idle blocks, and blocks is 'all': give blocks last:N")
         if len(self.words) == 1:
             raise ValueError(f"one label word, {self.words[0]!r}, leaves nothing to choose")
         if self.labels and len(self.labels) != len(self.words):

@@ -58,8 +58,13 @@ class Lockstep:
         Raises:
             Whatever an evaluation raises; the others are ended first.
         """
-        from greenlet import greenlet  # optional: only offloading needs it
-
+        try:
+            from greenlet import greenlet  # optional: only offloading needs it
+        except ImportError as error:
+            raise ImportError(
+                "steps with idle blocks off the device need the package greenlet: pip install "
+                "'zorba-kernels[offload]'"
+            ) from error
         streams = [_Stream(greenlet(call)) for call in evaluations]
         self._streams = {stream.greenlet: stream for stream in streams}
         try:

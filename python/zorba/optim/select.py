@@ -53,7 +53,7 @@ def active_parameters(model: nn.Module, blocks: Blocks = "all") -> dict[str, nn.
     wanted = {n: p for n, p in _named(model).items() if p.requires_grad}
     if not (isinstance(blocks, str) and blocks == "all"):
         found = find_blocks(model)
-        mask = _mask(blocks, len(found))
+        mask = block_mask(blocks, len(found))
         inside = {
             name for block, on in zip(found, mask, strict=True) if on for name in block.parameters
         }
@@ -121,7 +121,8 @@ def _named(model: nn.Module) -> dict[str, nn.Parameter]:
     return named
 
 
-def _mask(blocks: Blocks, count: int) -> list[bool]:
+def block_mask(blocks: Blocks, count: int) -> list[bool]:
+    """Returns one boolean a block for "last:N" or a mask, see ``active_parameters``."""
     if isinstance(blocks, str):
         kind, _, number = blocks.partition(":")
         if kind != "last" or not number.isdecimal() or not 1 <= int(number) <= count:

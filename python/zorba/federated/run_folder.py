@@ -19,6 +19,7 @@ from zorba.federated.settings import FederationSettings
 from zorba.files import write_whole
 
 if TYPE_CHECKING:
+    from zorba.federated.replanner import Replanner
     from zorba.planning import BlockPlan
 
 MAX_TEXT = 500
@@ -77,6 +78,8 @@ class RunRecorder:
         rounds: to run now.
         plan: that the masks come from; None where they were given by hand.
         settings: more than the server's to tell of, by name.
+        replanner: that ``run_federation`` gets as well; its state is taken up here, so that the
+            start tells the masks that the first round has.
     """
 
     def __init__(
@@ -86,9 +89,15 @@ class RunRecorder:
         rounds: int,
         plan: BlockPlan | None = None,
         settings: Mapping[str, Any] | None = None,
+        replanner: Replanner | None = None,
     ) -> None:
         self.folder = folder
+        self._server = server
+        self._plan = plan
+        self._replanner = replanner
         self._ended = False
+        if replanner is not None:
+            replanner.begin(server)
         folder.path.mkdir(parents=True, exist_ok=True)
         self._events = EventWriter(folder.events)
         record = _plan_record(server, plan)
@@ -109,7 +118,7 @@ class RunRecorder:
             self.fault(f"the log ended with a torn entry of {cut} bytes, which was cut")
 
     def round(self, report: RoundReport) -> None:
-        """Writes what a round did."""
+        """Writes what a round did, and the new plan where it led to one."""
         entry = report.entry
         base = entry.base_fingerprint
         self._events.write(
@@ -133,6 +142,9 @@ class RunRecorder:
                 "base_fingerprint": None if base is None else f"{base:016x}",
             },
         )
+        if report.replanned:
+            plan = self._replanner.plan if self._replanner is not None else None
+            self.replan(plan, "the scalars tell another importance of the blocks")
 
     def evaluation(self, round_number: int, **scores: float | None) -> None:
         """Writes the scores of the weights after a round.
@@ -152,10 +164,16 @@ class RunRecorder:
         fields = {"round": round_number, "client": client, "text": text[:MAX_TEXT]}
         self._events.write("fault", fields)
 
-    def replan(self, server: Server, plan: BlockPlan | None, reason: str) -> None:
-        """Writes the plan that is in force from the next round on."""
-        record = _plan_record(server, plan)
-        fields = {"round": server.log.last_round, "reason": reason, "plan": record}
+    def replan(self, plan: BlockPlan | None, reason: str) -> None:
+        """Writes the masks that the server has from the next round on.
+
+        Args:
+            plan: that they come from; None where they were given by hand.
+            reason: for them.
+        """
+        self._plan = plan or self._plan
+        record = _plan_record(self._server, self._plan)
+        fields = {"round": self._server.log.last_round, "reason": reason, "plan": record}
         self._events.write("replan", fields)
         self._write_plan(record)
 
@@ -196,21 +214,29 @@ class RunRecorder:
 
 
 def _plan_record(server: Server, plan: BlockPlan | None) -> dict[str, Any]:
-    """Who activates what, as ``plan.json`` has it; a hand-made mask has no budgets and no front."""
+    """Who activates what, as ``plan.json`` has it: the server's masks, and what is known of them.
+
+    Of a plan that they are not, or no longer, only names of blocks and budgets are told.
+    """
     masks = server.masks
-    if plan is None:
-        blocks: tuple[str, ...] = tuple(f"block-{b}" for b in range(server.identity.num_blocks))
-        return {"clients": list(masks), "blocks": blocks, "mask": _rows(masks)}
-    return {
-        "clients": plan.clients,
-        "blocks": plan.blocks,
-        "mask": _rows(dict(zip(plan.clients, plan.mask.tolist(), strict=True))),
-        "version": f"{plan.version:016x}",
-        "budgets": plan.budgets,
-        "memory": plan.memory,
-        "front": [{"f1": point.f1, "f2": point.f2} for point in plan.front],
-        "chosen": plan.chosen,
+    record: dict[str, Any] = {
+        "clients": list(masks),
+        "blocks": [f"block-{b}" for b in range(server.identity.num_blocks)],
+        "mask": _rows(masks),
     }
+    if plan is None:
+        return record
+    budgets = dict(zip(plan.clients, plan.budgets, strict=True))
+    record |= {"blocks": plan.blocks, "budgets": [budgets.get(name) for name in masks]}
+    if dict(zip(plan.clients, map(tuple, plan.mask.tolist()), strict=True)) == masks:
+        memory = dict(zip(plan.clients, plan.memory, strict=True))
+        record |= {
+            "version": f"{plan.version:016x}",
+            "memory": [memory[name] for name in masks],
+            "front": [{"f1": point.f1, "f2": point.f2} for point in plan.front],
+            "chosen": plan.chosen,
+        }
+    return record
 
 
 def _rows(masks: Mapping[str, Any]) -> list[str]:

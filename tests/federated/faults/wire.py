@@ -1,0 +1,143 @@
+"""Messages between processes of one machine, over a Unix socket."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+_NUMBER = struct.Struct("<Q")
+_RETRY_SECONDS = 0.005
+
+
+class SocketTransport:
+    """A ``Transport``: sites connect, tell their name, and answer numbered messages.
+
+    A site that comes back while its message waits for an answer gets the message again. An answer
+    to a message that is no longer waited for is late.
+
+    Args:
+        path: of the socket; one that a killed server left is replaced.
+        quorum: sites that ``nodes`` waits for.
+        late: called with the name and the bytes of a late answer.
+    """
+
+    def __init__(self, path: Path, quorum: int, late: Callable[[str, bytes], None]) -> None:
+        path.unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self.quorum = quorum
+        self._late = late
+        self._names: dict[Connection, str] = {}
+        self._pending: dict[str, tuple[int, bytes]] = {}
+        self._numbers = itertools.count(int.from_bytes(os.urandom(6), "little"))
+
+    def nodes(self) -> Sequence[str]:
+        """Returns the sites that are connected, once they are a quorum."""
+        self._pump(0.0)
+        while len(self._names) < self.quorum:
+            self._pump(None)
+        return sorted(self._names.values())
+
+    def exchange(
+        self, plans: Mapping[str, bytes], timeout: float | None = None
+    ) -> tuple[dict[str, bytes], dict[str, str]]:
+        """See ``Transport``."""
+        self._pending = {name: (next(self._numbers), data) for name, data in plans.items()}
+        for connection, name in list(self._names.items()):
+            self._send(connection, name)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        replies: dict[str, bytes] = {}
+        while self._pending:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not self._pump(left, replies) and left is not None:
+                break
+        failures = dict.fromkeys(self._pending, f"no answer within {timeout} s")
+        self._pending = {}
+        return replies, failures
+
+    def close(self) -> None:
+        """Tells the sites that the run is over."""
+        for connection, name in list(self._names.items()):
+            self._pending = {name: (0, b"")}
+            self._send(connection, name)
+            connection.close()
+
+    def _pump(self, timeout: float | None, replies: dict[str, bytes] | None = None) -> bool:
+        """Takes what is there or comes within the timeout; returns whether there was anything."""
+        ready = wait([self._listener, *self._names], timeout)
+        for source in ready:
+            if source is self._listener:
+                connection = Connection(self._listener.accept()[0].detach())
+                try:
+                    name = connection.recv_bytes().decode()
+                except (EOFError, OSError):
+                    continue
+                self._names = {c: n for c, n in self._names.items() if n != name}
+                self._names[connection] = name
+                self._send(connection, name)
+                continue
+            assert isinstance(source, Connection)
+            name = self._names[source]
+            try:
+                answer = source.recv_bytes()
+            except (EOFError, OSError):
+                del self._names[source]
+                continue
+            (number,) = _NUMBER.unpack_from(answer)
+            if replies is not None and self._pending.get(name, (0,))[0] == number:
+                del self._pending[name]
+                replies[name] = answer[_NUMBER.size :]
+            else:
+                self._late(name, answer[_NUMBER.size :])
+        return bool(ready)
+
+    def _send(self, connection: Connection, name: str) -> None:
+        if name in self._pending:
+            number, data = self._pending[name]
+            try:
+                connection.send_bytes(_NUMBER.pack(number) + data)
+            except OSError:
+                self._names.pop(connection, None)
+
+
+class SiteLink:
+    """The site's end: survives a server that is killed and comes back."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._path, self._name = path, name
+        self._connection = self._connect()
+
+    def receive(self) -> tuple[int, bytes]:
+        """Returns a message's number and bytes; b"" when the run is over."""
+        while True:
+            try:
+                data = self._connection.recv_bytes()
+                return _NUMBER.unpack_from(data)[0], data[_NUMBER.size :]
+            except (EOFError, OSError):
+                self._connection = self._connect()
+
+    def send(self, number: int, data: bytes) -> None:
+        """Sends an answer; it is lost where the server was killed, which will ask again."""
+        try:
+            self._connection.send_bytes(_NUMBER.pack(number) + data)
+        except OSError:
+            self._connection = self._connect()
+
+    def _connect(self) -> Connection:
+        while True:
+            link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                link.connect(str(self._path))
+                connection = Connection(link.detach())
+                connection.send_bytes(self._name.encode())
+                return connection
+            except OSError:
+                link.close()
+                time.sleep(_RETRY_SECONDS)

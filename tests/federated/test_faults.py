@@ -1,0 +1,141 @@
+"""Processes that are killed, late, full or wrong: the run ends where the undisturbed one ends.
+
+Every server and site here is a process of its own, with its log and checkpoints on disk.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from zorba.federated import RoundLog
+from zorba.federated.events import EventReader
+
+from tests.conftest import Random
+from tests.federated.faults import disguises
+from tests.federated.faults.kills import SERVER_POINTS, SITE_POINTS, Kill, Schedule
+from tests.federated.faults.run import Job, Outcome, run
+from tests.federated.faults.schedules import one
+from tests.federated.world import NAMES, make_replica, make_settings
+
+ROUNDS = 8
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """The run that nothing disturbs."""
+    outcome = run(Job(tmp_path_factory.mktemp("plain"), make_settings(), ROUNDS))
+    assert outcome.identical
+    assert outcome.kills == ()
+    return outcome
+
+
+def assert_same(disturbed: Outcome, undisturbed: Outcome) -> None:
+    assert disturbed.identical
+    assert disturbed.fingerprints == undisturbed.fingerprints
+    assert disturbed.log == undisturbed.log
+    assert not [note for note in disturbed.notes if "damaged" in note]
+
+
+@pytest.mark.parametrize("point", SITE_POINTS)
+def test_killed_site_comes_back(
+    tmp_path: Path, undisturbed: Outcome, point: str, rng: Random
+) -> None:
+    few = point in ("starting", "drafted", "saved")
+    count = 1 if few else 1 + rng.integer(3) % ROUNDS
+    outcome = run(Job(tmp_path, make_settings(), ROUNDS), Schedule({"bob": [Kill(point, count)]}))
+    assert outcome.kills == (("bob", point),)
+    assert_same(outcome, undisturbed)
+
+
+@pytest.mark.parametrize("point", SERVER_POINTS)
+def test_killed_server_goes_on(
+    tmp_path: Path, undisturbed: Outcome, point: str, rng: Random
+) -> None:
+    count = 1 if point == "starting" else 1 + rng.integer(3) % ROUNDS
+    kills = Schedule({"server": [Kill(point, count)]})
+    outcome = run(Job(tmp_path, make_settings(), ROUNDS), kills)
+    assert outcome.kills == (("server", point),)
+    assert_same(outcome, undisturbed)
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_random_kill_schedule(tmp_path: Path, number: int, rng: Random) -> None:
+    wrong, _ = one(tmp_path, rng.integer(32), rounds=20)
+    assert not wrong
+
+
+def test_site_away_for_50_rounds_catches_up_in_one_pass(tmp_path: Path) -> None:
+    job = Job(tmp_path, make_settings(), 60, quorum=2, late_sites={"cleo": 50})
+    outcome = run(job)
+    assert outcome.identical
+    assert outcome.fingerprints.keys() == set(NAMES)
+    caught_up = [note for note in outcome.notes if note.get("site") == "cleo"]
+    assert [note["passes"] for note in caught_up] == [1]
+    assert caught_up[0]["caught_up"] >= 50
+
+
+def test_late_reply_is_refused(tmp_path: Path) -> None:
+    job = Job(tmp_path, make_settings(), 6, timeout=2.0, held_round={"bob": 3})
+    outcome = run(job)
+    rounds = {note["round"]: note for note in outcome.notes if "round" in note}
+    assert "bob" not in rounds[3]["clients"]
+    assert rounds[3]["failures"] == {"bob": "no answer within 2.0 s"}
+    (late,) = [note for note in outcome.notes if "late" in note]
+    assert (late["late"], late["accepted"]) == ("bob", False)
+    assert "replies to round 3" in late["reason"]
+    assert outcome.identical, "it catches up"
+
+
+def test_full_disk_stops_the_server_and_room_lets_it_go_on(
+    tmp_path: Path, undisturbed: Outcome
+) -> None:
+    job = Job(tmp_path, make_settings(), ROUNDS)
+    job.disguise = {"server": disguises.small_disk}
+    with pytest.raises(RuntimeError, match=r"LogError: round \d was not written to the log"):
+        run(job)
+    with RoundLog(job.run_folder.log) as log:
+        assert 0 < log.last_round < ROUNDS
+        assert log.cut_bytes == 0, "the log was cut back to what it was"
+    job.disguise = {}
+    assert_same(run(job), undisturbed)
+
+
+def test_jumping_clocks_change_nothing(tmp_path: Path, undisturbed: Outcome) -> None:
+    job = Job(tmp_path, make_settings(), ROUNDS, timeout=60.0)
+    job.disguise = dict.fromkeys(("server", *NAMES), disguises.jumping_clock)
+    assert_same(run(job), undisturbed)
+    moments = [event["time"] for event in EventReader(job.run_folder.events).poll()]
+    assert moments != sorted(moments), "the clocks did jump"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"frozen": {"bob": 2.0}}, "bob has another model: the fingerprint of all parameters"),
+        ({"disguise": {"bob": disguises.other_noise}}, "bob has noise version 99, this job is of "),
+        ({"disguise": {"bob": disguises.other_package}}, "bob has package version 0.0.9, this job"),
+    ],
+    ids=["model", "noise version", "package version"],
+)
+def test_site_that_does_not_fit_is_refused(
+    tmp_path: Path, change: dict[str, Any], sentence: str
+) -> None:
+    outcome = run(Job(tmp_path, make_settings(), 3, **change))
+    refused = [note for note in outcome.notes if "refused" in note]
+    assert {note["refused"] for note in refused} == {"bob"}
+    assert all(sentence in note["reason"] for note in refused)
+    assert outcome.fingerprints.keys() == {"ada", "cleo"}
+    assert not outcome.identical
+
+
+def test_log_of_a_disturbed_run_rebuilds_the_model(tmp_path: Path) -> None:
+    kills = Schedule({"server": [Kill("torn", 2), Kill("synced", 2)], "ada": [Kill("during", 9)]})
+    job = Job(tmp_path, make_settings(), ROUNDS)
+    outcome = run(job, kills)
+    assert len(outcome.kills) == 3
+    replica = make_replica()
+    with RoundLog(job.run_folder.log) as log:
+        replica.apply(log.entries(1))
+    assert set(outcome.fingerprints.values()) == {replica.fingerprint(fresh=True)}

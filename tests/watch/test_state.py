@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import io
 import random
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from zorba.watch import Follower, RunState, Status
 from zorba.watch.fields import clean, duration, size, usual_range
+from zorba.watch.page import render_page
+from zorba.watch.terminal import RunView
 
 from tests.watch.runs import HOSTILE, Run
 
@@ -104,7 +108,18 @@ def test_replies_that_were_not_used(tmp_path: Path, draw: random.Random) -> None
     assert state.faults[0].text.startswith("coefficients overflow")
 
 
-VALUES: tuple[Any, ...] = (None, True, -1, 1e999, "x", [], ["a", 1], {"a": "b"}, {"ada": None})
+VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    10**400,
+    1e999,
+    "x",
+    [],
+    ["a", 1],
+    {"a": "b"},
+    {"ada": None},
+)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +132,8 @@ def test_fields_of_any_type_break_nothing(kind: str, draw: random.Random) -> Non
         "client", "reason", "events", "accuracy", "fingerprints", "job",
     )  # fmt: skip
     state = RunState()
+    plan = {"clients": ["ada", "a"], "blocks": ["x", "y"], "mask": ["10", "01"]}
+    state.apply({"event": "start", "plan": {**plan, "budgets": [9, 9], "memory": [8, 8]}})
     for _ in range(300):
         event = {key: draw.choice(VALUES) for key in keys if draw.random() < 0.6}
         if draw.random() < 0.3:
@@ -125,7 +142,9 @@ def test_fields_of_any_type_break_nothing(kind: str, draw: random.Random) -> Non
                 for key in ("clients", "blocks", "mask", "budgets", "memory")
             }
         state.apply({**event, "event": kind})
-    json.dumps([fault.text for fault in state.faults])
+        state.silence(datetime.now(timezone.utc))
+    assert "</html>" in render_page(state)
+    Console(file=io.StringIO(), width=80).print(RunView(state))
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -33,9 +33,9 @@ def number(fields: Mapping[str, Any], key: str) -> float | None:
 
 
 def whole(fields: Mapping[str, Any], key: str, default: int = 0) -> int:
-    """Returns an integer."""
+    """Returns a count."""
     value = fields.get(key)
-    return value if isinstance(value, int) and not isinstance(value, bool) else default
+    return value if is_count(value) else default
 
 
 def table(fields: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -45,8 +45,13 @@ def table(fields: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def counts(fields: Mapping[str, Any], key: str) -> dict[str, int]:
-    """Returns an object's integers by cleaned names."""
-    return {k: v for k, v in table(fields, key).items() if isinstance(v, int)}
+    """Returns an object's counts by cleaned names."""
+    return {k: v for k, v in table(fields, key).items() if is_count(v)}
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """Whether a value is a number of bytes or of things."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def sequence(fields: Mapping[str, Any], key: str) -> list[Any]:

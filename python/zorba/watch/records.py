@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from zorba.watch.fields import clean, sequence
+from zorba.watch.fields import clean, is_count, sequence
 
 
 class Status(IntEnum):
@@ -95,7 +95,7 @@ class PlanState:
             return PlanState()
         mask = np.array([[c == "1" for c in row] for row in rows], dtype=bool)
         by_client = {
-            key: {n: v for n, v in zip(clients, sequence(record, key), strict=False) if _bytes(v)}
+            key: {n: v for n, v in zip(clients, sequence(record, key), strict=False) if is_count(v)}
             for key in ("budgets", "memory")
         }
         return PlanState(clients, blocks, mask.reshape(len(clients), len(blocks)), **by_client)
@@ -156,7 +156,3 @@ class Fault:
     rounds: list[int]
     first: datetime | None
     last: datetime | None
-
-
-def _bytes(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

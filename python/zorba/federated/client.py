@@ -97,7 +97,7 @@ class Client:
             )
         answer = self._measure(message).encode()
         self._last = (digest, answer)
-        self._save()
+        self._save_if_due()
         return answer
 
     def _hello(self, job: int) -> Hello:
@@ -171,8 +171,17 @@ class Client:
             loss=math.fsum(losses) / len(losses) if losses else 0.0,
         )
 
-    def _save(self) -> None:
-        due = self._saved_round + self.checkpoint_every
-        if self.checkpoint is not None and self.replica.applied_round >= due:
+    def save(self) -> None:
+        """Writes the checkpoint now, where there is one to keep and rounds that it lacks.
+
+        Raises:
+            ReplicaError: the replica was interrupted while it was written.
+            OSError: the file cannot be written; the one before it stays.
+        """
+        if self.checkpoint is not None and self.replica.applied_round > self._saved_round:
             self.replica.save(self.checkpoint)
             self._saved_round = self.replica.applied_round
+
+    def _save_if_due(self) -> None:
+        if self.replica.applied_round >= self._saved_round + self.checkpoint_every:
+            self.save()

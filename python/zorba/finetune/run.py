@@ -16,9 +16,10 @@ from rich.table import Table
 
 from zorba import machine
 from zorba.finetune import data
-from zorba.finetune.objective import LabelWords, Objective, Score, Text
+from zorba.finetune.objective import Objective, Score
 from zorba.finetune.report import Curves, lines, write_report
 from zorba.finetune.settings import FinetuneSettings
+from zorba.finetune.task import device_of, load_model, make_objective, read_data
 from zorba.hf import find_blocks
 from zorba.offload import Offload
 from zorba.optim import ZerothOrderSGD
@@ -35,12 +36,12 @@ def run_finetune(settings: FinetuneSettings, console: Console | None = None) -> 
     """
     console = console or Console()
     _check_out(settings)
-    rows, evaluation, labels = _read(settings)
+    rows, evaluation, labels = read_data(settings)
     console.print(f"data: {len(rows)} rows to train on, {len(evaluation)} to evaluate on")
     if labels:
         said = ", ".join(f"{a} = {b!r}" for a, b in zip(labels, settings.words, strict=True))
         console.print(f"labels: {said}", highlight=False)
-    model, tokenizer = _load(settings)
+    model, tokenizer = load_model(settings)
     with _offloaded(model, settings):
         return _finetune(settings, model, tokenizer, rows, evaluation, console)
 
@@ -53,13 +54,7 @@ def _finetune(
     evaluation: list[data.Row],
     console: Console,
 ) -> dict[str, Any]:
-    objective: Objective = (
-        LabelWords(
-            model, tokenizer, settings.template, settings.words, settings.label, settings.max_length
-        )
-        if settings.words
-        else Text(model, tokenizer, settings.template, settings.max_length)
-    )
+    objective = make_objective(settings, model, tokenizer)
     optimizer = ZerothOrderSGD(
         model,
         lr=settings.lr,
@@ -104,43 +99,6 @@ def _check_out(settings: FinetuneSettings) -> None:
         raise ValueError(f"{', '.join(there)} exists: give another folder with --out")
 
 
-def _read(settings: FinetuneSettings) -> tuple[list[data.Row], list[data.Row], list[str]]:
-    needed = data.fields_of(settings.template)
-    if not needed:
-        raise ValueError(f"the template {settings.template!r} has no field such as {{text}}")
-    if settings.words:
-        needed.append(settings.label)
-    rows = data.read_rows(settings.data, needed)
-    evaluation = data.read_rows(settings.eval_data, needed) if settings.eval_data else []
-    if not settings.words:
-        return rows, evaluation, []
-    labels = list(settings.labels) or data.values_of(rows, settings.label)
-    if len(labels) != len(settings.words):
-        raise ValueError(
-            f"{settings.data} has {len(labels)} labels ({', '.join(labels[:8])}) but there are "
-            f"{len(settings.words)} label words ({', '.join(settings.words)})"
-        )
-    rows = data.index_labels(rows, settings.label, labels)
-    return rows, data.index_labels(evaluation, settings.label, labels), labels
-
-
-def _load(settings: FinetuneSettings) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
-
-    dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    config = AutoConfig.from_pretrained(settings.model)
-    names = " ".join(getattr(config, "architectures", None) or [])
-    kind = AutoModelForMaskedLM if "MaskedLM" in names else AutoModelForCausalLM
-    model: Any = kind.from_pretrained(settings.model, dtype=dtype)
-    if settings.offload is None:
-        model = model.to(_device(settings))
-    return model.eval(), AutoTokenizer.from_pretrained(settings.model)
-
-
-def _device(settings: FinetuneSettings) -> str:
-    return settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _offloaded(model: Any, settings: FinetuneSettings) -> AbstractContextManager[Any]:
     """Context in which idle blocks are off the device, where that was asked for."""
     if settings.offload is None:
@@ -148,7 +106,7 @@ def _offloaded(model: Any, settings: FinetuneSettings) -> AbstractContextManager
     found = find_blocks(model)
     mask = block_mask(settings.blocks, len(found))
     active = [block.name for block, on in zip(found, mask, strict=True) if on]
-    return Offload(model, active, _device(settings), settings.offload)
+    return Offload(model, active, device_of(settings), settings.offload)
 
 
 def _batches(rows: list[data.Row], size: int, seed: int) -> Iterator[list[data.Row]]:

@@ -77,10 +77,8 @@ def traffic_picture(state: RunState) -> tuple[Markup, str]:
     if not state.rounds:
         return Markup(), ""
     most = max(max(r.bytes_down, r.bytes_up) for r in state.rounds)
-    top = max(
-        usual_range([r.bytes_down for r in state.rounds])[1],
-        usual_range([r.bytes_up for r in state.rounds])[1],
-    )
+    ways = ([r.bytes_down for r in state.rounds], [r.bytes_up for r in state.rounds])
+    top = max(usual_range(counts, reach=3.0)[1] for counts in ways)
     one, name = unit(top)
     up = [(float(r.number), min(r.bytes_up, top) / one) for r in state.rounds]
     down = [(float(r.number), min(r.bytes_down, top) / one) for r in state.rounds]

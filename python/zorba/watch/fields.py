@@ -102,7 +102,7 @@ def decimal(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 1e5 else f"{value:.2e}"
 
 
-def usual_range(values: Sequence[float]) -> tuple[float, float]:
+def usual_range(values: Sequence[float], reach: float = 20.0) -> tuple[float, float]:
     """Returns the range to show values in: all of them, but for what is far from all others.
 
     A client may tell any finite loss, and one that comes back after a month gets a month's log:
@@ -110,12 +110,13 @@ def usual_range(values: Sequence[float]) -> tuple[float, float]:
 
     Args:
         values: at least one.
+        reach: how far beyond nine tenths of the values, in widths of theirs.
     """
     low, high = (
         np.quantile(values, 0.05, method="higher"),
         np.quantile(values, 0.95, method="lower"),
     )
-    room = 20.0 * max(abs(float(high - low)), 0.05 * abs(float(high)))
+    room = reach * max(abs(float(high - low)), 0.05 * abs(float(high)))
     return (
         max(min(values), min(float(low), float(high)) - room),
         min(max(values), max(float(low), float(high)) + room),

@@ -103,7 +103,7 @@ class RunView:
     def _coverage(self, width: int) -> Text:
         """One mark a block: the share of clients that covered it in the last round."""
         coverage, blocks = self._state.rounds[-1].coverage, self._state.plan.blocks
-        most = max(1, int(coverage.max(initial=0)))
+        most = int(coverage.max(initial=0))
         text = _line("")
         for part in np.array_split(coverage, min(len(coverage), max(8, width - 30))):
             count = int(part.min())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 from torch import Tensor
@@ -20,6 +21,7 @@ def model_fingerprint(parameters: Mapping[str, Tensor] | Iterable[tuple[str, Ten
     return fingerprint(DeviceTables(named, dict.fromkeys(named, 0)))
 
 
+@cache
 def package_version() -> str:
     """Returns the version of the installed package."""
     try:

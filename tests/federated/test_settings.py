@@ -23,6 +23,8 @@ from tests.federated.world import MASKS, NAMES, World, make_settings
         {"local_steps": True},
         {"eps": 0.0},
         {"eps": math.nan},
+        {"eps": 1e300},
+        {"eps": 1e-300},
         {"eps": "small"},
         {"lr": -1.0},
         {"lr": math.inf},

@@ -153,6 +153,11 @@ class Client:
             losses.append(loss)
             examples += count
             coefs = update_coefs(clip_scalars(scalars[step : step + 1], clip), plan.local_lr)
+            if not np.isfinite(coefs).all():
+                raise FederationError(
+                    f"{self.name}, round {plan.round}, step {step}: the step along scalars "
+                    f"{measured} overflows; this client sits the round out"
+                )
             pending = pending.plus(
                 NoiseTerms(
                     (seed,) * plan.num_perturbations,

@@ -24,7 +24,7 @@ from zorba.federated.codec import (
 from zorba.federated.entry import LogEntry, split_records
 from zorba.federated.errors import MessageError
 from zorba.federated.identity import MAX_BLOCKS, ModelIdentity
-from zorba.federated.settings import MAX_STEPS
+from zorba.federated.settings import MAX_STEPS, positive_in_float32
 from zorba.optim.estimator import Estimator
 from zorba_kernels.noise import NOISE_VERSION, Distribution, Rounding
 
@@ -173,8 +173,8 @@ class Plan:
             )
         if not 1 <= len(self.mask) <= MAX_BLOCKS:
             raise MessageError(f"a mask has 1 to {MAX_BLOCKS} blocks, got {len(self.mask)}")
-        if not (math.isfinite(self.eps) and self.eps > 0):
-            raise MessageError(f"eps must be positive and finite, got {self.eps}")
+        if not positive_in_float32(self.eps):
+            raise MessageError(f"eps must be positive and finite in float32, got {self.eps}")
         if not (math.isfinite(self.local_lr) and self.local_lr >= 0):
             raise MessageError(f"local_lr must be finite and not negative, got {self.local_lr}")
         if not self.clip > 0:

@@ -7,6 +7,7 @@ import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -77,6 +78,8 @@ class FederationSettings:
         if self.clients_per_round is not None:
             _check_int("clients_per_round", self.clients_per_round, 1, 1 << 31)
         _check_positive("eps", self.eps)
+        if not positive_in_float32(self.eps):
+            raise ValueError(f"eps must be positive and finite in float32, got {self.eps!r}")
         if self.clip is not None:
             _check_positive("clip", self.clip)
         check_choice("estimator", self.estimator, ESTIMATORS)
@@ -89,7 +92,7 @@ class FederationSettings:
         if not callable(self.lr):
             _check_rate(self.lr, "lr")
 
-    @property
+    @cached_property  # every message is compared with it
     def job_id(self) -> int:
         """uint64 that messages and the log carry: a hash of the job's name and seed."""
         return self._derive("job", self.job.encode())
@@ -122,6 +125,12 @@ class FederationSettings:
         """First 8 bytes of SHA-256 of the purpose, the job's seed and data."""
         text = b"zorba " + purpose.encode() + b"\0" + struct.pack("<Q", self.seed) + data
         return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
+
+
+def positive_in_float32(value: float) -> bool:
+    """Whether a number is positive and finite in float32, in which noise is added to weights."""
+    with np.errstate(over="ignore"):
+        return 0 < float(np.float32(value)) < math.inf
 
 
 def _check_int(what: str, value: Any, low: int, high: int) -> None:

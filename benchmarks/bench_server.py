@@ -1,0 +1,222 @@
+"""What a round of many clients costs the server: no model, no network, only bytes.
+
+    python -m pytest benchmarks/bench_server.py --benchmark-only
+
+``ZORBA_BENCH_CLIENTS`` is the number of clients, 100,000 by default. All have masks of their own
+over 32 blocks, so that every block has a column of its own and no two plans are alike.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from zorba import machine
+from zorba.federated import (
+    FederationSettings,
+    Hello,
+    LogEntry,
+    LogHeader,
+    ModelIdentity,
+    Reply,
+    RoundLog,
+    Server,
+    decode,
+)
+from zorba.federated.aggregate import aggregate
+from zorba.federated.settings import AGGREGATIONS
+from zorba.identity import package_version
+
+CLIENTS = int(os.environ.get("ZORBA_BENCH_CLIENTS", "100000"))
+BLOCKS, SAMPLES = 32, 5
+MISSED = 1000
+IDENTITY = ModelIdentity(1 << 60, 1 << 61, 1 << 62, 134_515_008, BLOCKS)
+GROUP = f"{CLIENTS:,} clients, P = {SAMPLES}, {BLOCKS} blocks"
+
+
+class Crowd:
+    """A server, and what its clients would send."""
+
+    def __init__(self, path: Path, clients: int = CLIENTS, **settings: Any) -> None:
+        self.numbers = np.random.default_rng(0)
+        self.settings = FederationSettings("bench", 1, 0.01, weighting="uniform", **settings)
+        self.names = [f"client-{n:07d}" for n in range(clients)]
+        masks = self.numbers.random((clients, BLOCKS)) < 0.5
+        masks[:, 0] |= ~masks.any(axis=1)
+        self.server = Server(self.settings, IDENTITY, self.names, masks, path / "job.log")
+        self.greet(self.names)
+
+    def greet(self, names: list[str], after: int = 0) -> None:
+        """Admits clients whose replicas are after this round."""
+        for name in names:
+            hello = Hello(
+                name, self.settings.job_id, IDENTITY, "gaussian", "stochastic", after,
+                self.fingerprint(after), package_version(),
+            )  # fmt: skip
+            assert self.server.receive(name, hello.encode()).accepted
+
+    def fingerprint(self, after: int) -> int:
+        """What replicas would tell; nobody knows better, so any number does."""
+        return IDENTITY.start + after
+
+    def replies(self, names: list[str]) -> Iterator[tuple[str, bytes]]:
+        """Replies to the round that is under way, by client."""
+        scalars = self.numbers.normal(size=(len(names), 1, SAMPLES)).astype(np.float32)
+        after = self.server.round - 1
+        now = self.fingerprint(after)
+        for name, measured in zip(names, scalars, strict=True):
+            reply = Reply(self.settings.job_id, after + 1, name, after, now, measured, 8, 0.5)
+            yield name, reply.encode()
+
+    def answer(self, replies: Iterable[tuple[str, bytes]]) -> None:
+        """Gives the server all replies."""
+        for name, data in replies:
+            assert self.server.receive(name, data).accepted
+
+    def play(self, rounds: int, names: list[str]) -> None:
+        """Rounds that only these clients take part in."""
+        for _ in range(rounds):
+            self.server.begin_round(names)
+            self.answer(self.replies(names))
+            self.server.end_round()
+
+
+@pytest.fixture
+def crowd(tmp_path: Path) -> Iterator[Crowd]:
+    made = Crowd(tmp_path)
+    yield made
+    made.server.close()
+
+
+def hold_rounds(ready: Callable[[], None], folder: str, rounds: int) -> None:
+    """What a process has in memory that admits the clients and runs rounds with all of them."""
+    ready()
+    crowd = Crowd(Path(folder))
+    crowd.play(rounds, crowd.names)
+
+
+def note(benchmark: Any, **facts: object) -> None:
+    benchmark.extra_info.update(machine.describe() | {"clients": CLIENTS} | facts)
+
+
+@pytest.mark.benchmark(group=f"aggregate: {GROUP}")
+@pytest.mark.parametrize("rule", AGGREGATIONS)
+@pytest.mark.parametrize("columns", [1, BLOCKS])
+def bench_aggregate(benchmark: Any, rule: Any, columns: int) -> None:
+    numbers = np.random.default_rng(0)
+    scalars = numbers.normal(size=(CLIENTS, 1, SAMPLES)).astype(np.float32)
+    masks = numbers.random((CLIENTS, columns)) < 0.5
+    examples = numbers.integers(1, 64, CLIENTS)
+    note(benchmark, columns=columns)
+    benchmark.pedantic(
+        aggregate,
+        (scalars, masks, examples, 0.01),
+        {"aggregation": rule, "clip": 3.0},
+        rounds=9,
+        warmup_rounds=1,
+    )
+
+
+@pytest.mark.benchmark(group=f"round: {GROUP}")
+@pytest.mark.parametrize("part", ["begin", "decode", "receive", "end"])
+def bench_round(benchmark: Any, crowd: Crowd, part: str) -> None:
+    sizes: list[int] = []
+
+    def setup() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if part == "begin":
+            if crowd.server.round == 1:
+                crowd.play(1, crowd.names)
+            return (), {}
+        crowd.server.begin_round()
+        replies = list(crowd.replies(crowd.names))
+        sizes.append(len(replies[0][1]))
+        if part == "end":
+            crowd.answer(replies)
+            return (), {}
+        return (replies,), {}
+
+    def run(*given: Any) -> None:
+        calls[part](*given)
+
+    calls: dict[str, Callable[..., object]] = {
+        "begin": crowd.server.begin_round,
+        "decode": lambda replies: [decode(data) for _, data in replies],
+        "receive": crowd.answer,
+        "end": crowd.server.end_round,
+    }
+    benchmark.pedantic(run, setup=setup, rounds=3)
+    facts: dict[str, object] = {}
+    if part == "begin":
+        facts["plan_bytes"] = len(crowd.server.begin_round()[crowd.names[0]])
+    elif part == "end":
+        facts["record_bytes"] = len(crowd.server.log.entry(1).record)
+    else:
+        facts["reply_bytes"] = sizes[0]
+    note(benchmark, **facts)
+
+
+@pytest.mark.benchmark(group=f"admit all, and run a round: {GROUP}")
+@pytest.mark.parametrize("rounds", [0, 1])
+def bench_memory(benchmark: Any, tmp_path: Path, rounds: int) -> None:
+    """Look at ``peak_bytes``: the time is mostly that of the clients' own messages."""
+    arguments = (hold_rounds, str(tmp_path), rounds)
+    apart = benchmark.pedantic(machine.run_apart, arguments, rounds=1)
+    note(benchmark, peak_bytes=apart.above)
+
+
+@pytest.mark.benchmark(group=f"draw 1,000 of them, and plan: {GROUP}")
+def bench_draw(benchmark: Any, tmp_path: Path) -> None:
+    crowd = Crowd(tmp_path, clients_per_round=1000)
+    note(benchmark)
+    plans = benchmark.pedantic(crowd.server.begin_round, rounds=5, warmup_rounds=1)
+    assert len(plans) == 1000
+    crowd.server.close()
+
+
+@pytest.mark.benchmark(group=f"{MISSED} rounds missed, P = {SAMPLES}, {BLOCKS} blocks")
+@pytest.mark.parametrize("away", [1, 1000])
+def bench_catch_up(benchmark: Any, tmp_path: Path, away: int) -> None:
+    """Plans for clients that come back, each after another round when they are many."""
+    crowd = Crowd(tmp_path, clients=1000 + BLOCKS)
+    stayed, left = crowd.names[:BLOCKS], crowd.names[BLOCKS : BLOCKS + away]
+    crowd.play(MISSED + away, stayed)
+    for n, name in enumerate(left):
+        crowd.greet([name], after=n)
+    plans = benchmark.pedantic(crowd.server.begin_round, (left,), rounds=3, warmup_rounds=1)
+    note(
+        benchmark,
+        log_bytes=crowd.server.log.size,
+        largest_plan_bytes=max(map(len, plans.values())),
+        all_plans_bytes=sum(map(len, plans.values())),
+    )
+    crowd.server.close()
+
+
+@pytest.mark.benchmark(group=f"open a log, {BLOCKS} blocks, each with a column of its own")
+@pytest.mark.parametrize("rounds", [1000, 10_000])
+def bench_open_log(benchmark: Any, tmp_path: Path, rounds: int) -> None:
+    """What a server does before it goes on after a kill."""
+    numbers = np.random.default_rng(0)
+    header = LogHeader(1, IDENTITY, "gaussian", "stochastic")
+    records = (
+        LogEntry(
+            round=t,
+            seeds=(t,),
+            coefs=numbers.normal(size=(1, SAMPLES, BLOCKS)).astype(np.float32),
+            columns=np.arange(BLOCKS, dtype=np.int32),
+            rounding_seed=t,
+            mask_version=1,
+            base_fingerprint=t,
+            distribution="gaussian",
+            rounding="stochastic",
+        ).record
+        for t in range(1, rounds + 1)
+    )
+    path = tmp_path / "job.log"
+    path.write_bytes(header.encode() + b"".join(records))
+    benchmark.pedantic(lambda: RoundLog(path).close(), rounds=3, warmup_rounds=1)
+    note(benchmark, log_bytes=path.stat().st_size)

@@ -66,6 +66,7 @@ def test_texts_of_clients_are_shown_as_they_are(
     tmp_path: Path, draw: random.Random, bad: str
 ) -> None:
     run = Run(tmp_path, ["ada", bad], 4, 5, draw)
+    run.start(0, job=bad + "[/]")
     run.round(1, failures={bad: bad})
     run.end()
     text = show(tmp_path, 200)

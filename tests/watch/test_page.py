@@ -147,9 +147,11 @@ def test_partial_runs(
 
 
 def test_a_file_without_a_start(tmp_path: Path) -> None:
-    (tmp_path / "events.jsonl").write_text('{"event": "hm", "schema": 1}\n')
+    (tmp_path / "events.jsonl").write_text('{"event": "hm", "schema": 1}\nno json\n')
     (tmp_path / "summary.json").write_text("[no json")
-    assert "No server has started this run." in page_of(tmp_path).text
+    page = page_of(tmp_path)
+    assert "No server has started this run." in page.text
+    assert "1 damaged lines were passed over." in page.text
 
 
 def test_large_runs_make_pages_of_a_readable_size(tmp_path: Path, draw: random.Random) -> None:

@@ -108,7 +108,8 @@ def render_page(
         ],
         more_clients=max(0, len(clients) - _MOST_TABLE_ROWS),
         tables=_tables(state, summary or {}),
-        footer=f"Made by zorba-kernels {package_version()} from the events of the run.",
+        footer=f"Made by zorba-kernels {package_version()} from the events of the run"
+        + (f"; {state.damaged} damaged lines were passed over." if state.damaged else "."),
     )
 
 

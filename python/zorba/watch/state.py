@@ -34,6 +34,7 @@ class RunState:
         last_round: where the last start is to end.
         end: the end's event; None while the run goes on, or when the server was killed.
         last_event: time.
+        damaged: lines of the file that held no event.
     """
 
     def __init__(self) -> None:
@@ -48,6 +49,7 @@ class RunState:
         self.last_round = 0
         self.end: dict[str, Any] | None = None
         self.last_event: datetime | None = None
+        self.damaged = 0
         self._faults: dict[tuple[str, str, str], Fault] = {}
         self._rounds_before_start = 0
 
@@ -246,6 +248,7 @@ class Follower:
         """
         for _ in self.events():
             pass
+        self.state.damaged = self.reader.damaged
         return self.state
 
 

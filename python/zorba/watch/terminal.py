@@ -51,7 +51,7 @@ class RunView:
         head = Table.grid(padding=(0, 2))
         head.add_column(style="bold", no_wrap=True)
         head.add_column()
-        head.add_row(state.job or "run", self._progress(width))
+        head.add_row(Text(state.job or "run"), self._progress(width))
         if state.rounds:
             losses = [r.loss for r in state.rounds if r.loss is not None]
             text = _line(sparkline(losses, min(40, max(8, width - 30))), "cyan")

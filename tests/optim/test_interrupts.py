@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+import zorba.offload
 import zorba.optim
 from torch import Tensor, nn
 from zorba import ZerothOrderSGD
 
 from tests.optim.models import same_bits, snapshot
 
-SOURCES = str(Path(zorba.optim.__file__).parent)
+SOURCES = (str(Path(zorba.optim.__file__).parent), str(Path(zorba.offload.__file__).parent))
 
 
 class Model(nn.Module):

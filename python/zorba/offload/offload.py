@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +105,15 @@ class Offload:
         """How many times a block was copied to the device since the last ``set_active``."""
         return self._stream.loads
 
-    def streaming(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def streaming(self) -> Iterator[None]:
         """Context in which no weight changes: blocks are fetched ahead, and kept between uses."""
-        return self._stream.streaming()
+        try:
+            with self._stream.streaming():
+                yield
+        finally:
+            for name in self._host:  # Ctrl-C may have kept a block from doing it
+                self._point(name, self._host[name])
 
     def set_active(self, active: Collection[str]) -> None:
         """Moves blocks between host and device; their bits stay.
@@ -185,14 +191,12 @@ class Offload:
     def _leave(self, name: str) -> None:
         """Moves a block to the host."""
         block = self._blocks[name]
-        named = dict(block.module.named_parameters())
-        weights = {n: p.data for n, p in named.items()}
+        weights = {n: p.data for n, p in block.module.named_parameters()}
         host = to_pinned(weights) if self._folder is None else to_file(self._path(name), weights)
         self._host[name] = host
-        for n, p in named.items():
-            p.data = host[n]
+        self._point(name, host)
         self._forwards[name] = block.module.__dict__.get("forward")
-        block.module.forward = self._forward(name, named, block.module.forward)
+        block.module.forward = self._forward(name, block.module.forward)
 
     def _arrive(self, name: str) -> None:
         """Moves a block to the device."""
@@ -215,24 +219,21 @@ class Offload:
         assert self._folder is not None
         return self._folder / f"{name}.safetensors"
 
-    def _forward(self, name: str, named: dict[str, nn.Parameter], original: Any) -> Any:
+    def _forward(self, name: str, original: Any) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with self._shown(name, named):
-                return original(*args, **kwargs)
+            with self._stream.use(name) as weights:
+                try:
+                    self._point(name, weights)
+                    return original(*args, **kwargs)
+                finally:
+                    self._point(name, self._host[name])
 
         return forward
 
-    @contextmanager
-    def _shown(self, name: str, named: dict[str, nn.Parameter]) -> Iterator[None]:
-        """Lets a block's parameters read from the device."""
-        with self._stream.use(name) as weights:
-            try:
-                for n, p in named.items():
-                    p.data = weights[n]
-                yield
-            finally:
-                for n, p in named.items():
-                    p.data = self._host[name][n]
+    def _point(self, name: str, weights: Mapping[str, Tensor]) -> None:
+        """Lets a block's parameters read these weights."""
+        for n, p in self._blocks[name].module.named_parameters():
+            p.data = weights[n]
 
 
 def _own(weights: Tensor, device: torch.device) -> Tensor:

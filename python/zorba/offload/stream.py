@@ -138,6 +138,7 @@ class BlockStream:
         finally:
             self._streaming = False
             for buffer in self._buffers:
+                buffer.users = 0  # Ctrl-C may have kept a user from saying so
                 self._drop(buffer)
 
     @contextmanager

@@ -113,10 +113,9 @@ class Evaluator:
             lockstep = self._lockstep()
             if lockstep is None:
                 return losses + [alone(terms) for terms in rest]
-            with gate.open():
-                return losses + attempt(
-                    lambda: lockstep.run([partial(run, t) for t in rest], generators is not None)
-                )
+            return losses + attempt(
+                lambda: lockstep.run([partial(run, t) for t in rest], generators is not None)
+            )
 
         return evaluate
 

@@ -8,6 +8,8 @@ brought once.
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -84,16 +86,18 @@ class Lockstep:
         outer = _Modes(self._device)
         if stream.kept is not None:
             self._parking.resume(stream.kept)
-            stream.modes.restore()
             if stream.generators is not None:
                 stream.generators.rewind()
-        stream.result = stream.greenlet.switch()  # of an evaluation that waits: None
+            stream.modes.restore()
+        try:
+            stream.result = stream.greenlet.switch()  # of an evaluation that waits: None
+            stream.modes = _Modes(self._device)
+        finally:
+            outer.restore()
         stream.waits += 1
         if not all(s.greenlet.dead for s in self._streams.values()):
-            stream.modes = _Modes(self._device)
             stream.generators = GeneratorState(self._device) if draws else None
             stream.kept = self._parking.park()
-        outer.restore()
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -135,7 +139,10 @@ class _Stream:
 
 
 class _Modes:
-    """Torch's modes of a thread, which evaluations in one thread would else leave to each other."""
+    """Modes of the thread, which evaluations in one thread would else leave to each other.
+
+    Torch's of autograd and autocast, and who gets Ctrl-C: the closure does, and nothing between.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._grad = torch.is_grad_enabled()
@@ -144,8 +151,11 @@ class _Modes:
             kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in {"cpu", device.type}
         }
+        self._handler = signal.getsignal(signal.SIGINT)
 
     def restore(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._handler)
         torch.set_grad_enabled(self._grad)
         torch.set_autocast_cache_enabled(self._cache)
         for kind, (enabled, dtype) in self._autocast.items():

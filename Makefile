@@ -3,6 +3,7 @@
 # make test      run the tests
 # make test-interpret   run the kernels' tests in Triton's interpreter; make test does it too
 # make bench     measure the kernels against MeZO's own pass
+# make compare   ZorBA beside federated baselines: accuracy, memory, bytes, time (docs/compare.md)
 # make gpu-check everything that needs a GPU, under 8 minutes; installs nothing
 # make sass      count the issue slots of the kernels in their machine code, and compare with the
 #                recorded counts; needs no GPU (CUDA: what nvcc built; Triton: if it is installed)
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 INTERPRETED := triton golden equality fingerprint special_values table
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: install demo test test-interpret bench gpu-check sass lint format clean
+.PHONY: install demo test test-interpret bench compare gpu-check sass lint format clean
 
 install: $(VENV)/.installed
 
@@ -44,6 +45,9 @@ test-interpret: install
 
 bench: install
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/latest.json
+
+compare: install
+	$(BIN)/python -m benchmarks.compare
 
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check

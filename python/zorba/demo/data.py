@@ -7,9 +7,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 PROMPT = "{} It was"
 ANSWERS = (" terrible", " great")
@@ -140,3 +142,16 @@ def balanced_batches(pool: Sequence[Example], rows: int, size: int) -> list[list
         halves.append(sorted(mine, key=lambda example: len(example.ids)))
     half = size // 2
     return [halves[0][i : i + half] + halves[1][i : i + half] for i in range(0, rows // 2, half)]
+
+
+def pick(batches: Sequence[T], number: int, seed: int) -> T:
+    """Returns the number-th batch (from 0) of an endless row: one shuffled deck after another.
+
+    Args:
+        batches: of a client.
+        number: of the batch.
+        seed: of the order; the same number and seed give the same batch.
+    """
+    deck, turn = divmod(number, len(batches))
+    order = np.random.default_rng([seed, deck]).permutation(len(batches))
+    return batches[int(order[turn])]

@@ -6,12 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import zorba_kernels as zk
-from zorba.demo.data import Example
+from zorba.demo.data import Example, pick
 from zorba.hf import Prefix, extend_prefix, run_prefix, run_suffix
 from zorba.optim import Evaluate, NoiseTerms, ScratchPlacement, one_by_one
 
@@ -106,9 +105,7 @@ class Pool:
 
         The batch is a function of (round, step) alone: a repeated plan measures the same.
         """
-        deck, turn = divmod((round_ - 1) * self.local_steps + step, len(self.prefixes))
-        order = np.random.default_rng([self.seed, deck]).permutation(len(self.prefixes))
-        prefix = self.prefixes[order[turn]]
+        prefix = pick(self.prefixes, (round_ - 1) * self.local_steps + step, self.seed)
         started = time.perf_counter()
         near = extend_prefix(prefix, list(self.suffix.blocks)[: self.first])
         self.seconds.steps += time.perf_counter() - started
@@ -150,10 +147,14 @@ class HeldOut:
     def score(self, suffix: Suffix) -> Score:
         """Evaluates the unperturbed weights on every example."""
         logits = torch.cat([suffix.logits(prefix) for prefix in self.prefixes])
-        labels = torch.cat([prefix.labels for prefix in self.prefixes])
-        margin = logits[:, 1] - logits[:, 0]
-        correct = (margin > 0) == (labels == 1)
-        return Score(float(correct.float().mean()), area_under_curve(margin, labels))
+        return score_of(logits, torch.cat([prefix.labels for prefix in self.prefixes]))
+
+
+def score_of(logits: Tensor, labels: Tensor) -> Score:
+    """Returns the score of logits, float [n, 2], for labels 0 and 1, int64 [n]."""
+    margin = logits[:, 1] - logits[:, 0]
+    correct = (margin > 0) == (labels == 1)
+    return Score(float(correct.float().mean()), area_under_curve(margin, labels))
 
 
 def prefix_of(model: nn.Module, block: nn.Module, batch: Sequence[Example]) -> Prefix:

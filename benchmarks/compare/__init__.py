@@ -1,0 +1,1 @@
+"""ZorBA beside its baselines: one loop, one data split, one evaluation. See docs/compare.md."""

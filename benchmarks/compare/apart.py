@@ -1,0 +1,131 @@
+"""One client in a process of its own: how much memory it takes, and how long a round.
+
+Everything that any method needs is imported by this module, so that all have the same baseline.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from zorba.hf import find_blocks
+from zorba.machine import run_apart
+from zorba.offload import Offload
+
+from benchmarks.compare.loop import run_round
+from benchmarks.compare.methods import make_method
+from benchmarks.compare.settings import Settings
+from benchmarks.compare.task import AnswerLoss, load_model, measured_work
+
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
+"""Of glibc, for every client alike: what is freed goes back to the system. Left to itself it keeps
+freed pieces between live ones, from some MiB to 170 MiB, by chance."""
+
+_IMPORTED = (peft, transformers)
+_ANSWERS = (5, 9)  # any two tokens: memory and time do not depend on which
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is measured.
+
+    Attributes:
+        method: key of ``Settings.methods``.
+        client: whose mask ZorBA's client has; its idle blocks stream from files. Clients of the
+            other methods are all alike.
+        options: that differ from the method's.
+    """
+
+    method: str
+    client: str = "client"
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Name in the results."""
+        return " ".join([self.method, self.client, *(name for name, _ in self.options)])
+
+
+ROWS = (
+    *(Row("zorba", name) for name in ("phone-1", "tablet-1", "laptop-1", "laptop-2", "desktop-1")),
+    Row("decomfl"),
+    Row("fedkseed"),
+    Row("mezo"),
+    Row("fedavg-lora"),
+    Row("fedavg-lora", options=(("checkpointing", True),)),
+)
+
+
+def client(
+    ready: Any, row: Row, mask: Sequence[bool], settings: Settings, folder: Path, threads: int
+) -> dict[str, Any]:
+    """The life of a client, for ``run_apart``: model, some rounds with a server that has only it.
+
+    Returns:
+        Seconds of each round, and how many blocks were active.
+    """
+    torch.set_num_threads(threads)
+    ready()
+    model = load_model(folder)
+    blocks = find_blocks(model)
+    with tempfile.TemporaryDirectory(dir=settings.out) as scratch:
+        here = Path(scratch)
+        if row.method == "zorba":
+            active = [block.name for block, on in zip(blocks, mask, strict=True) if on]
+            Offload(model, active, folder=here / "idle")
+        else:
+            for p in model.parameters():  # from_pretrained leaves weights in the mapped file
+                p.data = p.data.clone()
+        work = measured_work(AnswerLoss(model, _ANSWERS), row.client, settings.measured_shape)
+        own = settings.changed(row.method, dict(row.options), here)
+        method = make_method(row.method, work, own, {row.client: mask})
+        rounds = [
+            run_round(method, r, [row.client]) for r in range(1, settings.measured_rounds + 1)
+        ]
+    return {
+        "seconds": [r["seconds"] for r in rounds],
+        "local_steps": settings.methods[row.method].local_steps,
+        "active_blocks": sum(mask),
+        "blocks": len(mask),
+    }
+
+
+def measure(row: Row, mask: Sequence[bool], settings: Settings, folder: Path) -> dict[str, Any]:
+    """Measures a client; see ``ROWS``.
+
+    Args:
+        row: what is measured.
+        mask: blocks that are active, bool [blocks]; all of them for other methods than ZorBA.
+        settings: of the comparison.
+        folder: of the model.
+
+    Returns:
+        Peak bytes of anonymous memory above the baseline, the baseline, seconds of a round.
+    """
+    settings.out.mkdir(parents=True, exist_ok=True)
+    before = dict(os.environ)
+    os.environ |= ALLOCATOR
+    try:
+        seen = run_apart(client, row, mask, settings, folder, torch.get_num_threads())
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    seconds = seen.result["seconds"]
+    return {
+        **seen.result,
+        "method": row.method,
+        "client": row.client,
+        "options": dict(row.options),
+        "peak_bytes": seen.above,
+        "baseline_bytes": seen.baseline,
+        # The first round also finds out how the model uses its weights.
+        "seconds_round": statistics.median(seconds[1:] or seconds),
+    }

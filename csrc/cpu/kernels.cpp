@@ -72,6 +72,7 @@ void add_noise(const Segment* segments, int64_t count, const Program& program, i
                                                   : tile_function<false>(segment.dtype);
       add(prepared, segment, first_tile(segment) + tile - before);
     }
+    streamed();
   });
 }
 

@@ -40,6 +40,32 @@ inline void store_low(Lanes lanes, uint32_t* out) {
   std::memcpy(out, &low, sizeof low);
 }
 
+// Copies to memory past the caches; both ends are aligned to 64 bytes. What is written this way is
+// seen by other threads after `streamed`.
+inline void stream_out(const uint32_t* from, uint32_t* to, int words) {
+#if defined(__AVX512F__)
+  for (int i = 0; i < words; i += 16) {
+    _mm512_stream_si512((__m512i*)(to + i), _mm512_load_si512(from + i));
+  }
+#elif defined(__AVX2__)
+  for (int i = 0; i < words; i += 8) {
+    _mm256_stream_si256((__m256i*)(to + i), _mm256_load_si256((const __m256i*)(from + i)));
+  }
+#elif defined(__SSE2__)
+  for (int i = 0; i < words; i += 4) {
+    _mm_stream_si128((__m128i*)(to + i), _mm_load_si128((const __m128i*)(from + i)));
+  }
+#else
+  std::memcpy(to, from, words * sizeof(uint32_t));
+#endif
+}
+
+inline void streamed() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 struct Stream {
   uint32_t lo, hi;
   explicit Stream(uint64_t stream)

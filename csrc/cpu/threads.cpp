@@ -1,5 +1,6 @@
 #include "threads.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <algorithm>
@@ -77,16 +78,19 @@ class Pool {
 
 // Never destroyed: its threads outlive static destruction. A forked child has none of the threads
 // and may have inherited a locked mutex, so it starts with a pool of its own.
-Pool* g_pool = nullptr;
-std::once_flag g_once;
+Pool* g_pool = new Pool;
 
-Pool& pool() {
-  std::call_once(g_once, [] {
-    g_pool = new Pool;
-    pthread_atfork(nullptr, nullptr, [] { g_pool = new Pool; });
-  });
-  return *g_pool;
-}
+// What compilers call for `#pragma omp parallel`, in the runtime that PyTorch has loaded. After an
+// operation of PyTorch its workers stay awake for a while, on the very cores that a pool of our own
+// would have to wake up. Null where PyTorch came without OpenMP, and in a forked child: there the
+// runtime would wait for workers that the fork has not copied.
+using OpenMp = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+OpenMp g_openmp = reinterpret_cast<OpenMp>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+
+const int g_at_fork = pthread_atfork(nullptr, nullptr, [] {
+  g_pool = new Pool;
+  g_openmp = nullptr;
+});
 
 }  // namespace
 
@@ -98,8 +102,11 @@ void parallel_for(int64_t count, int64_t grain, int threads, void (*task)(void*,
   const int helpers = static_cast<int>(std::min<int64_t>(threads, pieces)) - 1;
   if (helpers <= 0) {
     job.run();
+  } else if (g_openmp != nullptr) {
+    // All threads even for two pieces: with fewer, the runtime would end the others.
+    g_openmp([](void* data) { static_cast<Job*>(data)->run(); }, &job, threads, 0);
   } else {
-    pool().run(job, helpers);
+    g_pool->run(job, helpers);
   }
 }
 

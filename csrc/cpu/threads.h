@@ -1,5 +1,5 @@
-// A small pool of sleeping threads. Not OpenMP: PyTorch ships its own copy of that runtime, and two
-// of them spin against each other on the same cores.
+// Work on several threads: those of PyTorch, or a small pool of sleeping ones. Not an OpenMP of our
+// own: two copies of that runtime spin against each other on the same cores.
 #pragma once
 
 #include <cstdint>

@@ -26,20 +26,22 @@ def add_noise(table: ParamTable, out: ParamTable, backend: str | None, **argumen
     program = make_program(num_groups=table.num_groups, **arguments)
     if out is not table:
         table.check_like(out)
-    run_program(table, out, program, backend)
+        out.check()
+    run_program(table, out, program, choose(backend, table.device))
 
 
-def run_program(
-    table: ParamTable, out: ParamTable, program: Program, backend: str | None = None
-) -> None:
-    """Runs a checked program; ``out`` is the table itself or one like it.
+def run_program(table: ParamTable, out: ParamTable, program: Program, module: Any) -> None:
+    """Runs a checked program; ``out`` is the table itself, or one like it that is as it was made.
 
-    For callers that use one program on many tables: ``add_noise`` without its argument checks.
+    For callers that use one program on many tables: ``add_noise`` without what is the same for all.
+
+    Args:
+        table: the tensors read.
+        out: the tensors written.
+        program: what to add.
+        module: the backend, of ``choose``.
     """
     table.check()
-    if out is not table:
-        out.check()
-    module = choose(backend, table.device)
     if table.contiguous and out.contiguous:
         module.add_noise(table, out, program)
     else:

@@ -13,9 +13,9 @@ from torch import Tensor
 from zorba_kernels.noise import DISTRIBUTIONS, ROUNDING_DOMAIN, ROUNDINGS, Distribution, Rounding
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
-    """Rounds of terms; every field is on the CPU.
+    """Rounds of terms; every field is on the CPU, and none changes.
 
     Attributes:
         seeds: uint64 of each term, [terms].

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -31,8 +32,7 @@ class Entry:
     offset: int  # index of the tensor's first element in the whole parameter
 
 
-@dataclass(frozen=True)
-class _Identity:
+class _Identity(NamedTuple):
     device: torch.device
     address: int
     dtype: torch.dtype
@@ -193,7 +193,8 @@ class ParamTable:
         Cached for as long as ``out``, where the pass writes, is alive. In place, ``out`` is the
         table itself.
         """
-        if out not in self._packed:
+        packed = self._packed.get(out)
+        if packed is None:
             rows = [
                 (
                     e.tensor.data_ptr(),
@@ -208,7 +209,7 @@ class ParamTable:
             ]
             packed = torch.tensor(rows, dtype=torch.int64).reshape(-1, SEGMENT_FIELDS)
             self._packed[out] = packed
-        return self._packed[out]
+        return packed
 
 
 _Key = tuple[Hashable, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -35,26 +36,16 @@ def isa() -> str:
 
 def add_noise(table: ParamTable, out: ParamTable, program: Program) -> None:
     """``out <- round(table + sum of noises)``, see ``zorba_kernels.add_noise_``."""
+    packed = _packed.get(program)
+    if packed is None:
+        packed = _packed[program] = _PackedProgram(program)
     segments = table.packed(out)
-    seeds = _uint64(program.seeds)
-    rounding_seeds = _uint64(program.rounding_seeds)
-    samples = torch.tensor(program.samples, dtype=torch.int64).to(torch.int32)
-    round_ends = torch.tensor(program.round_ends, dtype=torch.int64)
     extension()[0].cpu_add_noise(
-        isa(),
+        packed.isa,
         torch.get_num_threads(),
         segments.data_ptr(),
-        len(segments),
-        seeds.data_ptr(),
-        samples.data_ptr(),
-        program.coefs.data_ptr(),
-        program.decays.data_ptr(),
-        program.coefs.shape[1],
-        round_ends.data_ptr(),
-        rounding_seeds.data_ptr(),
-        len(program.round_ends),
-        program.distribution == "gaussian",
-        program.rounding == "stochastic",
+        segments.shape[0],
+        *packed.arguments,
     )
 
 
@@ -91,6 +82,33 @@ def fingerprint(table: ParamTable) -> int:
             isa(), torch.get_num_threads(), segments.data_ptr(), len(segments)
         )
     )
+
+
+class _PackedProgram:
+    """A program in memory as the compiled code reads it: made once, for any number of passes."""
+
+    def __init__(self, program: Program) -> None:
+        self.isa = isa()
+        self._memory = (  # lives as long as its addresses are in use
+            _uint64(program.seeds),
+            torch.tensor(program.samples, dtype=torch.int32),
+            program.coefs,
+            program.decays,
+            torch.tensor(program.round_ends, dtype=torch.int64),
+            _uint64(program.rounding_seeds),
+        )
+        seeds, samples, coefs, decays, round_ends, rounding_seeds = (
+            tensor.data_ptr() for tensor in self._memory
+        )
+        self.arguments = (
+            *(seeds, samples, coefs, decays, len(program.seeds)),
+            *(round_ends, rounding_seeds, len(program.round_ends)),
+            program.distribution == "gaussian",
+            program.rounding == "stochastic",
+        )
+
+
+_packed: WeakKeyDictionary[Program, _PackedProgram] = WeakKeyDictionary()
 
 
 def _uint64(values: tuple[int, ...]) -> Tensor:

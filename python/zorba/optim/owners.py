@@ -39,7 +39,7 @@ class Owner:
             groups={name: groups[name] for name in parameters},
             num_groups=main.num_groups,
         )
-        self.groups = sorted({groups[name] for name in parameters})
+        self.groups = frozenset(groups[name] for name in parameters)
         self.nbytes = sum(_padded(same[0]) for same in parameters.values())
         self.depth = 0  # how many of its forwards are running
         self.buffer: Tensor | None = None
@@ -51,6 +51,8 @@ class Owner:
 
     def without(self, names: Collection[str]) -> Owner | None:
         """Returns an owner of the other parameters of this module; None if there are none."""
+        if not names:
+            return self
         mine = frozenset(name for name in names if name in self.parameters)
         if not mine:
             return self

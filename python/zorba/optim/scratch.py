@@ -15,6 +15,7 @@ from zorba.optim.interrupt import deferred_interrupts
 from zorba.optim.owners import Owner, find_owners
 from zorba.optim.placement import Placement
 from zorba.optim.terms import NoiseTerms
+from zorba_kernels.dispatch import choose
 from zorba_kernels.eager import run_program
 from zorba_kernels.program import Program, make_program
 
@@ -43,7 +44,8 @@ class ScratchPlacement(Placement):
         self._model = model
         self._handles: list[Any] = []
         self._program: Program | None = None
-        self._moving = [False] * table.num_groups
+        self._backend: Any = None  # that runs the program
+        self._moving: frozenset[int] = frozenset()  # groups that it changes
         self._shown: set[str] = set()
         self._held: set[str] = set()
         self._excused: set[str] = set()
@@ -130,7 +132,8 @@ class ScratchPlacement(Placement):
     def move_to(self, terms: NoiseTerms) -> None:
         """See ``Placement.move_to``; costs nothing until a forward runs."""
         self._check_reached()
-        self._moving = [terms.active(g) for g in range(self.table.num_groups)]
+        self._moving = frozenset(g for g in range(self.table.num_groups) if terms.active(g))
+        self._backend = choose(None, self.table.device)
         self._program = make_program(
             terms.seeds,
             terms.coefs,
@@ -196,9 +199,9 @@ class ScratchPlacement(Placement):
         A parameter that is used without its module's forward would be updated along a direction
         that the losses never saw.
         """
-        if self._checked or self._program is None or not any(self._moving):
+        if self._checked or self._program is None or not self._moving:
             return
-        active = [o for o in self._owners if any(self._moving[g] for g in o.groups)]
+        active = [o for o in self._owners if not self._moving.isdisjoint(o.groups)]
         reached = {name for o in active if o.reached for name in o.parameters} | self._excused
         missed = [n for o in active for n in o.parameters if n not in reached]
         if missed:
@@ -232,7 +235,7 @@ class ScratchPlacement(Placement):
         return hook
 
     def _show(self, owner: Owner) -> None:
-        if not any(self._moving[g] for g in owner.groups):
+        if self._moving.isdisjoint(owner.groups):
             return
         assert self._program is not None
         owner.reached = True
@@ -243,7 +246,7 @@ class ScratchPlacement(Placement):
         started = time.perf_counter()
         owner.showing = part
         part.buffer = self._take(owner.level)
-        run_program(part.table, part.target(part.buffer), self._program)
+        run_program(part.table, part.target(part.buffer), self._program, self._backend)
         part.show()
         self._shown |= part.parameters.keys()
         self.kernel_seconds += time.perf_counter() - started
@@ -270,7 +273,7 @@ def _own(output: Any, buffer: Tensor | None) -> Any:
             buffer is not None
             and output.layout == torch.strided
             and output.device == buffer.device
-            and output.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+            and 0 <= output.data_ptr() - buffer.data_ptr() < buffer.nbytes
         )
         return output.clone() if inside else output
     if type(output) in (tuple, list):

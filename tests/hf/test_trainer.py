@@ -79,6 +79,21 @@ def test_steps_are_those_of_the_optimizer(tmp_path: Path, micro: int) -> None:
         torch.testing.assert_close(p, other.get_parameter(name), rtol=0, atol=1e-5)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="auto would spread the model over them")
+def test_device_map_auto_on_one_device(tmp_path: Path) -> None:
+    """The same steps as of a model that Trainer placed itself."""
+    tiny(torch.bfloat16).save_pretrained(tmp_path / "model")
+    placed, plain = (
+        LlamaForCausalLM.from_pretrained(tmp_path / "model", device_map=device_map)
+        for device_map in ("auto", None)
+    )
+    before = snapshot(placed)
+    for model in (placed, plain):
+        train(tmp_path, model, use_cpu=False)
+    assert same_bits(placed, snapshot(plain))
+    assert not same_bits(placed, before)
+
+
 def test_loss_falls_and_logs_tell_of_scalars(tmp_path: Path) -> None:
     trainer = train(tmp_path, tiny(), max_steps=60, zo_perturbations=4, learning_rate=0.02)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]

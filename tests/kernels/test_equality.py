@@ -149,6 +149,21 @@ def test_out_of_place(server, rng, dtype, rounding):
         assert_same_bits(out[name], expected[name])
 
 
+@pytest.mark.parametrize("shift", [0, 1, 32])
+def test_out_of_place_at_any_alignment(compiled, rng, dtype, distribution, shift):
+    """Whole tiles and ragged ends, and nothing beside the target is written."""
+    weights = rng.weights(3 * 2048 + 5, dtype)
+    for offset in (0, 2048 - 32, 3):
+        room = torch.full((len(weights) + 64,), 7.0, dtype=dtype)
+        out = room[shift : shift + len(weights)]
+        tables = [zk.ParamTable({"w": t}, offsets={"w": offset}) for t in (weights, out)]
+        zk.add_noise(*tables, 1, 0.1, distribution)
+        expected = changed({"w": weights}, 1, 0.1, distribution, offsets={"w": offset})["w"]
+        assert_same_bits(out, expected)
+        out.fill_(7.0)
+        assert bool((room == 7.0).all())
+
+
 def test_out_of_place_with_zero_coefs_copies(server, rng, dtype):
     weights = {"w": rng.weights(1000, dtype)}
     out = {"w": torch.full_like(weights["w"], torch.nan)}

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from zorba.demo import data
-from zorba.demo.settings import APART, CLIENTS, DemoSettings
+from zorba.demo.settings import APART, DemoSettings
 from zorba.demo.task import HeldOut, Pool, Seconds, Suffix, prefix_of
 from zorba.federated import (
     Client,
@@ -53,7 +53,7 @@ def read_data(
     examples = [e for e in data.tokenise(rows, tokenizer) if len(e.ids) <= settings.longest]
     parts = data.split_clients(
         [e.label for e in examples],
-        len(CLIENTS),
+        len(settings.clients),
         settings.alpha,
         settings.pool,
         _LEAST_EACH,
@@ -78,10 +78,10 @@ def plan(model: nn.Module, blocks: list[Block], settings: DemoSettings) -> Block
         idle="offload",
     )
     room = trainable[0].nbytes
-    fixed = memory.fixed_bytes(list(CLIENTS))
+    fixed = memory.fixed_bytes(list(settings.clients))
     budgets = {
         name: base + (2 * min(count, len(trainable)) + 1) * room // 2  # half a block to spare
-        for (name, count), base in zip(CLIENTS.items(), fixed, strict=True)
+        for (name, count), base in zip(settings.clients.items(), fixed, strict=True)
     }
     return plan_blocks(memory, budgets)
 
@@ -132,7 +132,7 @@ def build(
     seconds = Seconds()
     clients: dict[str, Client] = {}
     cached = 0
-    for n, (name, examples) in enumerate(zip(CLIENTS, parts, strict=True)):
+    for n, (name, examples) in enumerate(zip(settings.clients, parts, strict=True)):
         prefixes = []
         for batch in data.balanced_batches(examples, settings.pool, settings.batch_size):
             prefixes.append(prefix_of(model, door, batch))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from zorba_kernels.noise import Distribution
@@ -17,7 +18,7 @@ CLIENTS = {
     "laptop-2": 3,
     "desktop-1": 4,
 }
-"""The clients, and how many blocks the memory of each has room for."""
+"""Clients of the demo, and how many blocks the memory of each has room for."""
 
 APART = "tablet-3"
 """The client with a replica of its own; it sits out the middle half of the rounds."""
@@ -28,6 +29,7 @@ class DemoSettings:
     """Settings of ``zorba demo``.
 
     Attributes:
+        clients: their names, and how many blocks the memory of each has room for; ``APART`` is one.
         rounds: rounds of the federation.
         seed: of the data split, the order of batches and the noise.
         trainable: how many of the model's last blocks are trained; the others stay frozen.
@@ -46,6 +48,7 @@ class DemoSettings:
         cache: folder for the model and the data.
     """
 
+    clients: Mapping[str, int] = field(default_factory=lambda: dict(CLIENTS))
     rounds: int = 50
     seed: int = 1
     trainable: int = 4

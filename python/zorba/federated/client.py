@@ -5,24 +5,29 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from zorba.federated.aggregate import clip_scalars, update_coefs
 from zorba.federated.codec import check_name
 from zorba.federated.errors import DivergedError, FederationError, GapError, MessageError
 from zorba.federated.messages import Greeting, Hello, Plan, Reply, decode
+from zorba.federated.privacy import PrivacyAccountant
 from zorba.federated.replica import Replica
 from zorba.identity import package_version
-from zorba.optim.estimator import Evaluate, finite_differences
+from zorba.optim.estimator import Evaluate, differences, evaluation_noises
 from zorba.optim.terms import NoiseTerms
 from zorba_kernels.noise import NOISE_VERSION
 
 Objective = Callable[[int, int], tuple[Evaluate, int]]
 """``objective(round, step)`` picks a batch and returns (the losses on it at the weights plus given
-noises, its number of examples). The same round and step must pick the same batch."""
+noises, its number of examples). The same round and step must pick the same batch. A loss may be an
+array of one for each example, which privacy of examples needs."""
 
 
 class Client:
@@ -36,6 +41,7 @@ class Client:
         checkpoint: path of a checkpoint that is kept up to date; None for none. To continue from
             it, call ``replica.load`` before.
         checkpoint_every: rounds between checkpoints.
+        privacy: makes the scalars private before anybody sees them; None tells what was measured.
     """
 
     def __init__(
@@ -45,6 +51,7 @@ class Client:
         objective: Objective,
         checkpoint: str | Path | None = None,
         checkpoint_every: int = 50,
+        privacy: PrivacyAccountant | None = None,
     ) -> None:
         self.name = check_name(name, "client name")
         self.replica = replica
@@ -52,13 +59,16 @@ class Client:
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.checkpoint_every = checkpoint_every
         self._saved_round = replica.applied_round
-        self._last: tuple[bytes, bytes] | None = None  # digest of the last plan, the reply to it
+        self.privacy = privacy
+        # Digest of what the last plan asked, and the reply to it.
+        self._last = None if privacy is None else privacy.last
 
     def handle(self, data: bytes) -> bytes:
         """Answers a message of the server.
 
         A plan is answered with a Reply, or, when the replica cannot follow it, with a Hello that
-        tells how far it is; a greeting with a Hello. The same plan again gets the same bytes again.
+        tells how far it is; a greeting with a Hello. A plan that asks the same again, whatever log
+        entries come with it, gets the same bytes again.
 
         Args:
             data: the message.
@@ -69,7 +79,7 @@ class Client:
         Raises:
             MessageError: the message is malformed, of another job, or of a round that is over.
             ReplicaError: the replica is of another job, or was interrupted while it was written.
-            FederationError: a scalar or loss is not finite.
+            FederationError: a scalar or loss is not finite, or the privacy budget is spent.
             Exception: what the objective raises. Log entries stay applied; nothing else changed.
         """
         message = decode(data)
@@ -78,8 +88,8 @@ class Client:
             return self._hello(message.job).encode()
         if not isinstance(message, Plan):
             raise MessageError(f"a server sends no {type(message).__name__.lower()}")
-        digest = hashlib.sha256(data).digest()
-        if self._last is not None and self._last[0] == digest:
+        asked = hashlib.sha256(replace(message, base_round=0, entries=()).encode()).digest()
+        if message.seeds and self._last is not None and self._last[0] == asked:
             return self._last[1]
         self._check(message)
         try:
@@ -96,7 +106,10 @@ class Client:
                 f"{self.replica.applied_round}: the plan is stale"
             )
         answer = self._measure(message).encode()
-        self._last = (digest, answer)
+        if message.seeds:
+            if self.privacy is not None:
+                self.privacy.note(len(message.seeds), asked, answer)
+            self._last = (asked, answer)
         self._save_if_due()
         return answer
 
@@ -130,33 +143,22 @@ class Client:
         clip = plan.clip if math.isfinite(plan.clip) else None
         pending = NoiseTerms.none(len(mask))
         scalars = np.zeros((len(plan.seeds), plan.num_perturbations), dtype=np.float32)
+        spent = None if self.privacy is None else self.privacy.afford(len(plan.seeds))
         losses: list[float] = []
         examples = 0
         for step, seed in enumerate(plan.seeds):
             evaluate, count = self.objective(plan.round, step)
-            measured, loss = finite_differences(
-                evaluate,
-                seed,
-                plan.eps,
-                plan.num_perturbations,
-                plan.estimator,
-                mask.tolist(),
-                pending,
+            noises = evaluation_noises(
+                seed, plan.eps, plan.num_perturbations, plan.estimator, plan.mask, pending
             )
-            with np.errstate(over="ignore"):
-                scalars[step] = np.array(measured, dtype=np.float64)
-            if not (np.isfinite(scalars[step]).all() and math.isfinite(loss)):
-                raise FederationError(
-                    f"{self.name}, round {plan.round}, step {step}: the loss {loss} or a scalar "
-                    f"{measured} is not finite; this client sits the round out"
-                )
+            scalars[step], loss = self._scalars(plan, step, list(evaluate(noises)), count)
             losses.append(loss)
             examples += count
             coefs = update_coefs(clip_scalars(scalars[step : step + 1], clip), plan.local_lr)
             if not np.isfinite(coefs).all():
                 raise FederationError(
                     f"{self.name}, round {plan.round}, step {step}: the step along scalars "
-                    f"{measured} overflows; this client sits the round out"
+                    f"{scalars[step].tolist()} overflows; this client sits the round out"
                 )
             pending = pending.plus(
                 NoiseTerms(
@@ -165,6 +167,7 @@ class Client:
                     mask[:, None] * torch.from_numpy(coefs),
                 )
             )
+        loss = math.fsum(losses) / len(losses) if losses else 0.0
         return Reply(
             job=plan.job,
             round=plan.round,
@@ -173,8 +176,28 @@ class Client:
             fingerprint=self.replica.fingerprint(),
             scalars=scalars,
             num_examples=examples,
-            loss=math.fsum(losses) / len(losses) if losses else 0.0,
+            loss=loss if spent is None else math.nan,
+            privacy=spent,
         )
+
+    def _scalars(
+        self, plan: Plan, step: int, losses: list[Any], examples: int
+    ) -> tuple[npt.NDArray[np.float32], float]:
+        """Scalars of a local step, float32 [P], and the mean loss, of the losses of its noises."""
+        if self.privacy is not None:  # finite or not: whether it is would tell something
+            measured = differences(losses, plan.eps, plan.estimator)
+            return self.privacy.release(measured, examples), math.nan
+        means = [float(np.mean(loss)) for loss in losses]
+        mean = math.fsum(means) / len(means) if all(map(math.isfinite, means)) else math.nan
+        measured = differences(means, plan.eps, plan.estimator)
+        with np.errstate(over="ignore"):
+            scalars: npt.NDArray[np.float32] = np.array(measured, np.float64).astype(np.float32)
+        if not (np.isfinite(scalars).all() and math.isfinite(mean)):
+            raise FederationError(
+                f"{self.name}, round {plan.round}, step {step}: the loss {mean} or a scalar "
+                f"{measured} is not finite; this client sits the round out"
+            )
+        return scalars, mean
 
     def save(self) -> None:
         """Writes the checkpoint now, where there is one to keep and rounds that it lacks.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from zorba.federated.entry import LogEntry
+from zorba.federated.privacy import PrivacySpent
 from zorba.federated.replanner import Replanner
 from zorba.federated.server import Server
 from zorba.federated.transport import Transport
@@ -21,7 +22,7 @@ class RoundReport:
 
     Attributes:
         round: from 1.
-        loss: mean of the clients' losses by their examples; nan when nobody replied.
+        loss: mean of the clients' losses by their examples; nan when nobody told one.
         clients: whose replies went into the log entry.
         losses: of each of these clients.
         bytes_up: encoded answers, greetings' included, by client.
@@ -65,6 +66,8 @@ class FederationResult:
         replicas_identical: whether every reachable client answered, with the same fingerprint.
         flush_bytes_down: encoded messages of the last exchange, by client.
         failures: why a client did not answer at the end, or was refused.
+        privacy: what the scalars of each client have told, by its own account; clients that add no
+            noise are not among them.
     """
 
     reports: tuple[RoundReport, ...]
@@ -73,6 +76,7 @@ class FederationResult:
     replicas_identical: bool
     flush_bytes_down: dict[str, int]
     failures: dict[str, str]
+    privacy: dict[str, PrivacySpent]
 
 
 @dataclass
@@ -207,4 +211,5 @@ def _flush(
         replicas_identical=len(fingerprints) == len(nodes) and len(set(fingerprints.values())) == 1,
         flush_bytes_down=exchange.down,
         failures=exchange.failures | exchange.refusals,
+        privacy={name: server.privacy[name] for name in nodes if name in server.privacy},
     )

@@ -24,6 +24,7 @@ from zorba.federated.codec import (
 from zorba.federated.entry import LogEntry, split_records
 from zorba.federated.errors import MessageError
 from zorba.federated.identity import MAX_BLOCKS, ModelIdentity
+from zorba.federated.privacy import PrivacySpent
 from zorba.federated.settings import MAX_STEPS, positive_in_float32
 from zorba.optim.estimator import Estimator
 from zorba_kernels.noise import NOISE_VERSION, Distribution, Rounding
@@ -36,6 +37,8 @@ _HELLO = struct.Struct("<QQQQQHBBBIQ")
 _PLAN = struct.Struct("<QIIIBBBBHHHdddI")
 # job, round, applied, K, P, examples, loss, fingerprint
 _REPLY = struct.Struct("<QIIHHIfQ")
+_PRIVACY = struct.Struct("<dd")  # epsilon, delta; after a unit, where it is not 0
+UNIT_CODES = {"example": 1, "client": 2}
 
 
 @dataclass(frozen=True)
@@ -272,7 +275,8 @@ class Reply:
         fingerprint: of the replica that was measured.
         scalars: float32 [K, P], finite.
         num_examples: in the batches of all local steps.
-        loss: mean of the losses seen: telemetry, it decides nothing.
+        loss: mean of the losses seen: telemetry, it decides nothing. nan where it is private.
+        privacy: what the client's scalars have told so far; None where it adds no noise.
     """
 
     KIND: ClassVar[int] = 4
@@ -285,6 +289,7 @@ class Reply:
     scalars: npt.NDArray[np.float32]
     num_examples: int
     loss: float
+    privacy: PrivacySpent | None = None
 
     def __post_init__(self) -> None:
         """Raises MessageError where the parts do not belong together."""
@@ -296,7 +301,12 @@ class Reply:
                 f"scalars of {self.client} in round {self.round} must be finite: its loss "
                 "overflowed or was no number"
             )
-        if not math.isfinite(self.loss):
+        if self.privacy is not None:
+            if not math.isnan(self.loss):
+                raise MessageError(f"{self.client} tells a loss, though its scalars are private")
+            if not (0 <= self.privacy.epsilon < math.inf and 0 < self.privacy.delta < 1):
+                raise MessageError(f"{self.client} tells no privacy: {self.privacy}")
+        elif not math.isfinite(self.loss):
             raise MessageError(f"loss of {self.client} must be finite, got {self.loss}")
 
     @property
@@ -317,8 +327,13 @@ class Reply:
             self.loss,
             self.fingerprint,
         )
-        scalars = self.scalars.astype("<f4").tobytes()
-        return frame(self.KIND, fixed + scalars + pack_name(self.client, "client name"))
+        name = pack_name(self.client, "client name")
+        told = b"\0"
+        if self.privacy is not None:
+            p = self.privacy
+            unit = bytes([UNIT_CODES[p.unit]])
+            told = unit + pack_checked(_PRIVACY, "privacy", p.epsilon, p.delta)
+        return frame(self.KIND, fixed + self.scalars.astype("<f4").tobytes() + name + told)
 
     @staticmethod
     def read(reader: Reader) -> Reply:
@@ -327,15 +342,22 @@ class Reply:
             _REPLY, "reply"
         )
         scalars = reader.array("<f4", steps * samples, "scalars").astype(np.float32)
+        name = reader.text("client name")
+        (unit,) = reader.raw(1, "unit of privacy")
+        privacy = None
+        if unit:
+            chosen = decode_choice(UNIT_CODES, unit, "unit of privacy")
+            privacy = PrivacySpent(chosen, *reader.unpack(_PRIVACY, "privacy"))
         return Reply(
             job=job,
             round=round_number,
-            client=reader.text("client name"),
+            client=name,
             applied_round=applied,
             fingerprint=now,
             scalars=scalars.reshape(steps, samples),
             num_examples=examples,
             loss=loss,
+            privacy=privacy,
         )
 
 

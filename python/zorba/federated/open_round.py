@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from zorba.federated.errors import MessageError
 from zorba.federated.messages import Reply
+from zorba.federated.privacy import PrivacySpent
 
 
 class Replies(Mapping[str, Reply]):
@@ -19,12 +21,21 @@ class Replies(Mapping[str, Reply]):
         scalars: float32 [clients, K, P].
         examples: uint32 [clients].
         fingerprints: uint64 [clients].
-        losses: float32 [clients].
+        losses: float32 [clients]; nan where a client keeps its loss private.
         scalar_bytes: of one client's scalars.
+        privacy: what scalars have told so far, of the clients that keep count.
     """
 
-    def __init__(self, job: int, number: int, names: Sequence[str], table: npt.NDArray[Any]):
+    def __init__(
+        self,
+        job: int,
+        number: int,
+        names: Sequence[str],
+        table: npt.NDArray[Any],
+        privacy: Mapping[str, PrivacySpent],
+    ):
         """``table`` has a row of ``OpenRound``'s for each name."""
+        self.privacy = privacy
         self._job = job
         self._number = number
         self._rows = {name: row for row, name in enumerate(names)}
@@ -34,6 +45,14 @@ class Replies(Mapping[str, Reply]):
         self.fingerprints: npt.NDArray[np.uint64] = table["fingerprint"]
         self.losses: npt.NDArray[np.float32] = table["loss"]
         self.scalar_bytes = self.scalars.dtype.itemsize * int(np.prod(self.scalars.shape[1:]))
+
+    @property
+    def loss(self) -> float:
+        """Mean of the losses by examples; nan where nobody tells one."""
+        told = np.isfinite(self.losses)
+        if not told.any():
+            return math.nan
+        return float(np.average(self.losses[told], weights=self.examples[told]))
 
     def __getitem__(self, name: str) -> Reply:
         row = self._rows[name]
@@ -46,6 +65,7 @@ class Replies(Mapping[str, Reply]):
             scalars=self.scalars[row].copy(),
             num_examples=int(self.examples[row]),
             loss=float(self.losses[row]),
+            privacy=self.privacy.get(name),
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -74,6 +94,7 @@ class OpenRound:
         self._steps: dict[str, int] = {}
         self._table = np.zeros(0, dtype=[*columns, ("scalars", "f4", shape)])
         self._came = np.zeros(0, dtype=bool)
+        self._privacy: dict[str, PrivacySpent] = {}
 
     @property
     def asked(self) -> set[str]:
@@ -141,6 +162,8 @@ class OpenRound:
             reply.scalars,
         )
         self._came[row] = True
+        if reply.privacy is not None:
+            self._privacy[name] = reply.privacy
 
     def none(self) -> Replies:
         """Returns no replies."""
@@ -172,4 +195,5 @@ class OpenRound:
     def _at(self, rows: npt.NDArray[np.int64]) -> Replies:
         every = list(self._rows)
         names = [every[row] for row in rows.tolist()]
-        return Replies(self._job, self._number, names, self._table[rows])
+        told = {name: self._privacy[name] for name in names if name in self._privacy}
+        return Replies(self._job, self._number, names, self._table[rows], told)

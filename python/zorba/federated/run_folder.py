@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -188,6 +188,7 @@ class RunRecorder:
                 "fingerprints": {n: f"{f:016x}" for n, f in sorted(result.fingerprints.items())},
                 "flush_bytes_down": result.flush_bytes_down,
                 "failures": _cut(result.failures),
+                "privacy": {name: asdict(spent) for name, spent in result.privacy.items()},
             },
         )
 

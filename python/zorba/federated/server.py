@@ -18,6 +18,7 @@ from zorba.federated.log import LogHeader, RoundLog
 from zorba.federated.masks import Masks
 from zorba.federated.messages import Greeting, Hello, Plan, Reply, decode
 from zorba.federated.open_round import OpenRound, Replies
+from zorba.federated.privacy import PrivacySpent
 from zorba.federated.settings import FederationSettings
 from zorba.identity import package_version
 from zorba_kernels.noise import NOISE_VERSION
@@ -52,7 +53,7 @@ class RoundOutcome:
     Attributes:
         entry: as it is in the log.
         replies: that went into it, by client.
-        loss: mean of the clients' losses by their examples; nan when nobody replied.
+        loss: mean of the clients' losses by their examples; nan when nobody told one.
         diverged: clients whose weights differ from the others', and why that is believed.
         problem: why replies that came were not used; empty when they were, or none came.
     """
@@ -82,6 +83,7 @@ class Server:
         identity: of the model.
         log: the log.
         fingerprints: what each client last told of its replica: (applied round, fingerprint).
+        privacy: what each client last told of its privacy; none of those that add no noise.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Server:
         self.settings = settings
         self.identity = identity
         self.fingerprints: dict[str, tuple[int, int]] = {}
+        self.privacy: dict[str, PrivacySpent] = {}
         # A mark is what the client itself told; a server that was started again asks anew.
         self._marks: dict[str, int] = {}
         self._greeted_back: set[str] = set()  # hellos of the round under way, not yet asked
@@ -234,8 +237,7 @@ class Server:
         for name in diverged:
             self._marks.pop(name, None)  # greeted next, and judged by what it says then
         self._give_up_round()
-        loss = float(np.average(replies.losses, weights=replies.examples)) if replies else math.nan
-        return RoundOutcome(entry, replies, loss, diverged, problem)
+        return RoundOutcome(entry, replies, replies.loss, diverged, problem)
 
     def final_plan(self, available: Iterable[str] | None = None) -> dict[str, bytes]:
         """Returns plans that measure nothing for the admitted clients: they end with all the log.
@@ -330,6 +332,9 @@ class Server:
         self._check_position(name, reply.applied_round, reply.fingerprint)
         self._marks[name] = reply.applied_round
         self.fingerprints[name] = (reply.applied_round, reply.fingerprint)
+        self.privacy.pop(name, None)
+        if reply.privacy is not None:
+            self.privacy[name] = reply.privacy
         self._open.add(name, reply)
 
     def _check_position(self, name: str, applied: int, fingerprint: int) -> None:

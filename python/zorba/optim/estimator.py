@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -45,6 +45,21 @@ def finite_differences(
     Returns:
         The P scalars and the mean of the losses seen. Scalars are not finite where a loss was not.
     """
+    noises = evaluation_noises(seed, eps, num_perturbations, estimator, active, pending)
+    losses = list(evaluate(noises))
+    scalars = differences(losses, eps, estimator)
+    return scalars, math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.nan
+
+
+def evaluation_noises(
+    seed: int,
+    eps: float,
+    num_perturbations: int,
+    estimator: Estimator,
+    active: Sequence[float],
+    pending: NoiseTerms | None = None,
+) -> list[NoiseTerms]:
+    """Returns the noises at which ``finite_differences`` evaluates; see there."""
     mask = torch.as_tensor(active, dtype=torch.float32)
     base = NoiseTerms.none(len(mask)) if pending is None else pending
     central = estimator == "central"
@@ -52,13 +67,21 @@ def finite_differences(
     for sample in range(num_perturbations):
         for distance in (eps, -eps) if central else (eps,):
             noises.append(base.plus(NoiseTerms.single(seed, sample, distance * mask)))
-    losses = list(evaluate(noises))
-    if central:
+    return noises
+
+
+def differences(losses: Sequence[Any], eps: float, estimator: Estimator) -> list[Any]:
+    """Returns the P finite differences of the losses at ``evaluation_noises``.
+
+    Args:
+        losses: of each noise, a number, or an array of one loss an example.
+        eps: distance of the evaluations.
+        estimator: "central" or "forward".
+    """
+    if estimator == "central":
         pairs = zip(losses[::2], losses[1::2], strict=True)
-        scalars = [(plus - minus) / (2 * eps) for plus, minus in pairs]
-    else:
-        scalars = [(plus - losses[0]) / eps for plus in losses[1:]]
-    return scalars, math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.nan
+        return [(plus - minus) / (2 * eps) for plus, minus in pairs]
+    return [(plus - losses[0]) / eps for plus in losses[1:]]
 
 
 def one_by_one(loss: Callable[[NoiseTerms], float]) -> Evaluate:

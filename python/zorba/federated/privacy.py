@@ -1,0 +1,234 @@
+"""Differential privacy of a client's scalars: clip, add Gaussian noise, count what it spends.
+
+After DPZero (Zhang et al., arXiv 2310.09639, algorithm 2), which clips each example's finite
+difference and adds noise to their mean. See ``docs/security.md`` for what is protected from whom.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from zorba.federated.errors import FederationError
+from zorba.files import write_whole
+from zorba_kernels.program import check_choice
+
+Unit = Literal["example", "client"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
+LEDGER_SCHEMA = 1
+_Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """What a client does to its scalars before anybody sees them.
+
+    A local step measures P scalars. With unit "example" each example has a vector of P finite
+    differences, with "client" the whole batch has one. Vectors are cut to the L2 norm ``clip`` and
+    averaged over the batch's n (n = 1 for "client"), and a Gaussian of standard deviation
+    ``noise_multiplier * 2 * clip / n`` is added to each of the P numbers: 2 clip / n is how far the
+    mean can move when one example is replaced by any other, or with "client" all of its data.
+
+    Attributes:
+        unit: whom epsilon protects: each "example", or the "client" with all of its examples.
+        clip: L2 norm of a vector of P differences, in units of the scalars.
+        noise_multiplier: of that sensitivity.
+        delta: at which epsilon is told; well below one over the number of units.
+        max_epsilon: the client measures nothing that would spend more.
+    """
+
+    unit: Unit
+    clip: float
+    noise_multiplier: float
+    delta: float
+    max_epsilon: float = math.inf
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where a number makes no sense."""
+        check_choice("unit", self.unit, UNITS)
+        for what in ("clip", "noise_multiplier"):
+            value = getattr(self, what)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{what} must be positive and finite, got {value!r}")
+        if not 0 < self.delta < 1:
+            raise ValueError(f"delta must be between 0 and 1, got {self.delta!r}")
+        if not self.max_epsilon > 0:
+            raise ValueError(f"max_epsilon must be positive, got {self.max_epsilon!r}")
+
+
+@dataclass(frozen=True)
+class PrivacySpent:
+    """What a client says that its scalars have told so far.
+
+    Attributes:
+        unit: whom it protects.
+        epsilon: of all that it has sent.
+        delta: at which.
+    """
+
+    unit: Unit
+    epsilon: float
+    delta: float
+
+
+class PrivacyAccountant:
+    """Makes a client's scalars private, and keeps count of what they told.
+
+    The count, and the answer to the last plan, stand in a file that is written before the answer
+    leaves: a client that is killed and started again neither forgets what it spent nor answers the
+    same plan with new noise. Needs the package dp-accounting (``zorba-kernels[privacy]``).
+
+    Args:
+        privacy: what is done to the scalars. It may differ from that of an earlier start, but for
+            the unit: what was spent then still counts.
+        path: of the file, one a client and data set, whatever the job; its folder must exist.
+            None keeps the count in memory, for simulations.
+
+    Attributes:
+        privacy: as given.
+        last: digest of the last plan that was measured, and the answer to it.
+
+    Raises:
+        FederationError: the file is damaged or of another unit.
+    """
+
+    def __init__(self, privacy: Privacy, path: str | Path | None = None) -> None:
+        self.privacy = privacy
+        self.path = None if path is None else Path(path)
+        self.last: tuple[bytes, bytes] | None = None
+        self._releases: dict[float, int] = {}  # by noise multiplier
+        self._random: random.Random = random.SystemRandom()  # the operating system's, no seed
+        if self.path is not None and self.path.exists():
+            self._load(self.path)
+        self.spent()  # a missing package is told here, not after the first round
+
+    def spent(self, further: int = 0) -> PrivacySpent:
+        """Returns what all releases so far, and this many more, come to.
+
+        Each local step is one Gaussian mechanism; they compose by Renyi differential privacy
+        (Mironov, arXiv 1702.07476). No amplification by sampling is counted.
+        """
+        try:
+            from dp_accounting import GaussianDpEvent
+            from dp_accounting.rdp import RdpAccountant
+        except ImportError as error:
+            raise ImportError(
+                "privacy is counted with dp-accounting: pip install zorba-kernels[privacy]"
+            ) from error
+        counts = dict(self._releases)
+        noise = self.privacy.noise_multiplier
+        counts[noise] = counts.get(noise, 0) + further
+        accountant = RdpAccountant()
+        for multiplier, count in counts.items():
+            if count:
+                accountant.compose(GaussianDpEvent(multiplier), count)
+        epsilon = float(accountant.get_epsilon(self.privacy.delta)) if sum(counts.values()) else 0.0
+        return PrivacySpent(self.privacy.unit, epsilon, self.privacy.delta)
+
+    def afford(self, steps: int) -> PrivacySpent:
+        """Returns what is spent after so many more local steps.
+
+        Raises:
+            FederationError: that is more than ``max_epsilon``.
+        """
+        after = self.spent(steps)
+        if steps and after.epsilon > self.privacy.max_epsilon:
+            raise FederationError(
+                f"epsilon would be {after.epsilon:.3f} at delta {after.delta:g}, the limit is "
+                f"{self.privacy.max_epsilon:g}: the privacy budget is spent, and this client "
+                "measures no more"
+            )
+        return after
+
+    def release(self, differences: Sequence[Any], examples: int) -> npt.NDArray[np.float32]:
+        """Clips, averages and adds noise.
+
+        Args:
+            differences: finite differences of each of P perturbations: numbers, or arrays
+                [examples].
+            examples: of the batch.
+
+        Returns:
+            Private scalars, float32 [P].
+
+        Raises:
+            FederationError: unit "example" without a difference for each example.
+        """
+        rows = np.array([np.asarray(d, dtype=np.float64) for d in differences])
+        if self.privacy.unit == "client":
+            rows = rows.reshape(len(rows), -1).mean(axis=1, keepdims=True)
+        elif rows.shape != (len(rows), examples):
+            raise FederationError(
+                f"privacy of each example needs the loss of each of {examples} examples, the "
+                f"objective returned losses of shape {list(rows.shape[1:])}: return arrays, or "
+                'take the unit "client"'
+            )
+        private = _clipped_mean(rows.T, self.privacy.clip)
+        scale = self.privacy.noise_multiplier * 2 * self.privacy.clip / rows.shape[1]
+        noise = np.array([self._gaussian() for _ in private])
+        with np.errstate(over="ignore"):  # what is not finite is refused where it is used
+            released: npt.NDArray[np.float32] = (private + scale * noise).astype(np.float32)
+        return released
+
+    def note(self, steps: int, digest: bytes, answer: bytes) -> None:
+        """Counts what an answer tells; it is on disk on return, so the answer may leave."""
+        noise = self.privacy.noise_multiplier
+        self._releases[noise] = self._releases.get(noise, 0) + steps
+        if self.path is not None:
+            record = {
+                "schema": LEDGER_SCHEMA,
+                "unit": self.privacy.unit,
+                "releases": [[noise, count] for noise, count in self._releases.items()],
+                "last": [base64.b64encode(part).decode() for part in (digest, answer)],
+            }
+            text = json.dumps(record) + "\n"
+            write_whole(self.path, lambda draft: _write(draft, text))
+        self.last = (digest, answer)
+
+    def _gaussian(self) -> float:
+        """A standard normal out of four.
+
+        One sampled in doubles can give away what it was added to (Mironov 2012); summing several
+        hides that (Holohan and Braghin, arXiv 2107.10138).
+        """
+        return math.fsum(self._random.gauss(0.0, 1.0) for _ in range(4)) / 2
+
+    def _load(self, path: Path) -> None:
+        try:
+            record = json.loads(path.read_text())
+            unit, schema = record["unit"], record["schema"]
+            releases = {float(noise): int(count) for noise, count in record["releases"]}
+            digest, answer = (base64.b64decode(part, validate=True) for part in record["last"])
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise FederationError(f"{path} is no privacy ledger: {error!r}") from None
+        if (schema, unit) != (LEDGER_SCHEMA, self.privacy.unit):
+            raise FederationError(
+                f"{path} counts for the unit {unit!r} (schema {schema}), not for "
+                f"{self.privacy.unit!r} (schema {LEDGER_SCHEMA}): keep the unit"
+            )
+        self._releases, self.last = releases, (digest, answer)
+
+
+def _clipped_mean(rows: _Floats, clip: float) -> _Floats:
+    """Mean of rows [n, P], each cut to the L2 norm; one that is not finite counts as zeros.
+
+    Leaving such a row out, or giving up, would tell of it.
+    """
+    rows = np.where(np.isfinite(rows).all(axis=1, keepdims=True), rows, 0.0)
+    with np.errstate(over="ignore"):  # an infinite norm cuts the row to zeros
+        norm = np.linalg.norm(rows, axis=1, keepdims=True)
+    mean: _Floats = (rows * (clip / np.maximum(norm, clip))).mean(axis=0)
+    return mean
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)

@@ -17,10 +17,17 @@ def pytest_configure(config: pytest.Config) -> None:
 def measure(benchmark: Any) -> Callable[..., None]:
     """Times a call: one warm-up, then ``rounds`` single calls, with what was moved beside it."""
 
-    def run(call: Callable[[], object], weights: int, bytes_moved: int, rounds: int = 15) -> None:
+    def run(
+        call: Callable[[], object],
+        weights: int,
+        bytes_moved: int,
+        rounds: int = 15,
+        before: Callable[[], None] | None = None,
+    ) -> None:
         moved = {"weights": weights, "bytes": bytes_moved}
         benchmark.extra_info.update(machine.describe() | moved)
-        benchmark.pedantic(call, rounds=rounds, iterations=1, warmup_rounds=1)
+        # What runs before a round is not part of its time.
+        benchmark.pedantic(call, setup=before, rounds=rounds, iterations=1, warmup_rounds=1)
         median = benchmark.stats.stats.median
         benchmark.extra_info["ns_per_weight"] = median / weights * 1e9
         benchmark.extra_info["gb_per_s"] = bytes_moved / median / 1e9

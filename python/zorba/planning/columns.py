@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 Vector = NDArray[np.float64]
 
 _MAX_ITERATIONS = 100
-# Search for columns ends where the mixture is this near to a bound, in parts of the gap asked for.
-_NEAR_RELAXATION, _NEAR_LAGRANGE = 0.4, 0.1
+# Search for columns ends where the mixture is this near to a bound, in parts of the gap asked for,
+# and after this part of the time.
+_NEAR = 0.4
+_TIME_FOR_COLUMNS = 0.4
 # Prices jump from one iteration to the next: new columns are made for a mean of the best ones so
 # far and the latest (Wentges 1997).
 _SMOOTHING = 0.6
@@ -93,16 +95,16 @@ class ColumnPool:
             gap: relative gap to the bound that is enough.
             seconds: time limit.
         """
-        end = time.monotonic() + seconds
+        start = time.monotonic()
         allowed = bound / (1 - gap) - bound
         mixture: _Mixture | None = None
         best_prices: Vector | None = None
         lagrange = -np.inf
         for _ in range(_MAX_ITERATIONS):
             mixture = self._mix(rows)
-            if mixture is None or mixture.value - bound <= _NEAR_RELAXATION * allowed:
+            if mixture is None or mixture.value - max(bound, lagrange) <= _NEAR * allowed:
                 break
-            if mixture.value - lagrange <= _NEAR_LAGRANGE * allowed or time.monotonic() >= end:
+            if time.monotonic() - start > _TIME_FOR_COLUMNS * seconds:
                 break
             prices = mixture.prices
             if best_prices is not None:
@@ -125,7 +127,7 @@ class ColumnPool:
             bound = max(bound, self._lagrange(rows, best_prices, most))
         wanted = bound / (1 - gap)
         slack = max(0.9 * (wanted - mixture.value) / wanted, 0.1 * gap)
-        chosen = self._choose(rows, slack, max(end - time.monotonic(), 0.1))
+        chosen = self._choose(rows, slack, max(seconds - (time.monotonic() - start), 0.1))
         # Others come back if prices ask for them; without them the next master is quick.
         used = [key for key, share in zip(self._columns, mixture.shares, strict=False) if share]
         self._columns = {key: self._columns[key] for key in used}

@@ -138,7 +138,8 @@ class Program:
         bound = relaxed.fun if relaxed.status == 0 else 0.0
         best = self._best(objective, masks, bound, gap)
         if gap and bound and not (best and best.proven):
-            pool = self._combined(objective, limits, relaxed, masks, gap, end - time.monotonic())
+            half = (end - time.monotonic()) / 2  # the other for HiGHS alone
+            pool = self._combined(objective, limits, relaxed, masks, gap, half)
             bound = pool.bound
             if pool.counts is not None:
                 masks.append(self._deal(pool.counts.tolist()))

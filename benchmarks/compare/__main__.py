@@ -127,6 +127,9 @@ class Compare:
         work = work_of(loss, clients, self.settings, plan.local_steps)
         masks = {client: self.mask_of(client) for client in clients}
         method = make_method(name, work, self.settings, masks)
+        if not self.results.data["start"]:
+            start = loss.score(data.evaluation)
+            self.results.add_start(start.accuracy, start.auc)
         with _progress(self.console) as progress:
             bar = progress.add_task(plan.title, total=plan.rounds, note="")
             record, ended = run(

@@ -35,7 +35,7 @@ class Evaluation:
     Attributes:
         score: of some batches.
         subset: batches that every point of the curve is taken on.
-        whole: batches of the whole set, for the start and the end; the subset's where it is empty.
+        whole: batches of the whole set, for the end.
         every: rounds between points.
     """
 
@@ -79,7 +79,7 @@ def run(
         clients: that take part, in every round.
         rounds: in all.
         evaluation: how and when the global model is scored.
-        keep: file that state and record are kept in, at every evaluation and when time is up.
+        keep: file that state and record are kept in, after every round.
         resume: continue from that file, where there is one.
         on_round: called with the record after each round, and after the first evaluation.
         until: ``time.monotonic()`` at which the run stops.
@@ -93,7 +93,7 @@ def run(
         record = Record(kept["rounds"], kept["scores"])
         method.restore(kept["state"])
     else:
-        _score(record, evaluation, ends=True)
+        _score(record, evaluation, ends=False)
     on_round(record)
     while len(record.rounds) < rounds:
         round_ = len(record.rounds) + 1
@@ -101,10 +101,8 @@ def run(
         if round_ % evaluation.every == 0 or round_ == rounds:
             _score(record, evaluation, ends=round_ == rounds)
         on_round(record)
-        stop = time.monotonic() >= until
-        if round_ % evaluation.every == 0 or round_ == rounds or stop:
-            _keep(keep, record, method.state())
-        if stop:
+        _keep(keep, record, method.state())
+        if time.monotonic() >= until:
             break
     return record, len(record.rounds) == rounds
 

@@ -22,34 +22,35 @@ COLORS = {
 MIB = 2**20
 
 
-def label_of(row: Row) -> str:
+def label_of(row: Row, short: bool = False) -> str:
     """Returns what a measured client is called."""
-    title = PLANS[row.method].title
+    plan = PLANS[row.method]
+    title = plan.short if short else plan.title
     if row.method == "zorba":
-        return f"{title}, {SHARES[row.client]:.0%} of the blocks"
+        return f"{title}, {SHARES[row.client]:.0%}" + ("" if short else " of the blocks")
     return title + "".join(f", {name}" for name, _ in row.options)
 
 
 def print_table(console: Console, data: dict[str, Any]) -> None:
     """Prints what is there: a row for each measured client."""
     table = Table(title="SmolLM2-135M, SST-2, 8 clients that are not alike")
-    table.add_column("client of")
+    table.add_column("client of", no_wrap=True)
     for name in (
         "accuracy",
         "AUC",
         "rounds",
         "peak MiB",
-        "of full ZO",
-        "up, B",
-        "down, B",
-        "s a round",
+        "of DeComFL",
+        "up",
+        "down",
+        "s",
     ):
         table.add_column(name, justify="right")
     methods, clients = data["methods"], data["clients"]
     full = clients.get(Row("decomfl").key)
     for row in ROWS:
         run, seen = methods.get(row.method), clients.get(row.key)
-        cells = [label_of(row), *(_curve_cells(run) if run else ["-"] * 3)]
+        cells = [label_of(row, short=True), *(_curve_cells(run) if run else ["-"] * 3)]
         if seen:
             share = f"{seen['peak_bytes'] / full['peak_bytes']:.2f}" if full else "-"
             cells += [f"{seen['peak_bytes'] / MIB:,.0f}", share]
@@ -58,14 +59,17 @@ def print_table(console: Console, data: dict[str, Any]) -> None:
         cells += _traffic_cells(run) if run else ["-"] * 2
         cells.append(f"{seen['seconds_round']:.1f}" if seen else "-")
         table.add_row(*cells)
+    table.caption = "up, down: bytes of a client and round (as encoded); s: seconds of a round"
+    if data["start"]:
+        start = data["start"]
+        table.caption += f"\nbefore: accuracy {start['accuracy']:.3f}, AUC {start['auc']:.3f}"
     console.print(table)
 
 
-def ends_of(run: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the first and the last score on the whole evaluation set."""
-    most = max(score["sentences"] for score in run["scores"])
-    whole = [score for score in run["scores"] if score["sentences"] == most]
-    return whole[0], whole[-1]
+def end_of(run: dict[str, Any]) -> dict[str, Any]:
+    """Returns the last score, on the whole evaluation set."""
+    score: dict[str, Any] = max(run["scores"], key=lambda score: score["sentences"])
+    return score
 
 
 def mean_of(run: dict[str, Any], key: str) -> float:
@@ -118,19 +122,15 @@ def draw_costs(path: Path, data: dict[str, Any]) -> None:
 
 
 def _curve_cells(run: dict[str, Any]) -> list[str]:
-    first, last = ends_of(run)
-    return [
-        f"{first['accuracy']:.3f} → {last['accuracy']:.3f}",
-        f"{first['auc']:.3f} → {last['auc']:.3f}",
-        str(len(run["rounds"])),
-    ]
+    end = end_of(run)
+    return [f"{end['accuracy']:.3f}", f"{end['auc']:.3f}", str(len(run["rounds"]))]
 
 
 def _traffic_cells(run: dict[str, Any]) -> list[str]:
     cells = []
     for way in ("up", "down"):
         numbers, encoded = mean_of(run, way), mean_of(run, f"{way}_encoded")
-        more = f" ({encoded:,.0f} encoded)" if encoded != numbers else ""
+        more = f" ({encoded:,.0f})" if encoded != numbers else ""
         cells.append(f"{numbers:,.0f}{more}")
     return cells
 

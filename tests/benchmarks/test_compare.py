@@ -80,7 +80,7 @@ def test_a_run_that_is_stopped_continues_where_it_was(
     record, ended = whole.run()
     assert ended
     assert [r["loss"] > 0 for r in record.rounds] == [True] * ROUNDS
-    assert [s["round"] for s in record.scores] == [0, 0, 2, 4, 4]
+    assert [s["round"] for s in record.scores] == [0, 2, 4, 4]
     assert not torch.equal(start, whole.logits())
 
     other = replace(settings, out=settings.out / "other")
@@ -139,7 +139,8 @@ def test_results_are_kept_shown_and_drawn(tmp_path: Path) -> None:
     path, settings = tmp_path / "results" / "compare.json", Settings()
     cost = {"loss": 0.7, "seconds": 1.0, "up": 4.0, "up_encoded": 62.0, "down": 20.0}
     rounds = [{**cost, "down_encoded": 99.0}] * 3
-    points = [(0, 10, 0.5), (0, 40, 0.52), (3, 10, 0.6), (3, 40, 0.75)]
+    points = [(0, 10, 0.5), (3, 10, 0.6), (3, 40, 0.75)]
+    Results(path).add_start(0.52, 0.7)
     scores = [{"round": r, "sentences": n, "accuracy": a, "auc": a} for r, n, a in points]
     for name in ("zorba", "decomfl"):
         Results(path).add("methods", name, {"rounds": rounds, "scores": scores}, settings)
@@ -153,8 +154,9 @@ def test_results_are_kept_shown_and_drawn(tmp_path: Path) -> None:
     console = Console(record=True, width=200)
     report.print_table(console, results)
     text = console.export_text()
-    assert "0.520 → 0.750" in text
-    assert "4 (62 encoded)" in text
+    assert "before: accuracy 0.520, AUC 0.700" in text
+    assert "0.750" in text
+    assert "4 (62)" in text
     report.draw_accuracy(tmp_path / "accuracy.png", results)
     report.draw_costs(tmp_path / "costs.png", results)
     assert (tmp_path / "accuracy.png").stat().st_size > 0

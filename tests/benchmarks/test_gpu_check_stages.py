@@ -306,12 +306,12 @@ def test_suites_of_the_gpu_are_there():
 
 
 def test_machine_is_described_without_an_installation(monkeypatch):
-    from zorba import machine
+    from zorba.machine import description
 
     def missing(name):
-        raise machine.PackageNotFoundError(name)
+        raise description.PackageNotFoundError(name)
 
-    monkeypatch.setattr(machine, "version", missing)
+    monkeypatch.setattr(description, "version", missing)
     about = build.describe(CPU)
     assert about["zorba_kernels"] is None
     assert about["torch"] == torch.__version__

@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from zorba.demo.settings import DemoSettings
+from zorba.deployment.command import app as federate
 from zorba.finetune.settings import FinetuneSettings
 from zorba_kernels.noise import DISTRIBUTIONS
 
@@ -33,6 +34,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
+app.add_typer(federate, name="federate")
 
 
 @app.callback()

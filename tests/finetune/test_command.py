@@ -9,21 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 from zorba.cli import app
 from zorba.finetune.data import fields_of, index_labels, read_rows, values_of
 from zorba.finetune.run import _batches
 
-PLAIN = ["a", "good", "film", "and", "It", "was", "bad", "dull", "fine", "terrible", "great"]
+from tests.finetune.tiny import ROWS, save_tiny_llama
 
 
 @pytest.fixture(autouse=True)
@@ -33,28 +25,7 @@ def one_thread(threads: None) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    names = ["<pad>", "</s>", "<unk>", *PLAIN, *(f" {word}" for word in PLAIN)]
-    core = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    core.pre_tokenizer = Split(Regex(r" ?[^ .]+|\."), "isolated")
-    PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(names), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
-ROWS = [
-    {"sentence": f"a {word} film{more}", "label": label}
-    for label, words in (("negative", ("bad", "dull")), ("positive", ("good", "fine")))
-    for word in words
-    for more in ("", " and a film")
-]
+    return save_tiny_llama(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""What runs inside the engine: a controller around the server, an executor around a client."""

@@ -5,7 +5,6 @@ Everything that any method needs is imported by this module, so that all have th
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -17,17 +16,13 @@ import peft
 import torch
 import transformers
 from zorba.hf import find_blocks
-from zorba.machine import run_apart
+from zorba.machine import GIVING_BACK, run_apart
 from zorba.offload import Offload
 
 from benchmarks.compare.loop import run_round
 from benchmarks.compare.methods import make_method
 from benchmarks.compare.settings import Settings
 from benchmarks.compare.task import AnswerLoss, load_model, measured_work
-
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
-"""Of glibc, for every client alike: what is freed goes back to the system. Left to itself it keeps
-freed pieces between live ones, from some MiB to 170 MiB, by chance."""
 
 _IMPORTED = (peft, transformers)
 _ANSWERS = (5, 9)  # any two tokens: memory and time do not depend on which
@@ -111,13 +106,8 @@ def measure(row: Row, mask: Sequence[bool], settings: Settings, folder: Path) ->
         Peak bytes of anonymous memory above the baseline, the baseline, seconds of a round.
     """
     settings.out.mkdir(parents=True, exist_ok=True)
-    before = dict(os.environ)
-    os.environ |= ALLOCATOR
-    try:
-        seen = run_apart(client, row, mask, settings, folder, torch.get_num_threads())
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    arguments = (row, mask, settings, folder, torch.get_num_threads())
+    seen = run_apart(client, *arguments, environment=GIVING_BACK)
     seconds = seen.result["seconds"]
     return {
         **seen.result,

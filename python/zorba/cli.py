@@ -26,6 +26,7 @@ _DEMO_NEEDS = [
     "transformers",
 ]
 
+_PLAN_NEEDS = ["greenlet", "matplotlib", "rich", "safetensors", "scipy", "transformers"]
 _FINETUNE_NEEDS = ["matplotlib", "rich", "safetensors", "transformers"]
 _FINETUNE = FinetuneSettings("", Path())  # the defaults
 
@@ -237,6 +238,76 @@ def replay(
         rebuild(base, log, out, verify=verify, say=typer.echo, progress=_progress_bar("replay"))
     except (RuntimeError, ValueError, OSError) as error:
         _fail("replay", str(error))
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of a language model.")],
+    budgets: Annotated[
+        str, typer.Option(help="phone=300MB,laptop=2GiB, or a file with one a line, or JSON.")
+    ],
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 16,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of the longest sequence.")] = 64,
+    perturbations: Annotated[int, typer.Option(min=1, help="P: directions a step.")] = 5,
+    estimator: Annotated[str, typer.Option(help="central or forward.")] = "central",
+    loss: Annotated[str, typer.Option(help="label-words, or text: all logits.")] = "label-words",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16; auto for the model's.")
+    ] = "auto",
+    idle: Annotated[str, typer.Option(help="Idle blocks: offload or resident.")] = "offload",
+    priorities: Annotated[str, typer.Option(help="Weight of each block in F1, by commas.")] = "",
+    min_coverage: Annotated[int, typer.Option(min=1, help="Clients a block.")] = 1,
+    min_active: Annotated[int, typer.Option(min=0, help="Least blocks a client.")] = 1,
+    max_active: Annotated[int | None, typer.Option(min=1, help="Most blocks a client.")] = None,
+    tolerance: Annotated[
+        float, typer.Option(help="How much F1 may rise to save memory; 0.05 is 5 %.")
+    ] = 0.0,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run a client for each mask, and measure it.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    calibration: Annotated[
+        Path, typer.Option(help="File that keeps what this machine adds.")
+    ] = Path(".cache/calibration.json"),
+    out: Annotated[Path, typer.Option(help="Folder for plan.json, plan.png.")] = Path("runs/plan"),
+) -> None:
+    """Plan which client activates which blocks, and predict what each will take.
+
+    Budgets are bytes above what a process takes for its imports. The first plan on a machine
+    calibrates: it runs three blocks of the model, which takes a minute.
+    """
+    missing = [name for name in _PLAN_NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        _fail("plan", f"it needs {', '.join(missing)}: pip install 'zorba-kernels[plan]'")
+    from zorba.planning.budgets import read_budgets
+    from zorba.planning.command import plan_settings, run_plan
+
+    try:
+        settings = plan_settings(
+            model=model,
+            dtype=dtype,
+            work={
+                "batch_size": batch_size,
+                "length": length,
+                "num_perturbations": perturbations,
+                "estimator": estimator,
+                "loss": loss,
+                "idle": idle,
+            },
+            budgets=read_budgets(budgets),
+            priorities=tuple(map(float, priorities.split(","))) if priorities else None,
+            min_coverage=min_coverage,
+            min_active=min_active,
+            max_active=max_active,
+            tolerance=tolerance,
+            measure=measure,
+            calibration=calibration,
+            out=out,
+            device=device,
+        )
+        run_plan(settings)
+    except (RuntimeError, ValueError, OSError) as error:
+        _fail("plan", str(error))
 
 
 @app.command()

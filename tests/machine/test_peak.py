@@ -42,6 +42,11 @@ def forget(ready: Callable[[], None]) -> None:
     del ready
 
 
+def variable(ready: Callable[[], None], name: str) -> str | None:
+    ready()
+    return os.environ.get(name)
+
+
 def die(ready: Callable[[], None]) -> None:
     ready()
     os.kill(os.getpid(), 9)
@@ -61,6 +66,11 @@ def test_leaves_out_mapped_files(tmp_path: Path) -> None:
     run = run_apart(map_file, str(path))
     assert run.result == size
     assert run.above < 8 * MIB
+
+
+def test_environment_is_the_other_processs_alone() -> None:
+    assert run_apart(variable, "ZORBA_ANY", environment={"ZORBA_ANY": "7"}).result == "7"
+    assert "ZORBA_ANY" not in os.environ
 
 
 def test_watches_this_process_too() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,11 +154,8 @@ class Replanner:
         missing = [name for name in masks if name not in self._budgets]
         if missing:
             raise ValueError(f"the Replanner has no budget for {', '.join(missing)}")
-        memory = self._memory
-        if isinstance(memory.fixed, Mapping):
-            memory = replace(memory, fixed={name: memory.fixed[name] for name in masks})
         plan = plan_blocks(
-            memory,
+            self._memory.only(masks),
             {name: self._budgets[name] for name in masks},
             priorities=self.importance.tolist(),
             **self._options,

@@ -1,6 +1,7 @@
 """What a run ran on, and how much memory it took."""
 
-from zorba.machine.apart import Apart, Ready, run_apart
+from zorba.machine.allocations import peak_bytes
+from zorba.machine.apart import GIVING_BACK, Apart, Ready, run_apart
 from zorba.machine.description import describe, version_of
 from zorba.machine.peak import (
     PeakAnonymous,
@@ -10,11 +11,13 @@ from zorba.machine.peak import (
 )
 
 __all__ = [
+    "GIVING_BACK",
     "Apart",
     "PeakAnonymous",
     "Ready",
     "anonymous_memory",
     "describe",
+    "peak_bytes",
     "peak_memory",
     "reset_peak_memory",
     "run_apart",

@@ -6,8 +6,9 @@ import contextlib
 import ctypes
 import gc
 import multiprocessing
+import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
@@ -18,6 +19,10 @@ from zorba.machine.peak import PeakAnonymous
 
 T = TypeVar("T")
 Ready = Callable[[], None]
+
+GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
+"""Environment in which glibc gives freed tensors back to the system. Left to itself it keeps freed
+pieces between live ones, from some MiB to hundreds of them, by chance."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,12 @@ class Apart(Generic[T]):
         return self.peak - self.baseline
 
 
-def run_apart(function: Callable[..., T], *args: Any, interval: float = 0.001) -> Apart[T]:
+def run_apart(
+    function: Callable[..., T],
+    *args: Any,
+    interval: float = 0.001,
+    environment: Mapping[str, str] | None = None,
+) -> Apart[T]:
     """Calls ``function(ready, *args)`` in a fresh process and measures its memory (Linux).
 
     The function imports what it needs and then calls ``ready()``, once: the baseline is read there.
@@ -54,6 +64,7 @@ def run_apart(function: Callable[..., T], *args: Any, interval: float = 0.001) -
             usual ``if __name__ == "__main__"``).
         args: its further arguments; they and the result are pickled.
         interval: seconds between two looks at the memory.
+        environment: variables of the process, besides those of this one; ``GIVING_BACK``, say.
 
     Raises:
         RuntimeError: the function raised (the message has its traceback), never called ``ready``,
@@ -62,7 +73,8 @@ def run_apart(function: Callable[..., T], *args: Any, interval: float = 0.001) -
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, function, args), daemon=True)
-    process.start()
+    with _environment(environment or {}):
+        process.start()
     theirs.close()
     try:
         _receive(ours, process, "ready")
@@ -77,6 +89,21 @@ def run_apart(function: Callable[..., T], *args: Any, interval: float = 0.001) -
         if process.is_alive():
             process.kill()
             process.join()
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables of this process, which a new one inherits."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _receive(connection: Connection, process: Any, wanted: str) -> Any:

@@ -17,21 +17,23 @@ def check_clients_alone(problem: Problem) -> None:
     shortfalls: dict[str, int] = {}
     lines: list[str] = []
     plural = "" if problem.min_active == 1 else "s"
-    for name, budget, base in zip(problem.clients, problem.budgets, problem.base, strict=True):
-        short = base + least - budget
+    pairs = zip(problem.base, problem.whole, strict=True)
+    needs = [min(base + least, whole) for base, whole in pairs]
+    for name, budget, need in zip(problem.clients, problem.budgets, needs, strict=True):
+        short = need - budget
         if short > 0:
             shortfalls[name] = short
             lines.append(
-                f"client {name!r} has {budget:,} bytes but needs at least {base + least:,} for "
+                f"client {name!r} has {budget:,} bytes but needs at least {need:,} for "
                 f"{problem.min_active} active block{plural}: {short:,} bytes short"
             )
     if lines:
         raise InfeasiblePlanError("; ".join(lines), shortfalls)
-    wanted = len(problem.blocks) * problem.min_coverage
+    wanted = len(problem.blocks) * problem.needed
     most = len(problem.clients) * problem.max_active
     if wanted > most:
         raise InfeasiblePlanError(
-            f"{len(problem.blocks)} blocks on {problem.min_coverage} clients each are {wanted} "
+            f"{len(problem.blocks)} blocks on {problem.needed} clients each are {wanted} "
             f"activations, but {len(problem.clients)} clients with max_active "
             f"{problem.max_active} give {most}: {wanted - most} missing, whatever the budgets"
         )
@@ -62,7 +64,7 @@ def _missing_coverage(problem: Problem, seconds: float) -> dict[str, int]:
         return {}
     if solution is None:
         return {}
-    lacks = problem.min_coverage - solution.mask.sum(axis=0)
+    lacks = problem.needed - solution.mask.sum(axis=0)
     return {name: int(n) for name, n in zip(problem.blocks, lacks, strict=True) if n > 0}
 
 
@@ -92,9 +94,7 @@ def _extra_memory(problem: Problem, seconds: float) -> dict[str, int]:
         np.repeat([0.0, 1.0], [num_clients * num_kinds, num_clients]),
         integrality=np.repeat([1, 0], [num_clients * num_kinds, num_clients]),
         bounds=Bounds(0, np.array(sizes * num_clients + [np.inf] * num_clients)),
-        constraints=LinearConstraint(
-            rows, low + [problem.min_coverage * size for size in sizes], high
-        ),
+        constraints=LinearConstraint(rows, low + [problem.needed * size for size in sizes], high),
         options={"mip_rel_gap": 0.0, "time_limit": seconds},
     )
     if result.x is None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, SupportsIndex, get_args
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, SupportsIndex, get_args
 
 import torch
 
@@ -17,9 +17,9 @@ IdlePolicy = Literal["resident", "offload"]
 class MemoryModel:
     """Bytes on the device of a client, block by block.
 
-    The memory of client n is ``fixed[n] + sum_b (active[b] if a[n, b] else idle[b])``. What can
-    fill these fields can be planned with: ``weights_memory`` counts weights, a calibrated model
-    would put measured bytes in the same places.
+    The memory of client n is ``fixed[n] + sum_b (active[b] if a[n, b] else idle[b])``, and at most
+    ``whole[n]`` where every block is active. What can fill these fields can be planned with:
+    ``weights_memory`` counts weights, ``memory_model`` puts calibrated bytes in the same places.
 
     Args:
         active: bytes of each block where it is active.
@@ -28,12 +28,15 @@ class MemoryModel:
             one block, logits, scratch): one number for all clients, a sequence in client order,
             or a mapping from client name.
         block_names: names of the blocks; ``block-0``, ``block-1``, ... where not given.
+        whole: bytes with every block active, where that is less than the sum: no idle block needs a
+            buffer then, and no evaluation waits for another. As ``fixed``; None for the sum.
     """
 
     active: Sequence[int]
     idle: Sequence[int]
     fixed: int | Sequence[int] | Mapping[str, int] = 0
     block_names: Sequence[str] | None = None
+    whole: int | Sequence[int] | Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         active = tuple(whole_bytes(v, f"active[{b}]") for b, v in enumerate(self.active))
@@ -58,9 +61,31 @@ class MemoryModel:
 
     def fixed_bytes(self, clients: Sequence[str]) -> tuple[int, ...]:
         """Returns the fixed bytes of each client."""
-        if isinstance(self.fixed, Mapping | Sequence):
-            return per_client(self.fixed, clients, "fixed")
-        return (whole_bytes(self.fixed, "fixed"),) * len(clients)
+        return _for_each(self.fixed, clients, "fixed")
+
+    def all_active_bytes(self, clients: Sequence[str]) -> tuple[int, ...]:
+        """Returns the bytes of each client with every block active."""
+        sums = tuple(fixed + sum(self.active) for fixed in self.fixed_bytes(clients))
+        if self.whole is None:
+            return sums
+        return tuple(map(min, sums, _for_each(self.whole, clients, "whole")))
+
+    def only(self, clients: Collection[str]) -> MemoryModel:
+        """Returns the model of some of the clients that it names, where it names any."""
+
+        def part(values: Any) -> Any:
+            named = isinstance(values, Mapping)
+            return {n: v for n, v in values.items() if n in clients} if named else values
+
+        return replace(self, fixed=part(self.fixed), whole=part(self.whole))
+
+
+def _for_each(
+    values: int | Sequence[int] | Mapping[str, int], clients: Sequence[str], what: str
+) -> tuple[int, ...]:
+    if isinstance(values, Mapping | Sequence):
+        return per_client(values, clients, what)
+    return (whole_bytes(values, what),) * len(clients)
 
 
 def weights_memory(

@@ -76,11 +76,13 @@ def _draw_memory(axes: Axes, plan: BlockPlan) -> None:
 
 
 def _draw_front(axes: Axes, plan: BlockPlan) -> None:
-    f1, f2 = [p.f1 for p in plan.front], [p.f2 for p in plan.front]
+    share = 100 / len(plan.clients)
+    f1, f2 = [p.f1 for p in plan.front], [share * p.f2 for p in plan.front]
     axes.plot(f1, f2, color=_ACTIVE, linewidth=0.8, marker="o", markersize=4)
-    axes.plot(plan.point.f1, plan.point.f2, "o", color=_MARK, markersize=8, label="this plan")
+    chosen = plan.point.f1, share * plan.point.f2
+    axes.plot(*chosen, "o", color=_MARK, markersize=8, label="this plan")
     axes.set_xlabel("F1, lower converges faster")
-    axes.set_ylabel("F2, lower takes less memory")
+    axes.set_ylabel("memory, mean % of the budgets (F2)")
     axes.set_title("Pareto front", fontsize=9, color=_TEXT, loc="left")
     axes.margins(0.12)
     axes.legend(frameon=False, loc="upper right", fontsize=8)

@@ -6,6 +6,8 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
+
 from zorba.planning.diagnosis import check_clients_alone, explain_infeasible
 from zorba.planning.memory import MemoryModel
 from zorba.planning.plan import BlockPlan, ParetoPoint, pareto_front
@@ -38,7 +40,9 @@ def plan_blocks(
     Trades the convergence surrogate ``F1 = sum_b priorities[b] / coverage[b]`` (derived in
     docs/theory.md) against relative memory ``F2 = sum_n V_n / budgets[n]``. The plan is the
     point of least F2 among those with ``F1 <= (1 + tolerance) * least F1``; ``BlockPlan.front``
-    holds the other points of the Pareto front and ``BlockPlan.choose`` switches to one.
+    holds the other points of the Pareto front and ``BlockPlan.choose`` switches to one. Clients
+    with room for the whole model that need less for it than the sum (``MemoryModel.whole``)
+    activate every block in all of them, unless `max_active` is less.
 
     Args:
         memory: bytes of each block, active and idle, and fixed bytes.
@@ -70,13 +74,16 @@ def plan_blocks(
         raise ValueError(f"time_limit must be positive, not {time_limit}")
     start = time.monotonic()
     problem = make_problem(memory, budgets, priorities, min_coverage, min_active, max_active)
-    check_clients_alone(problem)
-    solves = _Solves(Program(problem), mip_rel_gap, start + time_limit)
-    try:
-        solutions = list(_sweep(solves, num_points, tolerance))
-    except InfeasibleProgramError:
-        raise explain_infeasible(problem, min(time_limit, 10.0)) from None
-    front = pareto_front([_point(problem, solution) for solution in solutions])
+    full, rest = problem.split()
+    solutions = [Solution(np.zeros((0, len(problem.blocks)), dtype=np.bool_), 0.0, proven=True)]
+    if rest.clients:
+        check_clients_alone(rest)
+        solves = _Solves(Program(rest), mip_rel_gap, start + time_limit)
+        try:
+            solutions = list(_sweep(solves, num_points, tolerance))
+        except InfeasibleProgramError:
+            raise explain_infeasible(rest, min(time_limit, 10.0)) from None
+    front = pareto_front([_point(problem, full, solution) for solution in solutions])
     bound = (1 + tolerance) * front[0].f1
     chosen = max(i for i, point in enumerate(front) if point.f1 <= bound)
     return BlockPlan(
@@ -154,13 +161,15 @@ def _sweep(solves: _Solves, num_points: int, tolerance: float) -> Iterator[Solut
             yield between
 
 
-def _point(problem: Problem, solution: Solution) -> ParetoPoint:
-    solution.mask.flags.writeable = False
+def _point(problem: Problem, full: list[int], solution: Solution) -> ParetoPoint:
+    mask = np.ones((len(problem.clients), len(problem.blocks)), dtype=np.bool_)
+    mask[[n for n in range(len(mask)) if n not in full]] = solution.mask
+    mask.flags.writeable = False
     return ParetoPoint(
-        f1=problem.f1(solution.mask),
-        f2=problem.f2(solution.mask),
-        mask=solution.mask,
-        memory=problem.memory(solution.mask),
+        f1=problem.f1(mask),
+        f2=problem.f2(mask),
+        mask=mask,
+        memory=problem.memory(mask),
         gap=solution.gap,
         proven=solution.proven,
     )

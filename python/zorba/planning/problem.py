@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,18 +41,26 @@ class Problem:
     """Who may activate what: N clients, B blocks, sizes in whole bytes.
 
     ``base[n]`` is the memory of client n with every block idle and ``extra[b]`` what block b adds
-    where it is active, so that V_n = base[n] + sum_b a[n, b] extra[b].
+    where it is active, so that V_n = base[n] + sum_b a[n, b] extra[b]; with every block active it
+    is ``whole[n]``, at most as much. ``covered`` further clients have every block active.
     """
 
     clients: tuple[str, ...]
     blocks: tuple[str, ...]
     budgets: tuple[int, ...]
     base: tuple[int, ...]
+    whole: tuple[int, ...]
     extra: tuple[int, ...]
     priorities: tuple[float, ...]
     min_coverage: int
     min_active: int
     max_active: int
+    covered: int = 0
+
+    @property
+    def needed(self) -> int:
+        """Clients of this problem that must have each block active."""
+        return max(self.min_coverage - self.covered, 0)
 
     @cached_property
     def spare(self) -> tuple[int, ...]:
@@ -73,19 +82,50 @@ class Problem:
     def memory(self, mask: Mask) -> tuple[int, ...]:
         """Returns V_n of each client, exact."""
         return tuple(
-            base + sum(self.extra[b] for b in np.flatnonzero(row).tolist())
-            for base, row in zip(self.base, mask, strict=True)
+            whole if row.all() else base + sum(self.extra[b] for b in np.flatnonzero(row).tolist())
+            for base, whole, row in zip(self.base, self.whole, mask, strict=True)
         )
 
     def f1(self, mask: Mask) -> float:
         """Returns F1 = sum_b priorities[b] / coverage[b]."""
         pairs = zip(self.priorities, mask.sum(axis=0).tolist(), strict=True)
-        return math.fsum(priority / count for priority, count in pairs)
+        return math.fsum(priority / (count + self.covered) for priority, count in pairs)
 
     def f2(self, mask: Mask) -> float:
         """Returns F2 = sum_n V_n / C_n."""
         pairs = zip(self.memory(mask), self.budgets, strict=True)
         return math.fsum(used / budget for used, budget in pairs)
+
+    def split(self) -> tuple[list[int], Problem]:
+        """Sets the clients apart that have room for every block and need less for it than the sum.
+
+        Sums, which a program is made of, do not tell what such a client takes. F1 is least where it
+        has every block active, whatever else is planned.
+
+        Returns:
+            Their indices, and the problem of the others.
+        """
+        free = self.max_active == len(self.blocks)
+        full = [
+            n
+            for n, (whole, budget, base) in enumerate(
+                zip(self.whole, self.budgets, self.base, strict=True)
+            )
+            if free and whole <= budget and whole < base + sum(self.extra)
+        ]
+        rest = [n for n in range(len(self.clients)) if n not in full]
+
+        def of_rest(values: Sequence[Any]) -> tuple[Any, ...]:
+            return tuple(values[n] for n in rest)
+
+        return full, replace(
+            self,
+            clients=of_rest(self.clients),
+            budgets=of_rest(self.budgets),
+            base=of_rest(self.base),
+            whole=of_rest(self.whole),
+            covered=self.covered + len(full),
+        )
 
 
 def make_problem(
@@ -122,6 +162,7 @@ def make_problem(
         blocks=blocks,
         budgets=limits,
         base=tuple(fixed + idle for fixed in memory.fixed_bytes(clients)),
+        whole=memory.all_active_bytes(clients),
         extra=tuple(on - off for on, off in zip(memory.active, memory.idle, strict=True)),
         priorities=_checked_priorities(priorities, blocks),
         min_coverage=min_coverage,

@@ -69,7 +69,7 @@ class Program:
     def __init__(self, problem: Problem, min_coverage: int | None = None) -> None:
         """Builds the rows; `min_coverage` overrides the problem's, 0 allows uncovered blocks."""
         self.problem = problem
-        self._lowest = problem.min_coverage if min_coverage is None else min_coverage
+        self._lowest = problem.needed if min_coverage is None else min_coverage
         self._num_clients, self._num_kinds = len(problem.clients), len(problem.kinds)
         self._kind_extra = [problem.extra[kind[0]] for kind in problem.kinds]
         self._pool = ColumnPool(problem)
@@ -85,7 +85,7 @@ class Program:
 
     def missing_coverage(self) -> Row:
         """Returns the objective that counts how many clients blocks lack to `min_coverage`."""
-        wanted = self.problem.min_coverage
+        wanted = self.problem.needed
         return {
             self._y(h, k): float(wanted - k)
             for h in range(self._num_kinds)
@@ -290,12 +290,13 @@ class Program:
             self._rows.append((total, 0.0, 0.0))
 
     def _coverage_objective(self) -> Row:
-        priorities = self.problem.priorities
+        priorities, covered = self.problem.priorities, self.problem.covered
         scale = math.fsum(priorities)
         return {
-            self._y(h, k): priorities[kind[0]] / scale / k
+            self._y(h, k): priorities[kind[0]] / scale / (k + covered)
             for h, kind in enumerate(self.problem.kinds)
-            for k in range(max(self._lowest, 1), self._num_clients + 1)
+            for k in range(self._lowest, self._num_clients + 1)
+            if k + covered
         }
 
     def _memory_objective(self) -> Row:

@@ -46,7 +46,7 @@ def round_counts(problem: Problem, relaxed: NDArray[np.float64], f2_limit: float
         while improved:
             improved = search.swap() | search.exchange() | search.add()
         counts = search.counts
-        covered = (counts.sum(axis=0) >= problem.min_coverage * sizes).all()
+        covered = (counts.sum(axis=0) >= problem.needed * sizes).all()
         if covered and (counts.sum(axis=1) >= problem.min_active).all():
             found.append(counts)
     return found
@@ -60,7 +60,8 @@ class _Search:
         weights = np.array([problem.priorities[kind[0]] for kind in problem.kinds])
         self._weights = weights / sum(problem.priorities)
         self._budgets = np.array(problem.budgets, dtype=np.float64)
-        self._least = problem.min_coverage * self.sizes
+        self._least = problem.needed * self.sizes
+        self._covered = problem.covered
         self._free = np.array(problem.spare) - counts @ self._extra
         self._min_active = problem.min_active
         self._slots = problem.max_active - counts.sum(axis=1)
@@ -138,13 +139,13 @@ class _Search:
     def _gain(self) -> NDArray[np.float64]:
         """Returns how much F1 falls if one more client activates a block of each kind."""
         total = self.counts.sum(axis=0)
-        mean = np.maximum(total // self.sizes, 1)
+        mean = np.maximum(total // self.sizes + self._covered, 1)
         return np.where(total < self._least, _MISSING, self._weights / (mean * (mean + 1.0)))
 
     def _loss(self) -> NDArray[np.float64]:
         """Returns how much F1 rises if one client fewer does."""
         total = self.counts.sum(axis=0) - 1
-        mean = np.maximum(total // self.sizes, 1)
+        mean = np.maximum(total // self.sizes + self._covered, 1)
         return np.where(total < self._least, _MISSING, self._weights / (mean * (mean + 1.0)))
 
     def _change(self, n: int, h: int, step: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -24,8 +25,9 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         call()
-    events = sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns())  # type: ignore[union-attr]
-    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    results: Any = record.profiler
+    events = sorted(results.kineto_results.events(), key=lambda event: event.start_ns())
+    sizes = [int(event.nbytes()) for event in events if event.name() == "[memory]"]
     if not sizes:
         raise RuntimeError("the profiler saw no allocation: its record of memory is not reliable")
     held = most = 0

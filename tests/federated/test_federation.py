@@ -245,3 +245,16 @@ def test_log_alone_rebuilds_the_model(world: World) -> None:
         replica = make_replica()
         replica.apply(log.entries(1))
     assert world.fingerprints() == {replica.fingerprint(fresh=True)}
+
+
+def test_reports_need_not_be_kept(world: World) -> None:
+    seen: list[int] = []
+    result = run_federation(
+        world.server,
+        world.transport,
+        3,
+        on_round=lambda report: seen.append(report.round),
+        keep_reports=False,
+    )
+    assert seen == [1, 2, 3]
+    assert (result.reports, result.final_round) == ((), 3)

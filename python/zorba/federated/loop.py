@@ -60,7 +60,7 @@ class FederationResult:
     """What a run came to.
 
     Attributes:
-        reports: of each round.
+        reports: of each round; none where they were not to be kept.
         final_round: last round in the log.
         fingerprints: of each client that answered at the end, all after ``final_round``.
         replicas_identical: whether every reachable client answered, with the same fingerprint.
@@ -116,6 +116,7 @@ def run_federation(
     available: Callable[[int], Iterable[str]] | None = None,
     timeout: float | None = None,
     replanner: Replanner | None = None,
+    keep_reports: bool = True,
 ) -> FederationResult:
     """Runs rounds, then sends every reachable client the rest of the log.
 
@@ -132,6 +133,8 @@ def run_federation(
             reachable.
         timeout: seconds for an exchange.
         replanner: that makes new masks from what the rounds tell; None keeps the server's.
+        keep_reports: whether the result has the reports of all rounds. With many clients they are
+            most of the memory that a long run takes; ``on_round`` gets each one anyway.
 
     Returns:
         What the run came to.
@@ -143,7 +146,8 @@ def run_federation(
         nodes = set(transport.nodes())
         wanted = nodes if available is None else nodes & set(available(server.round))
         report = _run_round(server, transport, wanted, timeout, replanner)
-        reports.append(report)
+        if keep_reports:
+            reports.append(report)
         if on_round is not None:
             on_round(report)
     return _flush(server, transport, timeout, tuple(reports))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -12,6 +11,7 @@ from triton.compiler import ASTSource
 from benchmarks.peers import tl_randn
 from benchmarks.sass.disassembly import assembler
 from benchmarks.sass.rows import Compiled
+from benchmarks.sass.threads import compiling_threads
 from zorba_kernels.backends.triton_variants import Variant, variants
 from zorba_kernels.table import DTYPE_CODES
 
@@ -44,7 +44,7 @@ def cubin_of(
 
 def add_noise() -> list[Compiled]:
     """Every variant of the backend's ``add_noise``, with the configuration of small tables."""
-    with ThreadPoolExecutor(2) as pool:
+    with compiling_threads() as pool:
         return list(pool.map(_compiled, (v for v in variants() if v.op == "add_noise")))
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import zorba_kernels as zk
+from benchmarks.sass.threads import compiling_threads
 from tests.conftest import INTERPRETED
 from zorba_kernels.backends import triton, triton_tuning
 from zorba_kernels.backends.triton_tuning import SIZES, candidates
@@ -33,7 +33,7 @@ def test_every_variant_compiles_without_spills(arch, tmp_path):
 
     every = list(variants())
     assert len(every) == 33
-    with ThreadPoolExecutor(2) as pool:
+    with compiling_threads() as pool:
         kernels = list(pool.map(lambda variant: variant.compile(arch), every))
     spills = {}
     for variant, compiled in zip(every, kernels, strict=True):

@@ -50,7 +50,7 @@ class Job:
         checkpoint_every: rounds between checkpoints of a site; None for no checkpoints.
         timeout: of an exchange.
         quorum: sites that the server waits for.
-        late_sites: by name, the round whose end lets a site start.
+        late_sites: by name, the round whose end lets a site start; the next one waits for it.
         disguise: by process, called in it before it does anything; importable by name.
         held_round: by site, the round whose reply it sends only when it was asked the next thing.
         frozen: by site, the value of its model's frozen head; 1 is that of the job.
@@ -292,6 +292,8 @@ def _serve(job: Job, reaper: Reaper) -> None:
             _note(job, round=report.round, clients=report.clients, failures=report.failures)
             for name, reason in report.refusals.items():
                 _note(job, refused=name, reason=reason)
+            # Who is late may not come too late: the next round waits for it.
+            transport.quorum += list(job.late_sites.values()).count(report.round)
 
         result = run_federation(server, transport, rounds, on_round, timeout=job.timeout)
         recorder.end(result)

@@ -65,6 +65,14 @@ Tables = zk.ParamTable | DeviceTables
 """What holds weights: a table, or one a device."""
 
 
+_ALIGN = 64  # bytes, as torch aligns tensors on a CPU: the bits of a product may depend on it
+
+
+def padded_bytes(tensor: Tensor) -> int:
+    """Returns the bytes that a tensor takes in a buffer which holds several, each aligned."""
+    return -(-tensor.numel() * tensor.element_size() // _ALIGN) * _ALIGN
+
+
 def each_table(tables: Tables) -> Sequence[zk.ParamTable]:
     """Returns the tables of one device each."""
     return tables.tables if isinstance(tables, DeviceTables) else (tables,)

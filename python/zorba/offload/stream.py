@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zorba.tables import padded_bytes
+
 BUFFERS = 2
-_ALIGN = 64  # bytes, as torch aligns tensors on a CPU: the bits of a product may depend on it
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
@@ -109,7 +110,7 @@ class BlockStream:
     def __init__(self, device: torch.device, blocks: Mapping[str, Mapping[str, Tensor]]) -> None:
         self._blocks = blocks
         self._order = list(blocks)
-        size = max((sum(map(_padded, b.values())) for b in blocks.values()), default=0)
+        size = max((sum(map(padded_bytes, b.values())) for b in blocks.values()), default=0)
         self._buffers = [
             _Buffer(torch.empty(size, dtype=torch.uint8, device=device))
             for _ in range(min(BUFFERS, len(blocks)))
@@ -196,13 +197,9 @@ class BlockStream:
             for parameter, tensor in self._blocks[name].items():
                 piece = buffer.memory[at : at + tensor.numel() * tensor.element_size()]
                 views[parameter] = piece.view(tensor.dtype).view(tensor.shape)
-                at += _padded(tensor)
+                at += padded_bytes(tensor)
             buffer.views[name] = views
         return buffer.views[name]
-
-
-def _padded(tensor: Tensor) -> int:
-    return -(-tensor.numel() * tensor.element_size() // _ALIGN) * _ALIGN
 
 
 def _bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:

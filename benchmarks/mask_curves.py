@@ -1,0 +1,258 @@
+"""Which masks train faster at equal total memory: planned, random, or the same for all.
+
+The demo's federation, over the last eight blocks of SmolLM2-135M. Each client has as many blocks
+under a planned as under a random mask; under equal masks all have the mean number. Every kind has
+the learning rate of a grid at which it came lowest with a seed that is not compared. The seeds
+that are compared draw the random and the equal masks, the noise and the order of batches.
+
+    python -m benchmarks.mask_curves [--draw]
+
+Runs are kept in the JSON file as they end, and only those that are missing are made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from zorba import machine
+from zorba.demo.settings import CLIENTS, DemoSettings
+from zorba.federated import Replanner
+
+from benchmarks.demo_runs import DemoRuns, Masks
+
+COUNTS = (1, 1, 1, 1, 2, 2, 4, 4)
+BLOCKS = 8
+KINDS = {
+    "planned": "#c8553d",
+    "planned, again every 20 rounds": "#e0a458",
+    "random": "#3b6fa0",
+    "same for all": "#5b9e6f",
+    "every block for all": "#888888",
+}
+"""Kinds of masks and their colours. The last takes four times the memory: only to compare with."""
+TUNED_AS = {"planned, again every 20 rounds": "planned"}
+GRID = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
+TUNING_SEED = 0
+SEEDS = (1, 2, 3)
+EVERY = 10  # rounds between evaluations
+_STRIDE = 3  # every so-manieth batch of a client is evaluated
+REPLAN = 20
+
+
+def masks_of(kind: str, planned: Masks, seed: int) -> Masks:
+    """Returns the masks that a run of a kind starts with, bool [clients, blocks]."""
+    clients, blocks = planned.shape
+    numbers = np.random.default_rng([seed, clients, blocks])
+    if kind.startswith("planned"):
+        return planned
+    if kind == "every block for all":
+        return np.ones_like(planned)
+    counts = planned.sum(axis=1)
+    if kind == "random":
+        return np.array([_draw(numbers, blocks, int(count)) for count in counts])
+    share, rest = divmod(int(counts.sum()), clients)
+    if rest:
+        raise ValueError(f"{counts.sum()} active blocks are not the same number for {clients}")
+    return np.array([_draw(numbers, blocks, share)] * clients)
+
+
+def _draw(numbers: np.random.Generator, blocks: int, count: int) -> Masks:
+    mask = np.zeros(blocks, dtype=bool)
+    mask[numbers.choice(blocks, count, replace=False)] = True
+    return mask
+
+
+class Experiment:
+    """Runs of all kinds over one federation."""
+
+    def __init__(self, settings: DemoSettings) -> None:
+        self.runs = DemoRuns(settings)
+        self.settings = settings
+        self.start = self.runs.loss(_STRIDE)
+
+    def run(self, kind: str, seed: int, lr: float) -> dict[str, Any]:
+        """Returns losses by round, and what else the run saw."""
+        rounds = self.settings.rounds
+        masks = masks_of(kind, self.runs.masks, seed)
+        losses = [(0, self.start)]
+
+        def on_round(report: Any) -> None:
+            if report.round % EVERY == 0:
+                losses.append((report.round, self.runs.loss(_STRIDE)))
+                print(f"  round {report.round}: {losses[-1][1]:.4f}", flush=True)
+
+        replanner = None
+        if kind in TUNED_AS:
+            replanner = Replanner(self.runs.memory, self.runs.budgets, every=REPLAN)
+        result = self.runs.run(
+            masks,
+            order=seed,
+            on_round=on_round,
+            replanner=replanner,
+            seed=seed,
+            lr=lambda round_number: lr * (1 - (round_number - 1) / rounds),
+        )
+        seen: dict[str, Any] = {
+            "kind": kind,
+            "seed": seed,
+            "lr": lr,
+            "losses": losses,
+            "accuracy": self.runs.accuracy(),
+            "coverage": masks.sum(axis=0).tolist(),
+            "replicas_identical": result.replicas_identical,
+        }
+        if replanner is not None and replanner.importance is not None:
+            seen["importance"] = replanner.importance.tolist()
+            if replanner.plan is not None:
+                seen["coverage_at_the_end"] = replanner.plan.mask.sum(axis=0).tolist()
+        return seen
+
+
+def tuned_lr(kind: str, end_of: Callable[[float], float]) -> float:
+    """Climbs the grid from its middle and returns the learning rate that ended lowest.
+
+    Args:
+        kind: of masks.
+        end_of: makes a run at a learning rate, or looks it up, and returns its last loss.
+
+    Raises:
+        RuntimeError: the grid ends before the losses rise again.
+    """
+    place = len(GRID) // 2
+    lower, here = (end_of(GRID[p]) for p in (place - 1, place))
+    step = 1 if here < lower else -1
+    place = place if here < lower else place - 1
+    best = min(here, lower)
+    while 0 <= place + step < len(GRID) and (end := end_of(GRID[place + step])) < best:
+        place, best = place + step, end
+    if place in (0, len(GRID) - 1):
+        raise RuntimeError(f"{kind}: the best learning rate, {GRID[place]}, is the grid's last")
+    return GRID[place]
+
+
+def key_of(kind: str, seed: int, lr: float) -> str:
+    """Returns the name of a run in the results."""
+    return f"{kind}, seed {seed}, lr {lr:g}"
+
+
+def curves_of(runs: Mapping[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Returns the runs that are compared: those of the seeds, at each kind's learning rate."""
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for run in runs.values():
+        if run["seed"] != TUNING_SEED:
+            curves.setdefault(run["kind"], []).append(run)
+    return curves
+
+
+def target_of(curves: Mapping[str, list[dict[str, Any]]]) -> float:
+    """Returns the lowest loss that every run came down to."""
+    return max(min(loss for _, loss in run["losses"]) for runs in curves.values() for run in runs)
+
+
+def rounds_to(losses: list[tuple[int, float]], target: float) -> float:
+    """Returns the round at which a curve first comes to a loss, by linear interpolation."""
+    before, above = losses[0]
+    for at, loss in losses:
+        if loss <= target:
+            share = 1.0 if loss == above else (above - target) / (above - loss)
+            return before + share * (at - before) if at else 0.0
+        before, above = at, loss
+    raise ValueError(f"the loss stays above {target}")
+
+
+def draw(path: Path, curves: Mapping[str, list[dict[str, Any]]], target: float) -> None:
+    """Draws the losses of all runs, and the rounds that each kind took to the target."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.5, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    for place, (kind, color) in enumerate((k, c) for k, c in KINDS.items() if k in curves):
+        for n, run in enumerate(curves[kind]):
+            left.plot(*zip(*run["losses"], strict=True), color=color, label=None if n else kind)
+        rounds = [rounds_to(run["losses"], target) for run in curves[kind]]
+        right.plot(rounds, [place] * len(rounds), "o", color=color, alpha=0.8)
+        right.plot(statistics.median(rounds), place, "|", color=color, markersize=26)
+    left.axhline(target, color="#333333", linewidth=0.8, linestyle=":")
+    left.set(xlabel="round", ylabel="training loss, mean over clients", title="One line a seed")
+    left.legend(frameon=False, fontsize=8)
+    right.set_yticks(range(len(curves)), [k for k in KINDS if k in curves])
+    right.invert_yaxis()
+    right.set_xlim(left=0)
+    right.margins(y=0.2)
+    right.set(xlabel="round", title=f"Rounds to a loss of {target:.3f} (bar: median)")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Makes the runs that are missing, prints rounds to the target, and draws them."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--draw", action="store_true", help="only draw what is in the JSON file")
+    parser.add_argument("--out", type=Path, default=Path("docs/images/masks.png"))
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/masks.json"))
+    arguments = parser.parse_args()
+    settings = replace(
+        DemoSettings(),
+        clients=dict(zip(CLIENTS, COUNTS, strict=True)),
+        trainable=BLOCKS,
+        rounds=100,
+        perturbations=2,
+        batch_size=4,
+        longest=16,
+        out=Path("runs/masks"),
+    )
+    report: dict[str, Any] = {"machine": machine.describe(), "counts": COUNTS, "runs": {}}
+    if arguments.json.exists():
+        report = json.loads(arguments.json.read_text())
+    runs = report["runs"]
+    if not arguments.draw:
+        _make_missing(Experiment(settings), runs, lambda: _write(arguments.json, report))
+    curves = curves_of(runs)
+    target = target_of(curves)
+    for kind, some in curves.items():
+        rounds = [rounds_to(run["losses"], target) for run in some]
+        accuracy = ", ".join(f"{run['accuracy']:.3f}" for run in some)
+        print(
+            f"{kind:32} lr {some[0]['lr']:g}, rounds to {target:.3f}: "
+            f"{', '.join(f'{r:.0f}' for r in rounds)}; accuracy {accuracy}"
+        )
+    draw(arguments.out, curves, target)
+
+
+def _make_missing(experiment: Experiment, runs: dict[str, Any], keep: Any) -> None:
+    def make(kind: str, seed: int, lr: float) -> None:
+        key = key_of(kind, seed, lr)
+        if key not in runs:
+            print(key, flush=True)
+            runs[key] = experiment.run(kind, seed, lr)
+            keep()
+
+    def end_of(kind: str, lr: float) -> float:
+        make(kind, TUNING_SEED, lr)
+        return float(runs[key_of(kind, TUNING_SEED, lr)]["losses"][-1][1])
+
+    kinds = [kind for kind in KINDS if kind not in TUNED_AS]
+    tuned = {kind: tuned_lr(kind, partial(end_of, kind)) for kind in kinds}
+    for seed in SEEDS:
+        for kind in KINDS:
+            make(kind, seed, tuned[TUNED_AS.get(kind, kind)])
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

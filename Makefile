@@ -1,5 +1,6 @@
 # make install   .venv with an editable install; the other targets call it
 # make demo      fine-tune SmolLM2-135M as a federation of 8 clients, about 5 minutes
+# make federate-demo   the same over NVIDIA FLARE: a server and 3 sites, each a process, over TLS
 # make test      run the tests
 # make test-interpret   run the kernels' tests in Triton's interpreter; make test does it too
 # make bench     measure the kernels against MeZO's own pass
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 INTERPRETED := triton golden equality fingerprint special_values table
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: install demo test test-interpret bench compare gpu-check sass lint format clean
+.PHONY: install demo federate-demo test test-interpret bench compare gpu-check sass lint format clean
 
 install: $(VENV)/.installed
 
@@ -34,6 +35,9 @@ $(VENV)/.installed: pyproject.toml setup.py Makefile $(SOURCES)
 
 demo: install
 	$(BIN)/zorba demo
+
+federate-demo: install
+	$(BIN)/zorba federate demo
 
 test: install
 	$(BIN)/python -m pytest tests

@@ -11,6 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+pytest.importorskip("nvflare", reason="nvflare is in the test extra")
+
 from nvflare.apis.shareable import Shareable, make_reply
 from zorba.deployment.config import ServerConfig
 from zorba.deployment.flare import launcher

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("nvflare", reason="nvflare is in the test extra")
+
 from cryptography import x509
 from typer.testing import CliRunner
 from zorba.cli import app

@@ -51,7 +51,7 @@ def run_demo(settings: DemoSettings, console: Console | None = None) -> dict[str
 
     stages.say("plan, replicas, and the frozen blocks' output for every sentence (once)")
     batches = len(evaluation) + len(parts) * settings.pool // settings.batch_size
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         bar = progress.add_task("frozen prefix", total=batches)
         federation = build.build(
             settings, model, parts, evaluation, answers, lambda: progress.advance(bar)
@@ -218,15 +218,22 @@ class Run:
 
 def _load(folder: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    silence: Any = logging
-    silence.disable_progress_bar()
+    hide_library_bars()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def _progress(console: Console) -> Progress:
+def hide_library_bars() -> None:
+    """Keeps the bars that transformers draws while it loads out of what the demo shows."""
+    from transformers.utils import logging
+
+    silence: Any = logging
+    silence.disable_progress_bar()
+
+
+def progress_bar(console: Console) -> Progress:
+    """Returns a bar with what is done of a total, and the time that is left."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

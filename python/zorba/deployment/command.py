@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -196,6 +197,25 @@ def stop(folder: _Folder, only: _Only = None) -> None:
         _fail("stop", str(error))
 
 
+@app.command()
+def demo(
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 40,
+    seed: Annotated[int, typer.Option(min=0, help="Of data split, batches and noise.")] = 1,
+    lr: Annotated[float, typer.Option(help="Learning rate; falls linearly to 0.")] = 1.6e-2,
+    address: Annotated[str, typer.Option(help="Host and port of the server.")] = "localhost:8002",
+    out: Annotated[Path, typer.Option(help="Folder of the project.")] = Path("runs/federate-demo"),
+    cache: Annotated[Path, typer.Option(help="Folder for model and data.")] = Path(".cache"),
+) -> None:
+    """Fine-tune SmolLM2-135M on film reviews with a server and 3 sites as processes, over TLS."""
+    _check("demo", ("accelerate", "gguf", "pyarrow"), "demo,nvflare")
+    from zorba.deployment.demo import FederateDemoSettings, run_federate_demo
+
+    try:
+        run_federate_demo(FederateDemoSettings(rounds, seed, lr, address, out, cache))
+    except (RuntimeError, ValueError, OSError) as error:
+        _fail("demo", str(error))
+
+
 def _here(text: str) -> str:
     """Returns a path that exists, or may for a site, as an absolute one; a hub's name as it is."""
     path = Path(text)
@@ -204,10 +224,10 @@ def _here(text: str) -> str:
     return text
 
 
-def _check(command: str) -> None:
-    missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
+def _check(command: str, further: Sequence[str] = (), extras: str = "nvflare") -> None:
+    missing = [name for name in (*_NEEDS, *further) if importlib.util.find_spec(name) is None]
     if missing:
-        _fail(command, f"it needs {', '.join(missing)}: pip install 'zorba-kernels[nvflare]'")
+        _fail(command, f"it needs {', '.join(missing)}: pip install 'zorba-kernels[{extras}]'")
 
 
 def _fail(command: str, message: str) -> NoReturn:

@@ -21,7 +21,7 @@ from zorba.planning import BlockPlan, draw_plan
 from benchmarks.compare import report
 from benchmarks.compare.apart import ROWS, measure
 from benchmarks.compare.loop import Evaluation, Record, run
-from benchmarks.compare.methods import POOLED, make_method
+from benchmarks.compare.methods import make_method
 from benchmarks.compare.results import Results
 from benchmarks.compare.settings import PLANS, SHARES, Settings
 from benchmarks.compare.task import AnswerLoss, Data, load_model, read_data, work_of
@@ -121,11 +121,9 @@ class Compare:
         loss = AnswerLoss(load_model(self.folder), data.answers)
         for p in loss.model.parameters():  # may be mapped from the file
             p.data = p.data.clone()
-        clients = data.clients
-        if name == "mezo":
-            clients = {POOLED: [e for examples in clients.values() for e in examples]}
-        work = work_of(loss, clients, self.settings, plan.local_steps)
-        masks = {client: self.mask_of(client) for client in clients}
+        together = name == "mezo"
+        work = work_of(loss, data.clients, self.settings, plan.local_steps, together)
+        masks = {client: self.mask_of(client) for client in work.clients}
         method = make_method(name, work, self.settings, masks)
         if not self.results.data["start"]:
             start = loss.score(data.evaluation)

@@ -14,9 +14,6 @@ from benchmarks.peers.fedkseed import FedKSeed
 from benchmarks.peers.method import Method, Work
 from benchmarks.peers.single_machine import SingleMachine
 
-POOLED = "machine"
-"""The one client of a method that is no federation."""
-
 
 def make_method(
     name: str, work: Work, settings: Settings, masks: Mapping[str, Sequence[bool]]

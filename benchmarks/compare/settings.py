@@ -29,7 +29,7 @@ class Settings:
     Attributes:
         seed: of the data split, the order of batches, adapters and noise.
         alpha: concentration of the Dirichlet split of each label over the clients.
-        least: sentences that every client gets at least.
+        pool: sentences that a client trains on; every client gets so many at least.
         batch_size: sentences in a training batch.
         longest: tokens of the longest training prompt.
         measured_shape: sentences and tokens of the batches that memory and time are measured with.
@@ -42,7 +42,7 @@ class Settings:
 
     seed: int = 1
     alpha: float = 0.5
-    least: int = 96
+    pool: int = 96
     batch_size: int = 8
     longest: int = 16
     measured_shape: tuple[int, int] = (16, 40)

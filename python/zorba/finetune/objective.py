@@ -39,6 +39,10 @@ class Objective(ABC):
         """Returns the mean loss of a batch: float32 []."""
 
     @abstractmethod
+    def losses(self, batch: Any) -> Tensor:
+        """Returns the loss of each row of a batch, whatever the others are: float32 [rows]."""
+
+    @abstractmethod
     def score(self, rows: Sequence[Row], batch_size: int) -> Score:
         """Returns the score of a data set."""
 
@@ -68,6 +72,10 @@ class LabelWords(Objective):
     def loss(self, batch: Any) -> Tensor:
         """See ``Objective``."""
         return self._loss(batch)
+
+    def losses(self, batch: Any) -> Tensor:
+        """See ``Objective``."""
+        return self._loss.losses(batch)
 
     @torch.no_grad()
     def score(self, rows: Sequence[Row], batch_size: int) -> Score:
@@ -112,6 +120,14 @@ class Text(Objective):
         """See ``Objective``."""
         loss: Tensor = self._model(**batch, use_cache=False).loss
         return loss
+
+    def losses(self, batch: dict[str, Tensor]) -> Tensor:
+        """See ``Objective``: of each row the mean over its tokens, 0 where it has none to learn."""
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        logits = self._model(**inputs, use_cache=False).logits[:, :-1].float()
+        targets = batch["labels"][:, 1:]
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        return losses.sum(dim=1) / (targets != -100).sum(dim=1).clamp(min=1)
 
     @torch.no_grad()
     def score(self, rows: Sequence[Row], batch_size: int) -> Score:

@@ -191,14 +191,23 @@ class LabelWordLoss:
 
     def __call__(self, batch: LabelWordBatch) -> Tensor:
         """Returns the mean cross-entropy of the right words among the candidates, a scalar."""
-        if batch.labels is None:
-            raise ValueError(f"the examples have no field {self.label!r}: there is no loss")
-        return nn.functional.cross_entropy(self.scores(batch), batch.labels)
+        right = self._right(batch)
+        return nn.functional.cross_entropy(self.scores(batch), right)
+
+    def losses(self, batch: LabelWordBatch) -> Tensor:
+        """Returns the cross-entropy of each example, float32 [examples]."""
+        right = self._right(batch)
+        return nn.functional.cross_entropy(self.scores(batch), right, reduction="none")
 
     @torch.no_grad()
     def predict(self, batch: LabelWordBatch) -> Tensor:
         """Returns the index of the best candidate of each example, int64 [examples]."""
         return self.scores(batch).argmax(dim=1)
+
+    def _right(self, batch: LabelWordBatch) -> Tensor:
+        if batch.labels is None:
+            raise ValueError(f"the examples have no field {self.label!r}: there is no loss")
+        return batch.labels
 
     def _prompt(self, example: Mapping[str, Any]) -> list[int]:
         fields = {**example, _MASK: self.tokenizer.mask_token} if self.masked else example

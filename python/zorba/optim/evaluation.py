@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import struct
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ from zorba.optim.scratch import ScratchPlacement
 from zorba.optim.terms import NoiseTerms
 
 Closure = Callable[[], float | Tensor]
-Losses = list[float]
+Losses = list[Any]
 
 
 class Evaluator:
@@ -38,11 +38,19 @@ class Evaluator:
         model: what the closures run.
         placement: of its active parameters.
         prefix_reuse: whether to reuse what no perturbation can reach.
+        read: makes a number of what a closure returns, or an array of numbers.
     """
 
-    def __init__(self, model: nn.Module, placement: Placement, prefix_reuse: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        placement: Placement,
+        prefix_reuse: bool,
+        read: Callable[[Any], Any] = float,
+    ) -> None:
         self._model = model
         self._placement = placement
+        self._read = read
         self._reuse = PrefixReuse(model, placement.table)
         if not prefix_reuse:
             self._reuse.disable()
@@ -77,7 +85,7 @@ class Evaluator:
         device = self._placement.table.device
         generators = GeneratorState(device) if self._model.training else None
 
-        def run(terms: NoiseTerms) -> float:
+        def run(terms: NoiseTerms) -> Any:
             self._placement.move_to(terms)
             # Autocast keeps its copies of weights by their tensors: they would miss a perturbation.
             torch.clear_autocast_cache()
@@ -85,7 +93,7 @@ class Evaluator:
                 generators.rewind()
             self._reuse.begin()
             with gate.open():
-                return float(closure())
+                return self._read(closure())
 
         def attempt(calls: Callable[[], Losses]) -> Losses:
             try:
@@ -94,10 +102,10 @@ class Evaluator:
                 self._give_up("blocks get other inputs in each evaluation of a step")
                 return calls()
 
-        def alone(terms: NoiseTerms) -> float:
+        def alone(terms: NoiseTerms) -> Any:
             return attempt(lambda: [run(terms)])[0]
 
-        def first(terms: NoiseTerms) -> float:
+        def first(terms: NoiseTerms) -> Any:
             probe = Probe(self._model, self._placement.table, on_functional=self._reuse.close)
             with probe.watch():
                 loss = run(terms)
@@ -148,7 +156,7 @@ class Evaluator:
             self._placement.hold(probe.functional)
         return bool(probe.functional)
 
-    def _prove(self, loss: float, attempt: Callable[[], float]) -> float:
+    def _prove(self, loss: Any, attempt: Callable[[], Any]) -> Any:
         """Evaluates again with reuse, where there is any, until the bits are equal without it."""
         while self._reuse.kept:
             again = attempt()
@@ -167,5 +175,6 @@ class Evaluator:
         self._reuse.disable()
 
 
-def _bits(loss: float) -> bytes:
-    return struct.pack("<d", math.nan if math.isnan(loss) else loss)
+def _bits(loss: Any) -> bytes:
+    numbers = np.asarray(loss, dtype=np.float64)
+    return np.where(np.isnan(numbers), np.nan, numbers).tobytes()

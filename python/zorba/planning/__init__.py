@@ -1,12 +1,12 @@
 """Plans which client activates which blocks, under each client's memory budget."""
 
+from zorba.planning.highs import PlanSolverError
 from zorba.planning.importance import estimate_importance
 from zorba.planning.memory import IdlePolicy, MemoryModel, weights_memory
 from zorba.planning.picture import draw_plan
 from zorba.planning.plan import BlockPlan, ParetoPoint, mask_version
 from zorba.planning.planner import plan_blocks
 from zorba.planning.problem import InfeasiblePlanError
-from zorba.planning.program import PlanSolverError
 
 __all__ = [
     "BlockPlan",

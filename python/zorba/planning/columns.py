@@ -11,20 +11,22 @@ columns is an easy program.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from zorba.planning.highs import (
+    InfeasibleProgramError,
+    Relaxed,
+    Rows,
+    Vector,
+    solve_relaxed,
+    solve_whole,
+)
 from zorba.planning.knapsack import Knapsacks
 from zorba.planning.problem import Problem
 from zorba.planning.rounding import Counts
-
-if TYPE_CHECKING:
-    from scipy.sparse import csr_array
-
-Vector = NDArray[np.float64]
 
 _MAX_ITERATIONS = 100
 # Search for columns ends where the mixture is this near to a bound, in parts of the gap asked for,
@@ -36,20 +38,6 @@ _TIME_FOR_COLUMNS = 0.4
 _SMOOTHING = 0.6
 
 
-class Rows(NamedTuple):
-    """A program: ``low <= matrix @ v <= high`` and ``0 <= v <= upper``.
-
-    v begins with x, the counts client by client, and y, `width` variables a kind; see `Program`.
-    """
-
-    cost: Vector
-    matrix: csr_array[np.float64]
-    low: Vector
-    high: Vector
-    upper: Vector
-    width: int
-
-
 class Found(NamedTuple):
     """The best choice of columns, if one satisfies the rows, and a bound of the objective."""
 
@@ -57,19 +45,16 @@ class Found(NamedTuple):
     bound: float
 
 
-@dataclass(frozen=True)
-class _Mixture:
-    """Solution of a relaxed master program: its value, share of each column, and prices of rows."""
-
-    value: float
-    shares: Vector
-    prices: Vector
-
-
 class ColumnPool:
-    """The columns found so far; later searches start from those that earlier ones used."""
+    """The columns found so far; later searches start from those that earlier ones used.
 
-    def __init__(self, problem: Problem) -> None:
+    Args:
+        problem: what to plan.
+        width: variables y of a kind, see `Program`.
+    """
+
+    def __init__(self, problem: Problem, width: int) -> None:
+        self._width = width
         self._problem = problem
         self._sizes = np.array([len(kind) for kind in problem.kinds])
         self._extra = np.array([problem.extra[kind[0]] for kind in problem.kinds], dtype=np.int64)
@@ -97,7 +82,7 @@ class ColumnPool:
         """
         start = time.monotonic()
         allowed = bound / (1 - gap) - bound
-        mixture: _Mixture | None = None
+        mixture: Relaxed | None = None
         best_prices: Vector | None = None
         lagrange = -np.inf
         for _ in range(_MAX_ITERATIONS):
@@ -106,10 +91,10 @@ class ColumnPool:
                 break
             if time.monotonic() - start > _TIME_FOR_COLUMNS * seconds:
                 break
-            prices = mixture.prices
+            latest = prices = mixture.prices[: len(rows.low)]
             if best_prices is not None:
                 prices = _SMOOTHING * best_prices + (1 - _SMOOTHING) * prices
-            for tried in (prices, mixture.prices):
+            for tried in (prices, latest):
                 worth = self._worth(rows, tried)
                 counts = self._knapsacks.pack(worth)
                 value = self._lagrange(rows, tried, (worth * counts).sum(axis=1))
@@ -129,7 +114,7 @@ class ColumnPool:
         slack = max(0.9 * (wanted - mixture.value) / wanted, 0.1 * gap)
         chosen = self._choose(rows, slack, max(seconds - (time.monotonic() - start), 0.1))
         # Others come back if prices ask for them; without them the next master is quick.
-        used = [key for key, share in zip(self._columns, mixture.shares, strict=False) if share]
+        used = [key for key, share in zip(self._columns, mixture.v, strict=False) if share]
         self._columns = {key: self._columns[key] for key in used}
         if chosen is not None:
             self.add(chosen)
@@ -144,48 +129,29 @@ class ColumnPool:
             self._columns.setdefault((int(classes[i]), counts[i].tobytes()), counts[i].copy())
         return len(self._columns) - before
 
-    def _mix(self, rows: Rows) -> _Mixture | None:
+    def _mix(self, rows: Rows) -> Relaxed | None:
         """Solves the master program in parts of columns; None where there is no solution."""
-        from scipy.optimize import linprog
-
         if not self._columns:
             return None
-        master = self._master(rows)
-        equal = master.low == master.high
-        result = linprog(  # type: ignore[call-overload]  # scipy-stubs know no sparse A_eq
-            master.cost,
-            A_eq=master.matrix[equal],
-            b_eq=master.high[equal],
-            A_ub=master.matrix[~equal],
-            b_ub=master.high[~equal],
-            bounds=np.stack([np.zeros(len(master.upper)), master.upper], axis=1),
-            method="highs",
-        )
-        if result.status != 0:
+        try:
+            return solve_relaxed(self._master(rows))
+        except InfeasibleProgramError:
             return None
-        prices = np.zeros(len(master.low))
-        prices[equal], prices[~equal] = result.eqlin.marginals, result.ineqlin.marginals
-        return _Mixture(float(result.fun), result.x[: len(self._columns)], prices[: len(rows.low)])
 
     def _choose(self, rows: Rows, gap: float, seconds: float) -> Counts | None:
         """Solves the master program in whole columns."""
-        from scipy.optimize import Bounds, LinearConstraint, milp
-
         master, keys = self._master(rows), list(self._columns)
         integer = np.zeros(len(master.cost), dtype=np.int64)
         integer[: len(keys)] = 1
-        result = milp(
-            master.cost,
-            integrality=integer,
-            bounds=Bounds(0, master.upper),
-            constraints=LinearConstraint(master.matrix, master.low, master.high),
-            options={"mip_rel_gap": gap, "time_limit": seconds},
-        )
-        if result.x is None:
+        try:
+            chosen = solve_whole(master, integer, gap, seconds).v
+        except InfeasibleProgramError:
+            return None
+        if chosen is None:
             return None
         counts = np.zeros((len(self._class), len(self._sizes)), dtype=np.int64)
         free = [np.flatnonzero(self._class == c).tolist() for c in range(len(self._members))]
-        for key, times in zip(keys, np.rint(result.x).astype(int).tolist(), strict=False):
+        for key, times in zip(keys, np.rint(chosen).astype(int).tolist(), strict=False):
             for _ in range(times):
                 counts[free[key[0]].pop()] = self._columns[key]
         return counts
@@ -210,8 +176,8 @@ class ColumnPool:
             block_array([[of_x @ mixed, of_y], [taken, None]], format="csr"),
             np.concatenate([rows.low, self._members]),
             np.concatenate([rows.high, self._members]),
-            np.concatenate([self._members[classes], rows.upper[size:]]),
-            rows.width,
+            np.concatenate([np.zeros(num), rows.least[size:]]),
+            np.concatenate([self._members[classes], rows.most[size:]]),
         )
 
     def _spoils(self, rows: Rows, prices: Vector) -> Vector:
@@ -230,8 +196,8 @@ class ColumnPool:
         so the best of them takes it all.
         """
         size, kinds = len(self._class) * len(self._sizes), len(self._sizes)
-        of_y = self._spoils(rows, prices)[size : size + kinds * rows.width]
-        earned = of_y.reshape(kinds, rows.width).max(axis=1)
+        of_y = self._spoils(rows, prices)[size : size + kinds * self._width]
+        earned = of_y.reshape(kinds, self._width).max(axis=1)
         return float(prices @ rows.high - self._sizes @ earned - self._members @ most)
 
     def _limit_active(self, counts: Counts, worth: Vector) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from zorba.planning.highs import InfeasibleProgramError, PlanSolverError
 from zorba.planning.problem import InfeasiblePlanError, Problem
-from zorba.planning.program import InfeasibleProgramError, PlanSolverError, Program
+from zorba.planning.program import Program
 
 # One part in 1e9 of the largest block, given HiGHS's row tolerance of 1e-6.
 _BLOCK_UNITS = 1000.0

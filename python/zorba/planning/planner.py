@@ -9,17 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from zorba.planning.diagnosis import check_clients_alone, explain_infeasible
+from zorba.planning.highs import InfeasibleProgramError, PlanSolverError
 from zorba.planning.memory import MemoryModel
 from zorba.planning.plan import BlockPlan, ParetoPoint, pareto_front
 from zorba.planning.problem import Mask, Problem, make_problem
-from zorba.planning.program import (
-    InfeasibleProgramError,
-    Limit,
-    PlanSolverError,
-    Program,
-    Row,
-    Solution,
-)
+from zorba.planning.program import Limit, Program, Row, Solution
 
 
 def plan_blocks(
@@ -97,7 +91,10 @@ def plan_blocks(
 
 
 class _Solves:
-    """Runs solves in two stages, sharing the time that is left evenly among those to come."""
+    """Runs solves in two stages, sharing the time that is left among those to come.
+
+    Each may take twice an equal share: most need little, so that much comes back.
+    """
 
     def __init__(self, program: Program, gap: float, end: float) -> None:
         self.program = program
@@ -126,7 +123,7 @@ class _Solves:
     def _minimize(
         self, objective: Row, limits: Sequence[Limit], known: Mask | None = None
     ) -> Solution | None:
-        seconds = max(self._end - time.monotonic(), 0.0) / max(self.left, 1)
+        seconds = 2 * max(self._end - time.monotonic(), 0.0) / max(self.left + 1, 2)
         self.left -= 1
         return self.program.minimize(objective, limits, gap=self._gap, seconds=seconds, known=known)
 

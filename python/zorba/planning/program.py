@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zorba.planning.columns import ColumnPool, Found, Rows
+from zorba.planning.columns import ColumnPool, Found
+from zorba.planning.highs import (
+    InfeasibleProgramError,
+    Relaxed,
+    Rows,
+    Vector,
+    solve_relaxed,
+    solve_whole,
+)
 from zorba.planning.problem import Mask, Problem
 from zorba.planning.rounding import round_counts
 
-if TYPE_CHECKING:
-    from scipy.optimize import OptimizeResult
-
-Vector = NDArray[np.float64]
 Row = dict[int, float]  # column -> coefficient
 Limit = tuple[Row, float]
 
@@ -30,13 +33,8 @@ _SPARE_UNITS = 1000.0
 # an order under HiGHS's row tolerance of 1e-6, enough to keep the earlier solution feasible.
 _KEEP_SLACK = 1e-7
 
-
-class PlanSolverError(RuntimeError):
-    """The solver gave no plan: out of time, or a status that should not occur."""
-
-
-class InfeasibleProgramError(Exception):
-    """HiGHS proved that no mask satisfies the program."""
+# A search that lets plans lose too little for one to be good enough lets the next lose more.
+_MORE = 4.0
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,8 @@ class Program:
         self._lowest = problem.needed if min_coverage is None else min_coverage
         self._num_clients, self._num_kinds = len(problem.clients), len(problem.kinds)
         self._kind_extra = [problem.extra[kind[0]] for kind in problem.kinds]
-        self._pool = ColumnPool(problem)
+        self._width = self._num_clients + 1 - self._lowest
+        self._pool = ColumnPool(problem, self._width)
         self._rows: list[tuple[Row, float, float]] = []
         self._upper: list[float] = []
         self._integer: list[int] = []
@@ -94,11 +93,12 @@ class Program:
 
     def value(self, objective: Row, mask: Mask) -> float:
         """Returns a scaled objective at a mask."""
-        problem = self.problem
-        if objective is self.f1:
-            return problem.f1(mask) / math.fsum(problem.priorities)
-        flat = self._counts_of(mask).ravel().tolist()
-        return math.fsum(c * flat[i] for i, c in objective.items())
+        coverage = mask.sum(axis=0) - self._lowest
+        y = [
+            np.bincount(coverage[list(kind)], minlength=self._width) for kind in self.problem.kinds
+        ]
+        v = np.concatenate([self._counts_of(mask).ravel(), *y]).tolist()
+        return math.fsum(c * v[i] for i, c in objective.items())
 
     def minimize(
         self,
@@ -111,9 +111,10 @@ class Program:
     ) -> Solution | None:
         """Minimizes an objective while others stay within limits.
 
-        The relaxation gives a bound and, rounded, often a plan within the gap of it; HiGHS searches
-        where not. Budgets hold exactly: a solution that is over one by less than HiGHS can see is
-        cut off, and the program solved again.
+        The relaxation gives a bound and, rounded, often a plan within the gap of it. Where not,
+        whole rows are put together, see `ColumnPool`; HiGHS searches last. Budgets hold exactly: a
+        solution that is over one by less than HiGHS can see is cut off, and the program solved
+        again.
 
         Args:
             objective: `f1`, `f2` or `missing_coverage()`.
@@ -131,51 +132,80 @@ class Program:
             PlanSolverError: HiGHS ended with a status that this program cannot have.
         """
         end = time.monotonic() + seconds
-        relaxed = self._solve(objective, limits, gap)
+        relaxed = solve_relaxed(self._arrays(objective, limits, self._rows))
+        bound = relaxed.value
         masks = [] if known is None else [known]
-        if relaxed.x is not None:
-            masks += self._rounded(objective, limits, relaxed, gap)
-        bound = relaxed.fun if relaxed.status == 0 else 0.0
+        masks += self._rounded(objective, limits, relaxed, gap)
         best = self._best(objective, masks, bound, gap)
-        if gap and bound and not (best and best.proven):
+        if best and best.proven:
+            return best
+        if gap and bound:
             half = (end - time.monotonic()) / 2  # the other for HiGHS alone
             pool = self._combined(objective, limits, relaxed, masks, gap, half)
             bound = pool.bound
             if pool.counts is not None:
                 masks.append(self._deal(pool.counts.tolist()))
             best = self._best(objective, masks, bound, gap)
-        if best and best.proven:
-            return best
-        while (left := end - time.monotonic()) > 0:
-            result = self._solve(objective, limits, gap, left)
-            if result.x is None:
-                break
-            counts = self._counts(result.x).tolist()
-            over = [n for n in range(self._num_clients) if self._used(counts[n]) > self._spare(n)]
-            if not over:
-                # HiGHS reports an infinite gap where the objective is 0; then 0 is also the bound.
-                found_gap = float(result.mip_gap) if result.fun else 0.0
-                found = Solution(self._deal(counts), found_gap, proven=result.status == 0)
-                if best is None or self.value(objective, found.mask) <= self.value(
-                    objective, best.mask
-                ):
-                    return found
+            if best and best.proven:
                 return best
-            for n in over:
-                self._forbid(n, counts[n])
-        return best
+        return self._searched(objective, limits, relaxed, masks, bound, gap, end)
+
+    def _searched(
+        self,
+        objective: Row,
+        limits: Sequence[Limit],
+        relaxed: Relaxed,
+        masks: list[Mask],
+        bound: float,
+        gap: float,
+        end: float,
+    ) -> Solution | None:
+        """Returns what HiGHS finds, or the best of `masks` if that is better.
+
+        A plan that is good enough gives no client a block whose reduced cost is above what such a
+        plan may lose. Without these the program is small. Where it has no plan that is good enough,
+        neither has the whole one, which is a better bound; then more is let in.
+        """
+        allowed = bound / (1 - gap) - relaxed.value if gap and bound else math.inf
+        while (left := end - time.monotonic()) > 0:
+            rows = self._arrays(objective, limits, self._rows)
+            reduced = np.zeros(len(rows.cost))
+            reduced[: len(relaxed.reduced)] = relaxed.reduced  # others came with `_forbid`
+            left_out = relaxed.value + allowed  # the least objective of plans that are left out
+            ended = True
+            try:
+                found = solve_whole(rows.limit(reduced, allowed), self._integers(), gap, left)
+            except InfeasibleProgramError:
+                if math.isinf(allowed):
+                    raise
+                bound = max(bound, left_out)
+            else:
+                bound, ended = max(bound, min(left_out, found.bound)), found.ended
+                if found.v is not None:
+                    counts = self._counts(found.v).tolist()
+                    over = [n for n, row in enumerate(counts) if self._used(row) > self._spare(n)]
+                    for n in over:
+                        self._forbid(n, counts[n])
+                    if over:
+                        continue
+                    masks.append(self._deal(counts))
+            best = self._best(objective, masks, bound, gap)
+            if best and (best.proven or math.isinf(allowed)):
+                return replace(best, proven=ended or best.proven)
+            allowed *= _MORE
+        return self._best(objective, masks, bound, gap)
 
     def _rounded(
-        self, objective: Row, limits: Sequence[Limit], relaxed: OptimizeResult, gap: float
+        self, objective: Row, limits: Sequence[Limit], relaxed: Relaxed, gap: float
     ) -> list[Mask]:
         """Returns the relaxed solution rounded to a mask within all limits, if that worked."""
         f1_limit = min((bound for row, bound in limits if row is self.f1), default=math.inf)
         f2_limit = min((bound for row, bound in limits if row is self.f2), default=math.inf)
         if objective is self.f2:
-            f2_limit = min(f2_limit, relaxed.fun * (1 + gap / 2))
+            f2_limit = min(f2_limit, relaxed.value * (1 + gap / 2))
         elif objective is not self.f1:
             return []
-        found = round_counts(self.problem, self._x(relaxed.x), f2_limit * self._f2_scale)
+        found = round_counts(self.problem, self._x(relaxed.v), f2_limit * self._f2_scale)
         masks = [self._deal(counts.tolist()) for counts in found]
         return [mask for mask in masks if self.value(self.f1, mask) <= f1_limit]
 
@@ -183,7 +213,7 @@ class Program:
         self,
         objective: Row,
         limits: Sequence[Limit],
-        relaxed: OptimizeResult,
+        relaxed: Relaxed,
         masks: list[Mask],
         gap: float,
         seconds: float,
@@ -191,9 +221,9 @@ class Program:
         """Looks for the best mask of whole rows, see `ColumnPool`."""
         for mask in masks:
             self._pool.add(self._counts_of(mask))
-        self._pool.add(np.floor(self._x(relaxed.x) + 1e-6).astype(np.int64))
+        self._pool.add(np.floor(self._x(relaxed.v) + 1e-6).astype(np.int64))
         rows = self._arrays(objective, limits, self._rows[self._num_client_rows :])
-        return self._pool.search(rows, relaxed.fun, gap, seconds)
+        return self._pool.search(rows, relaxed.value, gap, seconds)
 
     def _best(self, objective: Row, masks: list[Mask], bound: float, gap: float) -> Solution | None:
         if not masks:
@@ -214,34 +244,8 @@ class Program:
     def _counts(self, x: Vector) -> NDArray[np.int64]:
         return np.rint(self._x(x)).astype(np.int64)
 
-    def _solve(
-        self,
-        objective: Row,
-        limits: Sequence[Limit],
-        gap: float,
-        seconds: float | None = None,
-    ) -> OptimizeResult:
-        """Runs HiGHS; without `seconds`, on the relaxation, which is quick and never cut short."""
-        from scipy.optimize import Bounds, LinearConstraint, milp
-
-        rows = self._arrays(objective, limits, self._rows)
-        integer = np.zeros(len(rows.cost), dtype=np.int64)
-        options: dict[str, float] = {}
-        if seconds is not None:
-            integer[:] = self._integer
-            options = {"mip_rel_gap": gap, "time_limit": seconds}
-        result = milp(
-            rows.cost,
-            integrality=integer,
-            bounds=Bounds(0, rows.upper),
-            constraints=LinearConstraint(rows.matrix, rows.low, rows.high),
-            options=options,  # type: ignore[arg-type]  # scipy-stubs wants its private TypedDict
-        )
-        if result.status == 2:
-            raise InfeasibleProgramError
-        if result.status not in (0, 1):
-            raise PlanSolverError(f"HiGHS ended with status {result.status}: {result.message}")
-        return result
+    def _integers(self) -> NDArray[np.int64]:
+        return np.array(self._integer, dtype=np.int64)
 
     def _arrays(
         self, objective: Row, limits: Sequence[Limit], rows: Sequence[tuple[Row, float, float]]
@@ -256,7 +260,7 @@ class Program:
         matrix = csr_array((v, (i, j)), shape=(len(rows), len(cost)))
         low, high = (np.array([row[k] for row in rows]) for k in (1, 2))
         upper = np.array(self._upper, dtype=np.float64)
-        return Rows(cost, matrix, low, high, upper, self._num_clients + 1 - self._lowest)
+        return Rows(cost, matrix, low, high, np.zeros(len(upper)), upper)
 
     def _add_clients(self) -> None:
         problem = self.problem
@@ -341,8 +345,7 @@ class Program:
         return mask
 
     def _y(self, kind: int, count: int) -> int:
-        width = self._num_clients + 1 - self._lowest
-        return self._first_y + kind * width + count - self._lowest
+        return self._first_y + kind * self._width + count - self._lowest
 
     def _used(self, counts: list[int]) -> int:
         return sum(c * extra for c, extra in zip(counts, self._kind_extra, strict=True))

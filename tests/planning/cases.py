@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,32 +15,50 @@ from zorba.planning.problem import Problem
 SOLVER_TOLERANCE = 2e-6
 
 
-def random_case(seed: int, num_clients: int, num_blocks: int) -> dict[str, Any]:
+def random_case(
+    seed: int, num_clients: int, num_blocks: int, whole: bool = False
+) -> dict[str, Any]:
+    """Arguments of plan_blocks; with `whole`, clients with every block active may need less."""
     rng = np.random.default_rng(seed)
     active = rng.integers(50, 200, num_blocks)
     idle = active // rng.integers(2, 9, num_blocks)
     fixed = rng.integers(10, 60, num_clients)
     share = rng.uniform(0.3, 1.1, num_clients)
     budgets = fixed + idle.sum() + np.maximum(active.max(), share * (active - idle).sum())
+    memory = MemoryModel(active.tolist(), idle.tolist(), fixed.tolist())
+    if whole:
+        less = rng.uniform(0.5, 1.05, num_clients) * (fixed + active.sum())
+        memory = replace(memory, whole=[int(v) for v in less])
     return {
-        "memory": MemoryModel(active.tolist(), idle.tolist(), fixed.tolist()),
+        "memory": memory,
         "budgets": [int(b) for b in budgets],
         "priorities": np.round(rng.uniform(0.5, 3.0, num_blocks), 2).tolist(),
     }
 
 
-def all_values(problem: Problem) -> np.ndarray:
-    """F1 and F2 of every mask that satisfies the problem: [masks, 2]."""
-    num_clients, num_blocks = len(problem.clients), len(problem.blocks)
-    rows = np.array(list(itertools.product([0, 1], repeat=num_blocks)))
-    used = rows @ np.array(problem.extra)
+def all_values(problem: Problem, free: bool = False) -> np.ndarray:
+    """F1 and F2 of every mask that satisfies the problem: [masks, 2].
+
+    Clients that have room for the whole model, and need less for it than the sum of its parts, have
+    every block active, unless `free`.
+    """
+    rows = np.array(list(itertools.product([0, 1], repeat=len(problem.blocks))))
     active = rows.sum(axis=1)
     allowed = (active >= problem.min_active) & (active <= problem.max_active)
-    picks = [np.flatnonzero(allowed & (used <= spare)) for spare in problem.spare]
+    all_active = active == len(problem.blocks)
+    shares, picks = [], []
+    for base, whole, budget in zip(problem.base, problem.whole, problem.budgets, strict=True):
+        sums = base + rows @ np.array(problem.extra)
+        memory = np.where(all_active, whole, sums)
+        fits = allowed & (memory <= budget)
+        if (fits & (memory < sums)).any() and not free:
+            fits &= all_active
+        shares.append(memory / budget)
+        picks.append(np.flatnonzero(fits))
     grid = np.array(list(itertools.product(*picks)), dtype=np.int64)  # [masks, N]: a row each
-    grid = grid.reshape(-1, num_clients)
+    grid = grid.reshape(-1, len(picks))
     coverage = rows[grid].sum(axis=1)
     grid, coverage = (x[(coverage >= problem.min_coverage).all(axis=1)] for x in (grid, coverage))
     f1 = (np.array(problem.priorities) / coverage).sum(axis=1)
-    memory = np.array(problem.base) + used[grid]
-    return np.stack([f1, (memory / np.array(problem.budgets)).sum(axis=1)], axis=1)
+    f2 = sum((share[grid[:, n]] for n, share in enumerate(shares)), np.zeros(len(grid)))
+    return np.stack([f1, f2], axis=1)

@@ -35,6 +35,24 @@ def test_names_every_client_that_is_short() -> None:
     assert "2 active blocks" in str(error.value)
 
 
+def test_a_client_may_have_room_for_the_whole_model_only() -> None:
+    # A single block takes 60 with its buffers; all of them need none of those.
+    memory = MemoryModel([10, 10, 10], [0] * 3, 50, whole={"a": 40, "b": 45})
+    plan = plan_blocks(memory, {"a": 40, "b": 60})
+    assert plan.mask.all()
+    assert plan.memory == (40, 45)
+    with pytest.raises(InfeasiblePlanError, match=r"client 'a' .* needs at least 40") as error:
+        plan_blocks(memory, {"a": 39, "b": 60})
+    assert error.value.shortfalls == {"a": 1}
+
+
+def test_the_whole_model_is_no_way_out_where_not_every_block_may_be_active() -> None:
+    memory = MemoryModel([10, 10, 10], [0] * 3, 50, whole=40)
+    with pytest.raises(InfeasiblePlanError, match=r"client 'a' .* needs at least 60") as error:
+        plan_blocks(memory, {"a": 59, "b": 70}, max_active=2)
+    assert error.value.shortfalls == {"a": 1}
+
+
 def test_idle_blocks_count() -> None:
     with pytest.raises(InfeasiblePlanError) as error:
         plan_blocks(MemoryModel([10, 10], [10, 10], 5), [24])
@@ -101,6 +119,8 @@ MODEL = MemoryModel([10, 20], [0, 0])
         ({"time_limit": 0.0}, "time_limit"),
         ({"memory": MemoryModel([10], [0], [1, 2, 3])}, "3 values for 2 clients"),
         ({"memory": MemoryModel([10], [0], {"a": 1})}, "unknown clients"),
+        ({"memory": MemoryModel([10], [0], whole=[1])}, "whole has 1 values for 2 clients"),
+        ({"memory": MemoryModel([10], [0], whole={"a": 1})}, "whole: no bytes for clients"),
     ],
     ids=lambda v: ",".join(v) if isinstance(v, dict) else "",
 )

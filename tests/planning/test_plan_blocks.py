@@ -41,9 +41,12 @@ LIMITS = [
 
 @pytest.mark.parametrize("limits", LIMITS, ids=["plain", "covered", "bounded", "tolerant"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("whole", [False, True], ids=["sums", "whole"])
 @pytest.mark.parametrize("seed", range(3))
-def test_matches_brute_force(seed: int, shape: tuple[int, int], limits: dict[str, float]) -> None:
-    case = random_case(seed, *shape)
+def test_matches_brute_force(
+    seed: int, whole: bool, shape: tuple[int, int], limits: dict[str, float]
+) -> None:
+    case = random_case(seed, *shape, whole)
     bounds = {k: v for k, v in limits.items() if k != "tolerance"}
     problem = make_problem(
         case["memory"],
@@ -59,6 +62,8 @@ def test_matches_brute_force(seed: int, shape: tuple[int, int], limits: dict[str
     plan = plan_blocks(**case, **limits, mip_rel_gap=0.0, num_points=5)
     check(plan, problem)
     slack = SOLVER_TOLERANCE * np.array([sum(problem.priorities), len(problem.clients)])
+    # Clients that are set apart because they have room for the whole model cost F1 nothing.
+    assert all_values(problem, free=True)[:, 0].min() == pytest.approx(values[:, 0].min())
     for point in plan.front:
         dominated = (values < np.array([point.f1, point.f2]) - slack).all(axis=1)
         assert not dominated.any()

@@ -42,7 +42,8 @@ class Problem:
 
     ``base[n]`` is the memory of client n with every block idle and ``extra[b]`` what block b adds
     where it is active, so that V_n = base[n] + sum_b a[n, b] extra[b]; with every block active it
-    is ``whole[n]``, at most as much. ``covered`` further clients have every block active.
+    is ``whole[n]``, at most as much (just as much where no client may activate every block).
+    ``covered`` further clients have every block active.
     """
 
     clients: tuple[str, ...]
@@ -105,13 +106,12 @@ class Problem:
         Returns:
             Their indices, and the problem of the others.
         """
-        free = self.max_active == len(self.blocks)
         full = [
             n
             for n, (whole, budget, base) in enumerate(
                 zip(self.whole, self.budgets, self.base, strict=True)
             )
-            if free and whole <= budget and whole < base + sum(self.extra)
+            if whole <= budget and whole < base + sum(self.extra)
         ]
         rest = [n for n in range(len(self.clients)) if n not in full]
 
@@ -157,13 +157,18 @@ def make_problem(
             f"min_active and max_active must satisfy 0 <= min_active <= max_active <= "
             f"{len(blocks)} (blocks) and max_active >= 1, not {min_active} and {most}"
         )
+    base = tuple(fixed + idle for fixed in memory.fixed_bytes(clients))
+    extra = tuple(on - off for on, off in zip(memory.active, memory.idle, strict=True))
+    whole = memory.all_active_bytes(clients)
+    if most < len(blocks):
+        whole = tuple(sum(extra, start) for start in base)
     return Problem(
         clients=clients,
         blocks=blocks,
         budgets=limits,
-        base=tuple(fixed + idle for fixed in memory.fixed_bytes(clients)),
-        whole=memory.all_active_bytes(clients),
-        extra=tuple(on - off for on, off in zip(memory.active, memory.idle, strict=True)),
+        base=base,
+        whole=whole,
+        extra=extra,
         priorities=_checked_priorities(priorities, blocks),
         min_coverage=min_coverage,
         min_active=min_active,

@@ -75,19 +75,50 @@ def test_equals_the_rule_on_copies(
         np.testing.assert_allclose(coefs[:, :, columns[block]], expected, rtol=1e-6, atol=1e-14)
 
 
-def test_sums_have_the_order_that_is_documented(numbers: np.random.Generator) -> None:
+def folded(terms: list[float]) -> float:
     """In plain Python: any machine whose doubles are IEEE's makes these bits."""
+    while len(terms) > 1:
+        half = (len(terms) + 1) // 2
+        rest = terms[half:]
+        terms = [a + b for a, b in zip(terms, rest, strict=False)] + terms[len(rest) : half]
+    return terms[0]
+
+
+def test_sums_have_the_order_that_is_documented(numbers: np.random.Generator) -> None:
     for count in (1, 2, 3, 7, 64, 101):
         values = numbers.normal(size=(count, 4)) * 10.0 ** numbers.integers(-20, 20, (count, 4))
-        lists = values.T.tolist()
-        for terms in lists:
-            while len(terms) > 1:
-                half = (len(terms) + 1) // 2
-                rest = terms[half:]
-                terms[:] = [a + b for a, b in zip(terms, rest, strict=False)] + terms[
-                    len(rest) : half
-                ]
-        assert fold(values).tolist() == [terms[0] for terms in lists]
+        expected = [folded(terms) for terms in values.T.tolist()]
+        assert fold(values).tolist() == expected
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed"])
+@pytest.mark.parametrize("values", [None, [-1, 0, 1, 2], [-0.0, 0.0], [-1, -0.0]], ids=str)
+def test_robust_sums_have_a_term_of_every_client(
+    numbers: np.random.Generator, rule: Any, values: list[float] | None
+) -> None:
+    """Who is left out adds a zero of its sign; equal scalars stand in the order of the clients."""
+    for clients in (1, 2, 3, 8, 41):
+        g, masks, examples = measured(numbers, clients, 9)  # over eight columns, by the way
+        if values is not None:
+            g = numbers.choice(np.array(values, np.float32), g.shape)
+        trim = float(numbers.uniform(0, 0.5))
+        coefs, columns = aggregate(g, masks, examples, 1.0, "examples", 1.5, rule, trim)
+        for block, k, p in np.argwhere(np.ones((9, 2, 3))):
+            rows = np.flatnonzero(masks[:, block])
+            if not len(rows):
+                continue
+            ranked = sorted(rows, key=lambda n: (g[n, k, p], not np.signbit(g[n, k, p]), n))
+            total = int(examples[rows].sum())
+            share = 0.5 if rule == "median" else trim
+            cut = min(int(np.ceil(share * total)), (total - 1) // 2)
+            terms, before = [], 0
+            for n in ranked:
+                after = before + int(examples[n])
+                kept = max(min(after, total - cut) - max(before, cut), 0)
+                terms.append(float(np.clip(np.float64(g[n, k, p]), -1.5, 1.5)) * kept)
+                before = after
+            expected = np.float32(-(folded(terms) / (total - 2 * cut)) / 3)
+            assert coefs[k, p, columns[block]].tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -86,17 +86,12 @@ def aggregate(
     covering = np.ascontiguousarray((masks & (copies > 0)[:, None]).T)  # [blocks, clients]
     columns = np.full(len(covering), UNCOVERED, dtype=np.int32)
     known: dict[bytes, int] = {}
-    parts: list[npt.NDArray[np.float32]] = []
     for block, clients in enumerate(covering):
-        if not clients.any():
-            continue
-        key = clients.tobytes()
-        if key not in known:
-            known[key] = len(parts)
-            parts.append(update_coefs(combine(clients).reshape(shape), lr))
-        columns[block] = known[key]
-    coefs = np.stack(parts, axis=2) if parts else np.zeros((*shape, 0), np.float32)
-    return coefs, columns
+        if clients.any():
+            columns[block] = known.setdefault(clients.tobytes(), len(known))
+    first = [int(np.argmax(columns == column)) for column in range(len(known))]
+    combined = np.ascontiguousarray(combine(covering[first]).T).reshape(*shape, len(known))
+    return update_coefs(combined, lr), columns
 
 
 def fold(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -116,18 +111,21 @@ def fold(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 _Combine = Callable[[_Bools], _Floats]
-"""Of the clients given by bool [clients], one number for each scalar: float64 [K * P]."""
+"""Of the clients that covered each column, bool [columns, clients], one number for each scalar:
+float64 [columns, K * P]."""
 
 
 def _mean(values: _Floats, copies: npt.NDArray[np.int64]) -> _Combine:
     weighted = values * copies[:, None]
     room = np.empty_like(weighted)  # used again by each column: fresh memory costs more than sums
 
-    def combine(clients: _Bools) -> _Floats:
-        rows = np.flatnonzero(clients)
-        taken = np.take(weighted, rows, axis=0, out=room[: len(rows)], mode="clip")
-        mean: _Floats = fold(taken) / copies[rows].sum()
-        return mean
+    def combine(covering: _Bools) -> _Floats:
+        means = np.empty((len(covering), values.shape[1]))
+        for column, clients in enumerate(covering):
+            rows = np.flatnonzero(clients)
+            taken = np.take(weighted, rows, axis=0, out=room[: len(rows)], mode="clip")
+            means[column] = fold(taken) / copies[rows].sum()
+        return means
 
     return combine
 
@@ -135,23 +133,47 @@ def _mean(values: _Floats, copies: npt.NDArray[np.int64]) -> _Combine:
 def _trimmed(
     scalars: npt.NDArray[np.float32], copies: npt.NDArray[np.int64], clip: float | None, trim: float
 ) -> _Combine:
-    order = _order(scalars.T)
-    ranked = clip_scalars(np.take_along_axis(scalars.T, order, axis=1), clip)
-    weights = copies[order]
+    rows = np.ascontiguousarray(scalars.T)
 
-    def combine(clients: _Bools) -> _Floats:
-        chosen = clients[order]
-        weight = weights[chosen].reshape(len(order), -1)  # [K * P, covering clients]
-        end = np.add.accumulate(weight, axis=1)  # integers: copies up to and with this client's
-        total = int(end[0, -1])
-        cut = min(math.ceil(trim * total), (total - 1) // 2)
-        kept = np.minimum(end, total - cut) - np.maximum(end - weight, cut)
-        np.maximum(kept, 0, out=kept)
-        terms = ranked[chosen].reshape(weight.shape) * kept
-        mean: _Floats = fold(np.ascontiguousarray(terms.T)) / (total - 2 * cut)
-        return mean
+    def combine(covering: _Bools) -> _Floats:
+        packed = np.packbits(covering, axis=0, bitorder="little")  # [columns / 8, clients]
+        means = np.empty((len(covering), len(rows)))
+        room = np.empty(len(copies))
+        for k, (row, order) in enumerate(zip(rows, _order(rows), strict=True)):
+            ranked, weights = clip_scalars(row.take(order), clip), copies.take(order)
+            weighted = ranked * weights
+            for column in range(len(covering)):
+                if column % 8 == 0:  # eight columns are put in order at once
+                    bits = packed[column // 8].take(order)
+                places = np.flatnonzero((bits & (1 << column % 8)).astype(np.bool_))
+                means[column, k] = _middle(places, ranked, weights, weighted, trim, room)
+        return means
 
     return combine
+
+
+def _middle(
+    places: npt.NDArray[np.int64],
+    ranked: _Floats,
+    weights: npt.NDArray[np.int64],
+    weighted: _Floats,
+    trim: float,
+    room: _Floats,
+) -> float:
+    """Returns the trimmed mean of the clients at these places among all, lowest scalar first."""
+    weight = weights.take(places)
+    end = np.add.accumulate(weight)  # integers: copies up to and with this client's
+    total = int(end[-1])
+    cut = min(math.ceil(trim * total), (total - 1) // 2)
+    first, last = int(end.searchsorted(cut, "right")), int(end.searchsorted(total - cut))
+    terms = room[: len(places)]
+    # Who is left out adds 0. Where every term is one, the sum has the sign of the highest scalar.
+    terms[:] = 0.0 * ranked[places[-1]]
+    terms[first : last + 1] = weighted.take(places[first : last + 1])
+    for n in (first, last):  # of whom some copies may be left out
+        kept = min(end[n], total - cut) - max(end[n] - weight[n], cut)
+        terms[n] = ranked[places[n]] * kept
+    return float(fold(terms)) / (total - 2 * cut)
 
 
 def _order(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
@@ -160,7 +182,7 @@ def _order(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
     The bits of a number, made to sort as an integer does, stand above the client's place in one
     uint64: these are all different, so numpy's fastest sort has no choice.
     """
-    bits = np.ascontiguousarray(rows).view(np.uint32)
+    bits = rows.view(np.uint32)
     rising = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)).astype(np.uint64)
     keys = np.sort(rising << np.uint64(32) | np.arange(rows.shape[1], dtype=np.uint64), axis=1)
     return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)

@@ -1,0 +1,216 @@
+"""What a scalar round of three sites costs beside the measuring: the engine, and what is under it.
+
+    python -m pytest benchmarks/bench_transport.py --benchmark-only
+
+Sites measure for free, so a round's time is overhead: messages, waiting, the update of a few
+thousand weights, the log's fsync. ``deployed`` is ``zorba federate`` over mutual TLS, a server and
+three sites as processes of this machine; ``local`` the same server and clients in one process;
+``bytes`` the same messages to one site and back over a TLS connection that stands, without an
+engine. Look at ``load`` in the results: processes that share cores with others wait for them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("nvflare", reason="nvflare is in the test extra")
+
+from rich.console import Console
+from zorba import machine
+from zorba.deployment import build, control
+from zorba.deployment.config import ServerConfig, SiteConfig
+from zorba.deployment.jobs import ASK_SECONDS
+from zorba.deployment.project import ProjectSettings, init_project
+from zorba.federated import EventReader, LocalTransport, RunFolder
+
+from tests.finetune.tiny import ROWS, save_tiny_llama
+
+SITES = ("ada", "bob", "cleo")
+SAMPLES = 5
+ROUNDS, WARM_UP = 100, 10
+PLAN_BYTES, REPLY_BYTES = 165, 77  # encoded, where all blocks have the same sites
+PATIENCE = 300.0
+GROUP = f"round: {len(SITES)} sites, P = {SAMPLES}, measured for free"
+
+# In the processes that hold a client, and in no other.
+_FREE = """
+import sys
+if any("worker_process" in word for word in sys.orig_argv):
+    from benchmarks.bench_transport import measure_for_free
+    measure_for_free()
+"""
+
+
+class Free:
+    """An objective that costs nothing, in the place of ``ModelObjective``."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __call__(self, round_number: int, step: int) -> tuple[Any, int]:
+        """See ``zorba.federated.Objective``."""
+        return lambda noises: [0.0] * len(noises), 4
+
+
+def measure_for_free() -> None:
+    """Has the clients of this process measure for free."""
+    build.ModelObjective = Free  # type: ignore[misc, assignment]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project of a tiny model, its server on a port that nobody has."""
+    save_tiny_llama(tmp_path / "model", torch.float32)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    site = SiteConfig(
+        name="",
+        model=str(tmp_path / "model"),
+        data=str(tmp_path / "rows.jsonl"),
+        template="{sentence} It was",
+        words=(" terrible", " great"),
+        threads=1,
+    )
+    init_project(
+        ProjectSettings(
+            folder=tmp_path / "project",
+            job="overhead",
+            budgets=dict.fromkeys(SITES, 0),
+            address=f"localhost:{port}",
+            site=site,
+            rounds=10 * (ROUNDS + WARM_UP),
+            settings={"lr": 0.01, "num_perturbations": SAMPLES},
+        )
+    )
+    return tmp_path / "project"
+
+
+def measure(benchmark: Any, call: Callable[[], object]) -> None:
+    """Times single calls, and notes how they are spread and how busy the machine was."""
+    before = os.getloadavg()[0]
+    benchmark.pedantic(call, rounds=ROUNDS, iterations=1, warmup_rounds=WARM_UP)
+    seconds = benchmark.stats.stats.data
+    benchmark.extra_info.update(
+        machine.describe(),
+        load=(round(before, 2), round(os.getloadavg()[0], 2)),
+        median_seconds=float(np.median(seconds)),
+        p90_seconds=float(np.quantile(seconds, 0.9)),
+    )
+
+
+@contextmanager
+def running(project: Path) -> Iterator[EventReader]:
+    """The project's processes, and the events of its run."""
+    (project.parent / "sitecustomize.py").write_text(_FREE)
+    root = Path(__file__).resolve().parents[1]
+    paths = [str(project.parent), str(root), os.environ.get("PYTHONPATH", "")]
+    parties, console = control.parties(project), Console(quiet=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+        try:
+            control.start(parties, console)
+            yield EventReader(RunFolder(parties[0].run).events)
+        finally:
+            control.stop([party for party in parties if party.pid() is not None], console)
+
+
+@pytest.mark.benchmark(group=GROUP)
+def bench_deployed(benchmark: Any, project: Path) -> None:
+    """From the end of a round to the end of the next."""
+    with running(project) as events:
+        ended: list[dict[str, Any]] = []
+        taken = 0
+
+        def next_round() -> None:
+            nonlocal taken
+            deadline = time.monotonic() + PATIENCE
+            while len(ended) <= taken:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"no round within {PATIENCE} s: see the engine.log's")
+                ended.extend(event for event in events.poll() if event["event"] == "round")
+                time.sleep(0.002)
+            taken += 1
+
+        measure(benchmark, next_round)
+    measured = ended[WARM_UP : WARM_UP + ROUNDS]
+    assert all(event["clients"] == list(SITES) for event in measured)
+    assert all(event["loss"] == 0.0 for event in measured), "somebody measured a model"
+    assert measured[-1]["bytes_down"] == dict.fromkeys(SITES, PLAN_BYTES)
+    assert measured[-1]["bytes_up"]["ada"] == REPLY_BYTES
+    benchmark.extra_info.update(
+        ask_seconds=ASK_SECONDS,
+        median_round_seconds=float(np.median([event["seconds"] for event in measured])),
+    )
+
+
+@pytest.mark.benchmark(group=GROUP)
+def bench_local(benchmark: Any, project: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "ModelObjective", Free)
+        clients = {site: build.build_client(project / "sites" / site) for site in SITES}
+    config = ServerConfig.read(project / "server")
+    server = build.build_server(config, RunFolder(project.parent / "run"))
+    transport = LocalTransport(clients)
+
+    def next_round() -> None:
+        messages = server.begin_round(SITES)
+        while messages:
+            replies, failures = transport.exchange(messages)
+            assert not failures
+            for name, data in replies.items():
+                assert server.receive(name, data).accepted
+            messages = server.ask_again()
+        server.end_round()
+
+    measure(benchmark, next_round)
+    server.close()
+
+
+@pytest.mark.benchmark(group=GROUP)
+def bench_bytes(benchmark: Any, project: Path) -> None:
+    """A plan to one site and its reply back: what TLS and the kernel take."""
+    kits = {
+        "server": project / "server" / "engine" / "startup" / "server.crt",
+        "site": project / "sites" / "ada" / "engine" / "startup" / "client.crt",
+    }
+
+    def context(party: str, protocol: Any) -> ssl.SSLContext:
+        made = ssl.SSLContext(protocol)
+        made.load_cert_chain(kits[party], kits[party].with_suffix(".key"))
+        made.load_verify_locations(kits[party].with_name("rootCA.pem"))
+        made.check_hostname, made.verify_mode = False, ssl.CERT_REQUIRED
+        return made
+
+    def answer(listener: socket.socket) -> None:
+        plain, _ = listener.accept()
+        with context("server", ssl.PROTOCOL_TLS_SERVER).wrap_socket(plain, server_side=True) as end:
+            while end.recv(1000):
+                end.sendall(bytes(REPLY_BYTES))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer, args=(listener,))
+        thread.start()
+        with (
+            socket.create_connection(listener.getsockname()) as plain,
+            context("site", ssl.PROTOCOL_TLS_CLIENT).wrap_socket(plain) as end,
+        ):
+
+            def exchange() -> None:
+                end.sendall(bytes(PLAN_BYTES))
+                assert len(end.recv(1000)) == REPLY_BYTES
+
+            measure(benchmark, exchange)
+        thread.join()

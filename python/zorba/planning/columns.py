@@ -112,7 +112,10 @@ class ColumnPool:
             bound = max(bound, self._lagrange(rows, best_prices, most))
         wanted = bound / (1 - gap)
         slack = max(0.9 * (wanted - mixture.value) / wanted, 0.1 * gap)
-        chosen = self._choose(rows, slack, max(seconds - (time.monotonic() - start), 0.1))
+        # No column of a plan that is good enough costs more; some room, to find one that almost is.
+        master = self._master(rows).limit(mixture.reduced, 2 * max(wanted - mixture.value, 0.0))
+        left = seconds - (time.monotonic() - start)
+        chosen = self._choose(master, slack, max(left / 2, 0.1))
         # Others come back if prices ask for them; without them the next master is quick.
         used = [key for key, share in zip(self._columns, mixture.v, strict=False) if share]
         self._columns = {key: self._columns[key] for key in used}
@@ -138,9 +141,9 @@ class ColumnPool:
         except InfeasibleProgramError:
             return None
 
-    def _choose(self, rows: Rows, gap: float, seconds: float) -> Counts | None:
+    def _choose(self, master: Rows, gap: float, seconds: float) -> Counts | None:
         """Solves the master program in whole columns."""
-        master, keys = self._master(rows), list(self._columns)
+        keys = list(self._columns)
         integer = np.zeros(len(master.cost), dtype=np.int64)
         integer[: len(keys)] = 1
         try:

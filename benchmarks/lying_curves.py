@@ -1,4 +1,4 @@
-"""Two clients of eight lie: what mean, trimmed mean and median make of the demo's federation.
+"""Two clients of eight lie: what mean and trimmed mean make of the demo's federation.
 
 Every client has room for all four trainable blocks, so that each block has eight clients; the two
 that lie are drawn by the seed. All else is as in ``zorba demo``: model, data, split, noise.
@@ -34,22 +34,22 @@ class Case:
     lie: str | None
     aggregation: str
     clip: float | None
+    lr: float = 1.6e-2  # of the first round
 
 
+_CAREFUL = 4e-3  # without a clip the demo's rate does not converge, even where nobody lies
 CASES = {
     "nobody lies, mean": Case(None, "mean", 3.0),
     "garbage, trimmed": Case("garbage", "trimmed", 3.0),
     "garbage, mean": Case("garbage", "mean", 3.0),
-    "garbage, mean, no clip": Case("garbage", "mean", None),
-    "garbage, trimmed, no clip": Case("garbage", "trimmed", None),
+    "nobody lies, mean, no clip": Case(None, "mean", None, _CAREFUL),
+    "garbage, mean, no clip": Case("garbage", "mean", None, _CAREFUL),
+    "garbage, trimmed, no clip": Case("garbage", "trimmed", None, _CAREFUL),
     "opposite, trimmed": Case("opposite", "trimmed", 3.0),
     "opposite, mean": Case("opposite", "mean", 3.0),
-    "garbage, median": Case("garbage", "median", 3.0),
-    "opposite, median": Case("opposite", "median", 3.0),
-    "nobody lies, trimmed": Case(None, "trimmed", 3.0),
 }
 EVALUATIONS = 8
-COLORS = {"mean": "#d62728", "trimmed": "#1f77b4", "median": "#2ca02c"}
+COLORS = {"mean": "#d62728", "trimmed": "#1f77b4"}
 
 
 class Experiment:
@@ -89,6 +89,7 @@ class Experiment:
             on_round=on_round,
             aggregation=case.aggregation,
             clip=case.clip,
+            lr=lambda round_: case.lr * (1 - (round_ - 1) / self.settings.rounds),
             trim=0.25,
         )
         return {
@@ -100,34 +101,33 @@ class Experiment:
         }
 
 
+PANELS = {
+    ("garbage", None): "Two of eight send random bits, no clip",
+    ("garbage", 3.0): "Two of eight send random bits, clip at 3",
+    ("opposite", 3.0): "Two of eight send theirs times -10, clip at 3",
+}
+
+
 def draw(path: Path, runs: dict[str, dict[str, Any]]) -> None:
-    """Draws accuracy over rounds, a panel for each lie."""
+    """Draws accuracy over rounds, a panel for each lie and clip."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    panels = figure.subplots(1, len(LIES), sharey=True)
-    titles = {
-        "garbage": "Two of eight send random bits",
-        "opposite": "Two of eight send their scalars times -10",
-    }
-    for axes, lie in zip(panels, LIES, strict=True):
-        for name, run in runs.items():
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(PANELS), sharey=True)
+    for axes, ((lie, clip), title) in zip(panels, PANELS.items(), strict=True):
+        for run in runs.values():
             case = run["case"]
-            if case["lie"] not in (None, lie) or (case["lie"] is None and "mean" not in name):
+            clean = case["lie"] is None
+            if case["clip"] != clip or case["lie"] not in (None, lie):
                 continue
             at, accuracy = zip(*run["scores"], strict=True)
-            clean = case["lie"] is None
-            axes.plot(
-                at,
-                accuracy,
-                "--" if clean or case["clip"] is None else "-",
-                color="#555555" if clean else COLORS[case["aggregation"]],
-                linewidth=2.5 if clean else 1.8,
-                alpha=1.0 if case["clip"] else 0.5,
-                label=name.split(", ", 1)[1] if not clean else "nobody lies",
-            )
-        axes.set(xlabel="round", title=titles[lie])
-        axes.legend(frameon=False, loc="lower right", fontsize=8)
+            color = "#555555" if clean else COLORS[case["aggregation"]]
+            label = "nobody lies, mean" if clean else case["aggregation"]
+            style = {"linestyle": "--", "linewidth": 2.5} if clean else {"linewidth": 1.8}
+            axes.plot(at, accuracy, color=color, label=label, **style)
+        axes.set_xlabel("round")
+        axes.set_title(title, fontsize=10)
+        axes.legend(frameon=False, loc="best", fontsize=8)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set(ylabel="accuracy, SST-2 validation")

@@ -38,7 +38,7 @@ KINDS = {
 }
 """Kinds of masks and their colours."""
 TUNED_AS = {"planned, again every 15 rounds": "planned"}
-GRID = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
+GRID = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128)
 TUNING_SEED = 0
 SEEDS = (1, 2, 3)
 EVERY = 6  # rounds between evaluations

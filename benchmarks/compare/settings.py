@@ -46,7 +46,7 @@ class Settings:
     batch_size: int = 8
     longest: int = 16
     measured_shape: tuple[int, int] = (16, 40)
-    subset: int = 8
+    subset: int = 3
     eps: float = 1e-3
     methods: dict[str, Plan] = field(default_factory=lambda: dict(PLANS))
     measured_rounds: int = 3
@@ -81,10 +81,10 @@ class Plan:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-_ROUNDS, _EVERY = 30, 10
+_ROUNDS, _EVERY = 100, 25
 PLANS = {
     "zorba": Plan("ZorBA", "ZorBA", _ROUNDS, _EVERY, 1, {"lr": 3e-4}),
-    "fedavg-lora": Plan("FedAvg with LoRA, AdamW (FedIT)", "FedAvg-LoRA", 6, 2, 4, {"lr": 3e-4}),
+    "fedavg-lora": Plan("FedAvg with LoRA, AdamW (FedIT)", "FedAvg-LoRA", 12, 2, 4, {"lr": 3e-4}),
     "decomfl": Plan("full-model ZO (DeComFL)", "DeComFL", _ROUNDS, _EVERY, 1, {"lr": 3e-4}),
     "fedkseed": Plan(
         "seed-pool ZO (FedKSeed)", "FedKSeed", _ROUNDS, _EVERY, 1, {"lr": 3e-4, "pool": 1024}

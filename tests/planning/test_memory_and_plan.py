@@ -108,8 +108,16 @@ def test_active_blocks_by_name() -> None:
         plan.active_blocks("z")
 
 
-def test_picture(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("clients", "wide"), [(2, False), (10, True), (30, True)])
+def test_picture(tmp_path: Path, clients: int, wide: bool) -> None:
     pytest.importorskip("matplotlib")
-    plan = plan_blocks(MemoryModel([100] * 4, [0] * 4), [400, 300])
+    plan = plan_blocks(MemoryModel([100, 200, 200, 200], [0] * 4), [700] * clients)
+    assert (plan.front[-1].f1 > 4 * plan.front[0].f1) == wide
     draw_plan(plan, tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bytes_are_read_in_the_unit_of_the_smallest_budget() -> None:
+    plan = plan_blocks(MemoryModel([1 << 20] * 2, [0] * 2), {"a": 2 << 30, "b": 3 << 19})
+    assert "memory / budget (MiB)" in plan.render()
+    assert "1.00 / 1.50   67%" in plan.render()

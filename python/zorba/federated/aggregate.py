@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -79,19 +78,19 @@ def aggregate(
     count, *shape = scalars.shape
     copies = np.ones(count, np.int64) if weighting == "uniform" else examples.astype(np.int64)
     flat = scalars.reshape(count, -1)
-    if aggregation == "mean":
-        combine = _mean(clip_scalars(flat, clip), copies)
-    else:
-        combine = _trimmed(flat, copies, clip, 0.5 if aggregation == "median" else trim)
     covering = np.ascontiguousarray((masks & (copies > 0)[:, None]).T)  # [blocks, clients]
     columns = np.full(len(covering), UNCOVERED, dtype=np.int32)
     known: dict[bytes, int] = {}
     for block, clients in enumerate(covering):
         if clients.any():
             columns[block] = known.setdefault(clients.tobytes(), len(known))
-    first = [int(np.argmax(columns == column)) for column in range(len(known))]
-    combined = np.ascontiguousarray(combine(covering[first]).T).reshape(*shape, len(known))
-    return update_coefs(combined, lr), columns
+    of_columns = covering[[int(np.argmax(columns == column)) for column in range(len(known))]]
+    if aggregation == "mean":
+        combined = _means(clip_scalars(flat, clip), copies, of_columns)
+    else:
+        share = 0.5 if aggregation == "median" else trim
+        combined = _trimmed_means(flat, copies, of_columns, clip, share)
+    return update_coefs(combined.reshape(*shape, len(known)), lr), columns
 
 
 def fold(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -110,46 +109,40 @@ def fold(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return total
 
 
-_Combine = Callable[[_Bools], _Floats]
-"""Of the clients that covered each column, bool [columns, clients], one number for each scalar:
-float64 [columns, K * P]."""
-
-
-def _mean(values: _Floats, copies: npt.NDArray[np.int64]) -> _Combine:
+def _means(values: _Floats, copies: npt.NDArray[np.int64], covering: _Bools) -> _Floats:
+    """Of the clients that covered each column, bool [columns, clients]: [K * P, columns]."""
     weighted = values * copies[:, None]
     room = np.empty_like(weighted)  # used again by each column: fresh memory costs more than sums
-
-    def combine(covering: _Bools) -> _Floats:
-        means = np.empty((len(covering), values.shape[1]))
-        for column, clients in enumerate(covering):
-            rows = np.flatnonzero(clients)
-            taken = np.take(weighted, rows, axis=0, out=room[: len(rows)], mode="clip")
-            means[column] = fold(taken) / copies[rows].sum()
-        return means
-
-    return combine
+    means = np.empty((values.shape[1], len(covering)))
+    for column, clients in enumerate(covering):
+        rows = np.flatnonzero(clients)
+        taken = np.take(weighted, rows, axis=0, out=room[: len(rows)], mode="clip")
+        means[:, column] = fold(taken) / copies[rows].sum()
+    return means
 
 
-def _trimmed(
-    scalars: npt.NDArray[np.float32], copies: npt.NDArray[np.int64], clip: float | None, trim: float
-) -> _Combine:
+def _trimmed_means(
+    scalars: npt.NDArray[np.float32],
+    copies: npt.NDArray[np.int64],
+    covering: _Bools,
+    clip: float | None,
+    trim: float,
+) -> _Floats:
+    """Of the clients that covered each column, bool [columns, clients]: [K * P, columns]."""
     rows = np.ascontiguousarray(scalars.T)
-
-    def combine(covering: _Bools) -> _Floats:
-        packed = np.packbits(covering, axis=0, bitorder="little")  # [columns / 8, clients]
-        means = np.empty((len(covering), len(rows)))
-        room = np.empty(len(copies))
-        for k, (row, order) in enumerate(zip(rows, _order(rows), strict=True)):
-            ranked, weights = clip_scalars(row.take(order), clip), copies.take(order)
-            weighted = ranked * weights
-            for column in range(len(covering)):
-                if column % 8 == 0:  # eight columns are put in order at once
-                    bits = packed[column // 8].take(order)
-                places = np.flatnonzero((bits & (1 << column % 8)).astype(np.bool_))
-                means[column, k] = _middle(places, ranked, weights, weighted, trim, room)
-        return means
-
-    return combine
+    packed = np.packbits(covering, axis=0, bitorder="little")  # [columns / 8, clients]
+    means = np.empty((len(rows), len(covering)))
+    room = np.empty(len(copies))
+    for k, (row, order) in enumerate(zip(rows, _order(rows), strict=True)):
+        ranked, weights = clip_scalars(row.take(order), clip), copies.take(order)
+        weighted = ranked * weights
+        for column in range(len(covering)):
+            if column % 8 == 0:  # eight columns are put in order at once
+                bits = packed[column // 8].take(order)
+            # numpy is many times faster at picking by places than by bools
+            places = np.flatnonzero((bits & (1 << column % 8)).astype(np.bool_))
+            means[k, column] = _middle(places, ranked, weights, weighted, trim, room)
+    return means
 
 
 def _middle(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from zorba.planning.budgets import show_bytes
 from zorba.planning.plan import BlockPlan
 
 if TYPE_CHECKING:
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 _ACTIVE, _IDLE, _MARK, _TEXT = "#3b6fa0", "#eef1f4", "#c8553d", "#333333"
 # More labels than this on an axis run into each other.
 _MAX_LABELS = 24
+# A front over a wider range of F1 than this is drawn on a logarithmic axis.
+_WIDE = 4.0
+_FRONT_ASPECT = 1.2
 
 
 def draw_plan(plan: BlockPlan, path: str | Path) -> None:
@@ -24,7 +28,7 @@ def draw_plan(plan: BlockPlan, path: str | Path) -> None:
     columns = min(max(3.5, 0.24 * len(plan.blocks)), 9.0)
     figure = Figure(figsize=(columns + 6.2, rows + 2.0), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2, 3, width_ratios=[columns, 1.4, 3.0], height_ratios=[0.9, rows])
+    grid = figure.add_gridspec(2, 3, width_ratios=[columns, 1.7, 3.0], height_ratios=[0.9, rows])
     share = grid[1, 0]
     active = figure.add_subplot(share)
     _draw_map(active, plan)
@@ -68,6 +72,9 @@ def _draw_memory(axes: Axes, plan: BlockPlan) -> None:
     shares = [100 * used / limit for used, limit in zip(plan.memory, plan.budgets, strict=True)]
     axes.barh([n + 0.5 for n in range(len(shares))], shares, color=_ACTIVE, height=0.6)
     axes.axvline(100, color=_MARK, linewidth=1)
+    if len(shares) <= _MAX_LABELS:
+        for n, limit in enumerate(plan.budgets):
+            axes.text(104, n + 0.5, show_bytes(limit), va="center", fontsize=7, color=_TEXT)
     axes.set_xlim(0, 105)
     axes.set_xticks([0, 50, 100])
     axes.set_xlabel("% of budget")
@@ -76,15 +83,24 @@ def _draw_memory(axes: Axes, plan: BlockPlan) -> None:
 
 
 def _draw_front(axes: Axes, plan: BlockPlan) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     share = 100 / len(plan.clients)
     f1, f2 = [p.f1 for p in plan.front], [share * p.f2 for p in plan.front]
     axes.plot(f1, f2, color=_ACTIVE, linewidth=0.8, marker="o", markersize=4)
     chosen = plan.point.f1, share * plan.point.f2
     axes.plot(*chosen, "o", color=_MARK, markersize=8, label="this plan")
+    if f1[-1] > _WIDE * f1[0]:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("F1, lower converges faster")
     axes.set_ylabel("memory, mean % of the budgets (F2)")
     axes.set_title("Pareto front", fontsize=9, color=_TEXT, loc="left")
     axes.margins(0.12)
+    axes.set_box_aspect(_FRONT_ASPECT)
+    axes.set_anchor("N")
     axes.legend(frameon=False, loc="upper right", fontsize=8)
     _strip(axes, keep=("left", "bottom"))
 

@@ -102,7 +102,7 @@ class BlockPlan:
             f"columns: {self.blocks[0]} to {self.blocks[-1]}",
             "",
         ]
-        unit, name = _unit(max(self.budgets))
+        unit, name = _unit(min(self.budgets))
         map_width = max(len(self.blocks), 6)
         lines.append(
             f"{'client':<{width}}  {'blocks':<{map_width}}  active  memory / budget ({name})"

@@ -28,6 +28,7 @@ from benchmarks.compare.task import AnswerLoss, Data, load_model, read_data, wor
 from benchmarks.compare.zorba_method import plan_masks
 
 CLIENTS, REPORT = "clients", "report"
+_TABLE_WIDTH = 110  # the table is unreadable in less, for example where output goes to a file
 
 
 def main() -> None:
@@ -43,7 +44,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/compare.json"))
     parser.add_argument("--images", type=Path, default=Path("docs/images"))
     given = parser.parse_args()
-    compare = Compare(Settings(), Results(given.results), Console())
+    console = Console()
+    console.width = max(console.width, _TABLE_WIDTH)
+    compare = Compare(Settings(), Results(given.results), console)
     compare.run(given.what, given.resume, time.monotonic() + 60 * given.minutes)
     compare.report(given.images)
 

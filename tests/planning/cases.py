@@ -16,15 +16,24 @@ SOLVER_TOLERANCE = 2e-6
 
 
 def random_case(
-    seed: int, num_clients: int, num_blocks: int, whole: bool = False
+    seed: int, num_clients: int, num_blocks: int, *, whole: bool = False, alike: bool = False
 ) -> dict[str, Any]:
-    """Arguments of plan_blocks; with `whole`, clients with every block active may need less."""
+    """Arguments of plan_blocks.
+
+    With `whole`, clients with every block active may need less; with `alike`, blocks are of one or
+    two kinds.
+    """
     rng = np.random.default_rng(seed)
     active = rng.integers(50, 200, num_blocks)
-    idle = active // rng.integers(2, 9, num_blocks)
+    if alike:
+        active = active[np.arange(num_blocks) % rng.integers(1, 3)]
+    idle = active // (4 if alike else rng.integers(2, 9, num_blocks))
     fixed = rng.integers(10, 60, num_clients)
     share = rng.uniform(0.3, 1.1, num_clients)
     budgets = fixed + idle.sum() + np.maximum(active.max(), share * (active - idle).sum())
+    priorities = np.round(rng.uniform(0.5, 3.0, num_blocks), 2)
+    if alike:
+        priorities = np.full(num_blocks, priorities[0])
     memory = MemoryModel(active.tolist(), idle.tolist(), fixed.tolist())
     if whole:
         less = rng.uniform(0.5, 1.05, num_clients) * (fixed + active.sum())
@@ -32,7 +41,7 @@ def random_case(
     return {
         "memory": memory,
         "budgets": [int(b) for b in budgets],
-        "priorities": np.round(rng.uniform(0.5, 3.0, num_blocks), 2).tolist(),
+        "priorities": priorities.tolist(),
     }
 
 

@@ -41,12 +41,12 @@ LIMITS = [
 
 @pytest.mark.parametrize("limits", LIMITS, ids=["plain", "covered", "bounded", "tolerant"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
-@pytest.mark.parametrize("whole", [False, True], ids=["sums", "whole"])
+@pytest.mark.parametrize("variant", [{}, {"whole": True}, {"alike": True}], ids=str)
 @pytest.mark.parametrize("seed", range(3))
 def test_matches_brute_force(
-    seed: int, whole: bool, shape: tuple[int, int], limits: dict[str, float]
+    seed: int, variant: dict[str, bool], shape: tuple[int, int], limits: dict[str, float]
 ) -> None:
-    case = random_case(seed, *shape, whole)
+    case = random_case(seed, *shape, **variant)
     bounds = {k: v for k, v in limits.items() if k != "tolerance"}
     problem = make_problem(
         case["memory"],

@@ -15,6 +15,9 @@ from zorba.planning.plan import BlockPlan, ParetoPoint, pareto_front
 from zorba.planning.problem import Mask, Problem, make_problem
 from zorba.planning.program import Limit, Program, Row, Solution
 
+# F1 of equal blocks takes few values, so that one may be just what is tolerated, but for rounding.
+_ROUNDING = 1e-12
+
 
 def plan_blocks(
     memory: MemoryModel,
@@ -78,7 +81,7 @@ def plan_blocks(
         except InfeasibleProgramError:
             raise explain_infeasible(rest, min(time_limit, 10.0)) from None
     front = pareto_front([_point(problem, full, solution) for solution in solutions])
-    bound = (1 + tolerance) * front[0].f1
+    bound = (1 + tolerance) * front[0].f1 * (1 + _ROUNDING)
     chosen = max(i for i, point in enumerate(front) if point.f1 <= bound)
     return BlockPlan(
         clients=problem.clients,

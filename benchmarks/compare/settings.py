@@ -89,5 +89,5 @@ PLANS = {
     "fedkseed": Plan(
         "seed-pool ZO (FedKSeed)", "FedKSeed", _ROUNDS, _EVERY, 1, {"lr": 3e-4, "pool": 1024}
     ),
-    "mezo": Plan("MeZO, one machine", "MeZO", _ROUNDS, _EVERY, 1, {"lr": 3e-4}),
+    "mezo": Plan("MeZO, one machine", "MeZO", _ROUNDS, _EVERY, 1, {"lr": 1e-4}),
 }

@@ -85,7 +85,7 @@ _ROUNDS, _EVERY = 100, 25
 PLANS = {
     "zorba": Plan("ZorBA", "ZorBA", _ROUNDS, _EVERY, 1, {"lr": 3e-4}),
     "fedavg-lora": Plan("FedAvg with LoRA, AdamW (FedIT)", "FedAvg-LoRA", 12, 2, 4, {"lr": 3e-4}),
-    "decomfl": Plan("full-model ZO (DeComFL)", "DeComFL", _ROUNDS, _EVERY, 1, {"lr": 3e-4}),
+    "decomfl": Plan("full-model ZO (DeComFL)", "DeComFL", _ROUNDS, _EVERY, 1, {"lr": 1e-4}),
     "fedkseed": Plan(
         "seed-pool ZO (FedKSeed)", "FedKSeed", _ROUNDS, _EVERY, 1, {"lr": 3e-4, "pool": 1024}
     ),

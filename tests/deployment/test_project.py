@@ -166,14 +166,19 @@ def test_folder_that_is_not_empty_is_left_alone(base: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("ada", ("ada", 0)), ("ada=2GiB", ("ada", 2 << 30)), ("a.b-c=1.5M", ("a.b-c", 3 << 19))],
+    [
+        ("ada", ("ada", 0)),
+        ("ada=2GiB", ("ada", 2 << 30)),
+        ("a.b-c=1.5MiB", ("a.b-c", 3 << 19)),
+        ("ada=2GB", ("ada", 2 * 10**9)),
+    ],
 )
 def test_site_is_a_name_and_a_size(text: str, expected: tuple[str, int]) -> None:
     assert parse_site(text) == expected
 
 
 @pytest.mark.parametrize(
-    "text", ["", "=2GiB", "ada=much", "ada=2XB", "server", "a b", "ada=1.2.3G"]
+    "text", ["", "=2GiB", "ada=much", "ada=2XB", "server", "a b", "ada=1.2.3GiB"]
 )
 def test_site_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ConfigError):
@@ -259,7 +264,7 @@ def test_command_says_what_is_wrong(base: Path, tmp_path: Path) -> None:
     arguments = ["init", tmp_path / "p", "--model", base / "model", "--data", "x", "--site", "a=b"]
     result = CliRunner().invoke(app, ["federate", *map(str, arguments)])
     assert result.exit_code == 1
-    assert "'a=b' tells no budget" in result.output
+    assert "budget of site a: 'b' is no number of bytes" in result.output
     result = CliRunner().invoke(app, ["federate", "status", str(tmp_path)])
     assert result.exit_code == 1
     assert "is no project" in result.output

@@ -14,7 +14,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-_NEEDS = ["nvflare", "rich", "safetensors", "scipy", "transformers"]
+_NEEDS = ["greenlet", "nvflare", "rich", "safetensors", "scipy", "transformers"]
 
 _Folder = Annotated[Path, typer.Argument(help="Project, or the folder of the server or a site.")]
 _Only = Annotated[
@@ -27,7 +27,7 @@ def init(
     folder: Annotated[Path, typer.Argument(help="Folder for the project; new or empty.")],
     site: Annotated[
         list[str],
-        typer.Option(help="A site, with the memory of its device: ada=2GiB. One for each site."),
+        typer.Option(help="A site, with the memory that its weights may use: ada=2GiB. One each."),
     ],
     model: Annotated[str, typer.Option(help="Local folder or hub name of the model.")],
     data: Annotated[

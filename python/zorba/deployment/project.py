@@ -24,8 +24,8 @@ from zorba.federated.errors import MessageError
 from zorba.finetune.task import load_model
 from zorba.hf import Block, find_blocks
 from zorba.planning import BlockPlan, MemoryModel, plan_blocks, weights_memory
+from zorba.planning.budgets import parse_bytes
 
-_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -36,7 +36,8 @@ class ProjectSettings:
     Attributes:
         folder: of the project; new or empty.
         job: name of the job.
-        budgets: bytes that each site's device may use, by site; 0 for no limit.
+        budgets: bytes that weights and stream buffers may use on each site's device, by site; 0
+            for no limit.
         address: host and port that sites reach the server at.
         site: what all sites have in common; ``{site}`` in its data stands for a site's name.
         rounds: of the run.
@@ -147,15 +148,10 @@ def parse_site(text: str) -> tuple[str, int]:
         raise ConfigError(f"{name!r} is no name of a site: expected letters, digits and ._-")
     if not size:
         return name, 0
-    match = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)(?:iB|B)?", size.strip())
     try:
-        return name, int(float(match[1]) * (1 << _UNITS[match[2]])) if match else _no_size(text)
-    except ValueError:
-        return name, _no_size(text)
-
-
-def _no_size(text: str) -> int:
-    raise ConfigError(f"{text!r} tells no budget; expected a size as in ada=2GiB or ada=512MiB")
+        return name, parse_bytes(size)
+    except ValueError as error:
+        raise ConfigError(f"budget of site {name}: {error}") from None
 
 
 def _check(wanted: ProjectSettings) -> None:

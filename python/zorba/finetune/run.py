@@ -36,6 +36,8 @@ def run_finetune(settings: FinetuneSettings, console: Console | None = None) -> 
     """
     console = console or Console()
     _check_out(settings)
+    if settings.offload is not None and settings.blocks == "all":
+        raise ValueError("offload is for idle blocks, and blocks is 'all': give blocks last:N")
     rows, evaluation, labels = read_data(settings)
     console.print(f"data: {len(rows)} rows to train on, {len(evaluation)} to evaluate on")
     if labels:

@@ -83,8 +83,6 @@ class FinetuneSettings:
                 f"a trajectory needs placement scratch, not {self.placement}: restoring in place "
                 "rounds, which no record tells"
             )
-        if self.offload is not None and self.blocks == "all":
-            raise ValueError("offload is for idle blocks, and blocks is 'all': give blocks last:N")
         if len(self.words) == 1:
             raise ValueError(f"one label word, {self.words[0]!r}, leaves nothing to choose")
         if self.labels and len(self.labels) != len(self.words):

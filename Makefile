@@ -3,7 +3,7 @@
 # make federate-demo   the same over NVIDIA FLARE: a server and 3 sites, each a process, over TLS
 # make test      run the tests
 # make test-interpret   run the kernels' tests in Triton's interpreter; make test does it too
-# make bench     measure the kernels against MeZO's own pass
+# make bench     run every suite of benchmarks
 # make compare   ZorBA beside federated baselines: accuracy, memory, bytes, time (docs/compare.md)
 # make gpu-check everything that needs a GPU, under 8 minutes; installs nothing
 # make sass      count the issue slots of the kernels in their machine code, and compare with the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,11 @@ from zorba.federated import (
 from zorba.hf import find_blocks
 
 Masks = npt.NDArray[np.bool_]
+
+
+def described(settings: DemoSettings) -> dict[str, Any]:
+    """Returns the settings that runs have in common, without folders, for a results file."""
+    return {k: v for k, v in asdict(settings).items() if k not in ("out", "cache")}
 
 
 class DemoRuns:

@@ -11,17 +11,17 @@ Runs are kept in the JSON file as they end, and only those that are missing are 
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from zorba import machine
 from zorba.demo.settings import CLIENTS, DemoSettings
 from zorba.federated import Client, RoundReport
 
-from benchmarks.demo_runs import DemoRuns
+from benchmarks.demo_runs import DemoRuns, described
+from benchmarks.kept_runs import KeptRuns
 from benchmarks.lying_clients import LIES, LyingClient
 
 BLOCKS = 4
@@ -94,6 +94,7 @@ class Experiment:
         )
         return {
             "case": asdict(case),
+            "liars": self.liars if case.lie else [],
             "scores": list(scores.items()),
             "losses": losses,
             "rounds_with_problems": problems,
@@ -147,23 +148,17 @@ def main() -> None:
     settings = DemoSettings(
         clients=dict.fromkeys(CLIENTS, BLOCKS), rounds=arguments.rounds, out=Path("runs/lying")
     )
-    report: dict[str, Any] = {"rounds": arguments.rounds, "machine": machine.describe(), "runs": {}}
-    if arguments.json.exists():
-        report = json.loads(arguments.json.read_text())
-    if report["rounds"] != arguments.rounds:
-        raise SystemExit(f"{arguments.json} has runs of {report['rounds']} rounds: move it away")
-    missing = [name for name in arguments.only if name not in report["runs"]]
-    if missing and not arguments.draw:
-        experiment = Experiment(settings)
-        report["liars"] = experiment.liars
-        for name in missing:
-            print(name, flush=True)
-            report["runs"][name] = experiment.run(CASES[name])
-            arguments.json.write_text(json.dumps(report, indent=1) + "\n")
-    for name, run in report["runs"].items():
+    kept = KeptRuns(arguments.json, described(settings))
+    experiment = cache(lambda: Experiment(settings))
+    for name in [] if arguments.draw else arguments.only:
+        case = CASES[name]
+        if name in kept.runs and kept.runs[name]["case"] != asdict(case):
+            del kept.runs[name]
+        kept.get(name, lambda case=case: experiment().run(case))
+    for name, run in kept.runs.items():
         (_, first), (_, last) = run["scores"][0], run["scores"][-1]
         print(f"{name:28} accuracy {first:.3f} before, {last:.3f} after")
-    draw(arguments.out, report["runs"])
+    draw(arguments.out, kept.runs)
 
 
 if __name__ == "__main__":

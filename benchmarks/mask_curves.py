@@ -2,7 +2,8 @@
 
 The demo's federation, over the last eight blocks of SmolLM2-135M. Each client has as many blocks
 under a planned as under a random mask; under equal masks all have the mean number. Every kind has
-the learning rate of a grid at which it came lowest with a seed that is not compared. The seeds
+the learning rate of a grid at which it came lowest with a seed that is not compared; planning again
+has that of planning. The seeds
 that are compared draw the random and the equal masks, the noise and the order of batches.
 
     python -m benchmarks.mask_curves [--draw]
@@ -13,20 +14,18 @@ Runs are kept in the JSON file as they end, and only those that are missing are 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from zorba import machine
 from zorba.demo.settings import CLIENTS, DemoSettings
 from zorba.federated import Replanner
 
-from benchmarks.demo_runs import DemoRuns, Masks
+from benchmarks.demo_runs import DemoRuns, Masks, described
+from benchmarks.kept_runs import KeptRuns
 
 COUNTS = (1, 1, 1, 1, 2, 2, 4, 4)
 BLOCKS = 8
@@ -136,11 +135,6 @@ def tuned_lr(kind: str, end_of: Callable[[float], float]) -> float:
     return GRID[place]
 
 
-def key_of(kind: str, seed: int, lr: float) -> str:
-    """Returns the name of a run in the results."""
-    return f"{kind}, seed {seed}, lr {lr:g}"
-
-
 def curves_of(runs: Mapping[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Returns the runs that are compared: those of the seeds, at each kind's learning rate."""
     curves: dict[str, list[dict[str, Any]]] = {}
@@ -167,9 +161,10 @@ def draw(path: Path, curves: Mapping[str, list[dict[str, Any]]]) -> None:
     figure = Figure(figsize=(10.5, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     levels = np.linspace(0.75, 0.53, 89)
-    end = max(at for run in curves["planned"] for at, _ in run["losses"])
-    for kind, color in KINDS.items():
-        if kind in TUNED_AS and _same_losses(curves[kind], curves[TUNED_AS[kind]]):
+    end = max(at for runs in curves.values() for run in runs for at, _ in run["losses"])
+    for kind in (kind for kind in KINDS if kind in curves):
+        color = KINDS[kind]
+        if kind in TUNED_AS and _same_losses(curves[kind], curves.get(TUNED_AS[kind], [])):
             continue  # new plans changed no mask: one line lies on the other
         for n, run in enumerate(curves[kind]):
             left.plot(*zip(*run["losses"], strict=True), color=color, label=None if n else kind)
@@ -197,14 +192,13 @@ def _same_losses(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool
 
 
 def main() -> None:
-    """Makes the runs that are missing, prints rounds to the target, and draws them."""
+    """Makes the runs that are missing, prints the rounds to some losses, and draws them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--draw", action="store_true", help="only draw what is in the JSON file")
     parser.add_argument("--out", type=Path, default=Path("docs/images/masks.png"))
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/masks.json"))
     arguments = parser.parse_args()
-    settings = replace(
-        DemoSettings(),
+    settings = DemoSettings(
         clients=dict(zip(CLIENTS, COUNTS, strict=True)),
         trainable=BLOCKS,
         rounds=60,
@@ -213,13 +207,10 @@ def main() -> None:
         longest=16,
         out=Path("runs/masks"),
     )
-    report: dict[str, Any] = {"machine": machine.describe(), "counts": COUNTS, "runs": {}}
-    if arguments.json.exists():
-        report = json.loads(arguments.json.read_text())
-    runs = report["runs"]
+    kept = KeptRuns(arguments.json, described(settings))
     if not arguments.draw:
-        _make_missing(Experiment(settings), runs, lambda: _write(arguments.json, report))
-    curves = curves_of(runs)
+        _make_missing(cache(lambda: Experiment(settings)), kept)
+    curves = curves_of(kept.runs)
     for kind, some in curves.items():
         print(f"{kind}, lr {some[0]['lr']:g}, accuracy {_each(some, 'accuracy')}")
         for level in LEVELS:
@@ -232,28 +223,19 @@ def _each(runs: list[dict[str, Any]], what: str) -> str:
     return ", ".join(f"{run[what]:.3f}" for run in runs)
 
 
-def _make_missing(experiment: Experiment, runs: dict[str, Any], keep: Any) -> None:
-    def make(kind: str, seed: int, lr: float) -> None:
-        key = key_of(kind, seed, lr)
-        if key not in runs:
-            print(key, flush=True)
-            runs[key] = experiment.run(kind, seed, lr)
-            keep()
+def _make_missing(experiment: Callable[[], Experiment], kept: KeptRuns) -> None:
+    def made(kind: str, seed: int, lr: float) -> dict[str, Any]:
+        name = f"{kind}, seed {seed}, lr {lr:g}"
+        return kept.get(name, lambda: experiment().run(kind, seed, lr))
 
     def end_of(kind: str, lr: float) -> float:
-        make(kind, TUNING_SEED, lr)
-        return float(runs[key_of(kind, TUNING_SEED, lr)]["losses"][-1][1])
+        return float(made(kind, TUNING_SEED, lr)["losses"][-1][1])
 
     kinds = [kind for kind in KINDS if kind not in TUNED_AS]
     tuned = {kind: tuned_lr(kind, partial(end_of, kind)) for kind in kinds}
     for seed in SEEDS:
         for kind in KINDS:
-            make(kind, seed, tuned[TUNED_AS.get(kind, kind)])
-
-
-def _write(path: Path, report: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+            made(kind, seed, tuned[TUNED_AS.get(kind, kind)])
 
 
 if __name__ == "__main__":

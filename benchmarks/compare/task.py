@@ -159,7 +159,7 @@ def work_of(
             return batch_of([example for name in decks for example in picked(name, number)])
         return batch_of(picked(client, number))
 
-    sizes = {name: len(examples) for name, examples in clients.items()}
+    sizes = dict.fromkeys(clients, settings.pool)
     return Work(loss.model, loss, batch, {POOLED: sum(sizes.values())} if together else sizes)
 
 

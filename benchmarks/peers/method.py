@@ -42,7 +42,7 @@ class Work:
         model: in evaluation mode, all parameters trainable.
         loss: scalar loss of the model on a batch, as it is now; differentiable.
         batch: ``batch(client, round, step)``, a function of these alone; rounds count from 1.
-        sizes: examples that each client holds; its keys are the clients.
+        sizes: examples that each client trains on; its keys are the clients.
     """
 
     model: nn.Module

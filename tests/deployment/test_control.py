@@ -1,4 +1,4 @@
-"""Supervisors: what starts and what ends them."""
+"""Supervisors: what starts them, what ends them, and what they need."""
 
 from __future__ import annotations
 
@@ -68,3 +68,12 @@ def test_supervisor_that_ends_at_once_is_told(
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(ConfigError, match="server did not start: see"):
         start(deployed)
+
+
+def test_supervisor_loads_no_torch() -> None:
+    """Nor does the engine's session, which the server's supervisor opens."""
+    code = (
+        "import sys, zorba.deployment.supervisor, nvflare.fuel.flare_api.flare_api; "
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from zorba.federated.privacy import Privacy
+from zorba.privacy import Privacy
 
 SERVER_FILE = "server.yaml"
 SITE_FILE = "site.yaml"

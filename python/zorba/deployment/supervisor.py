@@ -1,6 +1,6 @@
 """Runs a party's engine in the background: ``python -m zorba.deployment.supervisor FOLDER``.
 
-A process of its own for the server or a site, that outlives the terminal it was started
+A process of its own for the server or a site, small, that outlives the terminal it was started
 from, starts the engine again when it died, and for the server keeps the engine's job going.
 """
 

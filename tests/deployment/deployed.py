@@ -6,8 +6,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from zorba.deployment.config import ServerConfig
 from zorba.deployment.project import init_project
 from zorba.federated import RunFolder
 from zorba.federated.events import EventReader
+from zorba.files import write_whole
 
 from tests.deployment.conftest import describe
 
@@ -27,6 +28,22 @@ _MODULES = {
     "server": ("server.server_train", "server.runner_process"),
     "site": ("client.client_train", "client.worker_process"),
 }
+_STRETCH = 8  # rounds, of which a kill takes three stretches
+
+# For a sitecustomize.py: the client of one site measures as far as the gate is open.
+GATE = """
+import os, sys
+_held = os.environ["ZORBA_TEST_HELD"] in sys.orig_argv
+if _held and any("worker_process" in word for word in sys.orig_argv):
+    import time
+    from zorba.deployment import build
+    class Held(build.ModelObjective):
+        def __call__(self, round_number, step):
+            while round_number > int(open(os.environ["ZORBA_TEST_GATE"]).read()):
+                time.sleep(0.01)
+            return super().__call__(round_number, step)
+    build.ModelObjective = Held
+"""
 
 
 def free_port() -> int:
@@ -60,6 +77,28 @@ def init(base: Path, folder: Path, rounds: int) -> int:
     config = ServerConfig.read(folder / "server")
     replace(config, ask_timeout=5.0, rejoin_seconds=5.0).write(folder / "server")
     return port
+
+
+class Gate:
+    """How many rounds a site measures: however quick the machine, no round after them ends.
+
+    Args:
+        path: of a file, which the site's client looks at before it measures.
+        rounds: at first.
+    """
+
+    def __init__(self, path: Path, rounds: int) -> None:
+        self.path = path
+        self.open(rounds)
+
+    def open(self, rounds: int) -> None:
+        """Lets the site measure up to this round."""
+        self.rounds = rounds
+        write_whole(self.path, lambda draft: draft.write_text(str(rounds)))
+
+    def held_by(self, engine: Path) -> dict[str, str]:
+        """Environment in which ``GATE`` holds the client of the site that has this engine."""
+        return {"ZORBA_TEST_GATE": str(self.path), "ZORBA_TEST_HELD": str(engine)}
 
 
 @dataclass
@@ -117,23 +156,16 @@ class Deployed:
         """The process that holds the server, or a site's client."""
         return self._process(party, 1)
 
-    def kill(self, *processes: psutil.Process) -> None:
+    def kill(self, gate: Gate, *processes: psutil.Process) -> None:
         """Kills processes in the middle of the run, and waits for rounds that need them again."""
+        assert gate.rounds + 3 * _STRETCH < ServerConfig.read(self.folder / "server").rounds
+        gate.open(gate.rounds + 2 * _STRETCH)
+        wait_for("rounds before the kill", lambda: self.rounds() >= gate.rounds - _STRETCH)
         for process in processes:
             os.kill(process.pid, signal.SIGKILL)
-        before = self.rounds()
-        # The round under way may have had all replies already, and the next one as well.
-        wait_for(f"rounds after the kill of {processes}", lambda: self.rounds() > before + 2)
-
-    @contextmanager
-    def held(self, site: str) -> Iterator[None]:
-        """Stops a site's client, so that no round ends meanwhile."""
-        process = self.job_process(site)
-        process.suspend()
-        try:
-            yield
-        finally:
-            process.resume()
+        # The round that the gate holds may have all other replies already, those after it do not.
+        gate.open(gate.rounds + _STRETCH)
+        wait_for(f"rounds after the kill of {processes}", lambda: self.rounds() == gate.rounds)
 
     def end(self) -> None:
         """Stops what runs, and kills what is left."""

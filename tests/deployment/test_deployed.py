@@ -1,7 +1,8 @@
 """The engine itself: processes over TLS that are killed, with strangers at the doors.
 
-Everything here looks at one run, since starting the engine takes many seconds. While its rounds are
-held up, strangers knock and a job with code is submitted; then its processes are killed.
+Everything here looks at one run, since starting the engine takes many seconds. While a site holds
+its rounds up, strangers knock and a job with code is submitted; then processes are killed, and the
+site lets so few rounds pass that the run cannot end before the last kill, however quick it is.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from zorba.federated import LocalTransport, RunFolder, run_federation
 from zorba.federated.events import EventReader
 
 from tests.deployment.conftest import SITES, describe
-from tests.deployment.deployed import Deployed, federate, init, wait_for
+from tests.deployment.deployed import GATE, Deployed, Gate, federate, init, wait_for
 from tests.deployment.intruders import knock, listeners, listening_unix_sockets, submit_code
 
 ROUNDS = 100
@@ -69,25 +70,26 @@ class Seen:
 def seen(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     home = tmp_path_factory.mktemp("deployed")
     deployed = Deployed(home / "project")
+    gate = Gate(home / "gate", 3)
     port = init(base, deployed.folder, ROUNDS)
     strangers = {
         "other": _other_project(base, home / "other", port),
         "thief": _thief(deployed, home / "thief"),
     }
-    made = Seen(deployed, _watch(home), strangers)
+    made = Seen(deployed, _watch(home, gate, deployed), strangers)
     try:
         federate("start", deployed.folder, "--detach", **made.watch)
         for project in strangers.values():
             federate("start", project.folder, "--detach", "--only", "ada")
-        wait_for("first rounds", lambda: deployed.rounds() >= 3)
-        with deployed.held("cleo"):
-            _look(made, home)
+        wait_for("first rounds", lambda: deployed.rounds() == gate.rounds)
+        _look(made, home)
         for project in strangers.values():
             project.end()
-        deployed.kill(deployed.job_process("bob"))
-        deployed.kill(deployed.job_process("server"))
-        deployed.kill(deployed.engine("ada"), deployed.job_process("ada"))
-        deployed.kill(deployed.engine("server"))
+        deployed.kill(gate, deployed.job_process("bob"))
+        deployed.kill(gate, deployed.job_process("server"))
+        deployed.kill(gate, deployed.engine("ada"), deployed.job_process("ada"))
+        deployed.kill(gate, deployed.engine("server"))
+        gate.open(ROUNDS)
         wait_for("end", deployed.run.summary.exists)
         wait_for("server to stop", lambda: "stopped" in deployed.status("server"))
         yield made
@@ -117,11 +119,12 @@ def _look(made: Seen, home: Path) -> None:
     ]
 
 
-def _watch(home: Path) -> dict[str, str]:
-    """Environment of the run's processes, in which they note what they unpickle."""
-    (home / "sitecustomize.py").write_text(_WATCHER)
+def _watch(home: Path, gate: Gate, deployed: Deployed) -> dict[str, str]:
+    """Environment of the run's processes, which note what they unpickle, and of which one waits."""
+    (home / "sitecustomize.py").write_text(_WATCHER + GATE)
     path = os.pathsep.join([str(home), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {"PYTHONPATH": path, "ZORBA_TEST_PICKLES": str(home / "pickles")}
+    held = gate.held_by(deployed.folder / "sites" / "cleo" / "engine")
+    return {"PYTHONPATH": path, "ZORBA_TEST_PICKLES": str(home / "pickles"), **held}
 
 
 def _other_project(base: Path, folder: Path, port: int) -> Deployed:

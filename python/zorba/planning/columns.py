@@ -105,11 +105,13 @@ class ColumnPool:
                     break
             else:
                 break
-        if mixture is None:
-            return Found(None, bound)
+        else:
+            mixture = self._mix(rows)  # of the latest columns too
         if best_prices is not None:
             most = self._knapsacks.most(self._worth(rows, best_prices))
             bound = max(bound, self._lagrange(rows, best_prices, most))
+        if mixture is None:
+            return Found(None, bound)
         wanted = bound / (1 - gap)
         slack = max(0.9 * (wanted - mixture.value) / wanted, 0.1 * gap)
         # No column of a plan that is good enough costs more; some room, to find one that almost is.

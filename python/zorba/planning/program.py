@@ -167,7 +167,10 @@ class Program:
         neither has the whole one, which is a better bound; then more is let in.
         """
         allowed = bound / (1 - gap) - relaxed.value if gap and bound else math.inf
+        most = np.abs(relaxed.reduced).max()
         while (left := end - time.monotonic()) > 0:
+            if allowed >= most:  # nothing is left out
+                allowed = math.inf
             rows = self._arrays(objective, limits, self._rows)
             reduced = np.zeros(len(rows.cost))
             reduced[: len(relaxed.reduced)] = relaxed.reduced  # others came with `_forbid`

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 pytest.importorskip("scipy")
 
-from zorba.planning import MemoryModel, plan_blocks
+from scipy import optimize
+from zorba.planning import MemoryModel, PlanSolverError, plan_blocks
 from zorba.planning import columns as module
 from zorba.planning import program as program_module
 
@@ -27,3 +30,25 @@ def test_iterations_may_run_out(iterations: int, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "_MAX_ITERATIONS", iterations)
     plan = plan_blocks(MEMORY, BUDGETS, num_points=2, mip_rel_gap=0.03)
     assert all(point.proven for point in plan.front)
+
+
+def fail(*given: object) -> None:
+    raise PlanSolverError("HiGHS ended with status 4: numbers")
+
+
+@pytest.mark.parametrize("solve", ["solve_relaxed", "solve_whole"])
+def test_highs_takes_over_where_a_solve_of_columns_fails(
+    solve: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, solve, fail)
+    plan = plan_blocks(MEMORY, BUDGETS, num_points=2, mip_rel_gap=0.03)
+    assert all(point.proven for point in plan.front)
+
+
+def test_the_value_of_a_relaxation_that_was_cut_short_is_no_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    short = partial(optimize.linprog, options={"maxiter": 0, "presolve": False})
+    monkeypatch.setattr(optimize, "linprog", short)
+    with pytest.raises(PlanSolverError, match="status 1"):
+        plan_blocks(MEMORY, BUDGETS)

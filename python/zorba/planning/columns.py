@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from zorba.planning.highs import (
     InfeasibleProgramError,
+    PlanSolverError,
     Relaxed,
     Rows,
     Vector,
@@ -135,22 +136,22 @@ class ColumnPool:
         return len(self._columns) - before
 
     def _mix(self, rows: Rows) -> Relaxed | None:
-        """Solves the master program in parts of columns; None where there is no solution."""
+        """Solves the master program in parts of columns; None where that gives nothing."""
         if not self._columns:
             return None
         try:
             return solve_relaxed(self._master(rows))
-        except InfeasibleProgramError:
+        except (InfeasibleProgramError, PlanSolverError):
             return None
 
     def _choose(self, master: Rows, gap: float, seconds: float) -> Counts | None:
-        """Solves the master program in whole columns."""
+        """Solves the master program in whole columns; None where that gives nothing."""
         keys = list(self._columns)
         integer = np.zeros(len(master.cost), dtype=np.int64)
         integer[: len(keys)] = 1
         try:
             chosen = solve_whole(master, integer, gap, seconds).v
-        except InfeasibleProgramError:
+        except (InfeasibleProgramError, PlanSolverError):
             return None
         if chosen is None:
             return None

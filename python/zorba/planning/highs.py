@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -99,7 +100,7 @@ def solve_relaxed(rows: Rows) -> Relaxed:
         bounds=np.stack([rows.least, rows.most], axis=1),
         method="highs",
     )
-    _check(result.status, result.message)
+    _check(result.status, result.message, [0])  # of a solve that was cut short, no value is a bound
     prices = np.zeros(len(rows.low))
     prices[equal] = result.eqlin.marginals
     split = np.split(result.ineqlin.marginals, [int(above.sum())])
@@ -131,13 +132,13 @@ def solve_whole(rows: Rows, integer: NDArray[np.int64], gap: float, seconds: flo
         constraints=LinearConstraint(rows.matrix, rows.low, rows.high),
         options={"mip_rel_gap": gap, "time_limit": seconds},
     )
-    _check(result.status, result.message)
+    _check(result.status, result.message, [0, 1])  # 1: time ran out
     bound = -np.inf if result.mip_dual_bound is None else float(result.mip_dual_bound)
     return Whole(result.x, bound, result.status == 0)
 
 
-def _check(status: int, message: str) -> None:
+def _check(status: int, message: str, expected: Collection[int]) -> None:
     if status == 2:
         raise InfeasibleProgramError
-    if status not in (0, 1):  # 1: time ran out
+    if status not in expected:
         raise PlanSolverError(f"HiGHS ended with status {status}: {message}")

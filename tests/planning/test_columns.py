@@ -13,6 +13,11 @@ from scipy import optimize
 from zorba.planning import MemoryModel, PlanSolverError, plan_blocks
 from zorba.planning import columns as module
 from zorba.planning import program as program_module
+from zorba.planning.highs import solve_relaxed
+from zorba.planning.problem import make_problem
+from zorba.planning.program import Program
+
+from tests.planning.cases import SOLVER_TOLERANCE, all_values
 
 SIZES = np.random.default_rng(0).integers(200, 600, 8).tolist()
 MEMORY = MemoryModel(SIZES, [0] * 8)
@@ -52,3 +57,22 @@ def test_the_value_of_a_relaxation_that_was_cut_short_is_no_bound(
     monkeypatch.setattr(optimize, "linprog", short)
     with pytest.raises(PlanSolverError, match="status 1"):
         plan_blocks(MEMORY, BUDGETS)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_columns_come_where_counts_are_cut_off(seed: int) -> None:
+    """For clients of equal budgets too; and no plan is better than the bound."""
+    sizes = np.random.default_rng(seed).integers(200, 600, 4).tolist()
+    budgets = [max(*sizes, sum(sizes) // 2)] * 2 + [sum(sizes) - min(sizes)] * 2
+    problem = make_problem(MemoryModel(sizes, [0] * 4), budgets, None, 1, 1, None)
+    program = Program(problem)
+    leanest = program.minimize(program.f2, gap=0.0, seconds=10)
+    assert leanest is not None
+    for client in (0, 2):
+        program._forbid(client, [1] * len(problem.kinds))
+    relaxed = solve_relaxed(program._arrays(program.f1, [], program._rows))
+    found = program._combined(program.f1, [], relaxed, [leanest.mask], 0.01, 10.0)
+    least = all_values(problem)[:, 0].min() / sum(problem.priorities)
+    assert found.bound <= least + SOLVER_TOLERANCE
+    assert found.counts is not None
+    assert (found.counts @ problem.extra <= budgets).all()

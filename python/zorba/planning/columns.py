@@ -76,7 +76,8 @@ class ColumnPool:
         """Looks for the best choice of columns, making new ones.
 
         Args:
-            rows: the program that is to be solved.
+            rows: the program that is to be solved, less what a client's counts must satisfy; each
+                row an equation or an upper limit, and the same for clients of a class.
             bound: of its objective, from the relaxation.
             gap: relative gap to the bound that is enough.
             seconds: time limit.
@@ -92,7 +93,9 @@ class ColumnPool:
                 break
             if time.monotonic() - start > _TIME_FOR_COLUMNS * seconds:
                 break
-            latest = prices = mixture.prices[: len(rows.low)]
+            latest = mixture.prices[: len(rows.low)]
+            # The solver's tolerance lets an upper limit's price be above 0; no bound follows there.
+            latest = prices = np.where(rows.low < rows.high, np.minimum(latest, 0.0), latest)
             if best_prices is not None:
                 prices = _SMOOTHING * best_prices + (1 - _SMOOTHING) * prices
             for tried in (prices, latest):

@@ -76,8 +76,9 @@ class Program:
         self._upper: list[float] = []
         self._integer: list[int] = []
         self._add_clients()
-        self._num_client_rows = len(self._rows)
+        first = len(self._rows)
         self._add_coverage()
+        self._coverage_rows = slice(first, len(self._rows))
         self.f1 = self._coverage_objective()
         self._f2_scale = math.fsum(sum(problem.extra) / budget for budget in problem.budgets)
         self.f2 = self._memory_objective()
@@ -225,7 +226,8 @@ class Program:
         for mask in masks:
             self._pool.add(self._counts_of(mask))
         self._pool.add(np.floor(self._x(relaxed.v) + 1e-6).astype(np.int64))
-        rows = self._arrays(objective, limits, self._rows[self._num_client_rows :])
+        # Columns fit to the byte, so they need no rows of clients, nor those of `_forbid`.
+        rows = self._arrays(objective, limits, self._rows[self._coverage_rows])
         return self._pool.search(rows, relaxed.value, gap, seconds)
 
     def _best(self, objective: Row, masks: list[Mask], bound: float, gap: float) -> Solution | None:

@@ -36,6 +36,9 @@ class Rows(NamedTuple):
     def limit(self, reduced: Vector, allowed: float) -> Rows:
         """Returns the program less what no solution within `allowed` of the relaxed one has.
 
+        That is so of solutions whose variables are all whole. Those of `Program` that may be parts
+        are whole in every mask, so no mask is lost.
+
         Args:
             reduced: costs of the relaxed solution.
             allowed: how much the objective may be above that solution's.

@@ -28,7 +28,7 @@ from benchmarks.compare.task import AnswerLoss, Data, load_model, read_data, wor
 from benchmarks.compare.zorba_method import plan_masks
 
 CLIENTS, REPORT = "clients", "report"
-_TABLE_WIDTH = 110  # the table is unreadable in less, for example where output goes to a file
+_TABLE_WIDTH = 120  # the table is unreadable in less, for example where output goes to a file
 
 
 def main() -> None:

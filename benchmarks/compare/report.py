@@ -50,7 +50,8 @@ def print_table(console: Console, data: dict[str, Any]) -> None:
     full = clients.get(Row("decomfl").key)
     for row in ROWS:
         run, seen = methods.get(row.method), clients.get(row.key)
-        cells = [label_of(row, short=True), *(_curve_cells(run) if run else ["-"] * 3)]
+        scored = run and not row.options  # other options were measured, not trained with
+        cells = [label_of(row, short=True), *(_curve_cells(run) if scored else ["-"] * 3)]
         if seen:
             share = f"{seen['peak_bytes'] / full['peak_bytes']:.2f}" if full else "-"
             cells += [f"{seen['peak_bytes'] / MIB:,.0f}", share]

@@ -3,8 +3,8 @@
 The demo's federation, over the last eight blocks of SmolLM2-135M. Each client has as many blocks
 under a planned as under a random mask; under equal masks all have the mean number. Every kind has
 the learning rate of a grid at which it came lowest with a seed that is not compared; planning again
-has that of planning. The seeds
-that are compared draw the random and the equal masks, the noise and the order of batches.
+has that of planning. The seeds that are compared draw the random and the equal masks, the noise and
+the order of batches.
 
     python -m benchmarks.mask_curves [--draw]
 

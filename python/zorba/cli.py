@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
 from zorba.demo.settings import DemoSettings
 from zorba.deployment.command import app as federate
-from zorba.finetune.settings import FinetuneSettings
+from zorba.finetune.settings import FinetuneSettings, split_labels, split_words
+from zorba.needs import check_needs, fail
 from zorba_kernels.noise import DISTRIBUTIONS
 
 _DEMO_NEEDS = [
@@ -89,10 +89,7 @@ def demo(
     Trains on Rotten Tomatoes, split unevenly over the clients, and evaluates on SST-2. Each client
     has its own memory budget and so its own active blocks; only seeds and scalars travel.
     """
-    missing = [name for name in _DEMO_NEEDS if importlib.util.find_spec(name) is None]
-    if missing:
-        needs = ", ".join(missing)
-        _fail("demo", f"it needs {needs}: pip install 'zorba-kernels[demo]'")
+    check_needs("demo", _DEMO_NEEDS, "demo")
     from zorba.demo.run import run_demo
 
     if distribution not in DISTRIBUTIONS:
@@ -116,7 +113,7 @@ def demo(
     try:
         run_demo(settings)
     except (RuntimeError, ValueError) as error:
-        _fail("demo", str(error))
+        fail("demo", str(error))
 
 
 @app.command()
@@ -178,11 +175,10 @@ def finetune(
     answer. Without, it learns the text that the template makes of each row. Writes the model, its
     trajectory (see zorba replay) or both, metrics.json and loss.png.
     """
-    needs = _FINETUNE_NEEDS + (["greenlet"] if offload else [])
-    missing = [name for name in needs if importlib.util.find_spec(name) is None]
-    if missing:
-        extras = "finetune,offload" if offload else "finetune"
-        _fail("finetune", f"it needs {', '.join(missing)}: pip install 'zorba-kernels[{extras}]'")
+    if offload:
+        check_needs("finetune", [*_FINETUNE_NEEDS, "greenlet"], "finetune,offload")
+    else:
+        check_needs("finetune", _FINETUNE_NEEDS, "finetune")
     from zorba.finetune.run import run_finetune
 
     try:
@@ -191,9 +187,9 @@ def finetune(
             data=data,
             eval_data=eval_data,
             template=template,
-            words=tuple(words.split(",")) if words else (),
+            words=split_words(words),
             label=label,
-            labels=tuple(part.strip() for part in labels.split(",")) if labels else (),
+            labels=split_labels(labels),
             steps=steps,
             batch_size=batch_size,
             max_length=max_length,
@@ -217,7 +213,7 @@ def finetune(
         )
         run_finetune(settings)
     except (RuntimeError, ValueError, OSError) as error:
-        _fail("finetune", str(error))
+        fail("finetune", str(error))
 
 
 @app.command()
@@ -230,14 +226,13 @@ def replay(
     ] = True,
 ) -> None:
     """Rebuild a fine-tuned model from its base and its trajectory, bit for bit."""
-    if importlib.util.find_spec("transformers") is None:
-        _fail("replay", "it needs transformers: pip install 'zorba-kernels[hf]'")
+    check_needs("replay", ["transformers"], "hf")
     from zorba.trajectory.rebuild import rebuild
 
     try:
         rebuild(base, log, out, verify=verify, say=typer.echo, progress=_progress_bar("replay"))
     except (RuntimeError, ValueError, OSError) as error:
-        _fail("replay", str(error))
+        fail("replay", str(error))
 
 
 @app.command()
@@ -276,9 +271,7 @@ def plan(
     Budgets are bytes above what a process takes for its imports. The first plan on a machine
     calibrates: it runs three blocks of the model, which takes a minute.
     """
-    missing = [name for name in _PLAN_NEEDS if importlib.util.find_spec(name) is None]
-    if missing:
-        _fail("plan", f"it needs {', '.join(missing)}: pip install 'zorba-kernels[plan]'")
+    check_needs("plan", _PLAN_NEEDS, "plan")
     from zorba.planning.budgets import read_budgets
     from zorba.planning.command import plan_settings, run_plan
 
@@ -307,7 +300,7 @@ def plan(
         )
         run_plan(settings)
     except (RuntimeError, ValueError, OSError) as error:
-        _fail("plan", str(error))
+        fail("plan", str(error))
 
 
 @app.command()
@@ -319,14 +312,13 @@ def watch(
 
     Ends with the run, or with Ctrl-C, which the run does not notice.
     """
-    if importlib.util.find_spec("rich") is None:
-        _fail("watch", "it needs rich: pip install 'zorba-kernels[watch]'")
+    check_needs("watch", ["rich"], "watch")
     from zorba.watch.command import watch_run
 
     try:
         watch_run(run, once=once)
     except (RuntimeError, OSError) as error:
-        _fail("watch", str(error))
+        fail("watch", str(error))
 
 
 @app.command()
@@ -337,15 +329,13 @@ def report(
     ] = None,
 ) -> None:
     """Write a federation's run as one HTML page with its pictures, which needs nothing else."""
-    missing = [name for name in ("jinja2", "rich") if importlib.util.find_spec(name) is None]
-    if missing:
-        _fail("report", f"it needs {', '.join(missing)}: pip install 'zorba-kernels[watch]'")
+    check_needs("report", ["jinja2", "rich"], "watch")
     from zorba.watch.page import write_report
 
     try:
         typer.echo(f"wrote {write_report(run, out)}")
     except (RuntimeError, OSError) as error:
-        _fail("report", str(error))
+        fail("report", str(error))
 
 
 def _progress_bar(label: str) -> Callable[[int, int], None] | None:
@@ -362,11 +352,6 @@ def _progress_bar(label: str) -> Callable[[int, int], None] | None:
             bars[0].render_finish()
 
     return show
-
-
-def _fail(command: str, message: str) -> NoReturn:
-    typer.secho(f"zorba {command}: {message}", fg=typer.colors.RED, err=True)
-    raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+
+from zorba.finetune.settings import split_labels, split_words
+from zorba.needs import check_needs, fail
 
 app = typer.Typer(
     help="Run a federation on several machines, with NVIDIA FLARE over mutual TLS.",
@@ -88,9 +90,9 @@ def init(
             model=_here(model),
             data=_here(data),
             template=template,
-            words=tuple(words.split(",")) if words else (),
+            words=split_words(words),
             label=label,
-            labels=tuple(part.strip() for part in labels.split(",")) if labels else (),
+            labels=split_labels(labels),
             blocks=blocks,
             dtype=dtype,
             offload=offload,
@@ -225,11 +227,8 @@ def _here(text: str) -> str:
 
 
 def _check(command: str, further: Sequence[str] = (), extras: str = "nvflare") -> None:
-    missing = [name for name in (*_NEEDS, *further) if importlib.util.find_spec(name) is None]
-    if missing:
-        _fail(command, f"it needs {', '.join(missing)}: pip install 'zorba-kernels[{extras}]'")
+    check_needs(f"federate {command}", (*_NEEDS, *further), extras)
 
 
 def _fail(command: str, message: str) -> NoReturn:
-    typer.secho(f"zorba federate {command}: {message}", fg=typer.colors.RED, err=True)
-    raise typer.Exit(1)
+    fail(f"federate {command}", message)

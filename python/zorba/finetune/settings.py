@@ -87,3 +87,13 @@ class FinetuneSettings:
             raise ValueError(f"one label word, {self.words[0]!r}, leaves nothing to choose")
         if self.labels and len(self.labels) != len(self.words):
             raise ValueError(f"{len(self.labels)} labels but {len(self.words)} label words")
+
+
+def split_words(text: str) -> tuple[str, ...]:
+    """Returns label words from text with commas; the spaces in front of them belong to them."""
+    return tuple(text.split(",")) if text else ()
+
+
+def split_labels(text: str) -> tuple[str, ...]:
+    """Returns values of labels from text with commas."""
+    return tuple(part.strip() for part in text.split(",")) if text else ()

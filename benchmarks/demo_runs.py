@@ -57,7 +57,8 @@ class DemoRuns:
         files = packages.fetch_data(settings.cache)
         parts, evaluation = build.read_data(settings, *files, tokenizer)
         answers = [tokenizer(answer)["input_ids"][0] for answer in data.ANSWERS]
-        self.memory, self.budgets = build.room_for_blocks(model, find_blocks(model), settings)
+        trained = find_blocks(model)[-settings.trainable :]
+        self.memory, self.budgets = build.room_for_blocks(model, trained, settings.clients)
         ticks = _ticks(len(evaluation) + len(parts) * settings.pool // settings.batch_size)
         self.federation = build.build(
             settings, model, parts, evaluation, answers, lambda: next(ticks)

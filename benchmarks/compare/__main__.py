@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TimeElapsedColumn
 from zorba.demo import packages
 from zorba.planning import BlockPlan, draw_plan
+from zorba.progress import progress_bar
 
 from benchmarks.compare import report
 from benchmarks.compare.apart import ROWS, measure
@@ -131,7 +132,8 @@ class Compare:
         if not self.results.data["start"]:
             start = loss.score(data.evaluation)
             self.results.add_start(start.accuracy, start.auc)
-        with _progress(self.console) as progress:
+        note = "{task.fields[note]}"
+        with progress_bar(self.console, note, TimeElapsedColumn()) as progress:
             bar = progress.add_task(plan.title, total=plan.rounds, note="")
             record, ended = run(
                 method,
@@ -157,17 +159,6 @@ def _result(record: Record, plan: Any) -> dict[str, Any]:
 def _note(record: Record) -> str:
     loss = f"loss {record.rounds[-1]['loss']:.3f}, " if record.rounds else ""
     return f"{loss}accuracy {record.scores[-1]['accuracy']:.3f}" if record.scores else loss
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        console=console,
-    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from zorba.demo.task import Score
+from zorba.files import write_whole
 
 from benchmarks.peers.method import Method
 
@@ -123,6 +124,5 @@ def _score(record: Record, evaluation: Evaluation, ends: bool) -> None:
 
 def _keep(path: Path, record: Record, state: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    torch.save({"rounds": record.rounds, "scores": record.scores, "state": state}, part)
-    part.replace(path)
+    content = {"rounds": record.rounds, "scores": record.scores, "state": state}
+    write_whole(path, lambda part: torch.save(content, part))

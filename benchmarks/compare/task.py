@@ -13,6 +13,7 @@ from zorba.demo import build, data, packages
 from zorba.demo.settings import DemoSettings
 from zorba.demo.task import Score, score_of
 from zorba.hf.head import narrow_logits
+from zorba.progress import hide_library_bars
 
 from benchmarks.compare.settings import SHARES, Settings
 from benchmarks.peers.method import Work
@@ -118,10 +119,8 @@ def read_data(settings: Settings) -> Data:
 def load_model(folder: Path) -> Any:
     """Returns the model in evaluation mode, float32; its weights may be mapped from the file."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    silence: Any = logging
-    silence.disable_progress_bar()
+    hide_library_bars()
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 

@@ -18,7 +18,7 @@ from zorba.federated import (
     model_fingerprint,
 )
 from zorba.hf import find_blocks
-from zorba.planning import BlockPlan, plan_blocks, weights_memory
+from zorba.planning import BlockPlan, model_weights_memory, plan_blocks
 from zorba.tables import DeviceTables
 
 from benchmarks.peers.method import Message, Work
@@ -34,13 +34,7 @@ def plan_masks(model: Any, shares: Mapping[str, float]) -> BlockPlan:
         shares: of the blocks, that fit the budget of each client.
     """
     blocks = find_blocks(model)
-    outside = sum(p.numel() for p in model.parameters()) - sum(b.numel for b in blocks)
-    memory = weights_memory(
-        {block.name: block.numel for block in blocks},
-        fixed_parameters=outside,
-        dtype=next(model.parameters()).dtype,
-        idle="offload",
-    )
+    memory = model_weights_memory(model, idle="offload")
     room = {
         name: int(share * len(blocks) + 0.5) * blocks[0].nbytes for name, share in shares.items()
     }

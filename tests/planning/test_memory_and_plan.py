@@ -10,7 +10,17 @@ import torch
 
 pytest.importorskip("scipy")
 
-from zorba.planning import MemoryModel, draw_plan, mask_version, plan_blocks, weights_memory
+from zorba.hf import find_blocks
+from zorba.planning import (
+    MemoryModel,
+    draw_plan,
+    mask_version,
+    model_weights_memory,
+    plan_blocks,
+    weights_memory,
+)
+
+from tests.hf.tiny import build, case_of
 
 
 def test_resident_counts_idle_blocks_as_active_ones() -> None:
@@ -121,3 +131,20 @@ def test_bytes_are_read_in_the_unit_of_the_smallest_budget() -> None:
     plan = plan_blocks(MemoryModel([1 << 20] * 2, [0] * 2), {"a": 2 << 30, "b": 3 << 19})
     assert "memory / budget (MiB)" in plan.render()
     assert "1.00 / 1.50   67%" in plan.render()
+
+
+def test_a_model_counts_its_blocks_and_the_rest() -> None:
+    model = build(case_of("llama")).to(torch.bfloat16)
+    blocks = find_blocks(model)
+    outside = sum(p.numel() for p in model.parameters()) - sum(b.numel for b in blocks)
+    sizes = {block.name: block.numel for block in blocks}
+    for chosen in (blocks, blocks[-1:]):
+        expected = weights_memory(
+            {block.name: sizes[block.name] for block in chosen},
+            fixed_parameters=outside,
+            dtype=torch.bfloat16,
+            idle="offload",
+            overhead=7,
+        )
+        assert model_weights_memory(model, chosen, idle="offload", overhead=7) == expected
+    assert model_weights_memory(model) == weights_memory(sizes, fixed_parameters=outside)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from zorba.federated import (
     model_fingerprint,
 )
 from zorba.hf import Block, find_blocks
-from zorba.planning import BlockPlan, MemoryModel, plan_blocks, weights_memory
+from zorba.planning import BlockPlan, MemoryModel, model_weights_memory, plan_blocks
 
 _EVALUATION_BATCH = 64
 _LEAST_EACH = 8  # sentences of each label that every client gets
@@ -65,26 +65,23 @@ def read_data(
 
 
 def room_for_blocks(
-    model: nn.Module, blocks: list[Block], settings: DemoSettings
+    model: nn.Module, blocks: Sequence[Block], counts: Mapping[str, int]
 ) -> tuple[MemoryModel, dict[str, int]]:
-    """Returns what the trainable blocks take, and budgets that fit as many as the settings say.
+    """Returns what blocks take that wait on the host while idle, and budgets that fit so many.
 
-    The prediction is for clients whose idle blocks wait on the host. In this one process all
-    blocks are resident, so it is no measurement.
+    Where all blocks are resident, as in a federation in one process, it is no measurement.
+
+    Args:
+        model: whose other blocks are frozen.
+        blocks: that are trained, of one size.
+        counts: how many each client has room for, and half a block to spare.
     """
-    trainable = blocks[-settings.trainable :]
-    outside = sum(p.numel() for p in model.parameters()) - sum(b.numel for b in blocks)
-    memory = weights_memory(
-        {block.name: block.numel for block in trainable},
-        fixed_parameters=outside,
-        dtype=next(model.parameters()).dtype,
-        idle="offload",
-    )
-    room = trainable[0].nbytes
-    fixed = memory.fixed_bytes(list(settings.clients))
+    memory = model_weights_memory(model, blocks, idle="offload")
+    room = blocks[0].nbytes
+    fixed = memory.fixed_bytes(list(counts))
     return memory, {
-        name: base + (2 * min(count, len(trainable)) + 1) * room // 2  # half a block to spare
-        for (name, count), base in zip(settings.clients.items(), fixed, strict=True)
+        name: base + (2 * min(count, len(blocks)) + 1) * room // 2
+        for (name, count), base in zip(counts.items(), fixed, strict=True)
     }
 
 
@@ -109,8 +106,8 @@ def build(
     blocks = find_blocks(model)
     if not 1 <= settings.trainable <= len(blocks):
         raise ValueError(f"trainable is {settings.trainable}; the model has {len(blocks)} blocks")
-    chosen = plan_blocks(*room_for_blocks(model, blocks, settings))
     trainable = blocks[-settings.trainable :]
+    chosen = plan_blocks(*room_for_blocks(model, trainable, settings.clients))
     door = trainable[0].module
     names = [block.parameters for block in trainable]
     head = model.get_output_embeddings().weight.detach()[answers].clone()

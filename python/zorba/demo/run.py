@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from zorba import machine
 from zorba.demo import build, data, packages
@@ -22,6 +21,7 @@ from zorba.federated import (
     RunRecorder,
     run_federation,
 )
+from zorba.progress import hide_library_bars, progress_bar
 from zorba.watch.live import LiveView
 from zorba.watch.page import write_report
 
@@ -222,23 +222,3 @@ def _load(folder: Any) -> tuple[Any, Any]:
     hide_library_bars()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
-
-
-def hide_library_bars() -> None:
-    """Keeps the bars that transformers draws while it loads out of what the demo shows."""
-    from transformers.utils import logging
-
-    silence: Any = logging
-    silence.disable_progress_bar()
-
-
-def progress_bar(console: Console) -> Progress:
-    """Returns a bar with what is done of a total, and the time that is left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )

@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from torch import nn
 
 from zorba.demo import data, packages
-from zorba.demo.run import hide_library_bars, progress_bar
+from zorba.demo.build import room_for_blocks
 from zorba.demo.task import HeldOut, Score, Suffix
 from zorba.deployment import control
 from zorba.deployment.build import finetune_settings, make_replica, trained_blocks
 from zorba.deployment.config import ConfigError, ServerConfig, SiteConfig
-from zorba.deployment.project import ProjectSettings, device_memory, init_project
+from zorba.deployment.project import ProjectSettings, init_project
 from zorba.federated import RoundLog, RunFolder
 from zorba.finetune.task import load_model
+from zorba.progress import hide_library_bars, progress_bar
 from zorba.watch.page import write_report
 
 _JOB = "film-reviews"
@@ -92,10 +92,11 @@ def run_federate_demo(
     model, tokenizer = load_model(finetune_settings(site, settings.out))
     held_out = data.read_sst2(sst2)
     rows = data.drop_leaks(data.read_rotten_tomatoes(reviews), held_out)
+    _, budgets = room_for_blocks(model, trained_blocks(model, site.blocks), _SITES)
     project = ProjectSettings(
         folder=settings.out,
         job=_JOB,
-        budgets=_budgets(model, site),
+        budgets=budgets,
         address=settings.address,
         site=site,
         rounds=settings.rounds,
@@ -216,14 +217,6 @@ def _refuse_what_is_no_demo(out: Path) -> None:
     running = [party.name for party in control.parties(out) if party.pid() is not None]
     if running:
         raise ValueError(f"{running[0]} of {out} runs: zorba federate stop {out}")
-
-
-def _budgets(model: nn.Module, site: SiteConfig) -> dict[str, int]:
-    """Returns bytes with room for as many trained blocks as each site is to have, and a half."""
-    blocks = trained_blocks(model, site.blocks)
-    (fixed,) = device_memory(model, blocks).fixed_bytes(["any"])
-    room = blocks[0].nbytes
-    return {name: fixed + (2 * count + 1) * room // 2 for name, count in _SITES.items()}
 
 
 def _write_rows(

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from zorba.deployment.build import (
     build_settings,
@@ -22,8 +20,7 @@ from zorba.deployment.provision import provision
 from zorba.federated.codec import check_name
 from zorba.federated.errors import MessageError
 from zorba.finetune.task import load_model
-from zorba.hf import Block, find_blocks
-from zorba.planning import BlockPlan, MemoryModel, plan_blocks, weights_memory
+from zorba.planning import BlockPlan, model_weights_memory, plan_blocks
 from zorba.planning.budgets import parse_bytes
 
 _SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -82,7 +79,9 @@ def init_project(wanted: ProjectSettings) -> BlockPlan | None:
     plan = None
     entries = {site: SiteEntry(names) for site in sites}
     if any(wanted.budgets.values()):
-        plan = plan_blocks(device_memory(model, blocks), dict(wanted.budgets))
+        plan = plan_blocks(
+            model_weights_memory(model, blocks, idle="offload"), dict(wanted.budgets)
+        )
         entries = {
             site: SiteEntry(plan.active_blocks(site), plan.budgets[n], plan.memory[n])
             for n, site in enumerate(plan.clients)
@@ -119,22 +118,6 @@ def init_project(wanted: ProjectSettings) -> BlockPlan | None:
         shutil.rmtree(wanted.folder, ignore_errors=True)  # there was nothing in it
         raise
     return plan
-
-
-def device_memory(model: nn.Module, blocks: Sequence[Block]) -> MemoryModel:
-    """Returns what the weights take on a device whose idle blocks wait on the host.
-
-    Args:
-        model: whose other blocks are frozen, and idle everywhere.
-        blocks: that are trained.
-    """
-    inside = sum(block.numel for block in find_blocks(model))
-    return weights_memory(
-        {block.name: block.numel for block in blocks},
-        fixed_parameters=sum(p.numel() for p in model.parameters()) - inside,
-        dtype=next(model.parameters()).dtype,
-        idle="offload",
-    )
 
 
 def parse_site(text: str) -> tuple[str, int]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from zorba import machine
@@ -24,6 +23,7 @@ from zorba.hf import find_blocks
 from zorba.offload import Offload
 from zorba.optim import ZerothOrderSGD
 from zorba.optim.select import block_mask
+from zorba.progress import progress_bar
 from zorba.trajectory import TrajectoryWriter
 
 
@@ -134,7 +134,7 @@ def _train(
     batches = _batches(rows, settings.batch_size, settings.seed)
     machine.reset_peak_memory()
     seconds = kernel = 0.0
-    with _progress(console) as progress:
+    with progress_bar(console, "{task.fields[note]}") as progress:
         bar = progress.add_task("fine-tune", total=settings.steps, note="")
 
         def evaluate(step: int) -> None:
@@ -201,14 +201,3 @@ def _finish(
 def _said(score: Score) -> str:
     accuracy = "" if score.accuracy is None else f", accuracy {score.accuracy:.3f}"
     return f"evaluation loss {score.loss:.4f}{accuracy}"
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
-        console=console,
-    )

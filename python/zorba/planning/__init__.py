@@ -2,7 +2,12 @@
 
 from zorba.planning.highs import PlanSolverError
 from zorba.planning.importance import estimate_importance
-from zorba.planning.memory import IdlePolicy, MemoryModel, weights_memory
+from zorba.planning.memory import (
+    IdlePolicy,
+    MemoryModel,
+    model_weights_memory,
+    weights_memory,
+)
 from zorba.planning.picture import draw_plan
 from zorba.planning.plan import BlockPlan, ParetoPoint, mask_version
 from zorba.planning.planner import plan_blocks
@@ -18,6 +23,7 @@ __all__ = [
     "draw_plan",
     "estimate_importance",
     "mask_version",
+    "model_weights_memory",
     "plan_blocks",
     "weights_memory",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from zorba.machine import GIVING_BACK, Apart, run_apart
 from zorba.planning.workload import Workload
+from zorba.progress import hide_library_bars
 
 # The first step finds out how the model uses its weights; the update of the last rides on no plan.
 _ROUNDS = 3
@@ -51,13 +52,11 @@ def _run(
     device: str,
 ) -> float:
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
 
     from zorba import federated, offload  # noqa: F401
     from zorba.hf import find_blocks
 
-    silence: Any = logging
-    silence.disable_progress_bar()
+    hide_library_bars()
     config = AutoConfig.from_pretrained(folder)
     AutoModelForCausalLM._model_mapping[type(config)]  # imports the architecture
     ready()

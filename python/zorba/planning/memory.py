@@ -6,9 +6,13 @@ import math
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, SupportsIndex, get_args
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, get_args
 
 import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from zorba.hf.blocks import Block
 
 IdlePolicy = Literal["resident", "offload"]
 
@@ -134,6 +138,38 @@ def weights_memory(
         idle=sizes if idle == "resident" else [0] * len(sizes),
         fixed=total,
         block_names=names if named else None,
+    )
+
+
+def model_weights_memory(
+    model: nn.Module,
+    blocks: Sequence[Block] | None = None,
+    *,
+    idle: IdlePolicy = "resident",
+    overhead: int | Sequence[int] | Mapping[str, int] = 0,
+) -> MemoryModel:
+    """Counts the weights of a model, as ``weights_memory``.
+
+    Args:
+        model: of one dtype.
+        blocks: that are planned, all of the model's by default. The model's other blocks are
+            frozen, and idle everywhere: they take nothing.
+        idle: where idle blocks live.
+        overhead: as ``weights_memory``.
+
+    Raises:
+        ValueError: the model has no transformer blocks.
+    """
+    from zorba.hf.blocks import find_blocks
+
+    found = find_blocks(model)
+    inside = sum(block.numel for block in found)
+    return weights_memory(
+        {block.name: block.numel for block in (found if blocks is None else blocks)},
+        fixed_parameters=sum(p.numel() for p in model.parameters()) - inside,
+        dtype=next(model.parameters()).dtype,
+        idle=idle,
+        overhead=overhead,
     )
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import TimeElapsedColumn
 from zorba.demo import packages
 from zorba.planning import BlockPlan, draw_plan
+from zorba.planning.measure import own_memory
 from zorba.progress import progress_bar
 
 from benchmarks.compare import report
@@ -123,8 +124,7 @@ class Compare:
             return
         data = self.data
         loss = AnswerLoss(load_model(self.folder), data.answers)
-        for p in loss.model.parameters():  # may be mapped from the file
-            p.data = p.data.clone()
+        own_memory(loss.model, "cpu")
         together = name == "mezo"
         work = work_of(loss, data.clients, self.settings, plan.local_steps, together)
         masks = {client: self.mask_of(client) for client in work.clients}

@@ -18,6 +18,7 @@ import transformers
 from zorba.hf import find_blocks
 from zorba.machine import GIVING_BACK, run_apart
 from zorba.offload import Offload
+from zorba.planning.measure import own_memory
 
 from benchmarks.compare.loop import run_round
 from benchmarks.compare.methods import make_method
@@ -77,8 +78,7 @@ def client(
             active = [block.name for block, on in zip(blocks, mask, strict=True) if on]
             Offload(model, active, folder=here / "idle")
         else:
-            for p in model.parameters():  # from_pretrained leaves weights in the mapped file
-                p.data = p.data.clone()
+            own_memory(model, "cpu")
         work = measured_work(AnswerLoss(model, _ANSWERS), row.client, settings.measured_shape)
         own = settings.changed(row.method, dict(row.options), here)
         method = make_method(row.method, work, own, {row.client: mask})

@@ -144,12 +144,8 @@ class Supervisor:
         }
         if state != self._written:
             text = json.dumps(state, indent=2) + "\n"
-            write_whole(self._folder.state, lambda draft: _write_text(draft, text))
+            write_whole(self._folder.state, text)
             self._written = state
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
 
 
 @contextmanager

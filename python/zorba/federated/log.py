@@ -144,7 +144,7 @@ class RoundLog:
                 raise LogError(f"there is no log at {self.path}")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             data = header.encode()
-            write_whole(self.path, lambda draft: _write(draft, data))
+            write_whole(self.path, data)
         self._file: BinaryIO = self.path.open("r+b", buffering=0)
         try:
             _lock(self._file, self.path)
@@ -320,10 +320,6 @@ class RoundLog:
             except MessageError:
                 at = raw.find(RECORD_MAGIC, at + 1)
         return False
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 def _lock(file: BinaryIO, path: Path) -> None:

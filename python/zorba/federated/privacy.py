@@ -154,7 +154,7 @@ class PrivacyAccountant:
                 "last": [base64.b64encode(part).decode() for part in (digest, answer)],
             }
             text = json.dumps(record) + "\n"
-            write_whole(self.path, lambda draft: _write(draft, text))
+            write_whole(self.path, text)
         self.last = (digest, answer)
 
     def _gaussian(self) -> float:
@@ -191,7 +191,3 @@ def _clipped_mean(rows: _Floats, clip: float) -> _Floats:
         norm = np.linalg.norm(rows, axis=1, keepdims=True)
     mean: _Floats = (rows * (clip / np.maximum(norm, clip))).mean(axis=0)
     return mean
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)

@@ -139,7 +139,7 @@ class Replanner:
         due = outcome.entry.round % self._every == 0 and bool(self._seen)
         changed = due and self._plan_again(server)
         if self._state is not None:
-            write_whole(self._state, lambda path: self._save(path, server))
+            write_whole(self._state, self._record(server))
         return changed
 
     def _plan_again(self, server: Server) -> bool:
@@ -169,7 +169,7 @@ class Replanner:
         server.set_masks(list(plan.clients), plan.mask)
         return True
 
-    def _save(self, path: Path, server: Server) -> None:
+    def _record(self, server: Server) -> str:
         record = {
             "schema": _SCHEMA,
             "job": server.settings.job_id,
@@ -184,7 +184,7 @@ class Replanner:
                 for seen in self._seen
             ],
         }
-        path.write_text(json.dumps(record))
+        return json.dumps(record)
 
 
 def _text(row: tuple[bool, ...]) -> str:

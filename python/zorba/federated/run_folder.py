@@ -261,8 +261,4 @@ def _cut(texts: Mapping[str, str]) -> dict[str, str]:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     text = json.dumps(content, indent=2, default=str) + "\n"
-    write_whole(path, lambda draft: _write_text(draft, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
+    write_whole(path, text)

@@ -126,7 +126,7 @@ def calibrate(
         path.parent.mkdir(parents=True, exist_ok=True)
         known[key] = asdict(result)
         text = json.dumps({"schema": _SCHEMA, "calibrations": known}, indent=1)
-        write_whole(path, lambda draft: _write(draft, text))
+        write_whole(path, text)
     return result
 
 
@@ -231,10 +231,6 @@ def _cache_key(config: Any, dtype: str, described: dict[str, Any]) -> str:
     kept = ("cpu", "threads", "device", "torch", "transformers", "cpu_isas")
     text = json.dumps([_SCHEMA, small, dtype, {k: described[k] for k in kept}], default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
 
 
 def _read(path: Path | None) -> dict[str, Any]:

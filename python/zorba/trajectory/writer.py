@@ -114,7 +114,7 @@ class TrajectoryWriter:
         )
         data = header.encode()
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(target, lambda draft: _write(draft, data))
+        write_whole(target, data)
         return TrajectoryWriter(target, header, parts, _salt(data), len(data))
 
     @staticmethod
@@ -234,10 +234,6 @@ class TrajectoryWriter:
                 raise TrajectoryError(f"{what} was not written to {self.path}: {error}") from error
             raise
         self._size += len(data)
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 def _salt(header: bytes) -> int:

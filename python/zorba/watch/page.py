@@ -56,7 +56,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     page = render_page(state, summary=_read_summary(folder))
     path = out or folder.report
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda draft: _write(draft, page))
+    write_whole(path, page)
     return path
 
 
@@ -206,7 +206,3 @@ def _read_summary(folder: RunFolder) -> dict[str, Any]:
 
 def _clock(time: datetime | None) -> str:
     return "never" if time is None else f"{time.astimezone(timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
-
-
-def _write(path: Path, page: str) -> None:
-    path.write_text(page, encoding="utf-8")

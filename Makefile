@@ -8,7 +8,7 @@
 # make gpu-check everything that needs a GPU, under 8 minutes; installs nothing
 # make sass      count the issue slots of the kernels in their machine code, and compare with the
 #                recorded counts; needs no GPU (CUDA: what nvcc built; Triton: if it is installed)
-# make lint      ruff, mypy, clang-format
+# make lint      ruff, mypy, import-linter, clang-format
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -63,6 +63,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
 format: install

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from zorba.log import Trajectory, TrajectoryWriter, replay
 from zorba.optim import NoiseTerms, step_seed
-from zorba.trajectory import Trajectory, TrajectoryWriter, replay
 
 import zorba_kernels as zk
 from benchmarks.peers import mezo

@@ -30,13 +30,13 @@ pytest.importorskip("nvflare", reason="nvflare is in the test extra")
 
 from rich.console import Console
 from zorba import machine
-from zorba.deployment import build, control
-from zorba.deployment.config import ServerConfig, SiteConfig
-from zorba.deployment.jobs import ASK_SECONDS
-from zorba.deployment.project import ProjectSettings, init_project
+from zorba.apps.deploy import build, control
+from zorba.apps.deploy.config import ServerConfig, SiteConfig
+from zorba.apps.deploy.jobs import ASK_SECONDS
+from zorba.apps.deploy.project import ProjectSettings, init_project
 from zorba.federated import EventReader, LocalTransport, RunFolder
 
-from tests.finetune.tiny import ROWS, save_tiny_llama
+from tests.apps.finetune.tiny import ROWS, save_tiny_llama
 
 SITES = ("ada", "bob", "cleo")
 SAMPLES = 5

@@ -13,9 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from zorba.demo import build, data, packages
-from zorba.demo.settings import DemoSettings
-from zorba.demo.task import Pool, Seconds
+from zorba.apps.demo import build
+from zorba.apps.demo.settings import DemoSettings
+from zorba.apps.reviews import data, packages
+from zorba.apps.reviews.task import Pool, Seconds
 from zorba.federated import (
     Client,
     FederationResult,

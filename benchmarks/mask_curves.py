@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from zorba.demo.settings import CLIENTS, DemoSettings
+from zorba.apps.demo.settings import CLIENTS, DemoSettings
 from zorba.federated import Replanner
 
 from benchmarks.demo_runs import DemoRuns, Masks, described

@@ -15,10 +15,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import TimeElapsedColumn
-from zorba.demo import packages
+from zorba.apps.plan.measure import own_memory
+from zorba.apps.progress import progress_bar
+from zorba.apps.reviews import packages
 from zorba.planning import BlockPlan, draw_plan
-from zorba.planning.measure import own_memory
-from zorba.progress import progress_bar
 
 from benchmarks.compare import report
 from benchmarks.compare.apart import ROWS, measure

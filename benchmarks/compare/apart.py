@@ -15,10 +15,10 @@ from typing import Any
 import peft
 import torch
 import transformers
+from zorba.apps.plan.measure import own_memory
 from zorba.hf import find_blocks
 from zorba.machine import GIVING_BACK, run_apart
 from zorba.offload import Offload
-from zorba.planning.measure import own_memory
 
 from benchmarks.compare.loop import run_round
 from benchmarks.compare.methods import make_method

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from zorba.demo import build, data, packages
-from zorba.demo.settings import DemoSettings
-from zorba.demo.task import Score, score_of
+from zorba.apps.demo import build
+from zorba.apps.demo.settings import DemoSettings
+from zorba.apps.progress import hide_library_bars
+from zorba.apps.reviews import data, packages
+from zorba.apps.reviews.task import Score, score_of
 from zorba.hf.head import narrow_logits
-from zorba.progress import hide_library_bars
 
 from benchmarks.compare.settings import SHARES, Settings
 from benchmarks.peers.method import Work

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
-from zorba.demo import data
+from zorba.apps.reviews import data
 from zorba.hf import find_blocks
 
 from benchmarks.compare import report

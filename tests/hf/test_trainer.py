@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 from zorba import ZerothOrderSGD, ZOArguments, ZOTrainer
-from zorba.trajectory import Trajectory, TrajectoryError, replay
+from zorba.log import Trajectory, TrajectoryError, replay
 
 from tests.optim.models import same_bits, snapshot
 

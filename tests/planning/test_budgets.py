@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from zorba.planning.budgets import parse_bytes, read_budgets, show_bytes
+from zorba.apps.plan.budgets import parse_bytes, read_budgets, show_bytes
 
 
 @pytest.mark.parametrize(

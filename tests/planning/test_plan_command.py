@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from typer.testing import CliRunner, Result
-from zorba.cli import app
+from zorba.apps.cli import app
 
 from tests.hf.tiny import build, case_of
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from zorba.apps.plan.calibration import Activations, Calibration
+from zorba.apps.plan.footprint import footprint_of, make_model
+from zorba.apps.plan.prediction import memory_model, predict
+from zorba.apps.plan.workload import Workload
 from zorba.hf import find_blocks
 from zorba.offload import Offload
 from zorba.planning import plan_blocks
-from zorba.planning.calibration import Activations, Calibration
-from zorba.planning.footprint import footprint_of, make_model
-from zorba.planning.prediction import memory_model, predict
-from zorba.planning.workload import Workload
 
 from tests.hf.tiny import build, case_of, tiny_config
 

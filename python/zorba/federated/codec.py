@@ -12,8 +12,8 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-from zorba import binary
 from zorba.federated.errors import MessageError
+from zorba.log import binary
 
 MAGIC = b"ZRBM"
 SCHEMA = 1

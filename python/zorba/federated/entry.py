@@ -10,7 +10,6 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from zorba.binary import DISTRIBUTION_CODES, ROUNDING_CODES
 from zorba.federated.codec import (
     Reader,
     decode_choice,
@@ -19,6 +18,7 @@ from zorba.federated.codec import (
 from zorba.federated.errors import DamagedError, MessageError
 from zorba.federated.identity import MAX_BLOCKS
 from zorba.federated.settings import MAX_STEPS
+from zorba.log.binary import DISTRIBUTION_CODES, ROUNDING_CODES
 from zorba_kernels.noise import NOISE_VERSION, Distribution, Rounding
 
 RECORD_MAGIC = b"ZRLE"

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from zorba.binary import DISTRIBUTION_CODES, ROUNDING_CODES
 from zorba.federated.codec import decode_choice, pack_checked
 from zorba.federated.entry import (
     RECORD_HEAD_BYTES,
@@ -23,6 +22,7 @@ from zorba.federated.entry import (
 from zorba.federated.errors import DamagedError, LogError, MessageError
 from zorba.federated.identity import ModelIdentity
 from zorba.files import write_whole
+from zorba.log.binary import DISTRIBUTION_CODES, ROUNDING_CODES
 from zorba_kernels.noise import NOISE_VERSION, Distribution, Rounding
 
 try:

@@ -10,7 +10,6 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from zorba.binary import DISTRIBUTION_CODES, ROUNDING_CODES
 from zorba.federated.codec import (
     ESTIMATOR_CODES,
     Reader,
@@ -26,6 +25,7 @@ from zorba.federated.errors import MessageError
 from zorba.federated.identity import MAX_BLOCKS, ModelIdentity
 from zorba.federated.privacy import PrivacySpent
 from zorba.federated.settings import MAX_STEPS, positive_in_float32
+from zorba.log.binary import DISTRIBUTION_CODES, ROUNDING_CODES
 from zorba.optim.estimator import Estimator
 from zorba_kernels.noise import NOISE_VERSION, Distribution, Rounding
 

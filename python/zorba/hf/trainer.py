@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from zorba.log import TrajectoryWriter
 from zorba.optim import ZerothOrderSGD, active_parameters
-from zorba.trajectory import TrajectoryWriter
 
 
 @dataclass
@@ -40,7 +40,7 @@ class ZOArguments(TrainingArguments):
     )
 
     zo_trajectory: str | None = field(
-        default=None, metadata={"help": "File that records the run; see zorba.trajectory."}
+        default=None, metadata={"help": "File that records the run; see zorba.log."}
     )
 
 

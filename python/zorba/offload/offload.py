@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zorba.hf.blocks import Block, find_blocks
+from zorba.blocks import Block, find_blocks
 from zorba.offload.host import to_file, to_pinned
 from zorba.offload.stream import BlockStream
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import zorba_kernels as zk
-from zorba.hf.blocks import find_blocks
+from zorba.blocks import find_blocks
 from zorba.optim.generators import GeneratorState
 from zorba.optim.owners import find_owners, key_of
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import zorba_kernels as zk
-from zorba.hf.blocks import find_blocks
+from zorba.blocks import find_blocks
 from zorba.offload import Offload
 from zorba_kernels.noise import canonical_name
 

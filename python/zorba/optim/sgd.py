@@ -97,7 +97,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
     Attributes:
         placement: where perturbed weights live.
         last_step: a ``StepReport``, or None.
-        recorder: is told every step, unless None; a ``zorba.trajectory.TrajectoryWriter``, say.
+        recorder: is told every step, unless None; a ``zorba.log.TrajectoryWriter``, say.
 
     Raises:
         TypeError, ValueError: bad arguments, or nothing to train.

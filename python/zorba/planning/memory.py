@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from zorba.hf.blocks import Block
+    from zorba.blocks import Block
 
 IdlePolicy = Literal["resident", "offload"]
 
@@ -160,7 +160,7 @@ def model_weights_memory(
     Raises:
         ValueError: the model has no transformer blocks.
     """
-    from zorba.hf.blocks import find_blocks
+    from zorba.blocks import find_blocks
 
     found = find_blocks(model)
     inside = sum(block.numel for block in found)

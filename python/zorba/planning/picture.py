@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zorba.planning.budgets import show_bytes
+from zorba.apps.plan.budgets import show_bytes
 from zorba.planning.plan import BlockPlan
 
 if TYPE_CHECKING:

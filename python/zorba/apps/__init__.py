@@ -1,0 +1,1 @@
+"""What people run: applications on top of the core, which never imports them."""

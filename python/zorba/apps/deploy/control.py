@@ -1,0 +1,188 @@
+"""Starts, shows and stops the parties whose folders are on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from zorba.apps.deploy import summary
+from zorba.apps.deploy.config import SERVER_FILE, SITE_FILE, ConfigError, ServerConfig
+from zorba.apps.deploy.supervisor import PartyFolder
+from zorba.apps.watch.live import LiveView
+from zorba.federated.run_folder import RunFolder
+
+_STOP_SECONDS = 30.0
+_LOOK_SECONDS = 0.2
+_LINE_SECONDS = 5.0
+
+
+def parties(path: Path, only: Sequence[str] = ()) -> list[PartyFolder]:
+    """Returns the parties of a project, or the one whose folder this is.
+
+    Args:
+        path: of a project, the server's folder or a site's.
+        only: names to choose: "server" and sites; all where there are none.
+
+    Raises:
+        ConfigError: there is no such folder or party.
+    """
+    if (path / SERVER_FILE).exists() or (path / SITE_FILE).exists():
+        found = [PartyFolder(path)]
+    else:
+        folders = [path / "server", *sorted((path / "sites").glob("*"))]
+        files = (SERVER_FILE, SITE_FILE)
+        found = [PartyFolder(f) for f in folders if any((f / name).exists() for name in files)]
+    if not found:
+        raise ConfigError(
+            f"{path} is no project, nor a server's or site's folder: zorba federate init makes one"
+        )
+    unknown = sorted(set(only) - {party.name for party in found})
+    if unknown:
+        there = ", ".join(party.name for party in found)
+        raise ConfigError(f"there is no {unknown[0]} in {path}; there is {there}")
+    return [party for party in found if not only or party.name in only]
+
+
+def start(chosen: Sequence[PartyFolder], console: Console) -> None:
+    """Starts a supervisor for each party that has none; where one fails, ends those it started.
+
+    Sites that share this machine share its cores: threads of several that wait for each other
+    on the same core make every round many times as long.
+
+    Raises:
+        ConfigError: a supervisor did not start.
+    """
+    sites = sum(not party.is_server for party in chosen)
+    cores = len(os.sched_getaffinity(0))
+    share = {"OMP_NUM_THREADS": str(max(1, cores // max(1, sites)))}
+    started: dict[PartyFolder, subprocess.Popen[bytes]] = {}
+    try:
+        for party in chosen:
+            if party.pid() is not None:
+                console.print(f"{party.name} runs already", highlight=False)
+                continue
+            party.run.mkdir(exist_ok=True)
+            with party.log.open("ab") as log:
+                started[party] = subprocess.Popen(
+                    [sys.executable, "-m", "zorba.apps.deploy.supervisor", str(party.path)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=dict(os.environ) if party.is_server else share | os.environ,
+                    start_new_session=True,
+                )
+        for party, process in started.items():
+            _await_lock(party, process)
+            console.print(f"started {party.name}: {party.path}", highlight=False)
+    except BaseException:  # Ctrl-C too: it does not reach them, and no lock may tell of them yet
+        _end(list(started.values()))
+        raise
+
+
+def stop(chosen: Sequence[PartyFolder], console: Console) -> None:
+    """Stops the parties' supervisors, and with them the engines."""
+    pids = {party: party.pid() for party in chosen}
+    for pid in pids.values():
+        if pid is not None:
+            os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + _STOP_SECONDS
+    for party, pid in pids.items():
+        while pid is not None and party.pid() is not None:
+            if time.monotonic() > deadline:
+                raise ConfigError(f"{party.name} (process {pid}) does not stop: see {party.log}")
+            time.sleep(_LOOK_SECONDS)
+        word = "stopped" if pid is not None else "was not running:"
+        console.print(f"{word} {party.name}", highlight=False)
+
+
+def show(chosen: Sequence[PartyFolder], console: Console) -> None:
+    """Prints a line for each party, and what its supervisor said last."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("party", "process", "engine", "round", "last word"):
+        table.add_column(column)
+    for party in chosen:
+        pid, state = party.pid(), party.read_state()
+        said = state.get("said") or [""]
+        engine = str(state.get("engine") or "") if pid else ""
+        table.add_row(party.name, str(pid or "stopped"), engine, _round_of(party), said[-1])
+    console.print(table)
+
+
+def follow(server: PartyFolder, console: Console) -> dict[str, Any] | None:
+    """Shows the server's run until its supervisor ends.
+
+    Returns:
+        The summary; None where the rounds are not done.
+    """
+    run = RunFolder(server.run)
+    said = 0
+    with LiveView(run.events, console, every=_LINE_SECONDS):
+        while server.pid() is not None:
+            words = server.read_state().get("said", [])
+            for text in words[said:]:
+                console.print(text, highlight=False, markup=False)
+            said = len(words)
+            time.sleep(_LOOK_SECONDS)
+    return read_summary(server)
+
+
+def read_summary(server: PartyFolder) -> dict[str, Any] | None:
+    """Returns the summary of a run whose rounds are done, else None."""
+    try:
+        content: dict[str, Any] = json.loads(RunFolder(server.run).summary.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    rounds = ServerConfig.read(server.path).rounds
+    return content if content.get("final_round", 0) >= rounds else None
+
+
+def print_summary(content: dict[str, Any], console: Console) -> None:
+    """Prints the summary as a table."""
+    table = Table(title=f"Federated fine-tune {content['job']}", show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in summary.lines(content):
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _await_lock(party: PartyFolder, process: subprocess.Popen[bytes]) -> None:
+    """Waits until the supervisor holds its lock, or has ended."""
+    deadline = time.monotonic() + _STOP_SECONDS
+    while party.pid() is None:
+        code = process.poll()
+        if code == 0:
+            return  # there was nothing to do any more
+        if code is not None or time.monotonic() > deadline:
+            raise ConfigError(f"{party.name} did not start: see {party.log}")
+        time.sleep(_LOOK_SECONDS / 4)
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ends supervisors, and with them the engines."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + _STOP_SECONDS
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+
+
+def _round_of(party: PartyFolder) -> str:
+    if not party.is_server:
+        return ""
+    from zorba.apps.watch.state import Follower
+
+    state = Follower(RunFolder(party.run).events).update()
+    return f"{state.round} of {ServerConfig.read(party.path).rounds}"

@@ -1,0 +1,155 @@
+"""Patterns: which noises a step adds, told relative to the step.
+
+Nearly every step adds samples 0 to P - 1 of its own seed, or with momentum those of the last few
+steps as well. Told relative to the step these are the same bytes every time, so a record leaves
+them out where they are those of the step before.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from zorba.log.errors import TrajectoryError
+from zorba.log.frame import BodyReader, varint
+from zorba_kernels.noise import ROUNDING_DOMAIN
+
+MAX_TERMS = 1 << 20
+"""Terms that one step may have."""
+
+_SEED = struct.Struct("<Q")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Samples ``first`` to ``first + samples - 1`` of each of some seeds.
+
+    Attributes:
+        seed: the only seed, where it is of no step of the run; else None.
+        back: how many steps ago the first seed's step was.
+        first: the first sample.
+        samples: how many of each seed.
+        seeds: how many seeds.
+        newer: 1 if each seed is of the step after the one before, -1 if of the step before it.
+    """
+
+    seed: int | None
+    back: int
+    first: int
+    samples: int
+    seeds: int = 1
+    newer: int = 1
+
+    @property
+    def last_back(self) -> int:
+        """How many steps ago the last seed's step was."""
+        return self.back - self.newer * (self.seeds - 1)
+
+    def extended(self, other: Run) -> Run | None:
+        """Returns this run with the single seed of ``other`` after it, or None if that is none."""
+        if self.seed is not None or other.seed is not None:
+            return None
+        newer = self.last_back - other.back
+        if abs(newer) != 1 or (self.seeds > 1 and newer != self.newer):
+            return None
+        if (self.first, self.samples) != (other.first, other.samples):
+            return None
+        return Run(None, self.back, self.first, self.samples, self.seeds + 1, newer)
+
+
+def encode_pattern(
+    seeds: Sequence[int], samples: Sequence[int], step: int, step_of: Callable[[int], int | None]
+) -> bytes:
+    """Returns the bytes of a step's pattern.
+
+    Args:
+        seeds: uint64 of each term.
+        samples: of each term.
+        step: whose pattern it is.
+        step_of: returns the step up to this one that a seed is of, or None.
+    """
+    if len(seeds) > MAX_TERMS:
+        raise TrajectoryError(f"a step of {len(seeds)} terms; at most {MAX_TERMS} are served")
+    runs: list[Run] = []
+    for run in _single_seeds(seeds, samples, step, step_of):
+        longer = runs[-1].extended(run) if runs else None
+        if longer is not None:
+            runs[-1] = longer
+        else:
+            runs.append(run)
+    return varint(len(runs)) + b"".join(map(_encode_run, runs))
+
+
+def _single_seeds(
+    seeds: Sequence[int], samples: Sequence[int], step: int, step_of: Callable[[int], int | None]
+) -> list[Run]:
+    runs: list[Run] = []
+    before: int | None = None
+    for seed, sample in zip(seeds, samples, strict=True):
+        last = runs[-1] if runs else None
+        if last is not None and seed == before and sample == last.first + last.samples:
+            runs[-1] = Run(last.seed, last.back, last.first, last.samples + 1)
+        else:
+            at = step_of(seed)
+            runs.append(Run(seed if at is None else None, step - (at or 0), sample, 1))
+        before = seed
+    return runs
+
+
+def _encode_run(run: Run) -> bytes:
+    # 0 announces a seed in full; otherwise how far back, from 1.
+    start = varint(run.back + 1) if run.seed is None else b"\0" + _SEED.pack(run.seed)
+    seeds = (run.seeds - 1) << 1 | (run.newer < 0)
+    return start + varint(run.first) + varint(run.samples) + varint(seeds)
+
+
+def decode_pattern(reader: BodyReader) -> tuple[Run, ...]:
+    """Takes a pattern off a body; raises TrajectoryError if it makes no sense."""
+    count = reader.varint("number of runs")
+    runs: list[Run] = []
+    terms = 0
+    for _ in range(min(count, MAX_TERMS + 1)):  # each takes bytes, so this ends with them
+        start = reader.varint("seed of a run")
+        seed = reader.unpack(_SEED, "seed of a run")[0] if start == 0 else None
+        first = reader.varint("first sample")
+        samples = reader.varint("number of samples")
+        packed = reader.varint("number of seeds")
+        run = Run(
+            seed, max(start - 1, 0), first, samples, (packed >> 1) + 1, -1 if packed & 1 else 1
+        )
+        if first + samples > ROUNDING_DOMAIN or samples < 1 or (seed is not None and packed):
+            raise TrajectoryError(f"a run of {samples} samples from {first} makes no sense")
+        terms += run.samples * run.seeds
+        if terms > MAX_TERMS:
+            raise TrajectoryError(f"a step of {terms} terms; at most {MAX_TERMS} are served")
+        runs.append(run)
+    return tuple(runs)
+
+
+def count_terms(runs: Sequence[Run]) -> int:
+    """Returns how many terms a pattern has."""
+    return sum(run.samples * run.seeds for run in runs)
+
+
+def resolve(
+    runs: Sequence[Run], step: int, seed_of: Callable[[int], int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns seeds and samples of a pattern's terms.
+
+    Args:
+        runs: the pattern.
+        step: whose it is.
+        seed_of: returns the seed of a step.
+    """
+    seeds: list[int] = []
+    samples: list[int] = []
+    for run in runs:
+        begin, last = step - run.back, step - run.last_back
+        if run.seed is None and not (0 <= begin <= step and 0 <= last <= step):
+            raise TrajectoryError(f"step {step} has terms of steps {begin} to {last}")
+        for at in range(run.seeds):
+            seed = seed_of(begin + run.newer * at) if run.seed is None else run.seed
+            seeds += [seed] * run.samples
+            samples += range(run.first, run.first + run.samples)
+    return tuple(seeds), tuple(samples)

@@ -1,9 +1,0 @@
-"""Watching a run: what its events add up to, a live view in the terminal, and a page.
-
-See ``docs/watching.md``.
-"""
-
-from zorba.watch.records import Status
-from zorba.watch.state import Follower, RunState
-
-__all__ = ["Follower", "RunState", "Status"]

@@ -1,0 +1,194 @@
+"""A federation on the engine: a server and three sites as processes, and what is seen of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+from typer.testing import CliRunner
+from zorba.apps.cli import app
+from zorba.apps.deploy.config import ServerConfig
+from zorba.apps.deploy.project import init_project
+from zorba.federated import RunFolder
+from zorba.federated.events import EventReader
+from zorba.files import write_whole
+
+from tests.apps.deploy.conftest import describe
+
+PATIENCE = 300.0  # seconds after which a run hangs: a failure, never a verdict on speed
+_MODULES = {
+    "server": ("server.server_train", "server.runner_process"),
+    "site": ("client.client_train", "client.worker_process"),
+}
+_STRETCH = 8  # rounds, of which a kill takes three stretches
+
+# For a sitecustomize.py: the client of one site measures as far as the gate is open.
+GATE = """
+import os, sys
+_held = os.environ["ZORBA_TEST_HELD"] in sys.orig_argv
+if _held and any("worker_process" in word for word in sys.orig_argv):
+    import time
+    from zorba.apps.deploy import build
+    class Held(build.ModelObjective):
+        def __call__(self, round_number, step):
+            while round_number > int(open(os.environ["ZORBA_TEST_GATE"]).read()):
+                time.sleep(0.01)
+            return super().__call__(round_number, step)
+    build.ModelObjective = Held
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_for(what: str, reached: Callable[[], Any]) -> Any:
+    began = time.monotonic()
+    while not (value := reached()):
+        if time.monotonic() - began > PATIENCE:
+            raise TimeoutError(f"no {what} within {PATIENCE} s")
+        time.sleep(0.1)
+    return value
+
+
+def federate(*arguments: object, **environment: str) -> str:
+    """Runs ``zorba federate`` and returns what it printed."""
+    result = CliRunner().invoke(app, ["federate", *map(str, arguments)], env=environment)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def init(base: Path, folder: Path, rounds: int) -> int:
+    """Writes a project that notices quickly who is away; returns the server's port."""
+    port = free_port()
+    address = f"localhost:{port}"
+    init_project(describe(base, folder, rounds=rounds, address=address, timeout=PATIENCE))
+    config = ServerConfig.read(folder / "server")
+    replace(config, ask_timeout=5.0, rejoin_seconds=5.0).write(folder / "server")
+    return port
+
+
+class Gate:
+    """How many rounds a site measures: however quick the machine, no round after them ends.
+
+    Args:
+        path: of a file, which the site's client looks at before it measures.
+        rounds: at first.
+    """
+
+    def __init__(self, path: Path, rounds: int) -> None:
+        self.path = path
+        self.open(rounds)
+
+    def open(self, rounds: int) -> None:
+        """Lets the site measure up to this round."""
+        self.rounds = rounds
+        write_whole(self.path, lambda draft: draft.write_text(str(rounds)))
+
+    def held_by(self, engine: Path) -> dict[str, str]:
+        """Environment in which ``GATE`` holds the client of the site that has this engine."""
+        return {"ZORBA_TEST_GATE": str(self.path), "ZORBA_TEST_HELD": str(engine)}
+
+
+@dataclass
+class Deployed:
+    """A project whose parties run here.
+
+    Args:
+        folder: of the project.
+    """
+
+    folder: Path
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder(self.folder / "server" / "run")
+
+    def rounds(self) -> int:
+        """The last round that ended."""
+        events = EventReader(self.run.events).poll()
+        return max((event["round"] for event in events if event["event"] == "round"), default=0)
+
+    def log(self, party: str = "server") -> str:
+        """What a party's engine and supervisor wrote."""
+        return (self._party(party) / "run" / "engine.log").read_text()
+
+    def status(self, *parties: str) -> str:
+        """What ``zorba federate status`` prints."""
+        only = [word for party in parties for word in ("--only", party)]
+        return federate("status", self.folder, *only)
+
+    def processes(self) -> list[psutil.Process]:
+        """All of the project: supervisors, engines, processes of the job, and their children."""
+        found: dict[int, psutil.Process] = {}
+        for process in psutil.process_iter(["cmdline"]):
+            if any(str(self.folder) in part for part in process.info["cmdline"] or ()):
+                try:
+                    family = [process, *process.children(recursive=True)]
+                except psutil.NoSuchProcess:
+                    continue
+                found.update((member.pid, member) for member in family)
+        return list(found.values())
+
+    @staticmethod
+    def command(process: psutil.Process) -> str:
+        """Its command line; empty where it has ended."""
+        with suppress(psutil.NoSuchProcess):
+            return " ".join(process.cmdline())
+        return ""
+
+    def engine(self, party: str) -> psutil.Process:
+        """The process of a party that stays between jobs."""
+        return self._process(party, 0)
+
+    def job_process(self, party: str) -> psutil.Process:
+        """The process that holds the server, or a site's client."""
+        return self._process(party, 1)
+
+    def kill(self, gate: Gate, *processes: psutil.Process) -> None:
+        """Kills processes in the middle of the run, and waits for rounds that need them again."""
+        assert gate.rounds + 3 * _STRETCH < ServerConfig.read(self.folder / "server").rounds
+        gate.open(gate.rounds + 2 * _STRETCH)
+        wait_for("rounds before the kill", lambda: self.rounds() >= gate.rounds - _STRETCH)
+        for process in processes:
+            os.kill(process.pid, signal.SIGKILL)
+        # The round that the gate holds may have all other replies already, those after it do not.
+        gate.open(gate.rounds + _STRETCH)
+        wait_for(f"rounds after the kill of {processes}", lambda: self.rounds() == gate.rounds)
+
+    def end(self) -> None:
+        """Stops what runs, and kills what is left."""
+        try:
+            federate("stop", self.folder)
+        finally:
+            for process in self.processes():
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+    def _party(self, name: str) -> Path:
+        return self.folder / "server" if name == "server" else self.folder / "sites" / name
+
+    def _process(self, party: str, number: int) -> psutil.Process:
+        module = _MODULES["server" if party == "server" else "site"][number]
+        home = str(self._party(party) / "engine")
+
+        def look() -> psutil.Process | None:
+            for process in psutil.process_iter(["cmdline"]):
+                command = process.info["cmdline"] or []
+                if home in command and any(module in part for part in command):
+                    return process
+            return None
+
+        found: psutil.Process = wait_for(f"process {module} of {party}", look)
+        return found

@@ -1,0 +1,227 @@
+"""The engine itself: processes over TLS that are killed, with strangers at the doors.
+
+Everything here looks at one run, since starting the engine takes many seconds. While a site holds
+its rounds up, strangers knock and a job with code is submitted; then processes are killed, and the
+site lets so few rounds pass that the run cannot end before the last kill, however quick it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("nvflare", reason="nvflare is in the test extra")
+
+from zorba.apps.deploy.build import build_client, build_server
+from zorba.apps.deploy.config import ServerConfig, SiteConfig
+from zorba.apps.deploy.project import init_project
+from zorba.federated import LocalTransport, RunFolder, run_federation
+from zorba.federated.events import EventReader
+
+from tests.apps.deploy.conftest import SITES, describe
+from tests.apps.deploy.deployed import GATE, Deployed, Gate, federate, init, wait_for
+from tests.apps.deploy.intruders import knock, listeners, listening_unix_sockets, submit_code
+
+ROUNDS = 100
+
+# In every process of the run: notes that it is there, and each class that it unpickles.
+_WATCHER = """
+import os, sys
+def _write(*words):
+    with open(os.environ["ZORBA_TEST_PICKLES"], "a") as file:
+        file.write(" ".join(map(str, words)) + "\\n")
+def _note(event, arguments):
+    if event == "pickle.find_class":
+        _write("unpickled", *arguments, "in", *sys.orig_argv)
+sys.addaudithook(_note)
+_write("watched", *sys.orig_argv)
+"""
+
+
+@dataclass
+class Seen:
+    """What was seen while a run went on."""
+
+    deployed: Deployed
+    watch: dict[str, str]
+    strangers: dict[str, Deployed]
+    listeners: dict[tuple[str, int], str] = field(default_factory=dict)
+    unix_sockets: set[str] = field(default_factory=set)
+    answers: dict[int, dict[str, str]] = field(default_factory=dict)
+    strangers_at_work: list[str] = field(default_factory=list)
+    code: str = ""
+    commands: dict[str, str] = field(default_factory=dict)
+    status: str = ""
+
+    @property
+    def notes(self) -> list[str]:
+        return Path(self.watch["ZORBA_TEST_PICKLES"]).read_text().splitlines()
+
+
+@pytest.fixture(scope="module")
+def seen(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
+    home = tmp_path_factory.mktemp("deployed")
+    deployed = Deployed(home / "project")
+    gate = Gate(home / "gate", 3)
+    port = init(base, deployed.folder, ROUNDS)
+    strangers = {
+        "other": _other_project(base, home / "other", port),
+        "thief": _thief(deployed, home / "thief"),
+    }
+    made = Seen(deployed, _watch(home, gate, deployed), strangers)
+    try:
+        federate("start", deployed.folder, "--detach", **made.watch)
+        for project in strangers.values():
+            federate("start", project.folder, "--detach", "--only", "ada")
+        wait_for("first rounds", lambda: deployed.rounds() == gate.rounds)
+        _look(made, home)
+        for project in strangers.values():
+            project.end()
+        deployed.kill(gate, deployed.job_process("bob"))
+        deployed.kill(gate, deployed.job_process("server"))
+        deployed.kill(gate, deployed.engine("ada"), deployed.job_process("ada"))
+        deployed.kill(gate, deployed.engine("server"))
+        gate.open(ROUNDS)
+        wait_for("end", deployed.run.summary.exists)
+        wait_for("server to stop", lambda: "stopped" in deployed.status("server"))
+        yield made
+    finally:
+        for project in (deployed, *strangers.values()):
+            project.end()
+
+
+def _look(made: Seen, home: Path) -> None:
+    """Notes what there is to see while no round ends."""
+    deployed, strangers = made.deployed, made.strangers
+    made.status = deployed.status()
+    made.listeners = listeners(deployed)
+    made.unix_sockets = listening_unix_sockets(deployed.processes())
+    ports = {port for _, port in made.listeners}
+    made.answers = knock(ports, deployed.folder, strangers["other"].folder)
+    made.code, made.commands = submit_code(deployed, home / "code")
+    log = strangers["other"].log
+    wait_for("refusal of the server", lambda: "CERTIFICATE_VERIFY_FAILED" in log("ada"))
+    claim = "authenticated as 'bob' but claimed endpoint 'ada'"
+    wait_for("refusal of the thief", lambda: claim in deployed.log())
+    made.strangers_at_work = [
+        command
+        for project in strangers.values()
+        for command in map(project.command, project.processes())
+        if "worker_process" in command
+    ]
+
+
+def _watch(home: Path, gate: Gate, deployed: Deployed) -> dict[str, str]:
+    """Environment of the run's processes, which note what they unpickle, and of which one waits."""
+    (home / "sitecustomize.py").write_text(_WATCHER + GATE)
+    path = os.pathsep.join([str(home), *filter(None, [os.environ.get("PYTHONPATH")])])
+    held = gate.held_by(deployed.folder / "sites" / "cleo" / "engine")
+    return {"PYTHONPATH": path, "ZORBA_TEST_PICKLES": str(home / "pickles"), **held}
+
+
+def _other_project(base: Path, folder: Path, port: int) -> Deployed:
+    """A project with the same names, of another authority, whose sites go to this server."""
+    init_project(describe(base, folder, address=f"localhost:{port}"))
+    return Deployed(folder)
+
+
+def _thief(deployed: Deployed, folder: Path) -> Deployed:
+    """A copy of bob's folder that says it is ada, with bob's certificate."""
+    site = folder / "sites" / "ada"
+    shutil.copytree(deployed.folder / "sites" / "bob", site)
+    replace(SiteConfig.read(site), name="ada").write(site)
+    return Deployed(folder)
+
+
+def test_run_ends_where_the_undisturbed_run_ends(seen: Seen, base: Path, tmp_path: Path) -> None:
+    init_project(describe(base, tmp_path / "p", rounds=ROUNDS))
+    clients = {site: build_client(tmp_path / "p" / "sites" / site) for site in SITES}
+    config = ServerConfig.read(tmp_path / "p" / "server")
+    server = build_server(config, RunFolder(tmp_path / "run"))
+    result = run_federation(server, LocalTransport(clients), ROUNDS)
+    server.close()
+    summary = json.loads(seen.deployed.run.summary.read_text())
+    assert summary["replicas_identical"]
+    assert summary["final_round"] == ROUNDS
+    told = {name: f"{value:016x}" for name, value in result.fingerprints.items()}
+    assert summary["fingerprints"] == told
+    assert seen.deployed.run.log.read_bytes() == (tmp_path / "run" / "federation.log").read_bytes()
+
+
+def test_every_round_had_every_site(seen: Seen) -> None:
+    events = EventReader(seen.deployed.run.events).poll()
+    rounds = [event for event in events if event["event"] == "round"]
+    assert [event["round"] for event in rounds] == list(range(1, ROUNDS + 1))
+    assert all(event["clients"] == list(SITES) for event in rounds)
+    assert sum(event["event"] == "start" for event in events) >= 3, "it was killed twice"
+
+
+def test_status_tells_who_runs(seen: Seen) -> None:
+    for name in ("server", *SITES):
+        assert name in seen.status
+    assert f"of {ROUNDS}" in seen.status
+    assert "stopped" not in seen.status
+
+
+def test_nothing_listens_without_tls_and_a_certificate_of_the_project(seen: Seen) -> None:
+    parties = sorted(party for party, _ in seen.listeners)
+    assert sorted(set(parties)) == ["ada", "bob", "cleo", "server"]
+    for told in seen.answers.values():
+        assert told == {
+            "plain": "nothing",
+            "member, TLS 1.2": "let in",
+            "nobody, TLS 1.2": "refused",
+            "nobody, TLS 1.3": "refused",
+            "stranger, TLS 1.2": "refused",
+            "stranger, TLS 1.3": "refused",
+        }
+    assert len(seen.answers) == len(seen.listeners)
+    assert seen.unix_sockets == set()
+
+
+def test_sites_listen_for_their_own_machine_alone(seen: Seen) -> None:
+    for (party, port), address in seen.listeners.items():
+        assert party == "server" or address == "127.0.0.1", (party, port, address)
+
+
+def test_strangers_get_no_part_in_the_run(seen: Seen) -> None:
+    """Another authority's site, and a member in another's name: both were refused, see _look."""
+    assert seen.strangers_at_work == []
+    for project in seen.strangers.values():
+        site = project.folder / "sites" / "ada"
+        assert not list(site.glob("run/*.safetensors"))
+        assert not list(site.glob("engine/*/app_*"))
+
+
+def test_nothing_is_unpickled(seen: Seen) -> None:
+    notes = seen.notes
+    watched = [line for line in notes if line.startswith("watched")]
+    for module in ("supervisor", "server_train", "client_train", "runner_process"):
+        assert any(module in line for line in watched), module
+    assert sum("worker_process" in line for line in watched) >= 3
+    assert [line for line in notes if line.startswith("unpickled")] == []
+    code = "import fractions, pickle; pickle.loads(pickle.dumps(fractions.Fraction(1, 2)))"
+    subprocess.run([sys.executable, "-c", code], env=os.environ | seen.watch, check=True)
+    assert any(line.startswith("unpickled fractions Fraction") for line in seen.notes)
+
+
+def test_no_code_came_to_a_site(seen: Seen) -> None:
+    assert "BYOC not permitted" in seen.code
+    for site in SITES:
+        engine = seen.deployed.folder / "sites" / site / "engine"
+        came = {path.suffix for path in engine.glob("*/app_*/**/*") if path.is_file()}
+        assert came == {".json", ".crt"}
+
+
+def test_administrator_runs_no_commands(seen: Seen) -> None:
+    assert seen.commands
+    for command, told in seen.commands.items():
+        assert "not authorized" in told, (command, told)

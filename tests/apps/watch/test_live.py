@@ -1,0 +1,152 @@
+"""The view of a run in a terminal, and the lines that take its place elsewhere."""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+import threading
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+from zorba.apps.cli import app
+from zorba.apps.watch import Follower
+from zorba.apps.watch.live import LiveView
+from zorba.apps.watch.terminal import RunView, sparkline
+from zorba.federated import RunFolderError
+
+from tests.apps.watch.runs import HOSTILE, Run
+
+
+def show(path: Path, width: int, height: int = 40, after: float = 0.0) -> str:
+    state = Follower(path / "events.jsonl").update()
+    console = Console(file=io.StringIO(), width=width, height=height, color_system=None)
+    now = (state.last_event or state.starts[0][0]) + timedelta(seconds=after)  # type: ignore[operator]
+    console.print(RunView(state, now))
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(len(line) <= width for line in text.splitlines())
+    return text
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
+def test_view_of_a_run(tmp_path: Path, draw: random.Random, width: int) -> None:
+    run = Run(tmp_path, ["ada", "bob", "cleo"], 12, 10, draw)
+    assert "waiting" in show(tmp_path, width)
+    run.writer.write("evaluation", {"round": 0, "accuracy": 0.5, "auc": None})
+    for t in range(1, 7):
+        run.round(t, failures={"bob": "OSError: gone"}, away=["cleo"])
+    text = show(tmp_path, width)
+    for words in ("reviews", "round 6 of 10", "loss", "accuracy 0.500", "coverage", "faults"):
+        assert words in text, words
+    for name, state in (("ada", "measured"), ("bob", "failed"), ("cleo", "sits out")):
+        assert re.search(rf"^{name} .*{state[:4]}", text, re.MULTILINE), name
+    assert bool(re.search("^ada +[█·]{12}", text, re.MULTILINE)) == (width >= 60)
+    assert "no event for" not in text
+    assert "quiet" in show(tmp_path, width, after=3600)
+    run.end()
+    text = show(tmp_path, width, after=3600)
+    assert "6 rounds done" in text
+    assert "quiet" not in text
+
+
+def test_many_clients_fit_on_the_screen(tmp_path: Path, draw: random.Random) -> None:
+    run = Run(tmp_path, [f"client-{n}" for n in range(300)], 100, 5, draw)
+    run.round(1, failures={"client-299": "bad battery"})
+    text = show(tmp_path, 100, height=24)
+    assert len(text.splitlines()) <= 24
+    assert "client-299" in text, "whoever failed is shown first"
+    assert "and 290 more: 290 measured" in text
+
+
+@pytest.mark.parametrize("bad", HOSTILE)
+def test_texts_of_clients_are_shown_as_they_are(
+    tmp_path: Path, draw: random.Random, bad: str
+) -> None:
+    run = Run(tmp_path, ["ada", bad], 4, 5, draw)
+    run.start(0, job=bad + "[/]")
+    run.round(1, failures={bad: bad})
+    run.end()
+    text = show(tmp_path, 200)
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202e]", text)
+    assert "ada" in text
+    if "bold red" in bad:
+        assert "failed: [bold red]markup[/bold red]" in text
+    output = io.StringIO()
+    with LiveView(tmp_path / "events.jsonl", Console(file=output, width=200)) as view:
+        assert view.ended.wait(10)
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202e]", output.getvalue())
+
+
+def test_lines_where_there_is_no_terminal(tmp_path: Path, draw: random.Random) -> None:
+    """Events that come while it is shown, from another thread."""
+    output = io.StringIO()
+    (tmp_path / "run").mkdir()
+    view = LiveView(tmp_path / "run" / "events.jsonl", Console(file=output, width=200))
+
+    def serve() -> None:
+        run = Run(tmp_path / "run", ["ada", "bob"], 4, 50, draw)
+        for t in range(1, 51):
+            run.round(t, refusals={"bob": f"it measured after round {t - 9}"})
+        run.writer.write("evaluation", {"round": 50, "accuracy": 0.75})
+        run.end()
+
+    server = threading.Thread(target=serve)
+    with view:
+        server.start()
+        assert view.ended.wait(30)
+    server.join()
+    lines = output.getvalue().splitlines()
+    assert len(lines) == 1 + 1 + 50 + 1 + 1
+    assert re.fullmatch(r"\d\d:\d\d:\d\d reviews: rounds 1 to 50, 2 clients, 4 blocks", lines[0])
+    assert "round 1: bob refused: it measured after round -8" in lines[1]
+    assert re.search(r"round 50/50: loss 0\.\d+, 1 measured, 1 refused", lines[-3])
+    assert lines[-2].endswith("round 50: accuracy 0.750")
+    assert lines[-1].endswith("50 rounds done, fingerprints equal: 00ab00ab00ab00ab")
+
+
+def test_a_terminal_gets_the_view_and_a_few_lines(tmp_path: Path, draw: random.Random) -> None:
+    output = io.StringIO()
+    console = Console(file=output, width=100, force_terminal=True, _environ={"TERM": "xterm"})
+    run = Run(tmp_path, ["ada", "bob"], 4, 50, draw)
+    with LiveView(tmp_path / "events.jsonl", console, every=1000) as view:
+        for t in range(1, 31):
+            run.round(t)
+        run.end()
+        assert view.ended.wait(10)
+    assert "30 rounds done" in output.getvalue()
+    assert "\x1b[?25h" in output.getvalue(), "the cursor is back"
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text("hello\n")
+    output = io.StringIO()
+    with LiveView(tmp_path / "events.jsonl", Console(file=output, width=200)) as view:
+        assert view.ended.wait(10)
+    assert isinstance(view.error, RunFolderError)
+    assert "the view of the run stopped" in output.getvalue()
+    for path, words in ((tmp_path, "names no schema"), (tmp_path / "x", "there is no run at")):
+        result = CliRunner().invoke(app, ["watch", str(path)], env={"COLUMNS": "200"})
+        assert result.exit_code == 1
+        assert words in result.output.replace("\n", " ")
+
+
+def test_command(tmp_path: Path, draw: random.Random) -> None:
+    run = Run(tmp_path, [f"client-{n}" for n in range(60)], 4, 3, draw)
+    run.round(1)
+    once = CliRunner().invoke(app, ["watch", str(tmp_path), "--once"])
+    assert once.exit_code == 0
+    assert once.output.count("client-") == 60
+    run.end()
+    whole = CliRunner().invoke(app, ["watch", str(tmp_path / "events.jsonl")])
+    assert whole.exit_code == 0
+    assert "rounds 1 to 3, 60 clients" in whole.output
+
+
+def test_sparkline() -> None:
+    assert sparkline([], 10) == ""
+    assert sparkline([1.0, 1.0], 10) == "▁▁"
+    assert sparkline([0, 7, 3.5], 10) == "▁█▅"
+    assert len(sparkline(list(range(1000)), 12)) == 12

@@ -1,0 +1,85 @@
+"""Small tables and runs to record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from zorba.log import TrajectoryWriter
+from zorba.optim import InplacePlacement, NoiseTerms, step_seed
+
+import zorba_kernels as zk
+from tests.conftest import Random
+
+RUN_SEED = 11
+NAMES = {"embed": 0, "layer.0.w": 1, "layer.1.w": 2, "norm": 0}
+GROUPS = 3
+
+
+def make_weights(dtype: torch.dtype, rng: Random) -> dict[str, Tensor]:
+    shapes = {"embed": (37, 16), "layer.0.w": (65, 33), "layer.1.w": (129,), "norm": ()}
+    return {name: rng.weights(shapes[name], dtype) for name in NAMES}
+
+
+WEIGHTS = make_weights(torch.bfloat16, Random(1))
+
+
+def make_table(weights: dict[str, Tensor]) -> zk.ParamTable:
+    """A table over a copy of the weights."""
+    return zk.ParamTable({n: w.clone() for n, w in weights.items()}, NAMES)
+
+
+Update = tuple[NoiseTerms, int | None, Tensor | None] | None
+"""Terms, rounding seed and decay of a step; None for a skipped one."""
+
+
+def make_updates(count: int, rng: Random) -> list[Update]:
+    """Steps of every kind: plain, groups apart, momentum, decay, foreign seeds, skipped."""
+    updates: list[Update] = []
+    for step in range(count):
+        kind = rng.integer(3)
+        own = step_seed(RUN_SEED, step)
+        if kind == 0:
+            updates.append(None)
+            continue
+        seeds, samples = [own] * 2, [0, 1]
+        if kind in (1, 2):  # momentum, oldest first or newest first
+            past = range(max(0, step - 3), step + 1)
+            past = past if kind == 1 else past[::-1]
+            seeds = [step_seed(RUN_SEED, s) for s in past for _ in range(2)]
+            samples = [0, 1] * len(past)
+        elif kind == 3:  # anything at all
+            seeds, samples = rng.integers(4), [r % 5 for r in rng.integers(4, 31)]
+        elif kind == 4:
+            seeds, samples = [], []
+        coefs = 0.1 * rng.coefs(GROUPS, len(seeds))
+        if kind in (1, 5):
+            coefs[:] = coefs[:1].clone()
+        decay = rng.coefs(GROUPS).abs() * 0.1 if kind in (2, 4, 6) else None
+        rounding_seed = None if kind == 7 else rng.integer(64) if kind == 6 else own
+        updates.append((NoiseTerms(tuple(seeds), tuple(samples), coefs), rounding_seed, decay))
+    return updates
+
+
+def record(
+    path: Path,
+    table: zk.ParamTable,
+    updates: list[Update],
+    distribution: str = "rademacher",
+    rounding: str = "stochastic",
+    finish: bool = True,
+) -> None:
+    """Trains the table with the updates and records them."""
+    placement = InplacePlacement(table, distribution)
+    writer = TrajectoryWriter.create(path, table, RUN_SEED, distribution, rounding)
+    for step, update in enumerate(updates):
+        if update is None:
+            writer.skip(step)
+            continue
+        terms, rounding_seed, decay = update
+        placement.update(terms, rounding, rounding_seed, decay)
+        writer.append(step, terms, rounding_seed, decay)
+    if finish:
+        writer.finish()
+    writer.close()

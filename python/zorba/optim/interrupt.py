@@ -25,7 +25,7 @@ class Gate:
         """Gives the handler the last signal that was held, if there was one."""
         if self.held and self.handler is not None:
             last = self.held[-1]
-            self.held.clear()
+            self.held.clear()  # first: the handler mostly raises
             self.handler(*last)
 
     @contextmanager
@@ -52,6 +52,8 @@ def deferred_interrupts() -> Iterator[Gate]:
     this does nothing.
     """
     handler = signal.getsignal(signal.SIGINT)
+    # SIG_IGN and SIG_DFL are no callables: an ignored signal must stay ignored, and one that kills
+    # the process leaves no weights to care for.
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield Gate(None)
         return
@@ -60,5 +62,6 @@ def deferred_interrupts() -> Iterator[Gate]:
         signal.signal(signal.SIGINT, gate.hold)
         yield gate
     finally:
+        # The handler first: a signal between the two lines raises here, as a held one would.
         signal.signal(signal.SIGINT, handler)
         gate.deliver()

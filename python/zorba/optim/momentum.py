@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from zorba.optim.terms import NoiseTerms
 
@@ -34,19 +33,17 @@ def velocity(steps: Sequence[Step], scale: Sequence[float]) -> NoiseTerms:
         steps: recent ones, the newest last.
         scale: of each group, [groups].
     """
-    seeds: list[int] = []
-    samples: list[int] = []
-    weights: list[float] = []
-    counts: list[int] = []
+    # Each step aged those before it by its own momentum, which a schedule may have changed.
     ages = [1.0]
     for _, _, momentum in reversed(steps[1:]):
         ages.append(ages[-1] * momentum)
-    for age, (seed, scalars, _) in zip(reversed(ages), steps, strict=True):
-        for sample, g in enumerate(scalars):
-            seeds.append(seed)
-            samples.append(sample)
-            weights.append(age * g)
-            counts.append(len(scalars))
-    rows: Tensor = torch.tensor(scale, dtype=torch.float64)[:, None]
+    terms = [
+        (seed, sample, age * g, len(scalars))
+        for age, (seed, scalars, _) in zip(reversed(ages), steps, strict=True)
+        for sample, g in enumerate(scalars)
+    ]
+    seeds, samples, weights, counts = zip(*terms, strict=True)
+    # In float64, rounded once: logs record these coefficients, and replicas must agree on them.
+    rows = torch.tensor(scale, dtype=torch.float64)[:, None]
     coefs = rows * torch.tensor(weights, dtype=torch.float64) / torch.tensor(counts)
-    return NoiseTerms(tuple(seeds), tuple(samples), coefs.to(torch.float32))
+    return NoiseTerms(seeds, samples, coefs.to(torch.float32))

@@ -191,13 +191,19 @@ class Random:
         return size * torch.randn(shape, generator=self.generator).sign()
 
     def weights(self, shape: int | tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Normals of several magnitudes, some of them subnormal in the dtype or zero."""
+        """Normals of several magnitudes, some of them subnormal in the dtype or zero.
+
+        All are finite, and so is their sum with any change up to half of the dtype's range: infinite
+        weights have tests of their own.
+        """
         shape = (shape,) if isinstance(shape, int) else shape
         spread = torch.randn(shape, generator=self.generator) * 3 - 3
         normal = torch.randn(shape, generator=self.generator) * torch.exp(spread)
         tiny = torch.rand(shape, generator=self.generator) < 0.05
         zero = torch.rand(shape, generator=self.generator) < 0.02
-        small = torch.finfo(dtype).tiny
+        small, largest = torch.finfo(dtype).tiny, torch.finfo(dtype).max / 4
+        # The spread of magnitudes reaches beyond float16, in about one draw of a million.
+        normal = normal.clamp(-largest, largest)
         return torch.where(zero, 0.0, torch.where(tiny, normal * small, normal)).to(dtype)
 
     def _below(self, bound: int) -> int:

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from zorba.apps.demo.build import room_for_blocks
 from zorba.apps.deploy import control
-from zorba.apps.deploy.command import FederateDemoSettings
 from zorba.apps.deploy.build import finetune_settings, make_replica, trained_blocks
+from zorba.apps.deploy.command import FederateDemoSettings
 from zorba.apps.deploy.config import ConfigError, ServerConfig, SiteConfig
 from zorba.apps.deploy.project import ProjectSettings, init_project
 from zorba.apps.finetune.task import load_model

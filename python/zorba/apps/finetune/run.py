@@ -14,7 +14,7 @@ from zorba.apps.finetune.report import lines, write_report
 from zorba.apps.finetune.settings import FinetuneSettings
 from zorba.apps.finetune.task import device_of, load_model, make_objective, read_data
 from zorba.apps.finetune.trainer import FinetuneTrainer
-from zorba.apps.progress import plain_console, progress_bar
+from zorba.apps.progress import hide_library_bars, plain_console, progress_bar
 from zorba.hf import find_blocks
 from zorba.offload import Offload
 from zorba.optim import active_parameters
@@ -29,6 +29,7 @@ def run_finetune(settings: FinetuneSettings, console: Console | None = None) -> 
         OSError: a file that cannot be read or written, or a model that is not found.
     """
     console = console or plain_console()
+    hide_library_bars()
     taken = [settings.out / name for name in ("model", "trajectory.zot", "metrics.json")]
     there = [str(path) for path in taken if path.exists()]
     if there:

@@ -11,7 +11,14 @@ from tyro.conf import Positional
 from tyro.constructors import PrimitiveConstructorSpec
 
 from zorba.apps.needs import check_at_least
-from zorba.optim.defaults import DISTRIBUTION, EPS, ESTIMATOR, NUM_PERTURBATIONS
+from zorba.defaults import (
+    DISTRIBUTION,
+    EPS,
+    ESTIMATOR,
+    NUM_PERTURBATIONS,
+    Distribution,
+    Estimator,
+)
 
 
 def split_words(text: str) -> tuple[str, ...]:
@@ -63,8 +70,8 @@ class FinetuneSettings:
     eps: float = EPS  # Distance at which losses are taken.
     perturbations: int = NUM_PERTURBATIONS  # P: directions a step.
     # Kind of finite difference: central takes 2P losses a step, forward P + 1.
-    estimator: Literal["central", "forward"] = ESTIMATOR
-    distribution: Literal["gaussian", "rademacher"] = DISTRIBUTION  # Distribution of the noise.
+    estimator: Estimator = ESTIMATOR
+    distribution: Distribution = DISTRIBUTION  # Distribution of the noise.
     # Where perturbed weights live: in a buffer, which is exact, or in the weights, which rounds.
     placement: Literal["scratch", "inplace"] = "scratch"
     blocks: str = "all"  # Blocks to train: all, or last:N.

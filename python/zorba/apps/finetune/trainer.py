@@ -124,6 +124,7 @@ def _arguments(settings: FinetuneSettings, rows: int, evaluate: bool) -> ZOArgum
         logging_strategy="no",
         save_strategy="no",
         report_to="none",
+        dataloader_pin_memory=False,  # rows are no tensors
         disable_tqdm=True,
         use_cpu=settings.device == "cpu",
         zo_trajectory=None if settings.save == "model" else str(settings.out / "trajectory.zot"),

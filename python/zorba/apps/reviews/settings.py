@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from zorba_kernels.noise import Distribution
+from zorba.defaults import Distribution
 
 CLIENTS = {
     "phone-1": 1,

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from zorba.optim.defaults import ESTIMATORS as ESTIMATORS
-from zorba.optim.defaults import Estimator as Estimator
+from zorba.defaults import ESTIMATORS as ESTIMATORS
+from zorba.defaults import Estimator as Estimator
 from zorba.optim.terms import NoiseTerms
 
 Evaluate = Callable[[Sequence[NoiseTerms]], Sequence[float]]

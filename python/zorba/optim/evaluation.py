@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from zorba.offload import Offload
 from zorba.optim.generators import GeneratorState

@@ -14,6 +14,7 @@ from torch import Tensor
 import zorba_kernels as zk
 from zorba.optim.interrupt import deferred_interrupts
 from zorba.optim.owners import Owner
+from zorba.optim.passes import Program, run
 from zorba.optim.terms import NoiseTerms
 
 PlacementName = Literal["scratch", "inplace"]
@@ -79,7 +80,7 @@ class Placement(ABC):
                 pass, until ``restore`` or the next session takes it off again.
         """
 
-    def restore(self) -> None:  # noqa: B027: most placements leave nothing
+    def restore(self) -> None:  # noqa: B027
         """Takes off what ``update`` left on the weights for the next session."""
 
     def learn(self, functional: Collection[str], unread: Collection[str]) -> bool:
@@ -124,7 +125,7 @@ class Placement(ABC):
         decay: Tensor | None = None,
     ) -> None:
         """Adds terms to the weights themselves, in one pass."""
-        program = zk.Program(
+        program = Program(
             terms.seeds,
             terms.coefs,
             self.distribution,
@@ -135,10 +136,12 @@ class Placement(ABC):
         )
         self._run(self.table, program)
 
-    def _run(self, table: zk.ParamTable, program: zk.Program, out: zk.ParamTable | None = None) -> None:
+    def _run(
+        self, table: zk.ParamTable, program: Program, out: zk.ParamTable | None = None
+    ) -> None:
         """The one place from where a placement's passes go to a kernel."""
         started = time.perf_counter()
-        table.run(program, out)
+        run(table, program, out)
         self.kernel_seconds += time.perf_counter() - started
 
 

@@ -60,9 +60,9 @@ class Probe(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for owner in self._owners:
                 # In front of other hooks: what these read is no use by the model.
                 enter, leave = partial(self._enter, owner), partial(self._leave, owner)
-                register, module = stack.enter_context, owner.module
-                register(module.register_forward_pre_hook(enter, prepend=True))
-                register(module.register_forward_hook(leave, always_call=True))
+                register = stack.enter_context
+                register(owner.module.register_forward_pre_hook(enter, prepend=True))
+                register(owner.module.register_forward_hook(leave, always_call=True))
             stack.enter_context(self)
             yield
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import zorba_kernels as zk
 from zorba.optim.interrupt import deferred_interrupts
-from zorba.optim.owners import find_owners
+from zorba.optim.owners import Owner, find_owners
+from zorba.optim.passes import Program
 from zorba.optim.placement import Placement
-from zorba.optim.sites import Part, Site, make_sites
 from zorba.optim.terms import NoiseTerms
 
 
@@ -45,7 +45,7 @@ class ScratchPlacement(Placement):
         self._model = model
         self._hooks = ExitStack()
         self._in_session = False
-        self._program: zk.Program | None = None  # of the evaluation that runs
+        self._program: Program | None = None  # of the evaluation that runs
         self._moving: frozenset[int] = frozenset()  # groups that it changes
         self._shown: set[str] = set()  # names of parameters that read scratch now
         self._held: set[str] = set()
@@ -54,15 +54,22 @@ class ScratchPlacement(Placement):
         self._make_sites()
 
     def _make_sites(self) -> None:
-        self._sites = make_sites(self.owners, self.table, self._held)
+        """Places where parameters read scratch: the owners, and one for those that are held."""
+        parts = [owner.without(self._held) for owner in self.owners]
+        self._sites = [part for part in parts if part is not None]
         # Siblings run one after the other and share a buffer; a module that runs inside of another
         # one's forward needs its own beside it. So there is one size a level.
-        levels = range(1 + max(site.level for site in self._sites))
-        self._level_bytes = [
-            max((s.part.nbytes for s in self._sites if s.level == level), default=0)
-            for level in levels
-        ]
-        self._free: list[list[Tensor]] = [[] for _ in levels]
+        whole: dict[str, list[nn.Parameter]] = {}
+        for owner in self.owners:
+            for name in owner.parameters.keys() & self._held:
+                whole.setdefault(name, []).extend(owner.parameters[name])
+        if whole:
+            level = 1 + max((site.level for site in self._sites), default=-1)
+            self._sites.append(Owner(self._model, whole, self.table, level, held=True))
+        self._level_bytes = [0] * (1 + max(site.level for site in self._sites))
+        for site in self._sites:
+            self._level_bytes[site.level] = max(self._level_bytes[site.level], site.nbytes)
+        self._free: list[list[Tensor]] = [[] for _ in self._level_bytes]
 
     @property
     def scratch_bytes(self) -> int:
@@ -126,15 +133,15 @@ class ScratchPlacement(Placement):
     def _enter(self) -> None:
         self._in_session = True
         for site in self._sites:
-            if site.module is None:
+            if site.held:
                 continue
             # In front of hooks that compute with the weights, as weight_norm's: they must find
             # perturbed ones. Behind a forward that raises too, or its parameters would keep
             # reading scratch.
             before, after = partial(self._before, site), partial(self._after, site)
-            module, hooks = site.module, self._hooks
-            hooks.enter_context(module.register_forward_pre_hook(before, prepend=True))
-            hooks.enter_context(module.register_forward_hook(after, always_call=True))
+            register = self._hooks.enter_context
+            register(site.module.register_forward_pre_hook(before, prepend=True))
+            register(site.module.register_forward_hook(after, always_call=True))
 
     def _leave(self) -> None:
         self._hooks.close()
@@ -151,17 +158,17 @@ class ScratchPlacement(Placement):
         self._check_reached()
         self._moving = frozenset(g for g in range(self.table.num_groups) if terms.active(g))
         # Made once for all modules: checking and packing the terms costs more than a small pass.
-        self._program = zk.Program(
-            terms.seeds, terms.coefs, self.distribution, samples=terms.samples
-        )
+        self._program = Program(terms.seeds, terms.coefs, self.distribution, samples=terms.samples)
         self._put_all_back()
         for site in self._sites:
-            if site.module is None:
+            if site.held:
                 self._show(site)
 
     def park(self) -> Any:
         """See ``Placement.park``."""
-        parked = [(site, site.depth, site.shown) for site in self._sites if site.depth or site.shown]
+        parked = [
+            (site, site.depth, site.shown) for site in self._sites if site.depth or site.shown
+        ]
         self._put_all_back()
         program, self._program = self._program, None  # whose evaluation has not reached all yet
         return program, self._moving, parked
@@ -201,10 +208,10 @@ class ScratchPlacement(Placement):
         """
         if self._checked or self._program is None or not self._moving:
             return
-        active = [s for s in self._sites if not self._moving.isdisjoint(s.part.groups)]
+        active = [s for s in self._sites if not self._moving.isdisjoint(s.groups)]
         # By name, not by site: a tied weight is seen if one of its modules ran.
-        reached = {name for s in active if s.reached for name in s.part.parameters} | self._excused
-        missed = [n for s in active for n in s.part.parameters if n not in reached]
+        reached = {name for s in active if s.reached for name in s.parameters} | self._excused
+        missed = [n for s in active for n in s.parameters if n not in reached]
         if missed:
             raise UnreachedParameterError(
                 f"the forward of these parameters' modules never ran: {', '.join(missed[:5])}"
@@ -214,13 +221,13 @@ class ScratchPlacement(Placement):
             )
         self._checked = True
 
-    def _before(self, site: Site, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _before(self, site: Owner, module: nn.Module, args: tuple[Any, ...]) -> None:
         del module, args
         site.depth += 1
         if site.depth == 1:
             self._show(site)
 
-    def _after(self, site: Site, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def _after(self, site: Owner, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         del module, args
         site.depth = max(0, site.depth - 1)
         if site.depth or site.shown is None:
@@ -229,8 +236,8 @@ class ScratchPlacement(Placement):
         self._put_back(site)
         return kept
 
-    def _show(self, site: Site) -> None:
-        if self._moving.isdisjoint(site.part.groups):
+    def _show(self, site: Owner) -> None:
+        if self._moving.isdisjoint(site.groups):
             return
         site.reached = True
         # A module around this one may show some of its parameters already: tied weights.
@@ -238,12 +245,14 @@ class ScratchPlacement(Placement):
         if part is not None:
             free = self._free[site.level]
             size = self._level_bytes[site.level]
-            buffer = free.pop() if free else torch.empty(
-                size, dtype=torch.uint8, device=self.table.device
+            buffer = (
+                free.pop()
+                if free
+                else torch.empty(size, dtype=torch.uint8, device=self.table.device)
             )
             self._show_part(site, part, buffer)
 
-    def _show_part(self, site: Site, part: Part, buffer: Tensor) -> None:
+    def _show_part(self, site: Owner, part: Owner, buffer: Tensor) -> None:
         assert self._program is not None
         target = part.target(buffer)
         # Noted before the pass: if it raises, ``_leave`` gives the buffer back.
@@ -252,7 +261,7 @@ class ScratchPlacement(Placement):
         part.point_to(target)
         self._shown |= part.parameters.keys()
 
-    def _put_back(self, site: Site) -> None:
+    def _put_back(self, site: Owner) -> None:
         if site.shown is None:
             return
         part, buffer = site.shown

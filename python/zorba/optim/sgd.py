@@ -12,14 +12,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from zorba.defaults import (
-    DISTRIBUTION,
-    EPS,
-    ESTIMATOR,
-    NUM_PERTURBATIONS,
-    Distribution,
-    Estimator,
-)
+from zorba.defaults import DISTRIBUTION, EPS, ESTIMATOR, NUM_PERTURBATIONS, Distribution, Estimator
 from zorba.optim.estimator import differences, evaluation_noises, mean_loss
 from zorba.optim.evaluation import Evaluator
 from zorba.optim.guard import guard
@@ -250,13 +243,13 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             if clip is not None:
                 scalars = [min(max(g, -clip), clip) for g in scalars]
             # Ctrl-C waits until here: weights, step number and record change together.
-            if not skipped:
-                update = self._update(seed, scalars)
+            update = None if skipped else self._update(seed, scalars)
             options["step"] += 1
-            if self.recorder is not None and skipped:
-                self.recorder.skip(step)
-            elif self.recorder is not None:
-                self.recorder.append(step, *update)
+            if self.recorder is not None:
+                if update is None:
+                    self.recorder.skip(step)
+                else:
+                    self.recorder.append(step, *update)
         loss = mean_loss(losses)
         self.last_step = StepReport(
             seed,

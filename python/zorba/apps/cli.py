@@ -227,7 +227,7 @@ def replay(
 ) -> None:
     """Rebuild a fine-tuned model from its base and its trajectory, bit for bit."""
     check_needs("replay", ["transformers"], "hf")
-    from zorba.log.rebuild import rebuild
+    from zorba.apps.replay import rebuild
 
     try:
         rebuild(base, log, out, verify=verify, say=typer.echo, progress=_progress_bar("replay"))

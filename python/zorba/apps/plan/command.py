@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from zorba.apps.plan.budgets import show_bytes
 from zorba.apps.plan.calibration import Calibration, calibrate
 from zorba.apps.plan.footprint import Footprint, footprint_of, make_model, read_config
 from zorba.apps.plan.measure import measure_client
@@ -25,6 +24,7 @@ from zorba.apps.plan.workload import Workload
 from zorba.planning.picture import draw_plan
 from zorba.planning.plan import BlockPlan
 from zorba.planning.planner import plan_blocks
+from zorba.sizes import show_bytes
 
 
 def run_plan(settings: PlanSettings, console: Console | None = None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from zorba.apps.plan.measure import measure_client
 from zorba.apps.plan.prediction import Parts, memory_model, predict
 from zorba.apps.plan.settings import PlanSettings
 from zorba.apps.plan.workload import Workload
+from zorba.apps.progress import plain_console
 from zorba.planning.picture import draw_plan
 from zorba.planning.plan import BlockPlan
 from zorba.planning.planner import plan_blocks
@@ -36,7 +37,7 @@ def run_plan(settings: PlanSettings, console: Console | None = None) -> dict[str
         RuntimeError: a client that was measured failed.
         OSError: a file that cannot be read or written.
     """
-    console = console or Console()
+    console = console or plain_console()
     config = read_config(settings.model)
     workload = _workload(settings, config)
     footprint = footprint_of(config, workload.dtype)

@@ -62,6 +62,15 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--server=triton needs TRITON_INTERPRET=1 (make test-interpret)")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests that need a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="torch.cuda.is_available() is False"))
+
+
 def pytest_make_parametrize_id(val: object) -> str | None:
     """Names dtypes as in bfloat16 instead of torch.bfloat16."""
     return str(val).removeprefix("torch.") if isinstance(val, torch.dtype) else None
@@ -182,13 +191,19 @@ class Random:
         return size * torch.randn(shape, generator=self.generator).sign()
 
     def weights(self, shape: int | tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Normals of several magnitudes, some of them subnormal in the dtype or zero."""
+        """Normals of several magnitudes, some of them subnormal in the dtype or zero.
+
+        All are finite, and so is their sum with any change up to half of the dtype's range: infinite
+        weights have tests of their own.
+        """
         shape = (shape,) if isinstance(shape, int) else shape
         spread = torch.randn(shape, generator=self.generator) * 3 - 3
         normal = torch.randn(shape, generator=self.generator) * torch.exp(spread)
         tiny = torch.rand(shape, generator=self.generator) < 0.05
         zero = torch.rand(shape, generator=self.generator) < 0.02
-        small = torch.finfo(dtype).tiny
+        small, largest = torch.finfo(dtype).tiny, torch.finfo(dtype).max / 4
+        # The spread of magnitudes reaches beyond float16, in about one draw of a million.
+        normal = normal.clamp(-largest, largest)
         return torch.where(zero, 0.0, torch.where(tiny, normal * small, normal)).to(dtype)
 
     def _below(self, bound: int) -> int:

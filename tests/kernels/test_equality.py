@@ -47,7 +47,8 @@ def test_every_radius_and_angle(compiled):
 
 def test_add_noise(compiled, rng, dtype, rounding, distribution, size):
     weights = {"w": rng.weights(size, dtype)}
-    seeds, coefs = rng.integers(3), rng.coefs(3)
+    # One coefficient is large, so that some weight changes in every dtype.
+    seeds, coefs = rng.integers(3), torch.cat([torch.tensor([0.5]), rng.coefs(2)])
     call = {"distribution": distribution, "rounding": rounding, "samples": rng.integers(3, bits=31)}
     mine = changed(weights, seeds, coefs, **call)["w"]
     assert_same_bits(mine, changed(weights, seeds, coefs, **call, backend="reference")["w"])

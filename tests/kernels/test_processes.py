@@ -1,9 +1,12 @@
-"""The thread pool after fork and under several callers."""
+"""The thread pool after fork and under several callers.
+
+A deadlock would hang a test: pytest then prints all stacks after ``faulthandler_timeout``. No clock
+decides whether a test passes, for a busy machine may take any time.
+"""
 
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +17,6 @@ import torch
 import zorba_kernels as zk
 from tests.kernels.bits import assert_same_bits
 
-LIMIT = 20.0  # seconds; the work takes milliseconds
 NUMEL = 1 << 18  # 128 tiles: 8 pieces of work, so that threads are used
 
 
@@ -29,22 +31,14 @@ def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def in_child(body) -> int:
-    """Runs body in a forked child; returns its exit status, or fails when it hangs."""
+    """Runs body in a forked child; returns its exit status."""
     pid = os.fork()
     if pid == 0:
         try:
             os._exit(0 if body() else 1)
         except BaseException:
             os._exit(2)
-    deadline = time.monotonic() + LIMIT
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    pytest.fail(f"the forked child did not finish in {LIMIT} s")
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +106,7 @@ def test_several_python_threads():
 
     with ThreadPoolExecutor(8) as executor:
         jobs = [executor.submit(repeat, seed) for seed in range(8)]
-        assert all(job.result(timeout=LIMIT) for job in jobs)
+        assert all(job.result() for job in jobs)
 
 
 def test_one_table_in_several_threads():
@@ -130,11 +124,15 @@ def test_one_table_in_several_threads():
 
     with ThreadPoolExecutor(4) as executor:
         jobs = [executor.submit(read, seed) for seed in range(16)]
-        assert all(job.result(timeout=LIMIT) for job in jobs)
+        assert all(job.result() for job in jobs)
 
 
 def test_the_interpreter_runs_while_the_pool_works():
-    """A pass releases the GIL."""
+    """A pass releases the GIL: a thread of Python's counts on in the middle of one call.
+
+    Beside a call that kept the GIL it would count once or twice, however long the call is, so a
+    longer call is tried where a busy machine has let the thread count no further.
+    """
     ticks = 0
     stop = threading.Event()
 
@@ -145,16 +143,15 @@ def test_the_interpreter_runs_while_the_pool_works():
             time.sleep(0.001)
 
     thread = threading.Thread(target=tick)
-    weights = torch.zeros(1 << 16)
-    table = zk.ParamTable({"w": weights})
-    rounds = 10_000  # a few hundred milliseconds in one call
+    table = zk.ParamTable({"w": torch.zeros(1 << 16)})
     thread.start()
     try:
-        time.sleep(0.01)
-        before = ticks
-        zk.add_noise_(table, [1] * rounds, [0.1] * rounds)
-        during = ticks - before
+        for terms in (10_000, 20_000, 40_000, 80_000, 160_000):
+            before = ticks
+            zk.add_noise_(table, [1] * terms, [0.1] * terms)
+            if ticks - before > 5:
+                break
     finally:
         stop.set()
         thread.join()
-    assert during > 5
+    assert ticks - before > 5

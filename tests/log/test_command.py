@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
-from typer.testing import CliRunner, Result
-from zorba.apps.cli import app
 from zorba.log import TrajectoryWriter
 from zorba.optim import NoiseTerms, active_table, step_seed
 
 import zorba_kernels as zk
+from tests.command import Result, zorba
 from tests.hf.tiny import tiny_config
 from tests.kernels.bits import assert_same_bits
 
@@ -48,7 +47,7 @@ def train(base: Path, log: Path, dtype: torch.dtype, finish: bool = True) -> Lla
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["replay", *map(str, arguments)])
+    return zorba("replay", *arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

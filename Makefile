@@ -49,7 +49,8 @@ test-interpret: install
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest --server triton $(INTERPRETED:%=tests/kernels/test_%.py)
 
 bench: install
-	$(BIN)/python -m pytest benchmarks -p benchmarks.record --record benchmarks/results/latest.json
+	$(BIN)/python -m pytest benchmarks -p benchmarks.record \
+	  --record benchmarks/results/latest.json --benchmark-json=benchmarks/results/latest-server.json
 
 compare: install
 	$(BIN)/python -m benchmarks.compare

@@ -78,7 +78,7 @@ def finetune(settings: FinetuneSettings) -> None:
 def replay(settings: ReplaySettings) -> None:
     """See ``ReplaySettings``."""
     check_needs("replay", ["transformers"], "hf")
-    from zorba.log.rebuild import rebuild
+    from zorba.apps.replay import rebuild
 
     rebuild(settings.base, settings.log, settings.out, verify=settings.verify)
 

@@ -1,6 +1,6 @@
 """A little of every kernel, for compute-sanitizer to watch.
 
-    python -m benchmarks.gpu_check.sanitized BACKEND DEVICE DISTRIBUTION [DISTRIBUTION]
+    python -m benchmarks.gpu.sanitized BACKEND DEVICE DISTRIBUTION [DISTRIBUTION]
 
 Tensors are copied from the host and no memory is pooled, so that each has bounds of its own and few
 kernels of others are watched too. Results are compared with the cpu backend.

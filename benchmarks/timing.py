@@ -1,4 +1,4 @@
-"""Times of calls on a device, taken in turn, and what limits them."""
+"""Times of calls on a device, taken in turn, and what bounds them."""
 
 from __future__ import annotations
 
@@ -6,31 +6,50 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from zorba import machine
 
-from benchmarks.gpu_check.report import Report
-from benchmarks.gpu_check.sizes import Shapes
+from benchmarks.sizes import Shapes
 
 Call = Callable[[], object]
 WARM_UP = 3
+GPU_BACKENDS = ("cuda", "triton")
+"""Both must serve an NVIDIA GPU."""
 PEAK_BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.04e12, "B200": 8.0e12}
 """Bytes a second, from the data sheets; the first name that is part of the device's."""
 
 
-class Times(NamedTuple):
-    """Of one call, in seconds."""
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a call, in the order of its runs.
 
-    median: float
-    least: float
-    most: float
-    extra_bytes: int | None  # most that the call held beside what was there; CUDA only
+    Attributes:
+        each: of every run.
+        extra_bytes: the most that the call held beside what was there; None on a CPU.
+    """
+
+    each: list[float]
+    extra_bytes: int | None = None
+
+    @property
+    def median(self) -> float:
+        """Of all runs."""
+        return statistics.median(self.each)
+
+    def over(self, other: Times) -> float:
+        """Returns the median ratio to the call beside it: what drifts, drifts for both."""
+        return statistics.median(a / b for a, b in zip(self.each, other.each, strict=True))
+
+
+InTurn = Callable[[Mapping[str, Call]], dict[str, Times]]
+"""The fixture ``in_turn``: ``time_in_turn`` with the runs and the time that there are."""
 
 
 def time_in_turn(
-    calls: Mapping[str, Call], device: torch.device, runs: int, *, seconds: float
+    calls: Mapping[str, Call], device: torch.device, runs: int, seconds: float
 ) -> dict[str, Times]:
     """Times every call ``runs`` times, round robin, so that a change of clocks meets all alike.
 
@@ -45,28 +64,28 @@ def time_in_turn(
             call()
     synchronize(device)
     start = time.perf_counter()
-    extra = {name: extra_memory(call, device) for name, call in calls.items()}
+    for call in calls.values():
+        call()
+    synchronize(device)
     estimate = (time.perf_counter() - start) * runs
     if estimate > seconds:
         raise TimeoutError(f"{runs} runs of {len(calls)} calls would take {estimate:.0f} s")
-    taken: dict[str, list[Stopwatch]] = {name: [] for name in calls}
+    on_gpu = device.type == "cuda"
+    extra = {name: machine.peak_bytes(c, "cuda") if on_gpu else None for name, c in calls.items()}
+    watches: dict[str, list[Stopwatch]] = {name: [] for name in calls}
     gc.collect()
-    gc.disable()
+    gc.disable()  # a collection in the middle of a call would count as the call's time
     try:
         for _ in range(runs):
             for name, call in calls.items():
                 watch = Stopwatch(device)
                 call()
                 watch.stop()
-                taken[name].append(watch)
+                watches[name].append(watch)
         synchronize(device)
     finally:
         gc.enable()
-    times = {}
-    for name, watches in taken.items():
-        each = [watch.seconds() for watch in watches]
-        times[name] = Times(statistics.median(each), min(each), max(each), extra[name])
-    return times
+    return {name: Times([w.seconds() for w in some], extra[name]) for name, some in watches.items()}
 
 
 class Stopwatch:
@@ -93,7 +112,7 @@ class Stopwatch:
 
 
 def host_seconds(call: Call, device: torch.device, calls: int) -> float:
-    """What a call costs the host: median of batches that the device is not waited for in."""
+    """Returns what a call costs the host: the median of batches, without waiting for the device."""
     batch = max(1, calls // 20)
     for _ in range(WARM_UP):
         call()
@@ -108,72 +127,41 @@ def host_seconds(call: Call, device: torch.device, calls: int) -> float:
     return statistics.median(each)
 
 
-def extra_memory(call: Call, device: torch.device) -> int | None:
-    """Bytes of device memory that a call holds at its peak, beside what was held before."""
-    if device.type != "cuda":
-        call()
-        return None
-    synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    call()
-    synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
 def synchronize(device: torch.device) -> None:
     """Waits for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def release(device: torch.device) -> None:
-    """Gives memory that nothing holds back to the device."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def peak_bandwidth(device: torch.device) -> float | None:
-    """Bytes a second that the data sheet promises."""
+    """Returns the bytes a second that the data sheet promises, if the device has a known one."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((rate for part, rate in PEAK_BANDWIDTH.items() if part in name), None)
 
 
 def flat_weights(
-    shapes: Shapes, device: torch.device, dtype: torch.dtype = torch.bfloat16
+    shapes: Shapes, device: torch.device, like: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Random weights in one piece of memory, which one copy can move, and their views."""
+    """Returns bf16 weights in one piece of memory, which one copy can move, and their views.
+
+    Args:
+        shapes: of the weights, by name.
+        device: of the weights.
+        like: flat weights to copy; random ones by default.
+    """
     counts = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
-    flat = torch.empty(sum(counts.values()), dtype=dtype, device=device)
-    for piece in flat.split(1 << 30):
-        piece.normal_(0.0, 0.02)
+    flat = torch.empty(sum(counts.values()), dtype=torch.bfloat16, device=device)
+    if like is not None:
+        flat.copy_(like)
+    else:
+        for piece in flat.split(1 << 30):
+            piece.normal_(0.0, 0.02)
     pieces = flat.split(list(counts.values()))
     return flat, {n: p.view(shapes[n]) for n, p in zip(counts, pieces, strict=True)}
 
 
-def record_passes(
-    report: Report,
-    group: str,
-    times: dict[str, Times],
-    weights: int,
-    moved: int,
-    device: torch.device,
-    copy: str = "copy",
-) -> None:
-    """Reports passes that move the same bytes, beside the copy of them and the data sheet."""
-    peak = peak_bandwidth(device)
-    for name, t in times.items():
-        figures = {
-            "ms": t.median * 1e3,
-            "least_ms": t.least * 1e3,
-            "most_ms": t.most * 1e3,
-            "gb_per_s": moved / t.median / 1e9,
-            "of_copy": times[copy].median / t.median,
-            "ns_per_weight": t.median / weights * 1e9,
-        }
-        if peak is not None:
-            figures["of_peak"] = moved / peak / t.median
-        if t.extra_bytes is not None:
-            figures["extra_mib"] = t.extra_bytes / 2**20
-        report.measure(group, name, **figures)
+def count_of(weights: int) -> str:
+    """Returns a number of weights as people say it."""
+    if weights < 1e6:
+        return f"{weights:,}"
+    return f"{weights / 1e9:.1f} B" if weights >= 1e9 else f"{weights / 1e6:.3g} M"

@@ -150,9 +150,7 @@ def build_client(folder: Path) -> Client:
         per_example=each,
     )
     accountant = PrivacyAccountant(privacy, run / "privacy.json") if privacy else None
-    return Client(
-        config.name, replica, measured, checkpoint, config.checkpoint_every, accountant
-    )
+    return Client(config.name, replica, measured, checkpoint, config.checkpoint_every, accountant)
 
 
 def _device(config: SiteConfig) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -27,9 +27,13 @@ Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(coerce_numbers_to_str=True)]  # a label may be 0 or 1
 Name = Annotated[Text, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
-Seconds = Positive
 Distribution = Literal["gaussian", "rademacher"]
 Rounding = Literal["nearest", "stochastic"]
+
+
+def about(description: str, default: Any = ..., **bounds: Any) -> Any:
+    """Returns a field whose description is the comment in the file; required without a default."""
+    return Field(default, description=description, **bounds)
 
 
 class _Section(BaseModel):
@@ -41,62 +45,54 @@ class _Section(BaseModel):
 class PrivacySection(_Section):
     """``zorba.privacy.Privacy`` by field."""
 
-    unit: Literal["example", "client"] = Field(description="whom epsilon protects")
-    clip: Positive = Field(description="L2 norm of a vector of P differences")
-    noise_multiplier: Positive = Field(description="noise, in units of the sensitivity")
-    delta: Annotated[float, Field(strict=True, gt=0, lt=1)] = Field(
-        description="at which epsilon is told"
-    )
-    max_epsilon: Annotated[float, Field(strict=True, gt=0)] = Field(
-        math.inf, description="the site measures nothing that would spend more"
+    unit: Literal["example", "client"] = about("whom epsilon protects")
+    clip: Positive = about("L2 norm of a vector of P differences")
+    noise_multiplier: Positive = about("noise, in units of the sensitivity")
+    delta: float = about("at which epsilon is told", strict=True, gt=0, lt=1)
+    max_epsilon: float = about(
+        "the site measures nothing that would spend more", math.inf, strict=True, gt=0
     )
 
 
 class SiteConfig(_Section):
     """Settings of a site. Nobody but the site reads this file."""
 
-    name: Name = Field(description="name of the site, as its certificate has it")
-    model: Text = Field(description="local folder or hub name of the model", min_length=1)
-    data: Text = Field(
-        description="JSONL, CSV or TSV file to measure on; a relative path starts at this folder",
-        min_length=1,
+    name: Name = about("name of the site, as its certificate has it")
+    model: Text = about("local folder or hub name of the model", min_length=1)
+    data: Text = about("JSONL, CSV or TSV file; a relative path starts at this folder")
+    template: Text = about("prompt, a format string over the fields of a row")
+    words: tuple[Text, ...] = about(
+        "label words in the order of labels; empty to learn the text of the template"
     )
-    template: Text = Field(description="prompt, a format string over the fields of a row")
-    words: tuple[Text, ...] = Field(
-        description="label words in the order of labels; empty to learn the text of the template"
+    label: Text = about("field of a row's label")
+    labels: tuple[Text, ...] = about(
+        "values of the label in the order of words; empty for the sorted values"
     )
-    label: Text = Field(description="field of a row's label")
-    labels: tuple[Text, ...] = Field(
-        description="values of the label in the order of words; empty for the sorted values"
+    blocks: Text = about(
+        "blocks that are trained: all, or last:N; the same at every site",
+        pattern=r"^(all|last:[1-9][0-9]*)$",
     )
-    blocks: Annotated[Text, Field(pattern=r"^(all|last:[1-9][0-9]*)$")] = Field(
-        description="blocks that are trained: all, or last:N; the same at every site"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = about(
+        "of the weights; auto for that of the checkpoint"
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        description="of the weights; auto for that of the checkpoint"
-    )
-    device: Text | None = Field(description="cpu, cuda or cuda:1; null for a GPU if there is one")
-    offload: Flag = Field(
-        description="whether blocks that this site does not activate wait on the host"
-    )
-    batch_size: Count = Field(description="rows of a batch")
-    balanced: Flag = Field(
+    device: Text | None = about("cpu, cuda or cuda:1; null for a GPU if there is one")
+    offload: Flag = about("whether blocks that this site does not activate wait on the host")
+    batch_size: Count = about("rows of a batch")
+    balanced: Flag = about(
+        "whether a batch has as many rows of each label as of the others, where there are label "
+        "words: without, a batch measures above all which label it has more of",
         True,
-        description="whether a batch has as many rows of each label as of the others, where there "
-        "are label words: without, a batch measures above all which label it has more of",
     )
-    max_length: Annotated[int, Field(strict=True, ge=2)] = Field(
-        description="tokens of a row at most"
-    )
-    seed: Uint64 = Field(description="of the choice of batches")
-    checkpoint_every: Count = Field(50, description="rounds between two checkpoints")
-    threads: Natural = Field(0, description="CPU threads; 0 for torch's own choice")
-    distribution: Distribution = Field(description="of the noise; the job's")
-    rounding: Rounding = Field(description="of 16-bit weights; the job's")
-    privacy: PrivacySection | None = Field(
+    max_length: int = about("tokens of a row at most", strict=True, ge=2)
+    seed: Uint64 = about("of the choice of batches")
+    checkpoint_every: Count = about("rounds between two checkpoints", 50)
+    threads: Natural = about("CPU threads; 0 for torch's own choice", 0)
+    distribution: Distribution = about("of the noise; the job's")
+    rounding: Rounding = about("of 16-bit weights; the job's")
+    privacy: PrivacySection | None = about(
+        "hides the site's examples in its scalars (docs/security.md); null, or under it unit, "
+        "clip, noise_multiplier, delta and max_epsilon",
         None,
-        description="hides the site's examples in its scalars (docs/security.md); null, or under "
-        "it unit, clip, noise_multiplier, delta and max_epsilon",
     )
 
     @field_validator("privacy")
@@ -136,23 +132,21 @@ class Identity(_Section):
 class RoundSettings(_Section):
     """Fields of ``zorba.federated.FederationSettings``, by the same names."""
 
-    lr: Rate = Field(description="learning rate of the first round")
-    num_perturbations: Count = Field(description="P, finite differences of a local step")
-    local_steps: Count = Field(description="K, local steps of a round")
-    eps: Positive = Field(description="distance at which losses are taken")
-    estimator: Literal["central", "forward"] = Field(description="central or forward differences")
-    distribution: Distribution = Field(
-        description="of the noise; this and the rounding stay as they are once there is a log"
+    lr: Rate = about("learning rate of the first round")
+    num_perturbations: Count = about("P, finite differences of a local step")
+    local_steps: Count = about("K, local steps of a round")
+    eps: Positive = about("distance at which losses are taken")
+    estimator: Literal["central", "forward"] = about("kind of finite difference")
+    distribution: Distribution = about(
+        "of the noise; this and the rounding stay as they are once there is a log"
     )
-    rounding: Rounding = Field(description="of 16-bit weights in an update")
-    clip: Positive | None = Field(description="largest absolute value of a scalar; null for none")
-    clients_per_round: Count | None = Field(description="sites in a round; null for all")
-    weighting: Literal["examples", "uniform"] = Field(
-        description="sites weigh by their examples, or all alike"
-    )
-    aggregation: Literal["mean", "median", "trimmed"] = Field(description="of a block's scalars")
-    trim: Annotated[float, Field(strict=True, ge=0, lt=0.5)] = Field(
-        description="share of a block's weight that trimmed leaves out at each end"
+    rounding: Rounding = about("of 16-bit weights in an update")
+    clip: Positive | None = about("largest absolute value of a scalar; null for none")
+    clients_per_round: Count | None = about("sites in a round; null for all")
+    weighting: Literal["examples", "uniform"] = about("by a site's examples, or all sites alike")
+    aggregation: Literal["mean", "median", "trimmed"] = about("of a block's scalars")
+    trim: float = about(
+        "share of a block's weight that trimmed leaves out at each end", strict=True, ge=0, lt=0.5
     )
 
 
@@ -167,36 +161,34 @@ def split_address(address: str) -> tuple[str, int]:
 class SiteEntry(_Section):
     """A site, as the server knows it."""
 
-    active: tuple[Text, ...] = Field(description="blocks that it activates")
-    budget: Natural = Field(0, description="bytes that its device may use; 0 without a plan")
-    memory: Natural = Field(0, description="bytes that the plan predicts")
+    active: tuple[Text, ...] = about("blocks that it activates")
+    budget: Natural = about("bytes that its device may use; 0 without a plan", 0)
+    memory: Natural = about("bytes that the plan predicts", 0)
 
 
 class ServerConfig(_Section):
     """Settings of the server, which has no model and no data."""
 
-    job: Annotated[Text, Field(pattern=r"^[A-Za-z0-9._+-]{1,64}$")] = Field(
-        description="name of the job; with the seed it is the job's identity"
+    job: Text = about("name of the job; the seed belongs to it", pattern="^[A-Za-z0-9._+-]{1,64}$")
+    seed: Uint64 = about("from which every seed of the job is derived")
+    rounds: Count = about("of the run")
+    address: Text = about("host and port that sites connect to")
+    identity: Identity = about("of the model; a site with another one is refused")
+    blocks: tuple[Text, ...] = about("names of the trained blocks", min_length=1)
+    sites: dict[Name, SiteEntry] = about("by name", min_length=1)
+    settings: RoundSettings = about("of the rounds")
+    lr_decay: Literal["linear", "constant"] = about(
+        "linear: the learning rate falls to 0 over the rounds", "linear"
     )
-    seed: Uint64 = Field(description="from which every seed of the job is derived")
-    rounds: Count = Field(description="of the run")
-    address: Text = Field(description="host and port that sites connect to")
-    identity: Identity = Field(description="of the model; a site with another one is refused")
-    blocks: tuple[Text, ...] = Field(description="names of the trained blocks", min_length=1)
-    sites: dict[Name, SiteEntry] = Field(description="by name", min_length=1)
-    settings: RoundSettings = Field(description="of the rounds")
-    lr_decay: Literal["linear", "constant"] = Field(
-        "linear", description="linear: the learning rate falls to 0 over the rounds"
+    timeout: Positive = about("seconds that a round waits for an answer")
+    ask_timeout: Positive = about(
+        "seconds after which a site asks again for a message that does not come", 20.0
     )
-    timeout: Seconds = Field(description="seconds that a round waits for an answer")
-    ask_timeout: Seconds = Field(
-        20.0, description="seconds after which a site asks again for a message that does not come"
-    )
-    quorum: Natural = Field(0, description="sites that a round waits for; 0 for all")
-    rejoin_seconds: Seconds = Field(
+    quorum: Natural = about("sites that a round waits for; 0 for all", 0)
+    rejoin_seconds: Positive = about(
+        "seconds at least between two jobs of the engine, where one is started for a site whose "
+        "whole machine was away",
         60.0,
-        description="seconds between two jobs of the engine at least, where one is started for a "
-        "site whose whole machine was away",
     )
 
     @field_validator("address")

@@ -58,7 +58,7 @@ def provision(folder: Path, project: str, address: str, sites: Sequence[str]) ->
     from nvflare.lighter.provisioner import Provisioner
 
     host, port = split_address(address)
-    members = [
+    members: list[dict[str, Any]] = [
         {"name": host, "type": "server", "fed_learn_port": port},
         *({"name": site, "type": "client"} for site in sites),
         {"name": ADMIN_NAME, "type": "admin", "role": "project_admin"},

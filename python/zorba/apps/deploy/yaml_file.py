@@ -25,8 +25,10 @@ _WIDTH = 98
 _MOST_BYTES = 1 << 20
 _DEEPEST = 8  # sections and lists inside each other; ours need four
 _LONGEST_VALUE = 60  # characters of a value in an error
-_YAML_TYPES = "tag:yaml.org,2002:"
-_CONSTRUCTED = tuple(_YAML_TYPES + name for name in ("int", "float", "bool", "null"))
+_YAML = "tag:yaml.org,2002:"
+_CONSTRUCTED = tuple(_YAML + name for name in ("int", "float", "bool", "null"))
+# No setting is a date, and a label may look like one: "=" and "<<" are text as well.
+_TEXTS = tuple(_YAML + name for name in ("str", "timestamp", "value", "merge"))
 
 
 class ConfigError(ValueError):
@@ -44,7 +46,7 @@ class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
 for _side in (_Loader, _Dumper):
     # People write 1e-3; YAML 1.1 takes that for text.
     _side.add_implicit_resolver(
-        _YAML_TYPES + "float",
+        _YAML + "float",
         re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
         list("-+0123456789"),
     )
@@ -184,10 +186,10 @@ def _plain(node: yaml.Node, at: Location, path: Path, lines: dict[Location, int]
             lines[(*at, key)] = line
             content[key] = _plain(value, (*at, key), path, lines)
         return content
-    if not node.tag.startswith(_YAML_TYPES):
-        raise ConfigError(f"{place}the tag {node.tag}; expected a plain value")
+    if node.tag in _TEXTS:
+        return node.value
     if node.tag not in _CONSTRUCTED:
-        return node.value  # dates too: no setting is one, and a label may look like one
+        raise ConfigError(f"{place}the tag {node.tag}; expected a plain value")
     try:
         return yaml.SafeLoader("").construct_object(node)
     except (ValueError, KeyError, yaml.YAMLError):

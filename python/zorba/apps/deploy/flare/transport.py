@@ -86,7 +86,7 @@ class TaskTransport:
         replies: dict[str, bytes] = {}
         failures: dict[str, str] = {}
 
-        def received(client_task: Any, _: Any) -> None:
+        def received(client_task: Any, fl_ctx: Any) -> None:
             site = client_task.client.name
             answer, problem = _read(client_task.result)
             with self._changed:

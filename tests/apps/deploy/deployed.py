@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import socket
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
-import tyro
-from zorba.apps.deploy.command import COMMANDS
 from zorba.apps.deploy.config import ServerConfig
 from zorba.federated import RunFolder
 from zorba.federated.events import EventReader
 from zorba.files import write_whole
 
 from tests.apps.deploy.conftest import change_server, make_project
+from tests.command import zorba
 
 PATIENCE = 900.0  # seconds after which a run hangs: a failure, never a verdict on speed
 _MODULES = {
@@ -65,14 +62,9 @@ def wait_for(what: str, reached: Callable[[], Any]) -> Any:
 
 def federate(name: str, *arguments: object, **environment: str) -> str:
     """Runs ``zorba federate`` and returns what it printed."""
-    kind, function = COMMANDS[name]
-    settings = tyro.cli(kind, args=list(map(str, arguments)))
-    printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
-        for variable, value in {"COLUMNS": "200", **environment}.items():
-            patch.setenv(variable, value)
-        function(settings)
-    return printed.getvalue()
+    result = zorba("federate", name, *arguments, **environment)
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
 def init(base: Path, folder: Path, rounds: int) -> int:

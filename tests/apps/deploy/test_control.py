@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from zorba.apps.deploy.config import ConfigError
 from zorba.apps.deploy.party import PartyFolder, parties
 
 from tests.apps.deploy.deployed import Deployed
+from tests.command import zorba
 
 
 @pytest.fixture
@@ -75,11 +75,7 @@ def test_supervisor_loads_no_torch() -> None:
 
 
 def test_command_line_says_what_is_wrong(tmp_path: Path) -> None:
-    words = ["federate", "status", str(tmp_path)]
-    command = [sys.executable, "-m", "zorba.apps.cli", *words]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-    assert result.returncode == 1
-    told = " ".join(result.stderr.split())
-    assert "zorba federate status:" in told
-    assert "is no project" in told
-    assert "Traceback" not in told
+    result = zorba("federate", "status", tmp_path)
+    assert result.exit_code == 1
+    assert "zorba federate status: " in result.text
+    assert "is no project" in result.text

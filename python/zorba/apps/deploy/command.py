@@ -14,7 +14,7 @@ from typing import Any
 from tyro.conf import Positional, UseAppendAction
 
 from zorba.apps.needs import check_needs
-from zorba.optim.defaults import DISTRIBUTION, EPS, NUM_PERTURBATIONS
+from zorba.defaults import DISTRIBUTION, EPS, NUM_PERTURBATIONS
 
 _NEEDS = (
     "greenlet",

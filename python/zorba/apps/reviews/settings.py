@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from zorba_kernels.noise import Distribution
+from tyro.conf import Suppress
+
+from zorba.defaults import Distribution
 
 CLIENTS = {
     "phone-1": 1,
@@ -48,7 +50,7 @@ class ReviewSettings:
         cache: Folder for the model and the data.
     """
 
-    clients: Mapping[str, int] = field(default_factory=lambda: dict(CLIENTS))
+    clients: Suppress[Mapping[str, int]] = field(default_factory=lambda: dict(CLIENTS))
     rounds: int = 50
     seed: int = 1
     # These are tuned: trainable, P, lr, clip, the distribution and the pool gave the best accuracy

@@ -23,9 +23,11 @@ def rename(project: Path, job: str, sites: tuple[str, ...]) -> None:
     """Gives a project another job and other sites."""
     entries = list(ServerConfig.read(project / "server").sites.values())
     change_server(project / "server", job=job, sites=dict.fromkeys(sites, entries[0]))
-    left = project / "sites" / SITES[0]
+    kept = project / "site"
+    (project / "sites" / SITES[0]).rename(kept)
+    shutil.rmtree(project / "sites")
     for site in sites:
-        shutil.copytree(left, project / "sites" / site, dirs_exist_ok=True)
+        shutil.copytree(kept, project / "sites" / site)
 
 
 def demo(out: Path, cache: Path) -> None:

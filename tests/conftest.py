@@ -184,7 +184,7 @@ class Random:
     def weights(self, shape: int | tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Normals of several magnitudes, some of them subnormal in the dtype or zero.
 
-        All are finite, and so is their sum with any change up to half of the dtype's range: infinite
+        All are finite, and so is their sum with a change of up to half the dtype's range: infinite
         weights have tests of their own.
         """
         shape = (shape,) if isinstance(shape, int) else shape

@@ -21,7 +21,6 @@ from zorba.federated import (
     Client,
     FederationResult,
     LocalTransport,
-    Replanner,
     Replica,
     RoundReport,
     Server,
@@ -82,7 +81,6 @@ class DemoRuns:
         order: int | None = None,
         wrap: Callable[[str, Client], Client] = lambda name, client: client,
         on_round: Callable[[RoundReport], None] | None = None,
-        replanner: Replanner | None = None,
         **changes: Any,
     ) -> FederationResult:
         """Runs a federation from the original weights.
@@ -92,7 +90,6 @@ class DemoRuns:
             order: seed of the order of batches; the demo's by default.
             wrap: makes the client that takes part of a name and the honest one.
             on_round: called after each round.
-            replanner: of masks.
             changes: fields of ``FederationSettings`` that differ from the demo's.
 
         Returns:
@@ -105,8 +102,7 @@ class DemoRuns:
         replicas = {key: Replica(r.table, origin, law) for key, r in made.replicas.items()}
         clients = {}
         for n, (name, replica) in enumerate(self._places(replicas)):
-            mask = masks[n] if replanner is None else np.ones_like(masks[n])
-            objective = self._pool(name, mask, n, order).objective
+            objective = self._pool(name, masks[n], n, order).objective
             clients[name] = wrap(name, Client(name, replica, objective))
         settings = replace(made.server.settings, **changes)
         with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +113,6 @@ class DemoRuns:
                 LocalTransport(clients),
                 self.settings.rounds,
                 on_round=on_round,
-                replanner=replanner,
             )
             server.close()
         return result

@@ -2,9 +2,8 @@
 
 The demo's federation, over the last eight blocks of SmolLM2-135M. Each client has as many blocks
 under a planned as under a random mask; under equal masks all have the mean number. Every kind has
-the learning rate of a grid at which it came lowest with a seed that is not compared; planning again
-has that of planning. The seeds that are compared draw the random and the equal masks, the noise and
-the order of batches.
+the learning rate of a grid at which it came lowest with a seed that is not compared. The seeds that
+are compared draw the random and the equal masks, the noise and the order of batches.
 
     python -m benchmarks.mask_curves [--draw]
 
@@ -22,7 +21,6 @@ from typing import Any
 
 import numpy as np
 from zorba.apps.demo.settings import CLIENTS, DemoSettings
-from zorba.federated import Replanner
 
 from benchmarks.demo_runs import DemoRuns, Masks, described
 from benchmarks.kept_runs import KeptRuns
@@ -31,18 +29,15 @@ COUNTS = (1, 1, 1, 1, 2, 2, 4, 4)
 BLOCKS = 8
 KINDS = {
     "planned": "#c8553d",
-    "planned, again every 15 rounds": "#e0a458",
     "random": "#3b6fa0",
     "same for all": "#5b9e6f",
 }
 """Kinds of masks and their colours."""
-TUNED_AS = {"planned, again every 15 rounds": "planned"}
 GRID = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128)
 TUNING_SEED = 0
 SEEDS = (1, 2, 3)
 EVERY = 6  # rounds between evaluations
 _STRIDE = 3  # every so-manieth batch of a client is evaluated
-REPLAN = 15
 LEVELS = (0.62, 0.6, 0.58, 0.56)  # of the loss, whose rounds are printed
 
 
@@ -50,7 +45,7 @@ def masks_of(kind: str, planned: Masks, seed: int) -> Masks:
     """Returns the masks that a run of a kind starts with, bool [clients, blocks]."""
     clients, blocks = planned.shape
     numbers = np.random.default_rng([seed, clients, blocks])
-    if kind.startswith("planned"):
+    if kind == "planned":
         return planned
     counts = planned.sum(axis=1)
     if kind == "random":
@@ -86,18 +81,14 @@ class Experiment:
                 losses.append((report.round, self.runs.loss(_STRIDE)))
                 print(f"  round {report.round}: {losses[-1][1]:.4f}", flush=True)
 
-        replanner = None
-        if kind in TUNED_AS:
-            replanner = Replanner(self.runs.memory, self.runs.budgets, every=REPLAN)
         result = self.runs.run(
             masks,
             order=seed,
             on_round=on_round,
-            replanner=replanner,
             seed=seed,
             lr=lambda round_number: lr * (1 - (round_number - 1) / rounds),
         )
-        seen: dict[str, Any] = {
+        return {
             "kind": kind,
             "seed": seed,
             "lr": lr,
@@ -106,11 +97,6 @@ class Experiment:
             "coverage": masks.sum(axis=0).tolist(),
             "replicas_identical": result.replicas_identical,
         }
-        if replanner is not None and replanner.importance is not None:
-            seen["importance"] = replanner.importance.tolist()
-            if replanner.plan is not None:
-                seen["coverage_at_the_end"] = replanner.plan.mask.sum(axis=0).tolist()
-        return seen
 
 
 def tuned_lr(kind: str, end_of: Callable[[float], float]) -> float:
@@ -139,7 +125,7 @@ def curves_of(runs: Mapping[str, dict[str, Any]]) -> dict[str, list[dict[str, An
     """Returns the runs that are compared: those of the seeds, at each kind's learning rate."""
     curves: dict[str, list[dict[str, Any]]] = {}
     for run in runs.values():
-        if run["seed"] != TUNING_SEED:
+        if run["seed"] != TUNING_SEED and run["kind"] in KINDS:
             curves.setdefault(run["kind"], []).append(run)
     return curves
 
@@ -164,8 +150,6 @@ def draw(path: Path, curves: Mapping[str, list[dict[str, Any]]]) -> None:
     end = max(at for runs in curves.values() for run in runs for at, _ in run["losses"])
     for kind in (kind for kind in KINDS if kind in curves):
         color = KINDS[kind]
-        if kind in TUNED_AS and _same_losses(curves[kind], curves.get(TUNED_AS[kind], [])):
-            continue  # new plans changed no mask: one line lies on the other
         for n, run in enumerate(curves[kind]):
             left.plot(*zip(*run["losses"], strict=True), color=color, label=None if n else kind)
         rounds = np.array([[rounds_to(r["losses"], v) for v in levels] for r in curves[kind]])
@@ -185,10 +169,6 @@ def draw(path: Path, curves: Mapping[str, list[dict[str, Any]]]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-
-
-def _same_losses(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
-    return [run["losses"] for run in one] == [run["losses"] for run in other]
 
 
 def main() -> None:
@@ -231,11 +211,10 @@ def _make_missing(experiment: Callable[[], Experiment], kept: KeptRuns) -> None:
     def end_of(kind: str, lr: float) -> float:
         return float(made(kind, TUNING_SEED, lr)["losses"][-1][1])
 
-    kinds = [kind for kind in KINDS if kind not in TUNED_AS]
-    tuned = {kind: tuned_lr(kind, partial(end_of, kind)) for kind in kinds}
+    tuned = {kind: tuned_lr(kind, partial(end_of, kind)) for kind in KINDS}
     for seed in SEEDS:
         for kind in KINDS:
-            made(kind, seed, tuned[TUNED_AS.get(kind, kind)])
+            made(kind, seed, tuned[kind])
 
 
 if __name__ == "__main__":

@@ -62,6 +62,15 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--server=triton needs TRITON_INTERPRET=1 (make test-interpret)")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests that need a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="torch.cuda.is_available() is False"))
+
+
 def pytest_make_parametrize_id(val: object) -> str | None:
     """Names dtypes as in bfloat16 instead of torch.bfloat16."""
     return str(val).removeprefix("torch.") if isinstance(val, torch.dtype) else None

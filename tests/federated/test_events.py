@@ -14,7 +14,6 @@ import torch
 from zorba.federated import (
     EventReader,
     EventWriter,
-    Replanner,
     RoundReport,
     RunFolder,
     RunFolderError,
@@ -274,34 +273,22 @@ def test_what_ended_a_run_is_told(folder: RunFolder) -> None:
     world.server.close()
 
 
-def test_new_masks_are_told_and_known_after_a_restart(folder: RunFolder) -> None:
+def test_new_masks_are_told(folder: RunFolder) -> None:
     planning = pytest.importorskip("zorba.planning")
     memory = planning.MemoryModel([100] * BLOCKS, [0] * BLOCKS)
-
-    def replanner() -> Replanner:
-        state = folder.path / "replanner.json"
-        budgets = dict.fromkeys(NAMES, 200)
-        return Replanner(memory, budgets, every=2, least_gain=-9.0, state=state)
-
+    by_hand, plan = (planning.plan_blocks(memory, dict.fromkeys(NAMES, n)) for n in (300, 200))
     world = World(folder.log)
-    plan = planning.plan_blocks(memory, dict.fromkeys(NAMES, 300))
-    for last in (3, 4):
-        makes = replanner()
-        rounds = last - world.server.log.last_round
-        with RunRecorder(folder, world.server, rounds, plan, replanner=makes) as recorder:
-            run_federation(
-                world.server, world.transport, rounds, on_round=recorder.round, replanner=makes
-            )
-        world.restart()
-    events = read(folder.events)
-    kinds = ["start", "round", "round", "replan", "round", "start", "round", "replan"]
-    assert [event["event"] for event in events] == kinds
-    by_hand, new, again = (events[i]["plan"] for i in (0, 3, 5))
-    assert by_hand["budgets"] == [300] * 3
-    assert "version" not in by_hand, "the server has other masks than the plan"
-    assert all(row.count("1") == 2 for row in new["mask"])
-    assert new["memory"] == [200] * 3
-    assert new["version"]
-    assert again["mask"] == new["mask"]
-    assert json.loads(folder.plan.read_text()) == events[-1]["plan"]
+    with RunRecorder(folder, world.server, 2, by_hand) as recorder:
+        run_federation(world.server, world.transport, 1, on_round=recorder.round)
+        world.server.set_masks(plan.clients, plan.mask)
+        recorder.replan(plan, "less room")
+        run_federation(world.server, world.transport, 1, on_round=recorder.round)
+    start, _, replan, _ = read(folder.events)
+    assert start["plan"]["budgets"] == [300] * 3
+    assert "version" not in start["plan"], "the server has other masks than the plan"
+    assert (replan["event"], replan["round"], replan["reason"]) == ("replan", 1, "less room")
+    assert all(row.count("1") == 2 for row in replan["plan"]["mask"])
+    assert replan["plan"]["memory"] == [200] * 3
+    assert replan["plan"]["version"]
+    assert json.loads(folder.plan.read_text()) == replan["plan"]
     world.server.close()

@@ -10,9 +10,7 @@ from tests.kernels.bits import assert_same_bits
 from zorba_kernels.backends import cuda, triton, triton_tuning
 from zorba_kernels.program import make_program
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="torch.cuda.is_available() is False"
-)
+pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 7, 511, 512, 1023, 4096, 4097, 9001, 100_003)

@@ -16,7 +16,7 @@ import zorba_kernels as zk
 from tests.kernels.bits import assert_same_bits
 from zorba_kernels.build import extension
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.gpu
 
 GPU_BACKENDS = [row.name for row in zk.backends("cuda") if row.name in ("cuda", "triton")]
 

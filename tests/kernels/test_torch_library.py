@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import zorba_kernels as zk
 from tests.kernels.bits import assert_same_bits
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 operators = torch.ops.zorba_kernels
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from zorba.apps.demo.settings import DemoSettings
-from zorba.apps.deploy.command import app as federate
+from zorba.apps.deploy.typer_command import app as federate
 from zorba.apps.finetune.settings import FinetuneSettings, split_labels, split_words
 from zorba.apps.needs import check_needs, fail
 from zorba_kernels.noise import DISTRIBUTIONS

@@ -21,7 +21,6 @@ from zorba.federated.loop import FederationResult, RoundReport, run_federation
 from zorba.federated.messages import Greeting, Hello, Plan, Reply, decode
 from zorba.federated.objective import Batches, ModelObjective
 from zorba.federated.privacy import Privacy, PrivacyAccountant, PrivacySpent
-from zorba.federated.replanner import Replanner
 from zorba.federated.replica import Replica
 from zorba.federated.run_folder import RunFolder, RunRecorder
 from zorba.federated.server import Receipt, RoundOutcome, Server
@@ -54,7 +53,6 @@ __all__ = [
     "PrivacyAccountant",
     "PrivacySpent",
     "Receipt",
-    "Replanner",
     "Replica",
     "ReplicaError",
     "Reply",

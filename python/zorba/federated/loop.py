@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from zorba.federated.entry import LogEntry
 from zorba.federated.privacy import PrivacySpent
-from zorba.federated.replanner import Replanner
 from zorba.federated.server import Server
 from zorba.federated.transport import Transport
 
@@ -34,7 +33,6 @@ class RoundReport:
         refusals: why an answer was refused, by client.
         fingerprints_equal: whether all clients that answered hold the weights of their round.
         problem: why replies that came were not used; empty when they were, or none came.
-        replanned: whether the next round has other masks.
         entry: of the log.
     """
 
@@ -51,7 +49,6 @@ class RoundReport:
     refusals: dict[str, str]
     fingerprints_equal: bool
     problem: str
-    replanned: bool
     entry: LogEntry
 
 
@@ -115,7 +112,6 @@ def run_federation(
     on_round: Callable[[RoundReport], None] | None = None,
     available: Callable[[int], Iterable[str]] | None = None,
     timeout: float | None = None,
-    replanner: Replanner | None = None,
     keep_reports: bool = True,
 ) -> FederationResult:
     """Runs rounds, then sends every reachable client the rest of the log.
@@ -132,7 +128,6 @@ def run_federation(
         available: clients that take part in a round, by its number; None for all that are
             reachable.
         timeout: seconds for an exchange.
-        replanner: that makes new masks from what the rounds tell; None keeps the server's.
         keep_reports: whether the result has the reports of all rounds. With many clients they are
             most of the memory that a long run takes; ``on_round`` gets each one anyway.
 
@@ -140,12 +135,10 @@ def run_federation(
         What the run came to.
     """
     reports: list[RoundReport] = []
-    if replanner is not None:
-        replanner.begin(server)
     for _ in range(rounds):
         nodes = set(transport.nodes())
         wanted = nodes if available is None else nodes & set(available(server.round))
-        report = _run_round(server, transport, wanted, timeout, replanner)
+        report = _run_round(server, transport, wanted, timeout)
         if keep_reports:
             reports.append(report)
         if on_round is not None:
@@ -158,7 +151,6 @@ def _run_round(
     transport: Transport,
     nodes: set[str],
     timeout: float | None,
-    replanner: Replanner | None,
 ) -> RoundReport:
     started = time.perf_counter()
     exchange = _Exchange(server, transport, timeout)
@@ -169,7 +161,6 @@ def _run_round(
         if not messages:
             break
     outcome = server.end_round()
-    replanned = replanner is not None and replanner.after_round(server, outcome)
     entry, replies = outcome.entry, outcome.replies
     return RoundReport(
         round=entry.round,
@@ -185,7 +176,6 @@ def _run_round(
         refusals=exchange.refusals | outcome.diverged,
         fingerprints_equal=not (exchange.diverged or outcome.diverged),
         problem=outcome.problem,
-        replanned=replanned,
         entry=entry,
     )
 

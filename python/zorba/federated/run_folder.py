@@ -19,7 +19,6 @@ from zorba.federated.settings import FederationSettings
 from zorba.files import write_whole
 
 if TYPE_CHECKING:
-    from zorba.federated.replanner import Replanner
     from zorba.planning import BlockPlan
 
 MAX_TEXT = 500
@@ -78,8 +77,6 @@ class RunRecorder:
         rounds: to run now.
         plan: that the masks come from; None where they were given by hand.
         settings: more than the server's to tell of, by name.
-        replanner: that ``run_federation`` gets as well; its state is taken up here, so that the
-            start tells the masks that the first round has.
     """
 
     def __init__(
@@ -89,15 +86,11 @@ class RunRecorder:
         rounds: int,
         plan: BlockPlan | None = None,
         settings: Mapping[str, Any] | None = None,
-        replanner: Replanner | None = None,
     ) -> None:
         self.folder = folder
         self._server = server
         self._plan = plan
-        self._replanner = replanner
         self._ended = False
-        if replanner is not None:
-            replanner.begin(server)
         folder.path.mkdir(parents=True, exist_ok=True)
         self._events = EventWriter(folder.events)
         record = _plan_record(server, plan)
@@ -118,7 +111,7 @@ class RunRecorder:
             self.fault(f"the log ended with a torn entry of {cut} bytes, which was cut")
 
     def round(self, report: RoundReport) -> None:
-        """Writes what a round did, and the new plan where it led to one."""
+        """Writes what a round did."""
         entry = report.entry
         base = entry.base_fingerprint
         self._events.write(
@@ -142,9 +135,6 @@ class RunRecorder:
                 "base_fingerprint": None if base is None else f"{base:016x}",
             },
         )
-        if report.replanned:
-            plan = self._replanner.plan if self._replanner is not None else None
-            self.replan(plan, "the scalars tell another importance of the blocks")
 
     def evaluation(self, round_number: int, **scores: float | None) -> None:
         """Writes the scores of the weights after a round.

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from zorba.log import TrajectoryWriter
 from zorba.optim import ZerothOrderSGD, active_parameters
+from zorba.optim.defaults import DISTRIBUTION, EPS, ESTIMATOR, NUM_PERTURBATIONS
 
 
 @dataclass
@@ -21,10 +22,12 @@ class ZOArguments(TrainingArguments):
     ``learning_rate``, ``weight_decay``, ``seed`` and the scheduler are those of the base class.
     """
 
-    zo_eps: float = field(default=1e-3, metadata={"help": "Distance at which losses are taken."})
-    zo_perturbations: int = field(default=1, metadata={"help": "P: directions a step."})
-    zo_estimator: str = field(default="central", metadata={"help": "central or forward."})
-    zo_distribution: str = field(default="gaussian", metadata={"help": "gaussian or rademacher."})
+    zo_eps: float = field(default=EPS, metadata={"help": "Distance at which losses are taken."})
+    zo_perturbations: int = field(
+        default=NUM_PERTURBATIONS, metadata={"help": "P: directions a step."}
+    )
+    zo_estimator: str = field(default=ESTIMATOR, metadata={"help": "central or forward."})
+    zo_distribution: str = field(default=DISTRIBUTION, metadata={"help": "gaussian or rademacher."})
     zo_placement: str = field(default="scratch", metadata={"help": "scratch or inplace."})
     zo_rounding: str = field(
         default="stochastic", metadata={"help": "Of updates to 16-bit weights, or nearest."}

@@ -14,8 +14,7 @@ from torch import Tensor
 from zorba.log.errors import TrajectoryError
 from zorba.log.frame import BodyReader
 from zorba.log.pattern import Run, count_terms, decode_pattern, encode_pattern, resolve
-from zorba.optim.sgd import step_seed
-from zorba.optim.terms import NoiseTerms
+from zorba.optim.terms import NoiseTerms, step_seed
 
 MAX_COEFS = 1 << 26
 """Coefficients that one step may have: groups times terms."""

@@ -5,8 +5,8 @@ from zorba.optim.placement import InplacePlacement, Placement
 from zorba.optim.reuse import PrefixReuse
 from zorba.optim.scratch import ScratchPlacement, UnreachedParameterError
 from zorba.optim.select import active_parameters, active_table
-from zorba.optim.sgd import Recorder, StepReport, ZerothOrderSGD, step_seed
-from zorba.optim.terms import NoiseTerms
+from zorba.optim.sgd import Recorder, StepReport, ZerothOrderSGD
+from zorba.optim.terms import NoiseTerms, step_seed
 
 __all__ = [
     "Evaluate",

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
+from zorba.optim.defaults import ESTIMATORS as ESTIMATORS
+from zorba.optim.defaults import Estimator as Estimator
 from zorba.optim.terms import NoiseTerms
-
-Estimator = Literal["central", "forward"]
-ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 
 Evaluate = Callable[[Sequence[NoiseTerms]], Sequence[float]]
 """Returns the loss at the weights plus each of the given noises; leaves the weights as they are.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 import weakref
@@ -13,7 +12,15 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from zorba.optim.estimator import ESTIMATORS, Estimator, finite_differences
+from zorba.optim.defaults import (
+    DISTRIBUTION,
+    EPS,
+    ESTIMATOR,
+    ESTIMATORS,
+    NUM_PERTURBATIONS,
+    Estimator,
+)
+from zorba.optim.estimator import finite_differences
 from zorba.optim.evaluation import Evaluator
 from zorba.optim.guard import guard
 from zorba.optim.interrupt import deferred_interrupts
@@ -21,7 +28,7 @@ from zorba.optim.momentum import Step, velocity, window
 from zorba.optim.placement import PLACEMENTS, InplacePlacement, Placement, PlacementName
 from zorba.optim.scratch import ScratchPlacement
 from zorba.optim.select import Blocks, active_parameters, active_table, param_groups
-from zorba.optim.terms import NoiseTerms
+from zorba.optim.terms import NoiseTerms, step_seed
 from zorba_kernels.noise import DISTRIBUTIONS, NOISE_VERSION, ROUNDINGS, Distribution, Rounding
 from zorba_kernels.program import check_choice, check_uint64
 
@@ -107,10 +114,10 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         self,
         model: nn.Module,
         lr: float,
-        eps: float = 1e-3,
-        num_perturbations: int = 1,
-        estimator: Estimator = "central",
-        distribution: Distribution = "gaussian",
+        eps: float = EPS,
+        num_perturbations: int = NUM_PERTURBATIONS,
+        estimator: Estimator = ESTIMATOR,
+        distribution: Distribution = DISTRIBUTION,
         placement: PlacementName = "scratch",
         rounding: Rounding = "stochastic",
         weight_decay: float = 0.0,
@@ -317,12 +324,6 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         seed = step_seed(options["seed"], options["step"] + 1)
         shares = torch.tensor(self._shares(), dtype=torch.float32)
         return NoiseTerms.single(seed, 0, options["eps"] * shares)
-
-
-def step_seed(seed: int, step: int) -> int:
-    """Returns the uint64 seed of a step: SHA-256 of (seed, step), first 8 bytes."""
-    digest = hashlib.sha256(f"zorba step {seed} {step}".encode()).digest()
-    return int.from_bytes(digest[:8], "little")
 
 
 def _check_number(what: str, value: float, least: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,3 +55,9 @@ class NoiseTerms:
     def active(self, group: int) -> bool:
         """Whether the group's weights change at all."""
         return bool((self.coefs[group] != 0).any())
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Returns the uint64 seed of a step: SHA-256 of (seed, step), first 8 bytes."""
+    digest = hashlib.sha256(f"zorba step {seed} {step}".encode()).digest()
+    return int.from_bytes(digest[:8], "little")

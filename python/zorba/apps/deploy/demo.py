@@ -6,7 +6,6 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from rich.console import Console
 from zorba.apps.demo.build import room_for_blocks
 from zorba.apps.deploy import control
 from zorba.apps.deploy.build import finetune_settings, make_replica, trained_blocks
+from zorba.apps.deploy.command import FederateDemoSettings
 from zorba.apps.deploy.config import ConfigError, ServerConfig, SiteConfig
 from zorba.apps.deploy.project import ProjectSettings, init_project
 from zorba.apps.finetune.task import load_model
@@ -31,27 +31,6 @@ _TRAINED = 4
 _ROWS = 200  # that each site has at least
 _LONGEST = 24  # tokens of the longest prompt
 _EVALUATION_BATCH = 64
-
-
-@dataclass(frozen=True)
-class FederateDemoSettings:
-    """Settings of ``zorba federate demo``.
-
-    Attributes:
-        rounds: of the federation.
-        seed: of the data split, the batches and the noise.
-        lr: learning rate of the first round; it falls linearly to 0.
-        address: host and port of the server.
-        out: folder of the project; what an earlier demo left there is removed.
-        cache: folder for the model and the data.
-    """
-
-    rounds: int = 40
-    seed: int = 1
-    lr: float = 1.6e-2
-    address: str = "localhost:8002"
-    out: Path = Path("runs/federate-demo")
-    cache: Path = Path(".cache")
 
 
 def run_federate_demo(

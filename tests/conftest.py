@@ -15,10 +15,10 @@ from types import ModuleType
 
 import pytest
 import torch
+import zorba_kernels.eager as eager
 from torch import Tensor
 
 import zorba_kernels as zk
-import zorba_kernels.eager as eager
 from zorba_kernels.build import extension
 from zorba_kernels.dispatch import choose
 

@@ -16,7 +16,7 @@ import tyro
 
 from zorba.apps.finetune.settings import split_labels, split_words
 from zorba.apps.needs import check_needs
-from zorba.optim.defaults import DISTRIBUTION, EPS, NUM_PERTURBATIONS
+from zorba.defaults import DISTRIBUTION, EPS, NUM_PERTURBATIONS
 
 _NEEDS = ("greenlet", "nvflare", "pydantic", "rich", "safetensors", "scipy", "transformers")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar, cast
@@ -101,7 +102,7 @@ class Program:
         if len(self.rounding_seeds) != len(lengths):
             raise ValueError(f"{len(lengths)} rounds but {len(self.rounding_seeds)} rounding seeds")
         self._coefs = _finite(coefs, "coefs")
-        self._decays = _finite(0.0 if decay is None else decay, "decay")
+        self._decays = _NO_DECAY if decay is None else _finite(decay, "decay")
         # How many groups there are is only known with a table; what does not depend on it is
         # refused here.
         self._coefs_shape(self._coefs.shape[0] if self._coefs.ndim == 2 else 1)
@@ -173,13 +174,11 @@ class PackedProgram:
     """A program in the memory of a device, for tables of a number of groups.
 
     Attributes:
-        arrays: the arrays by name, in the order of ``struct Program`` (csrc/packed.h): ``seeds``
-            and ``rounding_seeds`` (bits of the uint64), ``samples`` and ``round_ends`` are int64;
-            ``coefs`` [groups, terms] and ``decays`` [groups, rounds] are float32.
         terms, rounds, groups: how many.
         distribution: its code.
         stochastic: how 16-bit weights are rounded.
-        address: of the struct, which is in host memory: the addresses of the arrays, then numbers.
+        address: of ``struct Program`` (csrc/packed.h), which is in host memory: the addresses of
+            the arrays, then the numbers.
     """
 
     ARRAYS = ("seeds", "samples", "round_ends", "rounding_seeds", "coefs", "decays")
@@ -191,25 +190,44 @@ class PackedProgram:
         self.distribution = DISTRIBUTION_CODES[program.distribution]
         self.stochastic = program.rounding == "stochastic"
         words = (program.seeds, program.samples, program.round_ends, program.rounding_seeds)
-        reals = (program.coefs(groups), program.decays(groups))
-        flat_words = torch.tensor(
-            [as_int64(v) for values in words for v in values], dtype=torch.int64
-        )
-        flat_reals = torch.cat([matrix.reshape(-1) for matrix in reals])
-        memory = torch.cat([flat_words.view(torch.uint8), flat_reals.view(torch.uint8)])
+        self._counts = [*map(len, words), groups * self.terms, groups * self.rounds]
+        integers = torch.tensor([as_int64(v) for values in words for v in values]).long()
+        reals = (program.coefs(groups).reshape(-1), program.decays(groups).reshape(-1))
+        # Words first: every array is then aligned to its type.
+        parts = (integers.view(torch.uint8), torch.cat(reals).view(torch.uint8))
+        memory = torch.cat(parts)
         if device.type == "cuda":
             memory = memory.pin_memory().to(device, non_blocking=True)
-        split = flat_words.numel() * 8  # words first: every array is then aligned to its type
-        integers = torch.split(memory[:split].view(torch.int64), [len(values) for values in words])
-        floats = torch.split(
-            memory[split:].view(torch.float32), [matrix.numel() for matrix in reals]
-        )
-        shaped = [flat.view(matrix.shape) for flat, matrix in zip(floats, reals, strict=True)]
-        self.arrays = dict(zip(self.ARRAYS, (*integers, *shaped), strict=True))
-        addresses = (array.data_ptr() for array in self.arrays.values())
+        self._memory = memory
+        sizes = [self._size_of(name) * n for name, n in zip(self.ARRAYS, self._counts, strict=True)]
+        starts = itertools.accumulate(sizes[:-1], initial=memory.data_ptr())
         numbers = (int(getattr(self, name)) for name in self.NUMBERS)
-        self._struct = torch.tensor([*addresses, *numbers], dtype=torch.int64)
+        self._struct = torch.tensor([*starts, *numbers], dtype=torch.int64)
         self.address = self._struct.data_ptr()
+
+    @staticmethod
+    def _size_of(name: str) -> int:
+        """Bytes of an element of an array."""
+        return 4 if name in ("coefs", "decays") else 8
+
+    @functools.cached_property
+    def arrays(self) -> dict[str, Tensor]:
+        """The arrays by name, in the order of ``struct Program``: views of the device's memory.
+
+        ``seeds`` and ``rounding_seeds`` (bits of the uint64), ``samples`` and ``round_ends`` are
+        int64; ``coefs`` [groups, terms] and ``decays`` [groups, rounds] are float32.
+        """
+        made: dict[str, Tensor] = {}
+        start = 0
+        for name, count in zip(self.ARRAYS, self._counts, strict=True):
+            size = self._size_of(name)
+            part = self._memory[start : start + count * size]
+            start += count * size
+            if size == 8:
+                made[name] = part.view(torch.int64)
+            else:
+                made[name] = part.view(torch.float32).view(self.groups, -1)
+        return made
 
 
 def check_choice(what: str, value: str, choices: Sequence[str]) -> None:
@@ -258,8 +276,12 @@ def _uint64s(value: Words, what: str) -> tuple[int, ...]:
 def _finite(values: Reals, what: str) -> Tensor:
     wide = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
     narrow = wide.to(torch.float32).contiguous()
-    if not bool(torch.isfinite(narrow).all()):
+    size = narrow.abs()
+    if not bool((size < torch.inf).all()):
         bad = wide[~torch.isfinite(narrow)][0].item()
         raise ValueError(f"{what} must be finite float32 numbers, got {bad}")
     # A subnormal counts as zero: whether a term is skipped must not depend on the flush mode.
-    return torch.where(narrow.abs() < torch.finfo(torch.float32).tiny, 0.0, narrow)
+    return torch.where(size < torch.finfo(torch.float32).tiny, 0.0, narrow)
+
+
+_NO_DECAY = torch.zeros(())

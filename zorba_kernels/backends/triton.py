@@ -181,10 +181,12 @@ def _flags(program: Program, many: bool, decays: bool = True) -> dict[str, Any]:
 def _launch_of(program: Program, table: ParamTable, in_place: bool) -> _Launch | DeviceProgram:
     """The launch of a program on tables like this one: one term travels as arguments."""
     coefs, decays = program.coefs(table.num_groups), program.decays(table.num_groups)
+    if coefs.shape[1] != 1 or decays.shape[1] != 1:
+        return DeviceProgram(program, table)
     # The kernel of one term leaves out groups whose coefficient is zero: right where no decay and
     # no other place to write to is left.
     left = (coefs == 0) & (decays != 0) if in_place else coefs == 0
-    if coefs.shape[1] != 1 or decays.shape[1] != 1 or bool(left.any()):
+    if bool(left.any()):
         return DeviceProgram(program, table)
     arguments: dict[str, Any] = _SINGLE | {"sample": program.samples[0]}
     arguments["seed_lo"], arguments["seed_hi"] = _halves(program.seeds[0])

@@ -14,7 +14,6 @@ from torch import Tensor
 import zorba_kernels as zk
 from zorba.optim.interrupt import deferred_interrupts
 from zorba.optim.owners import Owner
-from zorba.optim.passes import Program, run
 from zorba.optim.terms import NoiseTerms
 
 PlacementName = Literal["scratch", "inplace"]
@@ -125,7 +124,7 @@ class Placement(ABC):
         decay: Tensor | None = None,
     ) -> None:
         """Adds terms to the weights themselves, in one pass."""
-        program = Program(
+        program = zk.Program(
             terms.seeds,
             terms.coefs,
             self.distribution,
@@ -137,11 +136,11 @@ class Placement(ABC):
         self._run(self.table, program)
 
     def _run(
-        self, table: zk.ParamTable, program: Program, out: zk.ParamTable | None = None
+        self, table: zk.ParamTable, program: zk.Program, out: zk.ParamTable | None = None
     ) -> None:
         """The one place from where a placement's passes go to a kernel."""
         started = time.perf_counter()
-        run(table, program, out)
+        table.run(program, out)
         self.kernel_seconds += time.perf_counter() - started
 
 

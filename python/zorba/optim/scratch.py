@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import zorba_kernels as zk
 from zorba.optim.interrupt import deferred_interrupts
 from zorba.optim.owners import Owner, find_owners
-from zorba.optim.passes import Program
 from zorba.optim.placement import Placement
 from zorba.optim.terms import NoiseTerms
 
@@ -45,7 +44,7 @@ class ScratchPlacement(Placement):
         self._model = model
         self._hooks = ExitStack()
         self._in_session = False
-        self._program: Program | None = None  # of the evaluation that runs
+        self._program: zk.Program | None = None  # of the evaluation that runs
         self._moving: frozenset[int] = frozenset()  # groups that it changes
         self._shown: set[str] = set()  # names of parameters that read scratch now
         self._held: set[str] = set()
@@ -158,7 +157,9 @@ class ScratchPlacement(Placement):
         self._check_reached()
         self._moving = frozenset(g for g in range(self.table.num_groups) if terms.active(g))
         # Made once for all modules: checking and packing the terms costs more than a small pass.
-        self._program = Program(terms.seeds, terms.coefs, self.distribution, samples=terms.samples)
+        self._program = zk.Program(
+            terms.seeds, terms.coefs, self.distribution, samples=terms.samples
+        )
         self._put_all_back()
         for site in self._sites:
             if site.held:

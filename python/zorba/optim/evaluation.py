@@ -82,12 +82,7 @@ class Evaluator:
 
 
 class StepEvaluation:
-    """Evaluates one closure at the weights plus some noises, for the length of a step.
-
-    The first evaluation of all is watched: parameters that are used without their module are told
-    to the placement, and it is made again. Where blocks can be reused, it is also made again with
-    reuse, and must give the same bits; otherwise more is kept, and at last reuse is given up.
-    """
+    """Evaluates one closure at the weights plus some noises, for the length of a step."""
 
     def __init__(self, evaluator: Evaluator, closure: Closure, gate: Gate) -> None:
         self._evaluator = evaluator
@@ -128,6 +123,7 @@ class StepEvaluation:
         if self._generators is not None:
             self._generators.rewind()
         self._reuse.begin()
+        # The closure is the caller's code: there Ctrl-C may stop it, as it may hang.
         with self._gate.open():
             return self._evaluator._read(self._closure())
 
@@ -141,6 +137,8 @@ class StepEvaluation:
 
     def _first(self, terms: NoiseTerms) -> Any:
         """The loss of the first evaluation of all."""
+        # It is watched: parameters that are used without their module are told to the placement.
+        # In later steps this would cost a look at every operation.
         placement = self._placement
         probe = Probe(placement.owners, placement.table, on_functional=self._reuse.close)
         with probe.watch():
@@ -163,6 +161,9 @@ class StepEvaluation:
 
     def _proven(self, loss: Any, terms: NoiseTerms) -> Any:
         """Evaluates again with reuse, where there is any, until the bits are equal without it."""
+        # Models read their blocks in ways that nothing here can know (hooks inside of them, skips
+        # between them), so reuse is proven on the loss itself before it is relied on. If it fails,
+        # more is kept; if it fails again, reuse is given up.
         reuse = self._reuse
         while reuse.kept:
             again = self._at(terms)

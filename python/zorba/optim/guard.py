@@ -30,13 +30,12 @@ class _Restore:
 def guard(model: nn.Module, placement: InplacePlacement) -> Callable[[], None]:
     """Restores the placement's weights before the model uses them outside of a step.
 
-    Hooks the forward of every module with active parameters, and ``state_dict`` and
-    ``load_state_dict`` of every module: each may be called on a part of the model alone. Within a
-    step the weights are never ``ahead``, and the hooks do nothing.
-
     Returns:
         A function that restores for the last time and removes the hooks.
     """
+    # Forwards of the modules that hold active parameters, and both state dicts of all modules: each
+    # may be called on a part of the model alone. Within a step weights are never ``ahead``, and the
+    # hooks do nothing.
     restore = _Restore(placement)
     hooks = ExitStack()
     for owner in placement.owners:

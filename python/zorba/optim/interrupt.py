@@ -45,12 +45,10 @@ class Gate:
 
 @contextmanager
 def deferred_interrupts() -> Iterator[Gate]:
-    """Delivers SIGINT at the end of the block instead of inside it.
-
-    A pass over the weights and the note that it was made must happen together, or an interrupt
-    between them would leave weights perturbed. Only the main thread receives signals; elsewhere
-    this does nothing.
-    """
+    """Delivers SIGINT at the end of the block instead of inside it; in the main thread alone."""
+    # A pass over the weights and the note that it was made must happen together: an interrupt
+    # between them would leave weights perturbed, and nobody would know. Python runs handlers in
+    # the main thread only, so elsewhere there is nothing to hold back.
     handler = signal.getsignal(signal.SIGINT)
     # SIG_IGN and SIG_DFL are no callables: an ignored signal must stay ignored, and one that kills
     # the process leaves no weights to care for.

@@ -66,6 +66,8 @@ class Lockstep:
                 for block in self._blocks:
                     forward = partial(self._forward, block.forward)
                     stack.enter_context(replaced_forward(block, forward))
+                # The one that is furthest behind goes on: all pass a block before one enters the
+                # next, also where an evaluation calls a block more often than another one.
                 while waiting := [e for e in running if not e.greenlet.dead]:
                     self._advance(min(waiting, key=lambda e: e.waits), draws)
         finally:
@@ -78,6 +80,8 @@ class Lockstep:
 
     def _advance(self, evaluation: _Evaluation, draws: bool) -> None:
         """Lets an evaluation run to its next wait, or to its end."""
+        # Everything that an evaluation set up is put away while it waits, and brought back when it
+        # goes on: generators, weights that read scratch, modes of the thread.
         outer = _Modes(self._device)
         if evaluation.modes is not None:
             self._placement.resume(evaluation.parked)
@@ -117,10 +121,10 @@ class _Evaluation:
 
 
 class _Modes:
-    """Modes of the thread, which evaluations in one thread would else leave to each other.
+    """Modes of the thread: torch's of autograd and autocast, and the handler of Ctrl-C."""
 
-    Torch's of autograd and autocast, and who gets Ctrl-C: the closure does, and nothing between.
-    """
+    # A greenlet switches the stack of calls, not the state of the thread. Without this, one
+    # evaluation's ``with torch.autocast(...)`` would hold for those that go on while it waits.
 
     def __init__(self, device: torch.device) -> None:
         self._grad = torch.is_grad_enabled()

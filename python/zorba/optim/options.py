@@ -14,10 +14,12 @@ from zorba.defaults import ESTIMATORS, Distribution, Estimator
 from zorba_kernels.noise import DISTRIBUTIONS, NOISE_VERSION, ROUNDINGS, Rounding, canonical_name
 from zorba_kernels.program import check_choice, check_uint64
 
+# Options that groups of parameters may differ in. The others make the directions and the scalars,
+# which all groups share: one scalar a direction is what a trajectory records.
 GROUP_OPTIONS = ("lr", "eps", "weight_decay")
-"""Options that groups of parameters may differ in."""
 
-_TINY = torch.finfo(torch.float32).tiny  # kernels take smaller numbers for 0
+# Kernels take subnormal coefficients for 0, on every device: their flush modes differ.
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass
@@ -83,6 +85,7 @@ def param_groups(
         ValueError: an option that groups cannot differ in, a parameter that is not active or is in
             two groups, or a group without parameters.
     """
+    # What is left over at the end is the first group, whose options are those of the step.
     left = dict(parameters)
     names = {id(p): name for name, p in parameters.items()}
     made: list[dict[str, Any]] = []
@@ -108,6 +111,7 @@ def param_groups(
 
 
 def _check_number(what: str, value: float, least: float) -> None:
+    # Schedulers of torch may keep a learning rate in a tensor.
     if isinstance(value, Tensor):
         value = value.item()
     if not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:

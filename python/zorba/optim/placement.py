@@ -139,6 +139,7 @@ class Placement(ABC):
         self, table: zk.ParamTable, program: zk.Program, out: zk.ParamTable | None = None
     ) -> None:
         """The one place from where a placement's passes go to a kernel."""
+        # On a GPU this is the time to launch them: waiting would make every step slower.
         started = time.perf_counter()
         table.run(program, out)
         self.kernel_seconds += time.perf_counter() - started

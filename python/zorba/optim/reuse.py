@@ -5,10 +5,6 @@ them, their output is the same in every evaluation of a step. The first evaluati
 others these blocks hand through what they get, and the last of them returns what was kept (or each
 its own output, where the model reads them). The model's own forward runs as always, with its masks,
 positions and heads.
-
-It is exact because a block is skipped only while all tensors that the stack was given are equal to
-those of the first evaluation, bit for bit, and random generators continue from their state behind
-each block.
 """
 
 from __future__ import annotations
@@ -31,10 +27,9 @@ from zorba.optim.owners import Owner, key_of
 
 
 class ReuseError(BaseException):
-    """Blocks were skipped that should have run: the evaluation must be repeated without reuse.
+    """Blocks were skipped that should have run: the evaluation must be repeated without reuse."""
 
-    No Exception: a closure that catches these would hide it.
-    """
+    # Not an Exception: a closure that catches those would hide it, and return a wrong loss.
 
 
 @dataclass
@@ -101,6 +96,7 @@ class PrefixReuse:
                     for number, module in enumerate(prefix.modules):
                         forward = partial(self._forward, prefix, number, module.forward)
                         stack.enter_context(replaced_forward(module, forward))
+                # Hooks, not the stack's order: an active module may run between frozen blocks.
                 for owner in self._owners:
                     stack.enter_context(owner.module.register_forward_pre_hook(self.close))
             yield
@@ -145,11 +141,11 @@ class PrefixReuse:
         self._open = None
 
     def limit(self) -> None:
-        """Reuses no more blocks than the first evaluation has kept, in later steps as well.
-
-        For uses of active parameters that later steps do not tell of by ``close``.
-        """
+        """Reuses no more blocks than the first evaluation has kept, in later steps as well."""
+        # Later steps are not watched: a use of an active parameter without its module, which ended
+        # the prefix in the first evaluation, would not ``close`` it there.
         for stack in self._stacks:
+            # A stack that is called several times must have kept as much in each of its calls.
             lengths = {len(call) for call in stack.calls}
             stack.limit = lengths.pop() if len(lengths) == 1 else 0
             if not stack.limit:
@@ -161,6 +157,9 @@ class PrefixReuse:
         """The forward of a block within a session."""
         if not self.enabled:
             return original(*args, **kwargs)
+        # Exact: a block is skipped only while all tensors that the stack was given are equal to
+        # those of the first evaluation, bit for bit, and random generators continue from their
+        # state behind it.
         hidden, others = _inputs(args, kwargs)
         if number == 0:
             caches = [v for v in (*args, *kwargs.values()) if hasattr(v, "get_seq_length")]
@@ -189,6 +188,7 @@ class PrefixReuse:
             kept = stack.calls[stack.at][0]
             given = others if hidden is None else [hidden, *others]
             stack.skipping = _equal([*kept.hidden_in, *kept.inputs], given)
+            # They hold no positions of skipped blocks: fine, unless somebody goes on from there.
             if stack.skipping:
                 self._unfilled += caches
 
@@ -209,6 +209,7 @@ class PrefixReuse:
             # Not handed through from block to block, or one in front of it was not kept.
             self._open = None
             return
+        # Only the last block of a prefix is read, so only its output is kept: one hidden state.
         if number and not self.everything:
             call[number - 1].hidden_out = None
         # Copies: models write to hidden states in place.

@@ -202,11 +202,9 @@ class ScratchPlacement(Placement):
         self._add(terms, rounding, rounding_seed, decay)
 
     def _check_reached(self) -> None:
-        """Once, after the first perturbed evaluation: did every active module run?
-
-        A parameter that is used without its module's forward would be updated along a direction
-        that the losses never saw.
-        """
+        """Once, after the first perturbed evaluation: did every active module run?"""
+        # A parameter that is used without its module's forward would be updated along a direction
+        # that the losses never saw: worse than an error, a random walk.
         if self._checked or self._program is None or not self._moving:
             return
         active = [s for s in self._sites if not self._moving.isdisjoint(s.groups)]
@@ -275,10 +273,8 @@ class ScratchPlacement(Placement):
 
 
 def _outside(output: Any, buffer: Tensor) -> Any:
-    """The output of a forward, with copies of views of its perturbed weights.
-
-    The next module's weights will be written to the buffer while such a view is still in use.
-    """
+    """The output of a forward, with copies of views of its perturbed weights."""
+    # The next module's weights will be written to the buffer while such a view is still in use.
     if isinstance(output, Tensor):
         inside = (
             output.layout == torch.strided

@@ -154,6 +154,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             self.placement = ScratchPlacement(model, table, distribution)
         else:
             self.placement = InplacePlacement(table, distribution, find_owners(model, table))
+        # Models move after construction: ``accelerator.prepare`` does, and ``model.to``.
         self.placement.remake = lambda: active_table(model, group_of)
         self._evaluator = Evaluator(model, self.placement, prefix_reuse)
         self._two_pass = two_pass
@@ -193,6 +194,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                     f"the state is of {name} {options.get(name)!r}, this optimizer of {mine!r}: "
                     "make the optimizer with the same one"
                 )
+        # A perturbation that was left ahead is of this state's seed, not of the one that comes.
         self.flush()
         super().load_state_dict(state_dict)
 
@@ -239,6 +241,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         with self._evaluator.step(closure) as evaluation:
             losses = evaluation.losses(self._noises(step))
             scalars = differences(losses, options["eps"], options["estimator"])
+            # One bad batch must not end a run, nor move the weights in a direction of no meaning.
             skipped = not all(map(math.isfinite, scalars))
             if clip is not None:
                 scalars = [min(max(g, -clip), clip) for g in scalars]
@@ -282,12 +285,14 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         momentum = options["momentum"]
         steps: list[Step] = [(seed, tuple(scalars), momentum)]
         if momentum:
+            # A few bytes a step stand for a buffer as large as the model.
             steps = [*self._recent(), *steps][-window(momentum) :]
         rates = [float(group["lr"]) for group in groups]
         # A scalar is a difference over the first group's eps; a group's own is that over its share.
         terms = velocity(steps, [-lr / s for lr, s in zip(rates, self._shares(), strict=True)])
         decays = [lr * group["weight_decay"] for lr, group in zip(rates, groups, strict=True)]
         decay = torch.tensor(decays) if any(decays) else None
+        # Its seed is known by now, so the pass that updates can also perturb for the next step.
         then = self._noises(options["step"] + 1)[0] if self._two_pass else None
         self.placement.update(terms, options["rounding"], seed, decay, then)
         if momentum:

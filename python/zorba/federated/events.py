@@ -24,11 +24,7 @@ class EventWriter:
 
     Events are telemetry: the log is the state. So a disk that is full loses events and does not
     end the run; the next event that can be written is preceded by one that says how many were
-    lost. A line is there as a whole or not at all; the torn last line that a kill leaves is cut
-    when the file is opened. Threads may share a writer, processes must not share a file.
-
-    Args:
-        path: of the file; an existing one is continued.
+    lost. An existing file is continued. Threads may share a writer, processes must not.
 
     Raises:
         RunFolderError: the file is there and holds no events of this schema.
@@ -39,21 +35,19 @@ class EventWriter:
         self._lock = threading.Lock()
         self._lost = 0
         existing = self.path.read_bytes() if self.path.exists() else b""
+        # What follows the last end of a line is the torn line of a kill: nobody can use it, and the
+        # next event must not be glued to it.
         self._end = existing.rfind(b"\n") + 1
         if self._end:
             _check_first(_parse(existing[: existing.index(b"\n")]), self.path)
         elif existing[:1] not in (b"", b"{"):
             raise RunFolderError(f"{self.path} holds no events: it is left as it is")
+        # Unbuffered, and one write a line: a kill between two events loses neither.
         self._file = self.path.open("ab", buffering=0)
         self._file.truncate(self._end)
 
     def write(self, event: str, fields: Mapping[str, Any] | None = None) -> None:
-        """Appends an event.
-
-        Args:
-            event: its kind.
-            fields: what JSON can hold; numbers that are not finite become null.
-        """
+        """Appends an event of a kind; numbers that are not finite become null."""
         with self._lock:
             if self._lost and self._append("lost", {"events": self._lost}):
                 self._lost = 0
@@ -73,7 +67,7 @@ class EventWriter:
         try:
             if self._file.write(line) != len(line):
                 raise OSError("the line was written in part")
-        except OSError:
+        except OSError:  # a part of a line would spoil the next one
             self._file.truncate(self._end)
             return False
         self._end += len(line)
@@ -81,13 +75,9 @@ class EventWriter:
 
 
 class EventReader:
-    """Reads events, also of a file that grows.
+    """Reads events, also of a file that grows or does not exist yet.
 
-    Args:
-        path: of the file; it need not exist yet.
-
-    Attributes:
-        damaged: whole lines so far that hold no event; they are passed over.
+    Whole lines that hold no event are passed over, and counted by ``damaged``.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -111,6 +101,8 @@ class EventReader:
         except FileNotFoundError:
             return []
         with file:
+            # Another inode, or a file that became shorter, is another run's: a position in the
+            # old one means nothing there.
             status = os.fstat(file.fileno())
             if status.st_ino != self._file_id or status.st_size < self._offset:
                 self._file_id, self._offset, self.damaged = status.st_ino, 0, 0
@@ -130,7 +122,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     """Returns the event of a line; None where it holds none."""
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # deep brackets are a line like any other damaged one
         return None
     return record if isinstance(record, dict) and isinstance(record.get("event"), str) else None
 
@@ -156,6 +148,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
+    # Plain JSON has no nan: with it, strict readers would refuse the whole line.
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, str | int | bool) else str(value)

@@ -30,13 +30,7 @@ _Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class PrivacySpent:
-    """What a client says that its scalars have told so far.
-
-    Attributes:
-        unit: whom it protects.
-        epsilon: of all that it has sent.
-        delta: at which.
-    """
+    """What a client says that all of its scalars have told so far: epsilon at delta, of a unit."""
 
     unit: Unit
     epsilon: float
@@ -87,6 +81,7 @@ class PrivacyAccountant:
             raise ImportError(
                 "privacy is counted with dp-accounting: pip install zorba-kernels[privacy]"
             ) from error
+        # By noise multiplier: a site may change its noise, and what it sent before still counts.
         counts = dict(self._releases)
         noise = self.privacy.noise_multiplier
         counts[noise] = counts.get(noise, 0) + further
@@ -98,11 +93,7 @@ class PrivacyAccountant:
         return PrivacySpent(self.privacy.unit, epsilon, self.privacy.delta)
 
     def afford(self, steps: int) -> PrivacySpent:
-        """Returns what is spent after so many more local steps.
-
-        Raises:
-            FederationError: that is more than ``max_epsilon``.
-        """
+        """Returns what is spent after more local steps; raises where that is over the limit."""
         after = self.spent(steps)
         if steps and after.epsilon > self.privacy.max_epsilon:
             raise FederationError(
@@ -113,19 +104,14 @@ class PrivacyAccountant:
         return after
 
     def release(self, differences: Sequence[Any], examples: int) -> npt.NDArray[np.float32]:
-        """Clips, averages and adds noise.
+        """Clips, averages and adds noise: private scalars, float32 [P].
 
         Args:
             differences: finite differences of each of P perturbations: numbers, or arrays
-                [examples].
+                [examples], which the unit "example" needs.
             examples: of the batch.
-
-        Returns:
-            Private scalars, float32 [P].
-
-        Raises:
-            FederationError: unit "example" without a difference for each example.
         """
+        # In float64: rounding to float32 comes last, after the noise, and so tells nothing more.
         rows = np.array([np.asarray(d, dtype=np.float64) for d in differences])
         if self.privacy.unit == "client":
             rows = rows.reshape(len(rows), -1).mean(axis=1, keepdims=True)
@@ -145,6 +131,8 @@ class PrivacyAccountant:
     def note(self, steps: int, digest: bytes, answer: bytes) -> None:
         """Counts what an answer tells; it is on disk on return, so the answer may leave."""
         noise = self.privacy.noise_multiplier
+        # In memory first: where the disk is full the answer stays here, but the count must not
+        # be lower than what was measured.
         self._releases[noise] = self._releases.get(noise, 0) + steps
         if self.path is not None:
             record = {
@@ -153,8 +141,7 @@ class PrivacyAccountant:
                 "releases": [[noise, count] for noise, count in self._releases.items()],
                 "last": [base64.b64encode(part).decode() for part in (digest, answer)],
             }
-            text = json.dumps(record) + "\n"
-            write_whole(self.path, text)
+            write_whole(self.path, json.dumps(record) + "\n")
         self.last = (digest, answer)
 
     def _gaussian(self) -> float:
@@ -173,6 +160,7 @@ class PrivacyAccountant:
             digest, answer = (base64.b64decode(part, validate=True) for part in record["last"])
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise FederationError(f"{path} is no privacy ledger: {error!r}") from None
+        # Releases of one unit say nothing of the other: they cannot be added up.
         if (schema, unit) != (LEDGER_SCHEMA, self.privacy.unit):
             raise FederationError(
                 f"{path} counts for the unit {unit!r} (schema {schema}), not for "
@@ -186,6 +174,7 @@ def _clipped_mean(rows: _Floats, clip: float) -> _Floats:
 
     Leaving such a row out, or giving up, would tell of it.
     """
+    # One batch with an overflow must look like any other to those who get the mean.
     rows = np.where(np.isfinite(rows).all(axis=1, keepdims=True), rows, 0.0)
     with np.errstate(over="ignore"):  # an infinite norm cuts the row to zeros
         norm = np.linalg.norm(rows, axis=1, keepdims=True)

@@ -284,7 +284,7 @@ def _serve(job: Job, reaper: Reaper) -> None:
 
     transport.exchange = doomed_exchange  # type: ignore[method-assign]
     server.end_round = doomed_end  # type: ignore[method-assign]
-    rounds = max(0, job.rounds - server.log.last_round)
+    rounds = max(0, job.rounds - server.log.last)
     with RunRecorder(folder, server, rounds) as recorder:
 
         def on_round(report: Any) -> None:

@@ -21,12 +21,9 @@ def clip_scalars(scalars: npt.NDArray[np.float32], clip: float | None) -> _Float
 
 
 def update_coefs(scalars: _Floats, lr: float) -> npt.NDArray[np.float32]:
-    """Returns ``-lr * g / P`` in float32, for g of shape [K, P] or [K, P, columns].
-
-    Server and clients use this one function, so that a local step that rides along unwritten has
-    the coefficients which the log would give it.
-    """
-    # In float64 up to here: one rounding to float32, the same wherever it is done.
+    """Returns ``-lr * g / P`` in float32, for g of shape [K, P] or [K, P, columns]."""
+    # Server and clients use this one function, so that a local step that rides along unwritten has
+    # the coefficients which the log would give it. In float64 up to here: one rounding, at the end.
     with np.errstate(over="ignore"):  # whoever uses them checks that they are finite
         coefs: npt.NDArray[np.float32] = (-lr * scalars / scalars.shape[1]).astype(np.float32)
     return coefs
@@ -70,6 +67,7 @@ def aggregate(
         Coefficients ``-lr G / P``, float32 [blocks, K, P]; zeros where nobody covered the block.
     """
     count, *shape = scalars.shape
+    # Integers: a sum of weights is exact, whatever its order.
     copies = np.ones(count, np.int64) if weighting == "uniform" else examples.astype(np.int64)
     flat = scalars.reshape(count, -1)
     covering = np.ascontiguousarray((masks & (copies > 0)[:, None]).T)  # [blocks, clients]
@@ -94,12 +92,12 @@ def aggregate(
 def fold(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Returns the sum over the first axis; overwrites ``values``.
 
-    The second half is added on to the first until one row is left (the first half keeps the odd
-    one), so the order of additions follows from the number of rows alone. The error grows with the
-    logarithm of that number.
+    The second half is added on to the first until one row is left; the first half keeps the odd
+    one. The error grows with the logarithm of the number of rows.
     """
-    # numpy.sum splits a sum as its SIMD width suggests, so its bits depend on the machine. Adding
-    # whole rows is elementwise, where IEEE arithmetic leaves no choice.
+    # numpy.sum splits a sum as its SIMD width suggests, so its bits depend on the machine. Here the
+    # order of additions follows from the number of rows alone, and adding whole rows is
+    # elementwise, where IEEE arithmetic leaves no choice: every server makes the same bits.
     rows = len(values)
     while rows > 1:
         half = (rows + 1) // 2
@@ -171,11 +169,10 @@ def _middle(
 
 
 def _order(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    """Returns what sorts each row of finite numbers [rows, clients]; equal ones stay in order.
-
-    The bits of a number, made to sort as an integer does, stand above the client's place in one
-    uint64: these are all different, so numpy's fastest sort has no choice.
-    """
+    """Returns the order that sorts each row [rows, clients]; equal numbers stay in order."""
+    # A stable sort of floats is slow. The bits of a number, made to sort as an integer does, are
+    # put above the client's place in one uint64: these are all different, so numpy's fastest sort,
+    # which is not stable, has no choice. -0 sorts below 0.
     bits = rows.view(np.uint32)
     rising = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)).astype(np.uint64)
     keys = np.sort(rising << np.uint64(32) | np.arange(rows.shape[1], dtype=np.uint64), axis=1)

@@ -22,6 +22,7 @@ SCHEMA = 2
 MAX_MESSAGE_BYTES = 1 << 28
 """No message is larger, whatever its header says."""
 
+# Numbers in messages are fixed for good: a new word gets a new one.
 CODES: dict[str, dict[Any, int]] = {
     "distribution": binary.DISTRIBUTION_CODES,
     "rounding": binary.ROUNDING_CODES,
@@ -38,6 +39,7 @@ _NAME = re.compile(r"[A-Za-z0-9._+-]{1,64}")
 
 def frame(kind: int, payload: bytes) -> bytes:
     """Returns the payload as a message of the kind."""
+    # Checked by the sender too: a message that nobody takes would be sent again and again.
     length = HEADER_BYTES + len(payload)
     if length > MAX_MESSAGE_BYTES:
         raise MessageError(f"a message of {length} bytes is over the limit of {MAX_MESSAGE_BYTES}")
@@ -77,7 +79,7 @@ def unframe(data: bytes, kinds: Sequence[int]) -> tuple[int, Reader]:
 
 
 class Layout:
-    """Fields of fixed size in their order, which writes them and reads them.
+    """Fields of fixed size in their order; it writes them and reads them.
 
     Args:
         what: has these fields, for errors.
@@ -101,6 +103,7 @@ class Layout:
 
     def unpack(self, reader: Reader) -> dict[str, Any]:
         """Takes the fields off a payload, by name; raises MessageError where they are cut."""
+        # Sizes come before values: the reader compares them with what is left.
         values = dict(zip(self._names, reader.unpack(self._struct, self._what), strict=True))
         for name in self._words:
             values[name] = binary.decode_choice(CODES[name], values[name], name, MessageError)

@@ -22,9 +22,7 @@ EVENT_SCHEMA = 1
 class EventWriter:
     """Appends events to a file, each a line that is with the system when ``write`` returns.
 
-    Events are telemetry: the log is the state. So a disk that is full loses events and does not
-    end the run; the next event that can be written is preceded by one that says how many were
-    lost. An existing file is continued. Threads may share a writer, processes must not.
+    An existing file is continued. Threads may share a writer, processes must not.
 
     Raises:
         RunFolderError: the file is there and holds no events of this schema.
@@ -48,6 +46,8 @@ class EventWriter:
 
     def write(self, event: str, fields: Mapping[str, Any] | None = None) -> None:
         """Appends an event of a kind; numbers that are not finite become null."""
+        # Events are telemetry, the log is the state: a full disk loses events and does not end the
+        # run. The next event that can be written is preceded by one that says how many were lost.
         with self._lock:
             if self._lost and self._append("lost", {"events": self._lost}):
                 self._lost = 0
@@ -89,9 +89,7 @@ class EventReader:
     def poll(self) -> list[dict[str, Any]]:
         """Returns the events since the last call; none where there is no file.
 
-        A last line without its end is left for the next call. When another file has taken the
-        place of the first, its events follow from the start; the first line of a file is known by
-        its ``schema``.
+        When another file has taken the place of the first, its events follow from the start.
 
         Raises:
             RunFolderError: the file holds no events of this schema.
@@ -108,6 +106,7 @@ class EventReader:
                 self._file_id, self._offset, self.damaged = status.st_ino, 0, 0
             file.seek(self._offset)
             data = file.read()
+        # A last line without its end is still being written: it is left for the next call.
         whole = data[: data.rfind(b"\n") + 1]
         lines = [_parse(line) for line in whole.split(b"\n")[:-1]]
         if self._offset == 0 and lines:

@@ -70,6 +70,7 @@ def run_federation(
         report = _run_round(server, transport, nodes, timeout)
         if keep_reports:
             reports.append(report)
+        # The entry is on disk: what a callback raises, Ctrl-C included, loses nothing.
         if on_round is not None:
             on_round(report)
     return _flush(server, transport, timeout, tuple(reports))
@@ -79,6 +80,8 @@ def _run_round(
     server: Server, transport: Transport, nodes: set[str], timeout: float | None
 ) -> RoundReport:
     messages = server.begin_round(nodes)
+    # Bounded, whatever clients answer: one that says hello for ever misses the round, and the
+    # others do not wait for it.
     for _ in range(_EXCHANGES):
         if messages:
             _exchange(server, transport, messages, timeout)
@@ -120,6 +123,7 @@ def _exchange(
     """Sends messages, gives the answers to the server, and notes all of it in the round."""
     now = server.current
     now.sent(messages)
+    # A failure is of the client alone, and the round goes on with the others.
     replies, failures = transport.exchange(messages, timeout)
     now.failures.update(failures)
     for name, data in replies.items():

@@ -24,7 +24,7 @@ class Masks:
         names: in the order given.
         rows: row of each client in ``array``, in the order of names.
         array: bool [clients, blocks].
-        version: uint32 hash of names and masks: the same after a restart.
+        version: uint32 hash of names and masks.
 
     Raises:
         ValueError: shapes or names do not fit.
@@ -49,6 +49,8 @@ class Masks:
         order = sorted(range(len(names)), key=self.names.__getitem__)
         self.rows = {self.names[at]: row for row, at in enumerate(order)}
         self.array: npt.NDArray[np.bool_] = array[order]
+        # A hash, not a counter: a server that starts again knows no counter, and entries of the
+        # same masks should have the same number.
         pairs = zip(self.rows, self.array, strict=True)
         text = b"".join(name.encode() + b"\0" + mask.tobytes() for name, mask in pairs)
         self.version = int.from_bytes(hashlib.sha256(text).digest()[:4], "little")

@@ -78,6 +78,7 @@ class ModelObjective:
 
         @torch.no_grad()
         def evaluate(noises: Sequence[NoiseTerms]) -> Sequence[Any]:
+            # Ctrl-C waits for the end of a forward, where no module reads perturbed weights.
             evaluator = self._evaluator_of(noises)
             with deferred_interrupts() as gate, evaluator.session():
                 return evaluator.of(lambda: self._loss(batch), gate)(noises)
@@ -114,6 +115,7 @@ class ModelObjective:
         offload.set_active([b.name for b in offload.blocks if names & set(b.parameters)])
 
     def _table_of(self, active: set[int]) -> zk.ParamTable:
+        # Of active blocks alone: scratch is made for each parameter of a table, perturbed or not.
         entries = [entry for entry in self._table.entries if entry.group in active]
         return zk.ParamTable(
             {entry.name: entry.source for entry in entries},

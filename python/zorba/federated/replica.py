@@ -21,7 +21,7 @@ class Replica:
     """Weights in a ParamTable, and the round up to which the log was applied to them.
 
     Make it while the weights are theta_0: it takes the model's identity from them. Several clients
-    of one process may hold the same replica.
+    of one process may share one.
 
     Args:
         table: the trainable weights; group b of it is block b. ``apply`` and ``load`` modify them.
@@ -103,6 +103,8 @@ class Replica:
                 )
         if not new:
             return 0
+        # Entries say what they were measured at. To build on other weights would make a difference
+        # that nobody could ever find the start of.
         base = new[0].base
         if base is not None and base != self.fingerprint():
             raise DivergedError(
@@ -110,8 +112,7 @@ class Replica:
                 f"{self.fingerprint():#018x}, the others have {base:#018x}: its weights were "
                 "changed from outside; load a checkpoint, or start again from the original model"
             )
-        self._add(new)
-        self.applied_round = new[-1].number
+        self._write(new)
         return len(new)
 
     def save(self, path: str | Path) -> None:
@@ -145,16 +146,17 @@ class Replica:
         with torch.no_grad():
             for entry in self.table.entries:
                 entry.tensor.copy_(tensors[entry.name])
-        self._interrupted = False
         self.applied_round = info.applied_round
         self.job = info.job or None
         self._fingerprint = info.fingerprint
+        self._interrupted = False
 
-    def _add(self, entries: list[LogEntry]) -> None:
+    def _write(self, entries: list[LogEntry]) -> None:
         if all(entry.empty for entry in entries):
+            self.applied_round = entries[-1].number
             return
-        # Set while weights are written: a Ctrl-C then leaves a replica that says so, not one that
-        # applies the same rounds a second time.
+        # Set while weights are written, until the round is noted: a Ctrl-C then leaves a replica
+        # that says so, not one that applies the same rounds a second time.
         before, self._fingerprint = self._fingerprint, None
         self._interrupted = True
         written = False
@@ -166,8 +168,9 @@ class Replica:
             if not written:  # refused by the checks, which come before the first write
                 self._interrupted, self._fingerprint = False, before
             raise
-        self._interrupted = False
+        self.applied_round = entries[-1].number
         self.passes += 1
+        self._interrupted = False
 
     def _check_whole(self) -> None:
         if self._interrupted:

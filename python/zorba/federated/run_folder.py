@@ -48,6 +48,8 @@ class RunFolder:
         _write_json(self.summary, summary)
 
 
+# The log is the state; everything else in the folder is for people and for programs that watch. So
+# nothing here is read back, and a disk that is too full for it does not end the run.
 class RunRecorder:
     """Writes the events of a run; its ``round`` is the ``on_round`` of ``run_federation``.
 
@@ -171,7 +173,7 @@ class RunRecorder:
         self._events.close()
 
     def _write_plan(self, record: Mapping[str, Any]) -> None:
-        # The events have it too: a full disk must not end the run.
+        # The events have it too.
         with contextlib.suppress(OSError):
             _write_json(self.folder.plan, record)
 

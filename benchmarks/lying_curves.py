@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from zorba.apps.demo.settings import CLIENTS, DemoSettings
+from zorba.apps.reviews.settings import CLIENTS, ReviewSettings
 from zorba.federated import Client, RoundReport
 
 from benchmarks.demo_runs import DemoRuns, described
@@ -55,7 +55,7 @@ COLORS = {"mean": "#d62728", "trimmed": "#1f77b4"}
 class Experiment:
     """Runs of all cases over one federation."""
 
-    def __init__(self, settings: DemoSettings) -> None:
+    def __init__(self, settings: ReviewSettings) -> None:
         self.settings = settings
         self.runs = DemoRuns(settings)
         assert self.runs.masks.all()
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/images/lying.png"))
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/lying.json"))
     arguments = parser.parse_args()
-    settings = DemoSettings(
+    settings = ReviewSettings(
         clients=dict.fromkeys(CLIENTS, BLOCKS), rounds=arguments.rounds, out=Path("runs/lying")
     )
     kept = KeptRuns(arguments.json, described(settings))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from zorba.apps.demo.settings import CLIENTS, DemoSettings
+from zorba.apps.reviews.settings import CLIENTS, ReviewSettings
 
 from benchmarks.demo_runs import DemoRuns, Masks, described
 from benchmarks.kept_runs import KeptRuns
@@ -65,7 +65,7 @@ def _draw(numbers: np.random.Generator, blocks: int, count: int) -> Masks:
 class Experiment:
     """Runs of all kinds over one federation."""
 
-    def __init__(self, settings: DemoSettings) -> None:
+    def __init__(self, settings: ReviewSettings) -> None:
         self.runs = DemoRuns(settings)
         self.settings = settings
         self.start = self.runs.loss(_STRIDE)
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/images/masks.png"))
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/masks.json"))
     arguments = parser.parse_args()
-    settings = DemoSettings(
+    settings = ReviewSettings(
         clients=dict(zip(CLIENTS, COUNTS, strict=True)),
         trainable=BLOCKS,
         rounds=60,

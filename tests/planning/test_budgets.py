@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from zorba.apps.plan.budgets import parse_bytes, read_budgets, show_bytes
+from zorba.apps.plan.budgets import read_budgets
+from zorba.sizes import parse_bytes, show_bytes
 
 
 @pytest.mark.parametrize(
@@ -66,4 +67,4 @@ def test_a_name_given_twice_in_a_file(tmp_path: Path) -> None:
 
 def test_shown() -> None:
     assert show_bytes(3 << 20) == "3.0 MiB"
-    assert show_bytes(3 << 30) == "3.00 GiB"
+    assert show_bytes(3 << 30) == "3.0 GiB"

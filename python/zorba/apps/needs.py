@@ -1,18 +1,18 @@
-"""What a command needs beside the package, and how it fails."""
+"""Checks in front of a command, and how a command fails."""
 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterable
-from typing import NoReturn
-
-import typer
+from typing import Any, NoReturn
 
 
-def fail(command: str, message: str) -> NoReturn:
-    """Ends a command with a sentence in red: ``zorba COMMAND: MESSAGE``."""
-    typer.secho(f"zorba {command}: {message}", fg=typer.colors.RED, err=True)
-    raise typer.Exit(1)
+def fail(command: str, message: str, code: int = 1) -> NoReturn:
+    """Ends a command with a sentence: ``zorba COMMAND: MESSAGE``, in red on a terminal."""
+    sentence = f"zorba {command}: {message}"
+    print(f"\033[31m{sentence}\033[0m" if sys.stderr.isatty() else sentence, file=sys.stderr)
+    raise SystemExit(code)
 
 
 def check_needs(command: str, packages: Iterable[str], extras: str) -> None:
@@ -26,3 +26,15 @@ def check_needs(command: str, packages: Iterable[str], extras: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         fail(command, f"it needs {', '.join(missing)}: pip install 'zorba-kernels[{extras}]'")
+
+
+def check_at_least(settings: Any, **least: int) -> None:
+    """Refuses settings with a number below its least value.
+
+    Raises:
+        ValueError: there is one; the message names it.
+    """
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if value < bound:
+            raise ValueError(f"{name} is {value}; expected at least {bound}")

@@ -1,4 +1,7 @@
-"""Bars: our own, and the libraries' out of sight. rich is imported where a bar is made."""
+"""The terminal: our console and bars, and the libraries' bars out of sight.
+
+rich is imported where it is used: settings and ``--help`` do without it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, ProgressColumn
+
+
+def plain_console(stderr: bool = False) -> Console:
+    """Returns a console that shows text as it is: a path may have [brackets] in its name."""
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False, stderr=stderr)
 
 
 def hide_library_bars() -> None:
@@ -36,10 +46,10 @@ def progress_bar(
     )
 
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(note),
+        TextColumn(note, markup=False),
         time or TimeRemainingColumn(),
         console=console,
     )

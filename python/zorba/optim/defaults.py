@@ -1,22 +1,9 @@
-"""Defaults of a zeroth-order step, written once: optimizer, trainer, federation and commands agree.
+"""Defaults of a step: ``zorba.defaults``, which loads without torch, under the optimizer's name."""
 
-They are MeZO's (arXiv 2305.17333): one gaussian direction a step and a central difference.
-"""
-
-from __future__ import annotations
-
-from typing import Literal, get_args
-
-from zorba_kernels.noise import Distribution
-
-Estimator = Literal["central", "forward"]
-ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
-
-DISTRIBUTION: Distribution = "gaussian"
-"""Distribution of the noise."""
-EPS = 1e-3
-"""Distance at which losses are taken, in units of the noise."""
-NUM_PERTURBATIONS = 1
-"""P, directions a step."""
-ESTIMATOR: Estimator = "central"
-"""Kind of finite difference: "central" takes 2P losses a step, "forward" P + 1."""
+from zorba.defaults import DISTRIBUTION as DISTRIBUTION
+from zorba.defaults import EPS as EPS
+from zorba.defaults import ESTIMATOR as ESTIMATOR
+from zorba.defaults import ESTIMATORS as ESTIMATORS
+from zorba.defaults import NUM_PERTURBATIONS as NUM_PERTURBATIONS
+from zorba.defaults import Distribution as Distribution
+from zorba.defaults import Estimator as Estimator

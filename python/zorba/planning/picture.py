@@ -1,22 +1,30 @@
-"""A picture of a plan: who activates what, and the front that it was picked from."""
+"""The picture of a plan: who activates what, and the front that it was picked from.
+
+Each part draws plain data on axes of the caller's, so that a report shows a plan as ``draw_plan``
+does. Only functions that draw import matplotlib.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zorba.apps.plan.budgets import show_bytes
+from numpy.typing import ArrayLike
+
 from zorba.planning.plan import BlockPlan
+from zorba.sizes import show_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_ACTIVE, _IDLE, _MARK, _TEXT = "#3b6fa0", "#eef1f4", "#c8553d", "#333333"
+ACTIVE, IDLE, MARK, TEXT = "#3b6fa0", "#eef1f4", "#c8553d", "#333333"
+"""Colours of active and idle blocks, of what stands out, and of letters."""
+
 # More labels than this on an axis run into each other.
 _MAX_LABELS = 24
 # A front over a wider range of F1 than this is drawn on a logarithmic axis.
 _WIDE = 4.0
-_FRONT_ASPECT = 1.2
 
 
 def draw_plan(plan: BlockPlan, path: str | Path) -> None:
@@ -26,55 +34,82 @@ def draw_plan(plan: BlockPlan, path: str | Path) -> None:
 
     rows = min(max(2.2, 0.28 * len(plan.clients)), 9.0)
     columns = min(max(3.5, 0.24 * len(plan.blocks)), 9.0)
+    # A figure without pyplot: no global state, and no window where there is a display.
     figure = Figure(figsize=(columns + 6.2, rows + 2.0), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 3, width_ratios=[columns, 1.7, 3.0], height_ratios=[0.9, rows])
-    share = grid[1, 0]
-    active = figure.add_subplot(share)
-    _draw_map(active, plan)
-    _draw_coverage(figure.add_subplot(grid[0, 0], sharex=active), plan)
-    _draw_memory(figure.add_subplot(grid[1, 1], sharey=active), plan)
-    _draw_front(figure.add_subplot(grid[:, 2]), plan)
+    active = figure.add_subplot(grid[1, 0])
+    draw_mask(active, plan.clients, plan.blocks, plan.mask)
+    draw_coverage(figure.add_subplot(grid[0, 0], sharex=active), plan.coverage)
+    draw_memory(figure.add_subplot(grid[1, 1], sharey=active), plan.memory, plan.budgets)
+    front = figure.add_subplot(grid[:, 2])
+    draw_front(front, [(p.f1, p.f2) for p in plan.front], plan.chosen, len(plan.clients))
     figure.savefig(path, dpi=150)
 
 
-def _draw_map(axes: Axes, plan: BlockPlan) -> None:
+def draw_mask(axes: Axes, clients: Sequence[str], blocks: Sequence[str], mask: ArrayLike) -> None:
+    """Draws who activates what: a row a client, a column a block.
+
+    Args:
+        axes: to draw on; row n is between y = n and n + 1, downwards, column b likewise in x.
+        clients: names of the N rows.
+        blocks: names of the B columns.
+        mask: bool [N, B].
+    """
+    import numpy as np
     from matplotlib.colors import ListedColormap
 
     axes.pcolormesh(
-        plan.mask.astype(float),
-        cmap=ListedColormap([_IDLE, _ACTIVE]),
-        vmin=0,
+        np.asarray(mask, dtype=float),
+        cmap=ListedColormap([IDLE, ACTIVE]),
+        vmin=0,  # a mask of ones alone would be drawn in the colour of idle blocks
         vmax=1,
         edgecolors="white",
         linewidth=0.8,
     )
     axes.invert_yaxis()
-    axes.set_yticks([n + 0.5 for n in _labelled(len(plan.clients))])
-    axes.set_yticklabels([plan.clients[n] for n in _labelled(len(plan.clients))])
-    axes.set_xticks([b + 0.5 for b in _labelled(len(plan.blocks))])
-    axes.set_xticklabels([str(b) for b in _labelled(len(plan.blocks))])
-    axes.set_xlabel(f"block ({plan.blocks[0]} to {plan.blocks[-1]}); dark = active")
+    rows, columns = _labelled(len(clients)), _labelled(len(blocks))
+    axes.set_yticks([n + 0.5 for n in rows], [clients[n] for n in rows])
+    axes.set_xticks([b + 0.5 for b in columns], [str(b) for b in columns])
+    axes.set_xlabel(f"block ({blocks[0]} to {blocks[-1]}); dark = active")
     _strip(axes, keep=())
 
 
-def _draw_coverage(axes: Axes, plan: BlockPlan) -> None:
-    axes.bar([b + 0.5 for b in range(len(plan.blocks))], plan.coverage, color=_ACTIVE, width=0.8)
-    axes.set_ylim(0, max(plan.coverage) * 1.1)
-    axes.set_yticks([0, max(plan.coverage)])
+def draw_coverage(axes: Axes, coverage: Sequence[int], seen: Sequence[float] | None = None) -> None:
+    """Draws how many clients have each block active, as bars above the columns of ``draw_mask``.
+
+    Args:
+        axes: to draw on.
+        coverage: clients that have each block active.
+        seen: the mean coverage over rounds, drawn as a mark on each bar; None for no marks.
+    """
+    places = [b + 0.5 for b in range(len(coverage))]
+    most = max([*coverage, 1])
+    axes.bar(places, coverage, color=ACTIVE, width=0.8)
+    if seen is not None:
+        axes.plot(places, seen, "_", color=MARK, markersize=7, markeredgewidth=2)
+    axes.set_ylim(0, most * 1.1)
+    axes.set_yticks([0, most])
     axes.set_ylabel("clients")
-    axes.set_title("coverage", fontsize=9, color=_TEXT, loc="left")
+    axes.set_title("coverage", fontsize=9, color=TEXT, loc="left")
     _strip(axes, keep=("left",))
     axes.tick_params(axis="x", labelbottom=False, length=0)
 
 
-def _draw_memory(axes: Axes, plan: BlockPlan) -> None:
-    shares = [100 * used / limit for used, limit in zip(plan.memory, plan.budgets, strict=True)]
-    axes.barh([n + 0.5 for n in range(len(shares))], shares, color=_ACTIVE, height=0.6)
-    axes.axvline(100, color=_MARK, linewidth=1)
+def draw_memory(axes: Axes, memory: Sequence[int], budgets: Sequence[int]) -> None:
+    """Draws each client's share of its budget, as bars beside the rows of ``draw_mask``.
+
+    Args:
+        axes: to draw on.
+        memory: bytes of each client.
+        budgets: bytes that each may use.
+    """
+    shares = [100 * used / limit for used, limit in zip(memory, budgets, strict=True)]
+    axes.barh([n + 0.5 for n in range(len(shares))], shares, color=ACTIVE, height=0.6)
+    axes.axvline(100, color=MARK, linewidth=1)
     if len(shares) <= _MAX_LABELS:
-        for n, limit in enumerate(plan.budgets):
-            axes.text(104, n + 0.5, show_bytes(limit), va="center", fontsize=7, color=_TEXT)
+        for n, limit in enumerate(budgets):
+            axes.text(104, n + 0.5, show_bytes(limit), va="center", fontsize=7, color=TEXT)
     axes.set_xlim(0, 105)
     axes.set_xticks([0, 50, 100])
     axes.set_xlabel("% of budget")
@@ -82,14 +117,22 @@ def _draw_memory(axes: Axes, plan: BlockPlan) -> None:
     axes.tick_params(axis="y", labelleft=False, length=0)
 
 
-def _draw_front(axes: Axes, plan: BlockPlan) -> None:
+def draw_front(
+    axes: Axes, points: Sequence[tuple[float, float]], chosen: int, num_clients: int
+) -> None:
+    """Draws a Pareto front, and the point that the plan is.
+
+    Args:
+        axes: to draw on.
+        points: (F1, F2) of each point, by rising F1; at least one.
+        chosen: index of the plan's point.
+        num_clients: clients that F2 sums over: the axis tells the mean.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    share = 100 / len(plan.clients)
-    f1, f2 = [p.f1 for p in plan.front], [share * p.f2 for p in plan.front]
-    axes.plot(f1, f2, color=_ACTIVE, linewidth=0.8, marker="o", markersize=4)
-    chosen = plan.point.f1, share * plan.point.f2
-    axes.plot(*chosen, "o", color=_MARK, markersize=8, label="this plan")
+    f1, f2 = [p[0] for p in points], [100 / num_clients * p[1] for p in points]
+    axes.plot(f1, f2, color=ACTIVE, linewidth=0.8, marker="o", markersize=4)
+    axes.plot(f1[chosen], f2[chosen], "o", color=MARK, markersize=8, label="this plan")
     if f1[-1] > _WIDE * f1[0]:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -97,9 +140,9 @@ def _draw_front(axes: Axes, plan: BlockPlan) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("F1, lower converges faster")
     axes.set_ylabel("memory, mean % of the budgets (F2)")
-    axes.set_title("Pareto front", fontsize=9, color=_TEXT, loc="left")
+    axes.set_title("Pareto front", fontsize=9, color=TEXT, loc="left")
     axes.margins(0.12)
-    axes.set_box_aspect(_FRONT_ASPECT)
+    axes.set_box_aspect(1.2)
     axes.set_anchor("N")
     axes.legend(frameon=False, loc="upper right", fontsize=8)
     _strip(axes, keep=("left", "bottom"))
@@ -109,9 +152,10 @@ def _labelled(count: int) -> range:
     return range(0, count, -(-count // _MAX_LABELS))
 
 
-def _strip(axes: Axes, keep: tuple[str, ...]) -> None:
+def _strip(axes: Axes, keep: Collection[str]) -> None:
+    """Removes the frame but for some sides, and makes letters small."""
     for side, spine in axes.spines.items():
         spine.set_visible(side in keep)
-    axes.tick_params(length=0 if not keep else 2.5, labelsize=8, colors=_TEXT)
-    axes.xaxis.label.set(size=8, color=_TEXT)
-    axes.yaxis.label.set(size=8, color=_TEXT)
+    axes.tick_params(length=2.5 if keep else 0, labelsize=8, colors=TEXT)
+    axes.xaxis.label.set(size=8, color=TEXT)
+    axes.yaxis.label.set(size=8, color=TEXT)

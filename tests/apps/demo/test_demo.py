@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from typer.testing import CliRunner
-from zorba.apps.cli import app
-from zorba.apps.demo import build
 from zorba.apps.demo.report import write_files
 from zorba.apps.demo.run import Run
-from zorba.apps.demo.settings import APART, CLIENTS, DemoSettings
+from zorba.apps.demo.settings import DemoSettings
 from zorba.apps.reviews import data, packages
-from zorba.apps.reviews.task import area_under_curve
+from zorba.apps.reviews.federation import build
+from zorba.apps.reviews.settings import CLIENTS, OWN_REPLICA
+from zorba.apps.reviews.task import Score
 from zorba.apps.watch import Follower, Status
 
+from tests.command import zorba
 from tests.hf.tiny import tiny_config
 
 
@@ -86,7 +86,8 @@ def test_area_under_curve_counts_pairs(generator: torch.Generator) -> None:
     labels = torch.arange(60) % 2
     pairs = score[labels == 1][:, None] - score[labels == 0][None]
     expected = float((pairs > 0).double().mean() + 0.5 * (pairs == 0).double().mean())
-    assert area_under_curve(score, labels) == pytest.approx(expected, abs=1e-12)
+    score = Score.of(torch.stack([torch.zeros(60), score], dim=1), labels)
+    assert score.auc == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_client_apart_misses_half_of_the_rounds() -> None:
@@ -112,17 +113,17 @@ def test_a_whole_demo_on_a_tiny_random_model(
 
     parts = [examples(12) for _ in CLIENTS]
     seen: list[int] = []
-    federation = build.build(settings, model, parts, [examples(10)], [5, 9], lambda: seen.append(1))
+    federation = build(settings, model, parts, [examples(10)], [5, 9], lambda: seen.append(1))
     assert len(seen) == 1 + len(CLIENTS) * 2
     output = io.StringIO()
     run = Run(settings, federation, Console(file=output, width=200))
     result = run.train()
     assert result.replicas_identical
     assert len(set(result.fingerprints.values())) == 1
-    assert federation.replicas[APART].passes < federation.replicas["shared"].passes
+    assert federation.replicas[OWN_REPLICA].passes < federation.replicas["shared"].passes
     assert all(n <= 20 for report in result.reports for n in report.scalar_bytes_up.values())
-    score = federation.held_out.score(federation.suffixes["shared"])
-    assert score == federation.held_out.score(federation.suffixes[APART])
+    score = federation.score()
+    assert score == federation.score(OWN_REPLICA)
     assert run.curves.scores[-1] == (8, score)
     summary = run.summary(result, model, 1.0)
     paths = write_files(tmp_path, summary, run.curves, federation.plan)
@@ -130,19 +131,19 @@ def test_a_whole_demo_on_a_tiny_random_model(
     assert all(path.stat().st_size > 0 for path in paths)
     state = Follower(tmp_path / "events.jsonl").update()
     assert [r.loss for r in state.rounds] == run.curves.losses
-    assert state.clients[APART].history.count(Status.SITS_OUT) == 4
+    assert state.clients[OWN_REPLICA].history.count(Status.SITS_OUT) == 4
     assert [at for at, _ in state.evaluations] == list(range(9))
     assert "round 8: accuracy" in output.getvalue()
     assert "fingerprints equal" in output.getvalue()
 
 
 def test_help_explains_every_knob() -> None:
-    text = CliRunner().invoke(app, ["demo", "--help"], env={"COLUMNS": "200"}).output
+    text = zorba("demo", "--help").output
     for knob in ("--rounds", "--lr", "--eps", "--distribution", "--local-steps", "--out"):
         assert knob in text
 
 
 def test_a_wrong_distribution_is_refused() -> None:
-    result = CliRunner().invoke(app, ["demo", "--distribution", "cauchy"])
+    result = zorba("demo", "--distribution", "cauchy")
     assert result.exit_code == 2
     assert "rademacher" in result.output

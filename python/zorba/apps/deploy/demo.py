@@ -6,22 +6,22 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from zorba.apps.demo.build import room_for_blocks
 from zorba.apps.deploy import control
 from zorba.apps.deploy.build import finetune_settings, make_replica, trained_blocks
+from zorba.apps.deploy.command import FederateDemoSettings
 from zorba.apps.deploy.config import ConfigError, ServerConfig, SiteConfig
 from zorba.apps.deploy.project import ProjectSettings, init_project
 from zorba.apps.finetune.task import load_model
 from zorba.apps.progress import hide_library_bars, progress_bar
 from zorba.apps.reviews import data, packages
-from zorba.apps.reviews.task import HeldOut, Score, Suffix
+from zorba.apps.reviews.federation import EVALUATION_BATCH, room_for_blocks
+from zorba.apps.reviews.task import Score, Suffix, prefixes_of, score_of
 from zorba.apps.watch.page import write_report
 from zorba.federated import RoundLog, RunFolder
 
@@ -30,28 +30,6 @@ _SITES = {"phone": 1, "tablet": 2, "laptop": 4}  # blocks that the memory of eac
 _TRAINED = 4
 _ROWS = 200  # that each site has at least
 _LONGEST = 24  # tokens of the longest prompt
-_EVALUATION_BATCH = 64
-
-
-@dataclass(frozen=True)
-class FederateDemoSettings:
-    """Settings of ``zorba federate demo``.
-
-    Attributes:
-        rounds: of the federation.
-        seed: of the data split, the batches and the noise.
-        lr: learning rate of the first round; it falls linearly to 0.
-        address: host and port of the server.
-        out: folder of the project; what an earlier demo left there is removed.
-        cache: folder for the model and the data.
-    """
-
-    rounds: int = 40
-    seed: int = 1
-    lr: float = 1.6e-2
-    address: str = "localhost:8002"
-    out: Path = Path("runs/federate-demo")
-    cache: Path = Path(".cache")
 
 
 def run_federate_demo(
@@ -158,18 +136,11 @@ class _Evaluation:
     ) -> None:
         self._replica = make_replica(model, site)
         blocks = trained_blocks(model, site.blocks)
-        answers = [tokenizer(answer)["input_ids"][0] for answer in data.ANSWERS]
-        self._suffix = Suffix(
-            [block.module for block in blocks],
-            [block.parameters for block in blocks],
-            model.model.norm,
-            model.get_output_embeddings().weight.detach()[answers].clone(),
-            site.distribution,
-        )
-        batches = list(data.batches_by_length(data.tokenise(rows, tokenizer), _EVALUATION_BATCH))
+        self._suffix = Suffix(model, blocks, data.answer_ids(tokenizer), site.distribution)
+        batches = list(data.batches_by_length(data.tokenise(rows, tokenizer), EVALUATION_BATCH))
         with progress_bar(console) as progress:
             bar = progress.add_task("frozen blocks", total=len(batches))
-            self._held_out = HeldOut(
+            self._held_out = prefixes_of(
                 model, blocks[0].module, batches, lambda: progress.advance(bar)
             )
 
@@ -180,7 +151,7 @@ class _Evaluation:
 
     def score(self) -> Score:
         """Scores the weights as they are."""
-        return self._held_out.score(self._suffix)
+        return score_of(self._suffix, self._held_out)
 
     def replay(self, log: Path) -> Score:
         """Applies a log, and scores the weights that it leads to."""

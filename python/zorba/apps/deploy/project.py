@@ -18,10 +18,10 @@ from zorba.apps.deploy.build import (
 from zorba.apps.deploy.config import ConfigError, ServerConfig, SiteConfig, SiteEntry
 from zorba.apps.deploy.provision import provision
 from zorba.apps.finetune.task import load_model
-from zorba.apps.plan.budgets import parse_bytes
 from zorba.federated.codec import check_name
 from zorba.federated.errors import MessageError
 from zorba.planning import BlockPlan, model_weights_memory, plan_blocks
+from zorba.sizes import parse_bytes
 
 _SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 

@@ -6,7 +6,7 @@ import csv
 import json
 import string
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,17 @@ def read_rows(path: Path, needed: Sequence[str]) -> list[Row]:
         numbered = _table(path, "\t" if kind == ".tsv" else ",")
     else:
         raise ValueError(f"{path} ends in {kind or 'nothing'}; expected .jsonl, .csv or .tsv")
+    rows = []
     for line, row in numbered:
         missing = [name for name in needed if row.get(name) is None]
         if missing:
             raise ValueError(
                 f"{path}, line {line}: no {', '.join(missing)}; the row has {', '.join(row)}"
             )
-    if not numbered:
+        rows.append(row)
+    if not rows:
         raise ValueError(f"{path} has no rows")
-    return [row for _, row in numbered]
+    return rows
 
 
 def fields_of(template: str) -> list[str]:
@@ -67,13 +69,11 @@ def index_labels(rows: list[Row], field: str, labels: Sequence[str]) -> list[Row
 def values_of(rows: list[Row], field: str) -> list[str]:
     """Returns the distinct values of a field, sorted: numbers by size, or else by spelling."""
     values = {str(row[field]) for row in rows}
-    if all(value.lstrip("-").isdecimal() for value in values):
-        return sorted(values, key=int)
-    return sorted(values)
+    numbers = all(value.lstrip("-").isdecimal() for value in values)
+    return sorted(values, key=int if numbers else str)
 
 
-def _json_lines(path: Path) -> list[tuple[int, Row]]:
-    rows = []
+def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
     # Lines end in a newline alone: other separators may stand in a string as they are.
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
@@ -84,12 +84,12 @@ def _json_lines(path: Path) -> list[tuple[int, Row]]:
             raise ValueError(f"{path}, line {number}: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: expected an object, got {line[:40]}")
-        rows.append((number, row))
-    return rows
+        yield number, row
 
 
 def _table(path: Path, separator: str) -> list[tuple[int, Row]]:
-    limit = csv.field_size_limit(sys.maxsize)  # a document is one field
+    # A document is one field. The limit is the module's, so it is put back.
+    limit = csv.field_size_limit(sys.maxsize)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter=separator)

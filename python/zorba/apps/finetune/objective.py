@@ -1,22 +1,22 @@
-"""What is minimised: the loss of label words, or of the text itself."""
+"""The loss that is minimised: of label words, or of the text itself."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from zorba.apps.finetune.data import Row, fields_of
-from zorba.hf.label_words import LabelWordLoss
+from zorba.apps.finetune.data import Row
+from zorba.hf.label_words import LabelWordBatch, LabelWordLoss
+
+_IGNORED = -100  # as a label: a position that is not predicted
 
 
-@dataclass(frozen=True)
-class Score:
-    """Of a whole data set.
+class Score(NamedTuple):
+    """Score of a whole data set.
 
     Attributes:
         loss: mean over rows (label words) or predicted tokens (text).
@@ -27,119 +27,92 @@ class Score:
     accuracy: float | None
 
 
-class Objective(ABC):
-    """Loss of a batch of rows, and score of a data set."""
-
-    @abstractmethod
-    def encode(self, rows: Sequence[Row]) -> Any:
-        """Returns a batch on the model's device."""
-
-    @abstractmethod
-    def loss(self, batch: Any) -> Tensor:
-        """Returns the mean loss of a batch: float32 []."""
-
-    @abstractmethod
-    def losses(self, batch: Any) -> Tensor:
-        """Returns the loss of each row of a batch, whatever the others are: float32 [rows]."""
-
-    @abstractmethod
-    def score(self, rows: Sequence[Row], batch_size: int) -> Score:
-        """Returns the score of a data set."""
-
-
-class LabelWords(Objective):
+class LabelWords(LabelWordLoss):
     """Classification by the word behind a prompt."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        template: str,
-        words: Sequence[str],
-        label: str,
-        max_length: int,
-    ) -> None:
-        self._device = next(model.parameters()).device
-        self._label = label
-        self._loss = LabelWordLoss(
-            model, tokenizer, template, list(words), label=label, max_length=max_length
-        )
-
-    def encode(self, rows: Sequence[Row]) -> Any:
-        """See ``Objective``."""
-        return self._loss.encode(rows).to(self._device)
-
-    def loss(self, batch: Any) -> Tensor:
-        """See ``Objective``."""
-        return self._loss(batch)
-
-    def losses(self, batch: Any) -> Tensor:
-        """See ``Objective``."""
-        return self._loss.losses(batch)
+    def loss(self, batch: LabelWordBatch) -> Tensor:
+        """Returns the mean loss of a batch: float32 []."""
+        return self(batch)
 
     @torch.no_grad()
     def score(self, rows: Sequence[Row], batch_size: int) -> Score:
-        """See ``Objective``."""
+        """Returns the score of a data set."""
         total, right = 0.0, 0
-        for part in _parts(rows, batch_size):
-            scores = self._loss.scores(self.encode(part)).float()
-            labels = torch.tensor([row[self._label] for row in part], device=scores.device)
-            total += float(nn.functional.cross_entropy(scores, labels, reduction="sum"))
-            right += int((scores.argmax(dim=1) == labels).sum())
+        for batch in map(self.encode, _parts(rows, batch_size)):
+            assert batch.labels is not None
+            scores = self.scores(batch).float()
+            total += float(nn.functional.cross_entropy(scores, batch.labels, reduction="sum"))
+            right += int((scores.argmax(dim=1) == batch.labels).sum())
         return Score(total / len(rows), right / len(rows))
 
 
-class Text(Objective):
-    """Language modelling of the text that a template makes of each row."""
+class Text:
+    """Language modelling of the text that a template makes of each row.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        template: format string over the fields of a row.
+        max_length: tokens of a row at most.
+    """
 
     def __init__(self, model: nn.Module, tokenizer: Any, template: str, max_length: int) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._template = template
-        self._fields = fields_of(template)
         self._max_length = max_length
-        self._device = next(model.parameters()).device
 
     def encode(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """See ``Objective``; padding is not predicted."""
-        texts = [self._template.format(**{f: row[f] for f in self._fields}) for row in rows]
+        """Returns a batch on the model's device: int64 [rows, longest] each, padded on the right.
+
+        Raises:
+            ValueError: no row has two tokens, so there is nothing to predict.
+        """
+        texts = [self._template.format_map(row) for row in rows]
         ids = self._tokenizer(texts, truncation=True, max_length=self._max_length)["input_ids"]
-        longest = max(map(len, ids))
-        if longest < 2:
+        if max(map(len, ids)) < 2:
             raise ValueError(f"no row of a batch has two tokens to learn from, as {texts[0]!r}")
-        inputs = torch.zeros(len(ids), longest, dtype=torch.long)
-        labels = torch.full((len(ids), longest), -100)
-        mask = torch.zeros(len(ids), longest, dtype=torch.long)
-        for i, row in enumerate(ids):
-            inputs[i, : len(row)] = labels[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-            mask[i, : len(row)] = 1
-        batch = {"input_ids": inputs, "attention_mask": mask, "labels": labels}
-        return {name: value.to(self._device) for name, value in batch.items()}
+        tokens = [torch.tensor(row, dtype=torch.long) for row in ids]
+        labels = pad_sequence(tokens, batch_first=True, padding_value=_IGNORED)
+        labels = labels.to(next(self._model.parameters()).device)
+        real = labels != _IGNORED
+        # Any token may stand where there is none: it is masked and not predicted.
+        return {"input_ids": labels * real, "attention_mask": real.long(), "labels": labels}
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """See ``Objective``."""
+        """Returns the mean loss over the predicted tokens of a batch: float32 []."""
         loss: Tensor = self._model(**batch, use_cache=False).loss
         return loss
 
     def losses(self, batch: dict[str, Tensor]) -> Tensor:
-        """See ``Objective``: of each row the mean over its tokens, 0 where it has none to learn."""
+        """Returns each row's mean over its predicted tokens, 0 where it has none: float32 [rows].
+
+        A row's loss is the same whatever other rows are in the batch.
+        """
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         logits = self._model(**inputs, use_cache=False).logits[:, :-1].float()
         targets = batch["labels"][:, 1:]
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-        return losses.sum(dim=1) / (targets != -100).sum(dim=1).clamp(min=1)
+        return losses.sum(dim=1) / _predicted(batch).clamp(min=1)
 
     @torch.no_grad()
     def score(self, rows: Sequence[Row], batch_size: int) -> Score:
-        """See ``Objective``."""
+        """Returns the score of a data set."""
         total, tokens = 0.0, 0
-        for part in _parts(rows, batch_size):
-            batch = self.encode(part)
-            count = int((batch["labels"][:, 1:] != -100).sum())
-            total += float(self.loss(batch)) * count if count else 0.0
-            tokens += count
+        for batch in map(self.encode, _parts(rows, batch_size)):
+            counts = _predicted(batch)
+            total += float((self.losses(batch) * counts).sum())
+            tokens += int(counts.sum())
         return Score(total / max(tokens, 1), None)
 
 
-def _parts(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+Objective = LabelWords | Text
+
+
+def _predicted(batch: dict[str, Tensor]) -> Tensor:
+    """Number of predicted tokens of each row, all but its first: int64 [rows]."""
+    return (batch["labels"][:, 1:] != _IGNORED).sum(dim=1)
+
+
+def _parts(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
+    return (rows[i : i + size] for i in range(0, len(rows), size))

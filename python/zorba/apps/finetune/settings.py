@@ -1,92 +1,24 @@
-"""Settings of a fine-tune from the command line."""
+"""FinetuneSettings: every knob of ``zorba finetune``, written once."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
+from tyro.conf import Positional
+from tyro.constructors import PrimitiveConstructorSpec
 
-@dataclass(frozen=True)
-class FinetuneSettings:
-    """What ``zorba finetune`` is told.
-
-    Attributes:
-        model: local folder or hub name.
-        data: JSONL or CSV file to train on.
-        eval_data: file to evaluate on; none for the loss of training alone.
-        template: format string over the fields of a row.
-        words: label words, in the order of ``labels``; empty for language modelling of the text
-            that the template makes.
-        label: field that holds a row's label.
-        labels: values of that field in the order of ``words``; empty for the sorted values.
-        steps: of the optimizer.
-        batch_size: rows in a batch.
-        max_length: tokens of a row at most.
-        lr: learning rate; falls linearly to 0.
-        eps: distance at which losses are taken.
-        perturbations: P, directions a step.
-        estimator: "central" or "forward".
-        distribution: "gaussian" or "rademacher".
-        placement: "scratch" or "inplace".
-        blocks: "all", or "last:N".
-        offload: folder for the weights of idle blocks, which are then streamed; None to keep them
-            on the device.
-        momentum: of heavy-ball SGD.
-        weight_decay: decoupled.
-        clip: largest size of a scalar, or None.
-        dtype: "auto" for that of the checkpoint, "float32", "bfloat16" or "float16".
-        device: where to run, "cuda" if there is one by default.
-        seed: of batches and noise.
-        eval_every: steps between evaluations; 0 for the start and the end alone.
-        out: folder for everything that is written.
-        save: "model", "trajectory" or "both".
-    """
-
-    model: str
-    data: Path
-    eval_data: Path | None = None
-    template: str = "{text}"
-    words: tuple[str, ...] = ()
-    label: str = "label"
-    labels: tuple[str, ...] = ()
-    steps: int = 1000
-    batch_size: int = 16
-    max_length: int = 256
-    lr: float = 1e-6
-    eps: float = 1e-3
-    perturbations: int = 1
-    estimator: str = "central"
-    distribution: str = "rademacher"
-    placement: str = "scratch"
-    blocks: str = "all"
-    offload: Path | None = None
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    clip: float | None = None
-    dtype: str = "auto"
-    device: str | None = None
-    seed: int = 0
-    eval_every: int = 0
-    out: Path = Path("runs/finetune")
-    save: str = "model"
-
-    def __post_init__(self) -> None:
-        """Checks what nothing below would check in time."""
-        if self.save not in ("model", "trajectory", "both"):
-            raise ValueError(f"save is {self.save!r}; expected model, trajectory or both")
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(
-                f"dtype is {self.dtype!r}; expected auto, float32, bfloat16 or float16"
-            )
-        if self.save != "model" and self.placement != "scratch":
-            raise ValueError(
-                f"a trajectory needs placement scratch, not {self.placement}: restoring in place "
-                "rounds, which no record tells"
-            )
-        if len(self.words) == 1:
-            raise ValueError(f"one label word, {self.words[0]!r}, leaves nothing to choose")
-        if self.labels and len(self.labels) != len(self.words):
-            raise ValueError(f"{len(self.labels)} labels but {len(self.words)} label words")
+from zorba.apps.needs import check_at_least
+from zorba.defaults import (
+    DISTRIBUTION,
+    EPS,
+    ESTIMATOR,
+    NUM_PERTURBATIONS,
+    Distribution,
+    Estimator,
+)
 
 
 def split_words(text: str) -> tuple[str, ...]:
@@ -97,3 +29,75 @@ def split_words(text: str) -> tuple[str, ...]:
 def split_labels(text: str) -> tuple[str, ...]:
     """Returns values of labels from text with commas."""
     return tuple(part.strip() for part in text.split(",")) if text else ()
+
+
+def _by_commas(split: Callable[[str], tuple[str, ...]]) -> PrimitiveConstructorSpec[Any]:
+    """How the command line writes a tuple as one argument."""
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="A,B",
+        instance_from_str=lambda arguments: split(arguments[0]),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(value)],
+    )
+
+
+Words = Annotated[tuple[str, ...], _by_commas(split_words)]
+Labels = Annotated[tuple[str, ...], _by_commas(split_labels)]
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """Fine-tune a language model without gradients.
+
+    With label words it learns to classify: the word that is likeliest behind the prompt is the
+    answer. Without, it learns the text that the template makes of each row. Writes the model, its
+    trajectory (see zorba replay) or both, metrics.json and loss.png.
+    """
+
+    # The comment of a field is its help on the command line.
+    model: Positional[str]  # Local folder or hub name of a language model.
+    data: Path  # JSONL, CSV or TSV file to train on.
+    eval_data: Path | None = None  # File to evaluate on.
+    template: str = "{text}"  # Prompt over the fields of a row: "{sentence} It was".
+    words: Words = ()  # Label words with the space in front, by commas: " terrible, great".
+    label: str = "label"  # Field of the label.
+    labels: Labels = ()  # Its values in the order of the words, by commas; sorted by default.
+    steps: int = 1000  # Steps.
+    batch_size: int = 16  # Rows in a batch.
+    max_length: int = 256  # Tokens of a row at most.
+    lr: float = 1e-6  # Learning rate; falls linearly to 0.
+    eps: float = EPS  # Distance at which losses are taken.
+    perturbations: int = NUM_PERTURBATIONS  # P: directions a step.
+    # Kind of finite difference: central takes 2P losses a step, forward P + 1.
+    estimator: Estimator = ESTIMATOR
+    distribution: Distribution = DISTRIBUTION  # Distribution of the noise.
+    # Where perturbed weights live: in a buffer, which is exact, or in the weights, which rounds.
+    placement: Literal["scratch", "inplace"] = "scratch"
+    blocks: str = "all"  # Blocks to train: all, or last:N.
+    offload: Path | None = None  # Folder for idle blocks, which are then streamed to the device.
+    momentum: float = 0.0  # Of heavy-ball SGD, replayed from seeds.
+    weight_decay: float = 0.0  # Decoupled; spares norms and biases.
+    clip: float | None = None  # Largest absolute value of a scalar.
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the checkpoint's.
+    device: str | None = None  # cpu, cuda or cuda:1; a GPU where there is one.
+    seed: int = 0  # Of batches and noise.
+    eval_every: int = 0  # Steps between evaluations; 0: at the start and the end.
+    out: Path = Path("runs/finetune")  # Folder for all that is written.
+    save: Literal["model", "trajectory", "both"] = "model"  # Which of the two to write.
+
+    def __post_init__(self) -> None:
+        """Refuses what would only fail, or pass in silence, once the model is loaded."""
+        check_at_least(self, steps=1, batch_size=1, max_length=2, perturbations=1)
+        check_at_least(self, seed=0, eval_every=0)
+        if self.save != "model" and self.placement != "scratch":
+            raise ValueError(
+                f"a trajectory needs placement scratch, not {self.placement}: restoring in place "
+                "rounds, which no record tells"
+            )
+        if self.offload is not None and self.blocks == "all":
+            raise ValueError("offload is for idle blocks, and blocks is 'all': give blocks last:N")
+        if len(self.words) == 1:
+            raise ValueError(f"one label word, {self.words[0]!r}, leaves nothing to choose")
+        if self.labels and len(self.labels) != len(self.words):
+            raise ValueError(f"{len(self.labels)} labels but {len(self.words)} label words")

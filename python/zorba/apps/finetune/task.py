@@ -1,4 +1,4 @@
-"""What is learnt: rows of a file, a model, and the objective on them."""
+"""The task of a fine-tune: rows of files, a model, and the objective on them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from zorba.apps.finetune.objective import LabelWords, Objective, Text
 from zorba.apps.finetune.settings import FinetuneSettings
 
 
-def read_data(
-    settings: FinetuneSettings,
-) -> tuple[list[data.Row], list[data.Row], list[str]]:
+def read_data(settings: FinetuneSettings) -> tuple[list[data.Row], list[data.Row], list[str]]:
     """Returns rows to train on, rows to evaluate on, and the labels in the order of the words.
 
     Raises:
@@ -51,8 +49,8 @@ def load_model(settings: FinetuneSettings) -> tuple[Any, Any]:
 
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     config = AutoConfig.from_pretrained(settings.model)
-    names = " ".join(getattr(config, "architectures", None) or [])
-    kind = AutoModelForMaskedLM if "MaskedLM" in names else AutoModelForCausalLM
+    masked = any("MaskedLM" in name for name in getattr(config, "architectures", None) or [])
+    kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     model: Any = kind.from_pretrained(settings.model, dtype=dtype)
     if settings.offload is None:
         model = model.to(device_of(settings))
@@ -67,6 +65,8 @@ def device_of(settings: FinetuneSettings) -> str:
 def make_objective(settings: FinetuneSettings, model: Any, tokenizer: Any) -> Objective:
     """Returns the loss of label words, or of the text itself where there are none."""
     template, longest = settings.template, settings.max_length
-    if settings.words:
-        return LabelWords(model, tokenizer, template, settings.words, settings.label, longest)
-    return Text(model, tokenizer, template, longest)
+    if not settings.words:
+        return Text(model, tokenizer, template, longest)
+    return LabelWords(
+        model, tokenizer, template, settings.words, label=settings.label, max_length=longest
+    )

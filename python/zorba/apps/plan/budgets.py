@@ -3,30 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
-_UNITS = {"": 1, "b": 1}
-for _power, _letter in enumerate("kmgt", start=1):
-    _UNITS[f"{_letter}b"] = 1000**_power
-    _UNITS[f"{_letter}ib"] = 1024**_power
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*")
-
-
-def parse_bytes(text: str | int) -> int:
-    """Returns whole bytes from ``"2GiB"``, ``"900 MB"``, ``"1.5gb"`` or a plain number.
-
-    MB is 1,000,000 bytes and MiB 1,048,576.
-
-    Raises:
-        ValueError: it is no such thing.
-    """
-    match = _SIZE.fullmatch(str(text))
-    unit = None if match is None else _UNITS.get(match[2].lower())
-    if isinstance(text, bool) or match is None or unit is None:
-        raise ValueError(f"{text!r} is no number of bytes: write 900MB, 2GiB or 1500000000")
-    whole, _, fraction = match[1].partition(".")
-    return int(int(whole + fraction) * unit // 10 ** len(fraction))
+from zorba.sizes import parse_bytes
 
 
 def read_budgets(text: str) -> dict[str, int]:
@@ -65,13 +44,6 @@ def read_budgets(text: str) -> dict[str, int]:
     if not budgets:
         raise ValueError(f"there are no budgets in {text!r}")
     return budgets
-
-
-def show_bytes(count: int) -> str:
-    """Returns bytes in MiB or GiB, as people read them."""
-    if abs(count) < 1 << 30:
-        return f"{count / (1 << 20):.1f} MiB"
-    return f"{count / (1 << 30):.2f} GiB"
 
 
 def _is_file(path: Path) -> bool:

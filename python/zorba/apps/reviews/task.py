@@ -1,52 +1,48 @@
-"""What a client of the demo measures: the loss over two answer words, from a cached prefix on."""
+"""What a client measures: the loss over two answer words, from a cached prefix on."""
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import zorba_kernels as zk
 from zorba.apps.reviews.data import Example, pick
-from zorba.hf import Prefix, extend_prefix, run_prefix, run_suffix
+from zorba.hf import Block, Prefix, extend_prefix, run_prefix, run_suffix
 from zorba.optim import Evaluate, NoiseTerms, ScratchPlacement, one_by_one
-
-
-@dataclass
-class Seconds:
-    """Where the time of the clients' steps went."""
-
-    steps: float = 0.0
-    count: int = 0
 
 
 class Suffix:
     """The trainable end of a model: its last blocks, the norm and two rows of the head.
 
     Args:
-        blocks: the trainable blocks, to the last one of the model.
-        names: canonical names of each block's parameters in the whole model.
-        norm: the final norm; frozen.
-        head: Tensor  # [2, width], rows of the output embedding for the two answer words; frozen
+        model: a causal language model with a final norm ``model.model.norm``.
+        blocks: its last blocks, which are trained.
+        answers: token ids of the answer words of label 0 and 1; their rows of the head are frozen.
         distribution: of the noise.
+        copied: whether the blocks are copies, so that the model's own stay as they are.
     """
 
     def __init__(
         self,
-        blocks: Sequence[nn.Module],
-        names: Sequence[Sequence[str]],
-        norm: nn.Module,
-        head: Tensor,
+        model: Any,
+        blocks: Sequence[Block],
+        answers: Sequence[int],
         distribution: str,
+        copied: bool = False,
     ) -> None:
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = norm
-        self.head = head
-        groups = {name: b for b, block_names in enumerate(names) for name in block_names}
-        parameters = [p for block in blocks for p in block.parameters()]
+        modules = [copy.deepcopy(b.module) if copied else b.module for b in blocks]
+        self.blocks = nn.ModuleList(modules)
+        self.norm = model.model.norm
+        self.head = model.get_output_embeddings().weight.detach()[list(answers)].clone()
+        # Noise is keyed by the names that the parameters have in the whole model.
+        groups = {name: b for b, block in enumerate(blocks) for name in block.parameters}
+        parameters = [p for module in modules for p in module.parameters()]
         self.table = zk.ParamTable(
             zip(groups, parameters, strict=True), groups=groups, num_groups=len(blocks)
         )
@@ -76,7 +72,10 @@ class Pool:
         mask: bool [blocks], which trainable blocks the client activates.
         local_steps: K, local steps of a round; each takes the next batch.
         seed: of the order of its batches.
-        seconds: where its time is added up.
+
+    Attributes:
+        steps: local steps that were measured.
+        seconds: that they took.
     """
 
     def __init__(
@@ -86,14 +85,14 @@ class Pool:
         mask: Sequence[bool],
         local_steps: int,
         seed: int,
-        seconds: Seconds,
     ) -> None:
         self.suffix = suffix
         self.prefixes = list(prefixes)
         self.first = list(mask).index(True)
         self.local_steps = local_steps
         self.seed = seed
-        self.seconds = seconds
+        self.steps = 0
+        self.seconds = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -108,15 +107,15 @@ class Pool:
         prefix = pick(self.prefixes, (round_ - 1) * self.local_steps + step, self.seed)
         started = time.perf_counter()
         near = extend_prefix(prefix, list(self.suffix.blocks)[: self.first])
-        self.seconds.steps += time.perf_counter() - started
+        self.seconds += time.perf_counter() - started
 
         def evaluate(terms: NoiseTerms) -> float:
             started = time.perf_counter()
             loss = self.suffix.loss(near, self.first, terms)
-            self.seconds.steps += time.perf_counter() - started
+            self.seconds += time.perf_counter() - started
             return loss
 
-        self.seconds.count += 1
+        self.steps += 1
         return one_by_one(evaluate), len(prefix.labels)
 
 
@@ -127,51 +126,34 @@ class Score:
     accuracy: float
     auc: float
 
-
-class HeldOut:
-    """The evaluation set, cached in front of the first trainable block."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        block: nn.Module,
-        batches: Sequence[Sequence[Example]],
-        on_batch: Callable[[], None],
-    ) -> None:
-        self.prefixes = []
-        for batch in batches:
-            self.prefixes.append(prefix_of(model, block, batch))
-            on_batch()
-
-    @torch.no_grad()
-    def score(self, suffix: Suffix) -> Score:
-        """Evaluates the unperturbed weights on every example."""
-        logits = torch.cat([suffix.logits(prefix) for prefix in self.prefixes])
-        return score_of(logits, torch.cat([prefix.labels for prefix in self.prefixes]))
+    @staticmethod
+    def of(logits: Tensor, labels: Tensor) -> Score:
+        """Returns the score of logits, float [n, 2], for labels, int64 [n]; both must occur."""
+        margin = logits[:, 1] - logits[:, 0]
+        positive = labels == 1
+        # The area is the share of (positive, negative) pairs in the right order; ties count half.
+        ahead = margin[positive][:, None] - margin[~positive]
+        wins = float((ahead > 0).sum()) + 0.5 * float((ahead == 0).sum())
+        accuracy = float(((margin > 0) == positive).float().mean())
+        return Score(accuracy, wins / ahead.numel())
 
 
-def score_of(logits: Tensor, labels: Tensor) -> Score:
-    """Returns the score of logits, float [n, 2], for labels 0 and 1, int64 [n]."""
-    margin = logits[:, 1] - logits[:, 0]
-    correct = (margin > 0) == (labels == 1)
-    return Score(float(correct.float().mean()), area_under_curve(margin, labels))
+@torch.no_grad()
+def score_of(suffix: Suffix, prefixes: Sequence[Prefix]) -> Score:
+    """Returns the score of the unperturbed weights on an evaluation set."""
+    logits = torch.cat([suffix.logits(prefix) for prefix in prefixes])
+    return Score.of(logits, torch.cat([prefix.labels for prefix in prefixes]))
 
 
-def prefix_of(model: nn.Module, block: nn.Module, batch: Sequence[Example]) -> Prefix:
-    """Runs the frozen part of the model on a batch."""
-    return run_prefix(model, block, [e.ids for e in batch], [e.label for e in batch])
-
-
-def area_under_curve(score: Tensor, labels: Tensor) -> float:
-    """Returns the area under the ROC curve by ranks; ties count half.
-
-    Args:
-        score: Tensor  # [n]
-        labels: Tensor  # [n], 1 for positives; both labels must occur
-    """
-    _, place, counts = torch.unique(score, return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0).double()
-    rank = (ends - (counts.double() - 1) / 2)[place]
-    positive = labels == 1
-    p, n = int(positive.sum()), int((~positive).sum())
-    return float((rank[positive].sum() - p * (p + 1) / 2) / (p * n))
+def prefixes_of(
+    model: nn.Module,
+    block: nn.Module,
+    batches: Sequence[Sequence[Example]],
+    on_batch: Callable[[], None] = lambda: None,
+) -> list[Prefix]:
+    """Runs the blocks in front of a block on batches, and calls ``on_batch`` after each."""
+    prefixes = []
+    for batch in batches:
+        prefixes.append(run_prefix(model, block, [e.ids for e in batch], [e.label for e in batch]))
+        on_batch()
+    return prefixes

@@ -72,7 +72,7 @@ class FederationController(Controller):  # type: ignore[misc]
                 quorum=config.quorum or len(config.sites),
                 stopped=lambda: bool(abort_signal.triggered),
             )
-            rounds = max(0, config.rounds - server.log.last_round)
+            rounds = max(0, config.rounds - server.log.last)
             with RunRecorder(run, server, rounds) as recorder:
                 result = run_federation(
                     server, self._transport, rounds, recorder.round, timeout=config.timeout

@@ -94,7 +94,7 @@ def test_full_disk_stops_the_server_and_room_lets_it_go_on(
 ) -> None:
     job = Job(tmp_path, make_settings(), ROUNDS)
     job.disguise = {"server": disguises.small_disk}
-    with pytest.raises(RuntimeError, match=r"LogError: round \d was not written to the log"):
+    with pytest.raises(RuntimeError, match=r"LogError: entry \d was not written to "):
         run(job)
     with RoundLog(job.run_folder.log) as log:
         assert 0 < log.last < ROUNDS

@@ -259,7 +259,7 @@ def test_sizes_that_promise_more_than_there_is_allocate_nothing() -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"round": 4}, "must end before"),
+        ({"round": 4}, "the log of rounds before 4, got 4"),
         ({"base_round": 1}, "expected entry 2, found 3"),
         ({"num_entries": 1}, "follow the last of 1"),
         ({"job": 4}, "log entries of a plan"),

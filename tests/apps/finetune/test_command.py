@@ -120,7 +120,7 @@ REFUSED: dict[str, tuple[list[object], int, str]] = {
         2,
         "needs placement scratch",
     ),
-    "offloading nothing": (["--offload", "host"], 2, "give blocks last:N"),
+    "offloading nothing": (["--offload", "host"], 1, "give blocks last:N"),
     "a batch of nothing": (["--batch-size", "0"], 2, "batch_size is 0; expected at least 1"),
     "a kind of saving": (["--save", "all"], 2, "('model', 'trajectory', 'both')"),
     "a dtype": (["--dtype", "int8"], 2, "('auto', 'float32',"),

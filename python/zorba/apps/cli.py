@@ -31,9 +31,7 @@ class ReplaySettings:
 
     # The comment of a field is its help on the command line.
     base: Positional[str]  # Folder or hub name of the model that the run started from.
-    log: Positional[
-        Path
-    ]  # The trajectory (a .zot file) of a fine-tune, or the log of a federation.
+    log: Positional[Path]  # Trajectory of a fine-tune (a .zot file), or log of a federation.
     out: Positional[Path]  # Folder for the fine-tuned model; new or empty.
     verify: bool = True  # Compare the result's fingerprint with that of the run.
 
@@ -124,6 +122,22 @@ COMMANDS: Commands = {
 _FEDERATE_HELP = "Run a federation on several machines, with NVIDIA FLARE over mutual TLS."
 
 
+def parse(arguments: Sequence[str]) -> Any:
+    """Returns the settings of the command that the arguments name.
+
+    Raises:
+        SystemExit: 0 after ``--help``, 2 where the arguments make no sense, with what was expected.
+    """
+    federate = tyro.conf.subcommand("federate", description=_FEDERATE_HELP)
+    return tyro.cli(
+        Union[_subcommands(COMMANDS), Annotated[_subcommands(FEDERATE), federate]],  # noqa: UP007
+        prog="zorba",
+        description="Fine-tune language models without gradients, alone or as a federation.",
+        args=arguments or ["--help"],
+        config=(tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName),
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command.
 
@@ -131,20 +145,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: those of the process by default.
 
     Raises:
-        SystemExit: 1 where the command failed, 2 for a command line that makes no sense, 130 after
+        SystemExit: 1 where the command failed, 2 where its arguments make no sense, 130 after
             Ctrl-C; each with a sentence on stderr.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    federate = Annotated[
-        _subcommands(FEDERATE), tyro.conf.subcommand("federate", description=_FEDERATE_HELP)
-    ]
-    settings = tyro.cli(
-        Union[_subcommands(COMMANDS), federate],  # noqa: UP007  (a type made at run time)
-        prog="zorba",
-        description="Fine-tune language models without gradients, alone or as a federation.",
-        args=arguments or ["--help"],
-        config=(tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName),
-    )
+    settings = parse(sys.argv[1:] if arguments is None else arguments)
     runs = {kind: (name, run) for name, (kind, run) in COMMANDS.items()}
     runs |= {kind: (f"federate {name}", run) for name, (kind, run) in FEDERATE.items()}
     name, run = runs[type(settings)]

@@ -106,8 +106,10 @@ def test_an_interrupted_run_leaves_its_trajectory(
     log = tmp_path / "out" / "trajectory.zot"
 
     def press_ctrl_c() -> None:
-        while not (log.exists() and log.stat().st_size):
+        header = 0
+        while not header or log.stat().st_size < header + 100:  # until steps are in it
             time.sleep(0.01)
+            header = header or (log.exists() and log.stat().st_size)
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=press_ctrl_c, daemon=True)

@@ -44,6 +44,7 @@ class FinetuneTrainer(ZOTrainer):
         self.reports: list[StepReport] = []
         self.evaluations: list[dict[str, Any]] = []
         self._objective = objective
+        self._evaluation = evaluation
         self._progress = progress
         self._bar = progress.add_task("fine-tune", total=settings.steps, note="")
         arguments = _arguments(settings, len(rows), bool(evaluation))
@@ -83,7 +84,7 @@ class FinetuneTrainer(ZOTrainer):
         self.control.should_evaluate = False  # or the end of an epoch would evaluate again
         self.model.eval()
         size = 4 * self.args.per_device_train_batch_size  # no perturbed losses beside it
-        score, step = self._objective.score(self.eval_dataset, size), self.state.global_step
+        score, step = self._objective.score(self._evaluation, size), self.state.global_step
         self.evaluations.append({"step": step, **score._asdict()})
         accuracy = "" if score.accuracy is None else f", accuracy {score.accuracy:.3f}"
         self._progress.console.print(f"step {step}: evaluation loss {score.loss:.4f}{accuracy}")

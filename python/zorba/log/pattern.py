@@ -178,6 +178,7 @@ def resolve(
     """
     seeds: list[int] = []
     samples: list[int] = []
+    # In the order in which the run added them: float32 sums depend on it.
     for run in runs:
         begin = step - run.back
         if run.seed is None and not 0 <= begin <= step + 1 - run.seeds:

@@ -103,6 +103,7 @@ class TrajectoryWriter:
             LogError: the file is damaged, of other parameters, or ends before ``step``; it is left
                 as it is.
         """
+        # Everything is checked before the file is cut: a wrong table must not cost the record.
         log = LogFile(path, durable=False)
         try:
             wrong = log.header.parameter_difference(parameters_of(tables))
@@ -148,6 +149,7 @@ class TrajectoryWriter:
             LogError: the step is out of order or cannot be recorded, or the file could not be
                 written (a full disk); the file then is as before.
         """
+        # The default of ``zk.add_noise_``: the record must have the seed that the pass had.
         seed = rounding_seed if rounding_seed is not None else next(iter(terms.seeds), 0)
         self.log.append(LogEntry(step, terms, check_uint64(seed, "rounding_seed"), decay))
 

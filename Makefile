@@ -6,6 +6,7 @@
 # make bench     run every suite of benchmarks
 # make compare   ZorBA beside federated baselines: accuracy, memory, bytes, time (docs/compare.md)
 # make gpu-check everything that needs a GPU, under 8 minutes; installs nothing
+# make gpu-check-rehearse   the same in small on the CPU: tests the check, measures nothing
 # make sass      count the issue slots of the kernels in their machine code, and compare with the
 #                recorded counts; needs no GPU (CUDA: what nvcc built; Triton: if it is installed)
 # make lint      ruff, mypy, import-linter, clang-format
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 INTERPRETED := triton golden equality fingerprint special_values table
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: install demo federate-demo test test-interpret bench compare gpu-check sass lint format clean
+.PHONY: install demo federate-demo test test-interpret bench compare gpu-check gpu-check-rehearse sass lint format clean
 
 install: $(VENV)/.installed
 
@@ -48,13 +49,17 @@ test-interpret: install
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest --server triton $(INTERPRETED:%=tests/kernels/test_%.py)
 
 bench: install
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/latest.json
+	$(BIN)/python -m pytest benchmarks -p benchmarks.record \
+	  --record benchmarks/results/latest.json --benchmark-json=benchmarks/results/latest-server.json
 
 compare: install
 	$(BIN)/python -m benchmarks.compare
 
 gpu-check:
-	$(PYTHON) -m benchmarks.gpu_check
+	$(PYTHON) -m benchmarks.gpu
+
+gpu-check-rehearse: install
+	$(BIN)/python -m benchmarks.gpu --rehearse
 
 sass: install
 	$(BIN)/python -m benchmarks.sass

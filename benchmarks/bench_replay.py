@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from zorba.log import Trajectory, TrajectoryWriter, replay
+from zorba.log import Log, TrajectoryWriter, replay
 from zorba.optim import NoiseTerms, step_seed
 
 import zorba_kernels as zk
@@ -47,12 +47,12 @@ def table() -> zk.ParamTable:
     )
 
 
-def record(path: Path, table: zk.ParamTable, distribution: str) -> Trajectory:
+def record(path: Path, table: zk.ParamTable, distribution: str) -> Log:
     """Steps that nobody took: only replaying them is measured."""
     with TrajectoryWriter.create(path, table, 1, distribution, "stochastic") as writer:
         for step in range(STEPS):
             writer.append(step, NoiseTerms.single(step_seed(1, step), 0, [1e-6]))
-    return Trajectory.read(path)
+    return Log.read(path)
 
 
 @pytest.mark.benchmark(group=GROUP)

@@ -1,27 +1,28 @@
 """A whole step on a model of SmolLM2-135M's size, over its two forwards and beside MeZO's.
 
+    python -m pytest benchmarks/bench_step.py
+
 Weights are random: neither time nor memory depends on their values. bf16, 16 sequences of 32
 tokens; the loss reads the logits of the last position alone, as prompt-based classification does.
-Two forwards run in turn with every step, since a shared machine drifts by more than what is sought:
-the ratio of a step to those beside it is what counts.
+Two forwards run in turn with every step, since a shared machine drifts by more than the difference
+that is sought: the median ratio of a step to the forwards beside it is what counts.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 from zorba import ZerothOrderSGD
 from zorba.machine import peak_bytes
 
+from benchmarks.findings import Findings
 from benchmarks.peers import mezo
+from benchmarks.sizes import random_llama, smollm_config
+from benchmarks.timing import InTurn
 
-ROUNDS = 9
 GROUP = "step of a 135 M model, bf16, 16 x 32 tokens"
 SCHEMES: dict[str, dict[str, Any]] = {
     "scratch": {},
@@ -32,19 +33,14 @@ SCHEMES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+def model(device: torch.device) -> Any:
+    return random_llama(smollm_config(), torch.bfloat16, device)
 
 
 @pytest.fixture(scope="module")
-def closure(model: LlamaForCausalLM) -> Callable[[], torch.Tensor]:
-    ids = torch.randint(0, 49152, (16, 32), generator=torch.Generator().manual_seed(1))
-    answers = torch.arange(16) % 2
+def closure(model: Any, device: torch.device) -> Callable[[], torch.Tensor]:
+    ids = torch.randint(0, 49152, (16, 32), generator=torch.Generator().manual_seed(1)).to(device)
+    answers = torch.arange(16, device=device) % 2
 
     def loss() -> torch.Tensor:
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1, :2]
@@ -55,40 +51,26 @@ def closure(model: LlamaForCausalLM) -> Callable[[], torch.Tensor]:
 
 @pytest.fixture
 def measure_step(
-    benchmark: Any,
-    measure: Any,
-    model: LlamaForCausalLM,
+    findings: Findings,
+    in_turn: InTurn,
+    device: torch.device,
     closure: Callable[[], torch.Tensor],
-    over_forwards: list[str],
-) -> Callable[..., None]:
-    count = sum(p.numel() for p in model.parameters())
+) -> Callable[[str, Callable[[], object]], None]:
+    """Times a step beside its two forwards."""
 
-    def run(call: Callable[[], object]) -> None:
-        benchmark.group = GROUP
-        benchmark.extra_info["peak_mib"] = peak_bytes(call) / 2**20
-        forwards: list[float] = []
-
-        def beside() -> None:
-            started = time.perf_counter()
-            two_forwards(closure)
-            forwards.append(time.perf_counter() - started)
-
-        measure(call, count, 2 * 2 * count, rounds=ROUNDS, before=beside)
-        steps, beside_them = benchmark.stats.stats.data, forwards[-ROUNDS:]
-        ratio = statistics.median(s / f for s, f in zip(steps, beside_them, strict=True))
-        fastest = min(steps) / min(beside_them)
-        benchmark.extra_info["over_forwards"] = {"median": ratio, "fastest": fastest}
-        over_forwards.append(f"{benchmark.name:44}{ratio:10.3f}{fastest:10.3f}")
+    def run(name: str, step: Callable[[], object]) -> None:
+        times = in_turn({"forwards": lambda: two_forwards(closure), "step": step})
+        forwards, of_step = times["forwards"], times["step"]
+        findings.measure(
+            GROUP,
+            name,
+            ms=of_step.median * 1e3,
+            over_forwards=of_step.over(forwards),
+            fastest=min(of_step.each) / min(forwards.each),
+            peak_mib=peak_bytes(step, device.type) / 2**20,
+        )
 
     return run
-
-
-@pytest.fixture(scope="module")
-def over_forwards() -> Iterator[list[str]]:
-    """Lines of a table, printed when all is measured (``-s`` shows it)."""
-    lines: list[str] = []
-    yield lines
-    print("\n".join([f"\n{'over two forwards in turn':44}{'median':>10}{'fastest':>10}", *lines]))
 
 
 def two_forwards(closure: Callable[[], torch.Tensor]) -> None:
@@ -98,25 +80,24 @@ def two_forwards(closure: Callable[[], torch.Tensor]) -> None:
 
 
 def bench_two_forwards(measure_step: Any, closure: Callable[[], torch.Tensor]) -> None:
-    measure_step(lambda: two_forwards(closure))
+    """Against themselves: how far a ratio is off by chance."""
+    measure_step("two forwards", lambda: two_forwards(closure))
 
 
-def bench_mezo(
-    measure_step: Any, model: LlamaForCausalLM, closure: Callable[[], torch.Tensor]
-) -> None:
+def bench_mezo(measure_step: Any, model: Any, closure: Callable[[], torch.Tensor]) -> None:
     weights = list(model.parameters())
-    measure_step(lambda: mezo.step(weights, closure, 1, 1e-3, 1e-7))
+    measure_step("MeZO", lambda: mezo.step(weights, closure, 1, 1e-3, 1e-7))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
 def bench_zorba(
     measure_step: Any,
-    model: LlamaForCausalLM,
+    model: Any,
     closure: Callable[[], torch.Tensor],
     distribution: Any,
     scheme: str,
 ) -> None:
     optimizer = ZerothOrderSGD(model, lr=1e-7, distribution=distribution, **SCHEMES[scheme])
-    measure_step(lambda: optimizer.step(closure))
+    measure_step(f"{scheme}, {distribution}", lambda: optimizer.step(closure))
     optimizer.flush()

@@ -8,6 +8,7 @@ torch's generator and adds ``scaling_factor * z * eps`` to each parameter, with 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -41,3 +42,26 @@ def step(
             )
             p.data = p.data - lr * (projected_grad * z)
     return float(plus)
+
+
+# --- The same pass through torch.compile: what a user gets without writing a kernel ---------------
+
+
+def add_normal(p: Tensor, scale: float, eps: float) -> None:
+    """Adds ``scale * z * eps`` to a tensor; ``randn_like`` draws what ``torch.normal`` draws."""
+    p.add_(scale * torch.randn_like(p) * eps)
+
+
+@cache
+def _compiled(backend: str) -> Callable[[Tensor, float, float], None]:
+    """Compiles once a process; each shape is then compiled on its own."""
+    return torch.compile(add_normal, backend=backend, dynamic=False)
+
+
+def perturb_compiled(
+    parameters: Iterable[Tensor], seed: int, scale: float, eps: float, backend: str = "inductor"
+) -> None:
+    """Adds ``scale * z * eps`` to every tensor: one fused kernel each, noise included."""
+    torch.manual_seed(seed)  # outside, because it would break the graph
+    for p in parameters:
+        _compiled(backend)(p, scale, eps)

@@ -1,14 +1,90 @@
-"""By what files and messages know a model again, and which package wrote them."""
+"""How files and messages recognise a model, and which package wrote them."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 from torch import Tensor
 
-from zorba.tables import DeviceTables, fingerprint
+from zorba.tables import DeviceTables, TableLike, each_table, fingerprint
+
+MAX_BLOCKS = 65534
+"""Blocks of a model; 65535 marks an uncovered block in log entries."""
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """A model before its first update, in a few numbers.
+
+    Attributes:
+        origin: fingerprint of all parameters, frozen ones too; None where it is not known.
+        start: fingerprint of the trainable parameters.
+        layout: hash of the trainable parameters' names, shapes, dtypes and blocks.
+        num_weights: how many weights are trainable.
+        num_blocks: how many blocks (groups of coefficients) they are in.
+    """
+
+    origin: int | None
+    start: int
+    layout: int
+    num_weights: int
+    num_blocks: int
+
+    def difference(self, other: ModelIdentity) -> str | None:
+        """Returns a sentence on the first thing in which ``other`` differs, or None."""
+        for field in reversed(fields(self)):  # from the plainest to the subtlest
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if mine != theirs:
+                shown = [f"{n:#018x}" if n is not None and n >> 32 else n for n in (theirs, mine)]
+                return f"{_MEANING[field.name]} {shown[0]}, expected {shown[1]}"
+        return None
+
+
+_MEANING = {
+    "origin": "another model: the fingerprint of all parameters before round 1 is",
+    "start": "another model: the fingerprint of the trainable parameters before round 1 is",
+    "layout": "other names, shapes, dtypes or blocks of trainable parameters: their hash is",
+    "num_weights": "another number of trainable weights:",
+    "num_blocks": "another number of blocks:",
+}
+
+
+def identity_of(tables: TableLike, origin: int | None) -> ModelIdentity:
+    """Returns the identity of a model whose trainable parameters are in the tables.
+
+    Args:
+        tables: before the first update; only read.
+        origin: ``model_fingerprint`` of all parameters, or None.
+    """
+    parts = each_table(tables)
+    groups = {table.num_groups for table in parts}
+    if len(groups) != 1 or max(groups) > MAX_BLOCKS:
+        raise ValueError(
+            f"the tables have {sorted(groups)} blocks; expected one number, at most {MAX_BLOCKS}"
+        )
+    return ModelIdentity(
+        origin=origin,
+        start=fingerprint(tables),
+        layout=layout_of(tables),
+        num_weights=sum(table.numel for table in parts),
+        num_blocks=groups.pop(),
+    )
+
+
+def layout_of(tables: TableLike) -> int:
+    """Returns the uint64 hash of the parameters' names, shapes, dtypes, groups and offsets."""
+    # Sorted by name: the order in which a model lists its parameters does not matter.
+    entries = sorted((e for t in each_table(tables) for e in t.entries), key=lambda e: e.name)
+    lines = [
+        f"{e.name}\0{tuple(e.tensor.shape)}\0{e.tensor.dtype}\0{e.group}\0{e.offset}"
+        for e in entries
+    ]
+    digest = hashlib.sha256("\n".join(lines).encode()).digest()
+    return int.from_bytes(digest[:8], "little")
 
 
 def model_fingerprint(parameters: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> int:

@@ -64,6 +64,9 @@ class DeviceTables:
 Tables = zk.ParamTable | DeviceTables
 """What holds weights: a table, or one a device."""
 
+TableLike = Tables | Sequence[zk.ParamTable]
+"""The same, or plain tables of different devices."""
+
 
 _ALIGN = 64  # bytes, as torch aligns tensors on a CPU: the bits of a product may depend on it
 
@@ -73,11 +76,13 @@ def padded_bytes(tensor: Tensor) -> int:
     return -(-tensor.numel() * tensor.element_size() // _ALIGN) * _ALIGN
 
 
-def each_table(tables: Tables) -> Sequence[zk.ParamTable]:
+def each_table(tables: TableLike) -> Sequence[zk.ParamTable]:
     """Returns the tables of one device each."""
-    return tables.tables if isinstance(tables, DeviceTables) else (tables,)
+    if isinstance(tables, DeviceTables):
+        return tables.tables
+    return (tables,) if isinstance(tables, zk.ParamTable) else tuple(tables)
 
 
-def fingerprint(tables: Tables) -> int:
+def fingerprint(tables: TableLike) -> int:
     """Returns the uint64 fingerprint of all weights, the sum of those of the devices."""
     return sum(zk.fingerprint(table) for table in each_table(tables)) % (1 << 64)

@@ -1,226 +1,234 @@
-"""``make gpu-check`` where there is no GPU: the command, its runner and what it writes down."""
+"""``make gpu-check`` where there is no GPU: a rehearsal, and what it does with what goes wrong."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
-from benchmarks.gpu_check import stages, summary
-from benchmarks.gpu_check.report import Report
-from benchmarks.gpu_check.stages import STAGES, Stage, run_all, run_process
+import zorba_kernels as zk
+from benchmarks.gpu import __main__ as driver
+from benchmarks.gpu.bits import assert_equal_bits
+from benchmarks.gpu.stages import STAGES, Stage, run_process
+from benchmarks.gpu.test_sanitizer import errors_of
+from benchmarks.record import read_results, write_results
+from benchmarks.sizes import GPU
+from tests.conftest import INTERPRETED
+from zorba_kernels.backends import triton, triton_tuning
+from zorba_kernels.program import make_program
+from zorba_kernels.table import DTYPE_CODES
 
 ROOT = Path(__file__).resolve().parents[2]
+FILES = [file for stage in STAGES for file in stage.files if file.startswith("benchmarks/")]
 
 
-@pytest.fixture
-def report(tmp_path) -> Report:
-    return Report(tmp_path / "report.json", time.monotonic() + 60)
-
-
-def gpu_check(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.gpu_check", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
-# --- The command ---------------------------------------------------------------------------------
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_without_a_gpu_it_says_so_and_ends_with_2(tmp_path):
-    done = gpu_check("--out", str(tmp_path))
+    done = run("benchmarks.gpu", "--out", str(tmp_path))
     assert done.returncode == 2
-    assert done.stderr == ""
-    line = done.stdout.rstrip("\n")
-    assert line.startswith("gpu-check needs a GPU, and there is none to use: torch.cuda.")
-    assert "\n" not in line
+    assert done.stdout.startswith("gpu-check needs a GPU, and there is none to use: torch")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_rehearsal_writes_one_file(tmp_path):
-    """The whole way through processes, for stages that take a moment."""
-    done = gpu_check("--rehearse", "--out", str(tmp_path), "weights", "sanitizer")
+def test_rehearsal_of_the_command(tmp_path):
+    """The whole way through the driver, for stages that take a moment."""
+    done = run("benchmarks.gpu", "--rehearse", "--out", str(tmp_path), "build", "sanitizer")
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.iterdir()
-    assert path.name.startswith("gpu-rehearsal-")
     result = json.loads(path.read_text())
-    assert result["complete"]
+    assert path.name.startswith("gpu-rehearsal-")
     assert result["passed"]
-    assert [stage["name"] for stage in result["stages"]] == ["weights", "sanitizer"]
-    assert len(result["stages"][0]["checks"]) == 8
-    assert str(path) in done.stdout
+    assert list(result["stages"]) == ["build", "sanitizer"]
     assert "PASSED in" in done.stdout
 
 
-def test_unknown_stage():
-    done = gpu_check("speling")
-    assert done.returncode == 2
-    assert "there is no stage speling; there are build, identity" in done.stderr
+def test_rehearsal_of_every_check_and_measurement(tmp_path):
+    """In one process, which saves starting Python for each stage."""
+    path = tmp_path / "record.json"
+    options = ["-p", "benchmarks.record", "--rehearse", "--record", str(path)]
+    done = run("pytest", *options, "-p", "no:cacheprovider", *FILES)
+    assert done.returncode == 0, done.stdout + done.stderr
+    tests = json.loads(path.read_text())["stages"]["all"]["tests"]
+    passed = {row["test"].split("[")[0] for row in tests if row["outcome"] == "passed"}
+    compared = [row for row in tests if "elements" in row.get("facts", {})]
+    names = {m["name"] for row in tests for m in row.get("measures", [])}
+    assert {name.split("/")[-1] for name in passed} == {
+        *("test_backends.py::test_description", "test_backends.py::test_backends_serve"),
+        *("test_identity.py::test_all_counters", "test_identity.py::test_chunks_in_random_order"),
+        *("test_weights.py::test_weights", "bench_passes.py::bench_pass"),
+        *("bench_passes.py::bench_fingerprint", "bench_passes.py::bench_passes_of_a_step"),
+        *("bench_passes.py::bench_host_time", "bench_seeds.py::bench_bits"),
+        *("bench_seeds.py::bench_speed", "bench_offload.py::bench_bits"),
+        *("bench_offload.py::bench_step", "bench_peers.py::bench_peers"),
+    }
+    assert len(compared) == 2 + 4 + 8 + 2
+    assert {"copy", "64 passes", "one pass, 64 rounds", "MeZO", "offload"} <= names
 
 
-def test_budget():
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    """Runs a test file that is written here as a stage; returns what was recorded of it."""
+    path = tmp_path / "results.json"
+    write_results(path, {"stages": {}})
+
+    def run_one(code: str, optional: bool = False, left: float = 100.0):
+        (tmp_path / "test_it.py").write_text(code)
+        one = Stage("it", "", 60.0, 1.0, (str(tmp_path / "test_it.py"),), optional)
+        driver.run_stage(one, path, left, arch="90")
+        return read_results(path)["stages"]["it"]
+
+    return run_one
+
+
+FIRST = "import os\ndef test_first(): pass\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome", "tests"),
+    [
+        ("def test_second(): assert 1 == 2", "failed", ["passed", "failed"]),
+        ("def test_second(): os.abort()", "failed: ended with status -6", ["passed"]),
+    ],
+    ids=["fails", "crashes"],
+)
+def test_a_bad_stage_keeps_what_it_found(stage, code, outcome, tests):
+    row = stage(FIRST + code)
+    assert not row["good"]
+    assert row["outcome"] == outcome
+    assert [test["outcome"] for test in row["tests"]] == tests
+    if len(tests) == 2:
+        assert "assert 1 == 2" in row["tests"][1]["error"]
+    else:
+        assert row["running"].endswith("test_second")
+
+
+def test_only_a_failed_check_of_an_optional_stage_fails_the_run(stage):
+    assert stage(FIRST + "def test_second(): os.abort()", optional=True)["good"]
+    assert not stage("def test_it(): assert False", optional=True)["good"]
+    late = stage(FIRST, left=0.5)
+    assert not late["good"]
+    assert "needs at least 1" in late["outcome"]
+
+
+def test_a_process_that_is_stopped_takes_its_children_along(tmp_path):
+    pid = tmp_path / "pid"
+    command = ["sh", "-c", f"sleep 600 & echo $! > {pid}; wait"]
+    assert run_process(command, 2.0, {}) == "stopped after 2 s"
+    status = Path("/proc") / pid.read_text().strip() / "status"
+    assert not status.exists() or "zombie" in status.read_text()
+
+
+def test_the_time_of_all_stages_is_enough():
     """Every stage has its least when those before take what they may, up to the optional ones."""
-    assert sum(stage.limit for stage in STAGES) < 60 * 15
-    left = 460.0
-    for stage in STAGES:
-        assert stage.least <= stage.limit
-        if not stage.optional:
-            left -= stage.least
-    assert left > 200
-    assert all((ROOT / f"benchmarks/gpu_check/{stage.name}.py").is_file() for stage in STAGES)
+    assert sum(stage.least for stage in STAGES if not stage.optional) < driver.SECONDS / 2
+    assert all(stage.least <= stage.limit for stage in STAGES)
+    assert all((ROOT / file).exists() for stage in STAGES for file in stage.files)
 
 
-# --- The runner ----------------------------------------------------------------------------------
-
-ALL = [Stage(name, "", 5, 1) for name in ("first", "second", "third")]
-
-
-def results_of(runs, optional=(), seconds=100.0, folder=Path()):
-    """Runs stages that are written here; returns rows and what was recorded after each."""
-    records = []
-    todo = [s._replace(optional=s.name in optional) for s in ALL]
-    rows = run_all(
-        todo, lambda s, path, limit: runs[s.name](path, limit),
-        lambda r: records.append(json.loads(json.dumps(r))), folder, seconds,
-    )  # fmt: skip
-    return {row["name"]: row for row in rows}, records
+def test_all_counters_are_all():
+    """The whole range: 2**32 Gaussian counters a seed, 2**32 Rademacher counters in all."""
+    blocks = zk.noise.BLOCK_ELEMENTS
+    assert GPU.elements == zk.noise.MAX_ELEMENTS
+    assert GPU.elements % GPU.chunk == GPU.elements % GPU.chunk_other == 0
+    assert GPU.elements // blocks["gaussian"] == 1 << 32
+    assert GPU.seeds["rademacher"] * GPU.elements // blocks["rademacher"] == 1 << 32
 
 
-def passing(path, limit):
-    with Report(path, time.monotonic() + limit).check("fine"):
-        pass
-    return "passed", ["much output"]
+def test_a_wrong_bit_is_found_in_its_slice(monkeypatch):
+    monkeypatch.setattr("benchmarks.gpu.bits.SLICE", 256)
+    a = torch.randn(1000)
+    b = a.clone()
+    assert_equal_bits(a, b, "same")
+    b.view(torch.int32)[777] ^= 1
+    with pytest.raises(AssertionError, match=r"element 777 is .* 1 differ from there on"):
+        assert_equal_bits(a, b, "other")
+    with pytest.raises(AssertionError, match="is compared with"):
+        assert_equal_bits(a, a.bfloat16(), "other dtype")
 
 
-def failing(path, limit):
-    with Report(path, time.monotonic() + limit).check("equal bits"):
-        raise AssertionError("they differ")
-    return "failed", ["some output"]
+@pytest.mark.parametrize(
+    ("output", "errors"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0),
+        ("========= Invalid __global__ read\n========= ERROR SUMMARY: 3 errors", 3),
+        ("RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)", 1),
+        ("Error: Device not supported\n= ERROR SUMMARY: 1 error", None),
+        ("Segmentation fault", None),
+    ],
+)
+def test_errors_of_the_sanitizer(output, errors):
+    assert errors_of(output) == errors
 
 
-def stopped(path, limit):
-    passing(path, limit)
-    return "timed out", ["stopped"]
+# --- Triton's cache -------------------------------------------------------------------------------
 
 
-def test_a_failing_stage_is_recorded_and_the_others_run(tmp_path):
-    runs = {"first": failing, "second": passing, "third": passing}
-    rows, records = results_of(runs, folder=tmp_path)
-    assert [len(record) for record in records] == [1, 2, 3]
-    assert not rows["first"]["good"]
-    assert rows["first"]["output"] == ["some output"]
-    assert "they differ" in rows["first"]["checks"][0]["error"]
-    assert rows["second"]["good"]
-    assert rows["third"]["good"]
-    assert "output" not in rows["second"]
+@pytest.fixture
+def compiled(monkeypatch, tmp_path) -> list[tuple[str, str]]:
+    """By what Triton's cache knows each kernel that it is to compile for a GPU, which is not there.
+
+    Compiling and running do nothing; everything before that is Triton's own.
+    """
+    pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+
+    found = []
+
+    def compile_source(source, target, options, **given):
+        found.append((source.hash(), make_backend(target).parse_options(options).hash()))
+        return MagicMock()
+
+    gpu = MagicMock()
+    gpu.get_current_device.return_value = object()  # Triton remembers what it has by device
+    gpu.get_current_target.return_value = GPUTarget("cuda", 90, 32)
+    gpu.get_benchmarker.return_value = lambda call, quantiles: (call(), [1.0] * 3)[1]
+    for name in ("jit", "autotuner"):
+        monkeypatch.setattr(f"triton.runtime.{name}.driver", SimpleNamespace(active=gpu))
+    monkeypatch.setattr("triton.compiler.compile", compile_source)
+    monkeypatch.setattr(triton_tuning, "SIZES", (1,))
+    monkeypatch.setattr(triton_tuning, "_chosen", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # of earlier measurements
+    yield found
+    for op in ("add_noise", "noise", "fingerprint"):
+        triton.kernel(op).device_caches.pop(gpu.get_current_device.return_value, None)
 
 
-def test_a_stopped_stage_keeps_what_it_found(tmp_path):
-    runs = {"first": stopped, "second": passing, "third": passing}
-    rows, _ = results_of(runs, folder=tmp_path)
-    assert rows["first"]["outcome"] == "timed out"
-    assert not rows["first"]["good"]
-    assert rows["first"]["checks"][0]["name"] == "fine"
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
+def test_what_is_compiled_ahead_is_what_triton_tunes(compiled):
+    """Every pass, and every candidate that is measured for it, is found in Triton's cache."""
+    from benchmarks.gpu import precompile
 
-
-def test_only_a_failed_check_of_an_optional_stage_fails_the_run(tmp_path):
-    runs = {"first": stopped, "second": failing, "third": lambda p, s: ("failed", ["crash"])}
-    rows, _ = results_of(runs, optional=("first", "second", "third"), folder=tmp_path)
-    assert [row["good"] for row in rows.values()] == [True, False, True]
-
-
-def test_stages_are_skipped_when_time_runs_short(tmp_path):
-    def slow(path, limit):
-        assert limit <= 1.2
-        time.sleep(0.4)
-        return passing(path, limit)
-
-    runs = {"first": slow, "second": passing, "third": passing}
-    rows, records = results_of(runs, optional=("third",), seconds=1.2, folder=tmp_path)
-    assert rows["first"]["outcome"] == "passed"
-    assert rows["second"]["outcome"] == "skipped"
-    assert "needs at least 1" in rows["second"]["reason"]
-    assert not rows["second"]["good"]
-    assert rows["third"]["good"]
-    assert len(records) == 3
-
-
-def test_a_process_that_runs_on_is_ended_with_its_children(capfd, tmp_path):
-    code = f"""
-import subprocess, sys, time
-print("begun", flush=True)
-child = "import time, pathlib; time.sleep(6); pathlib.Path({str(tmp_path / "alive")!r}).touch()"
-subprocess.Popen([sys.executable, "-c", child])
-time.sleep(60)
-"""
-    outcome, lines = run_process([sys.executable, "-c", code], 4.0)
-    assert outcome == "timed out"
-    assert lines == ["begun", "stopped after 4 s"]
-    assert capfd.readouterr().out == "begun\n"
-    time.sleep(3)
-    assert not (tmp_path / "alive").exists()
-
-
-def test_a_crash_is_told_from_a_failed_check():
-    outcome, lines = run_process([sys.executable, "-c", "import os; os.abort()"], 30)
-    assert outcome == "failed"
-    assert lines[-1] == "ended with status -6"
-
-
-def test_nothing_forces_a_backend_in_a_stage(monkeypatch):
-    monkeypatch.setenv("ZORBA_BACKEND", "reference")
-    assert "ZORBA_BACKEND" not in stages.environment()
-    assert str(ROOT / "python") in stages.environment()["PYTHONPATH"]
-
-
-# --- Reports -------------------------------------------------------------------------------------
-
-
-def test_every_finding_is_on_disk_at_once(report):
-    def there():
-        return json.loads(report.path.read_text())
-
-    with report.check("one", elements=3) as facts:
-        facts["passed"] = "a fact of the name of a result"
-    assert there()["checks"][0]["passed"] is True
-    with report.check("two"):
-        raise ValueError("broken")
-    assert there()["checks"][1]["passed"] is False
-    assert "broken" in there()["checks"][1]["error"]
-    assert not report.passed
-    report.measure("group", "name", ms=1.5)
-    report.target("fast", 0.8, 0.9, "of the copy's speed", least=True)
-    report.target("short", 39.0, 40.0, "ms", least=False)
-    assert [t["met"] for t in there()["targets"]] == [False, True]
-    with report.part("a long part"):
-        raise TimeoutError("9 runs would take 900 s")
-    assert there()["notes"] == {"a long part, left out": "9 runs would take 900 s"}
-    assert there()["measures"] == [{"group": "group", "name": "name", "ms": 1.5}]
-
-
-def test_summary_names_what_failed_and_what_was_left_out(report):
-    with report.check("equal bits"):
-        raise AssertionError
-    report.note(left_out="the tool is not present")
-    report.note(**{"a peer, left out": ""})
-    report.target("fast", 0.8, 0.9, "of the copy's speed", least=True)
-    report.measure("speed", "copy", ms=2.0, gb_per_s=4300.0)
-    found = json.loads(report.path.read_text())
-    row = stages.row_of(ALL[0], "failed", 1.0, found)
-    late = stages.row_of(ALL[1], "skipped", 0.0, {}) | {"reason": "0 s were left"}
-    text = "\n".join(summary.lines({"stages": [row, late], "passed": False, "seconds": 10.0}))
-    for part in (
-        "a peer, left out: \n",
-        "FAILED equal bits",
-        "not present",
-        "NOT MET fast",
-        "0 s were left",
-        "4300",
-    ):
-        assert part in text
-    assert text.endswith("FAILED in 10 s")
+    kinds = itertools.product(
+        (1, [1, 2]), ("gaussian", "rademacher"), ("nearest", "stochastic"), (None, 0.1)
+    )
+    table = zk.ParamTable({str(dtype): torch.zeros(8, dtype=dtype) for dtype in DTYPE_CODES})
+    for seeds_, distribution, rounding, decay in kinds:
+        coefs = 0.1 if seeds_ == 1 else [0.1, 0.2]
+        program = make_program(seeds_, coefs, 1, distribution, rounding, None, None, None, decay)
+        triton.add_noise(table, table, program)
+    for distribution in ("gaussian", "rademacher"):
+        triton.noise(8, 0, 1, 2, 0, distribution, torch.device("cpu"))
+    triton.fingerprint(table)
+    launched = set(compiled)
+    compiled.clear()
+    for kernel in map(triton.kernel, ("add_noise", "noise", "fingerprint")):
+        kernel.device_caches.clear()  # so that Triton looks on disk again
+    for part in range(3):
+        precompile.main(part, 3)
+    assert len(compiled) == len(set(compiled)) > 100
+    assert set(compiled) == launched

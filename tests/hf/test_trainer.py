@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 from zorba import ZerothOrderSGD, ZOArguments, ZOTrainer
-from zorba.log import Trajectory, TrajectoryError, replay
+from zorba.log import Log, LogError, replay
 
 from tests.optim.models import same_bits, snapshot
 
@@ -216,12 +216,12 @@ def test_a_trajectory_rebuilds_the_model_also_after_a_resume(tmp_path: Path) -> 
     whole = log.read_bytes()
     assert len(whole) < 4096
     base = tiny(torch.bfloat16)
-    assert replay(base, Trajectory.read(log)).verified
+    assert replay(base, Log.read(log)).verified
     assert same_bits(base, snapshot(trained))
     checkpoint = str(tmp_path / "a" / "checkpoint-2")
     train(tmp_path / "b", tiny(torch.bfloat16), checkpoint, weight_decay=0.1, **options)
     assert log.read_bytes() == whole
-    with pytest.raises(TrajectoryError, match="exists"):
+    with pytest.raises(LogError, match="exists"):
         train(tmp_path / "c", tiny(torch.bfloat16), **options)
     with pytest.raises(ValueError, match="zo_placement='scratch'"):
         train(tmp_path / "d", tiny(), zo_placement="inplace", zo_trajectory=str(tmp_path / "d.zot"))

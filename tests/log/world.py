@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from zorba.log import TrajectoryWriter
+from zorba.log import LogEntry, TrajectoryWriter
 from zorba.optim import InplacePlacement, NoiseTerms, step_seed
 
 import zorba_kernels as zk
 from tests.conftest import Random
+from tests.kernels.bits import assert_same_bits
 
 RUN_SEED = 11
 NAMES = {"embed": 0, "layer.0.w": 1, "layer.1.w": 2, "norm": 0}
@@ -83,3 +84,14 @@ def record(
     if finish:
         writer.finish()
     writer.close()
+
+
+def assert_same_entry(mine: LogEntry, theirs: LogEntry) -> None:
+    """All fields, coefficients and decays to the bit."""
+    for what in ("number", "rounding_seed", "base", "mask_version"):
+        assert getattr(mine, what) == getattr(theirs, what), what
+    assert (mine.terms.seeds, mine.terms.samples) == (theirs.terms.seeds, theirs.terms.samples)
+    assert_same_bits(mine.terms.coefs, theirs.terms.coefs)
+    assert (mine.decay is None) == (theirs.decay is None)
+    if mine.decay is not None and theirs.decay is not None:
+        assert_same_bits(mine.decay, theirs.decay)

@@ -1,26 +1,32 @@
-"""Trajectories: a fine-tune as its base model and a log of seeds and coefficients.
+"""Logs: a fine-tune or a federation as its base model and entries of seeds and coefficients.
 
-See ``docs/trajectory.md``.
+A step of an optimizer and a round of a federation are the same entry, in one file format with one
+reader. See ``docs/log.md``.
 """
 
-from zorba.log.errors import DamagedError, TrajectoryError, WrongBaseError
-from zorba.log.file import SUFFIX, Trajectory
-from zorba.log.header import Parameter, TrajectoryHeader
-from zorba.log.record import Step
-from zorba.log.replay import ReplayReport, check_base, replay
-from zorba.log.writer import TrajectoryWriter
+from zorba.log.entry import LogEntry, decode_entries, encode_entry
+from zorba.log.errors import DamagedLogError, LogError, WrongBaseError
+from zorba.log.file import LogFile
+from zorba.log.header import LogHeader, Parameter
+from zorba.log.reader import Log
+from zorba.log.replay import ReplayReport, apply_entries, check_base, replay
+from zorba.log.trajectory import SUFFIX, TrajectoryWriter
 
 __all__ = [
     "SUFFIX",
-    "DamagedError",
+    "DamagedLogError",
+    "Log",
+    "LogEntry",
+    "LogError",
+    "LogFile",
+    "LogHeader",
     "Parameter",
     "ReplayReport",
-    "Step",
-    "Trajectory",
-    "TrajectoryError",
-    "TrajectoryHeader",
     "TrajectoryWriter",
     "WrongBaseError",
+    "apply_entries",
     "check_base",
+    "decode_entries",
+    "encode_entry",
     "replay",
 ]

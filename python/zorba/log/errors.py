@@ -1,15 +1,15 @@
-"""What can go wrong with a trajectory."""
+"""Errors of logs and trajectories."""
 
 from __future__ import annotations
 
 
-class TrajectoryError(RuntimeError):
-    """A trajectory cannot be written, read or replayed; the message says why."""
+class LogError(RuntimeError):
+    """A log cannot be written, read or replayed; the message says why."""
 
 
-class DamagedError(TrajectoryError):
+class DamagedLogError(LogError):
     """Bytes were cut or changed."""
 
 
-class WrongBaseError(TrajectoryError):
-    """A model is not the one that a trajectory starts from."""
+class WrongBaseError(LogError):
+    """A model is not the one that a log starts from."""

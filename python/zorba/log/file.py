@@ -1,135 +1,233 @@
-"""Trajectory: a file that was read and checked."""
+"""Writing logs: one writer, for a server's rounds and an optimizer's steps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import bisect
+import os
 from pathlib import Path
+from typing import BinaryIO
 
-from zorba.log.errors import DamagedError, TrajectoryError
-from zorba.log.frame import frame_after, unframe
-from zorba.log.header import TrajectoryHeader, decode_header
-from zorba.log.record import Decoder, Footer, Skip, Step
+from zorba.files import sync_folder
+from zorba.log.entry import LogEntry, end_frame, write_entry
+from zorba.log.errors import LogError
+from zorba.log.frame import salt_of
+from zorba.log.header import LogHeader
+from zorba.log.pattern import StepSeeds
+from zorba.log.reader import Entries, scan
 
-SUFFIX = ".zot"
+try:
+    import fcntl
+except ImportError:  # not on Windows: there nothing keeps two writers off one log
+    fcntl = None  # type: ignore[assignment]
 
 
-@dataclass(frozen=True, eq=False)
-class Trajectory:
-    """A fine-tune without its weights: what every step did to them.
+class LogFile(Entries):
+    """A log that is open for appending, by this process alone.
 
-    Read one with ``Trajectory.read``. Steps are decoded while they are iterated over.
+    A torn tail, which a kill in the middle of an append leaves, is cut when the file is opened: it
+    was never told to anyone. Damage anywhere else is a LogError, and the file is left as it is.
+
+    Args:
+        path: of the file.
+        header: what the log must be about; a file that is not there is made with it. None opens a
+            log of anything.
+        durable: whether an appended entry survives a power cut, and not only the process.
+        new: whether the file must not be there yet.
 
     Attributes:
-        header: what it starts from.
-        num_steps: steps that changed weights.
-        num_skipped: steps that left them alone.
-        next_step: number of the step that would come next in the run.
-        fingerprint: of the active parameters after the last step; None where the run was never
-            finished, so that a replay cannot be verified.
-        torn_bytes: bytes of a torn tail, which a crash left and which were ignored.
-        size: bytes of what counts, the torn tail left out.
-        salt: what the CRCs of records continue from.
+        path: of the file.
+        header: of the file.
+        cut_bytes: bytes of a torn tail that were cut when the log was opened.
+
+    Raises:
+        LogError: the log is damaged, about something else, or open in another process.
     """
 
-    header: TrajectoryHeader
-    num_steps: int
-    num_skipped: int
-    next_step: int
-    fingerprint: int | None
-    torn_bytes: int
-    size: int
-    salt: int
-    _data: bytes = field(repr=False)
-    _start: int
+    def __init__(
+        self,
+        path: str | Path,
+        header: LogHeader | None = None,
+        *,
+        durable: bool = True,
+        new: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.cut_bytes = 0
+        self._durable = durable
+        self._file = self._open(header is not None, new)
+        try:
+            _lock(self._file, self.path)
+            # Only who holds the lock may decide that the file is new: creation and lock are one
+            # step, and of two servers that start together one fails.
+            data = self._file.read()
+            if header is not None and _unborn(data, header.encode()):
+                data = header.encode()
+                self._append(0, data, "the header", durable=True)
+                sync_folder(self.path.parent)
+            elif new:
+                raise LogError(f"{self.path} exists: give another path, or resume it")
+            self.header, self._index, size = scan(data)
+            wrong = header.difference(self.header) if header else None
+            if wrong:
+                raise LogError(f"{self.path} is the log of {wrong}: give another path")
+        except LogError as error:
+            self._file.close()
+            about = "" if str(self.path) in str(error) else f"{self.path}: "
+            raise type(error)(f"{about}{error}") from None
+        except BaseException:
+            self._file.close()
+            raise
+        self.cut_bytes = len(data) - size
+        # One StepSeeds for the whole run: it remembers the seeds that momentum refers to.
+        self._seeds, self._salt = StepSeeds(self.header.run_seed), salt_of(self.header.log_id)
+        self._size = size
+        if self.cut_bytes:
+            self._file.truncate(size)
+            if durable:
+                self.sync()
 
-    @staticmethod
-    def read(path: str | Path) -> Trajectory:
-        """Reads a file and checks every byte of it; the file is not modified.
+    def _open(self, create: bool, new: bool) -> BinaryIO:
+        if not create:
+            if not self.path.exists():
+                raise LogError(f"there is no log at {self.path}")
+            return self.path.open("r+b", buffering=0)
+        if new and self.path.exists() and self.path.stat().st_size:
+            raise LogError(f"{self.path} exists: give another path, or resume it")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # No O_EXCL: who comes second must meet the lock, and a file that a crash left empty is new.
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        return os.fdopen(descriptor, "r+b", buffering=0)
 
-        A torn tail is ignored and told by ``torn_bytes``.
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self._size
+
+    def append(self, entry: LogEntry) -> None:
+        """Writes an entry; with ``durable`` it survives a power cut when this returns.
 
         Raises:
-            TrajectoryError: the file is no trajectory, of another format or noise version, or
-                damaged elsewhere than at its end.
+            LogError: it is not the next one, does not fit the log, or could not be written (a full
+                disk); the log then is as before.
         """
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise TrajectoryError(f"{path} cannot be read: {error}") from None
-        try:
-            return parse(data)
-        except TrajectoryError as error:
-            raise type(error)(f"{path}: {error}") from None
-
-    def steps(self) -> Iterator[Step]:
-        """Yields the steps that changed weights, in order."""
-        for _, record, _, _ in self._records():
-            if isinstance(record, Step):
-                yield record
-
-    def position(self, step: int) -> tuple[int, bytes]:
-        """Returns where the record of a step starts, and the pattern in force there.
-
-        Raises:
-            TrajectoryError: the trajectory does not reach that far, or starts later.
-        """
-        first = self.header.first_step
-        if not first <= step <= self.next_step:
-            raise TrajectoryError(
-                f"the trajectory has steps {first} to {self.next_step - 1}: it cannot go on "
-                f"with step {step}"
+        self._check_next(entry.number)
+        if entry.terms.coefs.shape[0] != self.header.num_groups:
+            raise LogError(
+                f"coefs of {entry.terms.coefs.shape[0]} groups in a log of {self.header.num_groups}"
             )
-        at, pattern = self._start, b""
-        for _, record, end, decoder in self._records():
-            if isinstance(record, Footer) or record.step >= step:
-                break
-            at, pattern = end, decoder.pattern
-        return at, pattern
+        data = write_entry(entry, self._seeds, self._salt)
+        # On disk before the index knows it, and before the caller tells anybody.
+        self._append(self.size, data, f"entry {entry.number}", self._durable)
+        self._size += len(data)
+        self._index.note(entry, self.size)
 
-    def _records(self) -> Iterator[tuple[int, Step | Skip | Footer, int, Decoder]]:
-        return _records(self._data, self.header, self.salt, self._start, self.size)
+    def finish(self, fingerprint: int) -> None:
+        """Ends the log with the fingerprint of the weights as they are now, and closes it."""
+        self._check_next(self.last + 1)
+        data = end_frame(self.last + 1, fingerprint, self._salt)
+        self._append(self.size, data, "the end", durable=True)
+        self._size += len(data)
+        self._index.end = fingerprint
+        self.close()
 
+    def rewind(self, number: int) -> None:
+        """Cuts the entries from a number on, and the end: the run will make them again.
 
-def parse(data: bytes) -> Trajectory:
-    """``Trajectory.read`` of a file's bytes."""
-    header, start = decode_header(data)
-    salt = int.from_bytes(data[start - 4 : start], "little")  # the CRC that ends the header
-    steps = skipped = 0
-    fingerprint: int | None = None
-    end, next_step = start, header.first_step
-    torn = 0
-    try:
-        for at, record, after, decoder in _records(data, header, salt, start, len(data)):
-            if fingerprint is not None:
-                raise TrajectoryError(f"offset {at}: a record after the last one")
-            steps += isinstance(record, Step)
-            skipped += isinstance(record, Skip)
-            if isinstance(record, Footer):
-                fingerprint = record.fingerprint
-            end, next_step = after, decoder.next_step
-    except DamagedError as error:
-        if frame_after(memoryview(data), end, salt):
-            raise TrajectoryError(
-                f"offset {end}, step {next_step}: {error}. Records after it are whole, so this is "
-                "no torn tail: restore the file from a copy"
-            ) from None
-        torn = len(data) - end
-    return Trajectory(header, steps, skipped, next_step, fingerprint, torn, end, salt, data, start)
+        Raises:
+            LogError: the log ends before that, or starts later; it is left as it is.
+        """
+        if not self.first <= number <= self.last + 1:
+            raise LogError(
+                f"the trajectory has steps {self.first} to {self.last}: it cannot go on with step "
+                f"{number}"
+            )
+        # Cut, not overwritten later: a crash now must not leave old steps behind new ones.
+        self._index.cut(number - self.first)
+        self._size = self._index.ends[-1]
+        self._file.truncate(self.size)
 
+    def frames(self, first: int, max_bytes: int) -> tuple[int, bytes]:
+        """Returns entries as they lie in the file, for ``decode_entries``, which checks them.
 
-def _records(
-    data: bytes, header: TrajectoryHeader, salt: int, start: int, stop: int
-) -> Iterator[tuple[int, Step | Skip | Footer, int, Decoder]]:
-    """Yields offset, record, its end, and the decoder as it left it."""
-    view = memoryview(data)[:stop]
-    decoder = Decoder(header.run_seed, header.num_groups, header.first_step)
-    at = start
-    while at < stop:
-        body, end = unframe(view, at, salt)
+        Args:
+            first: number of the first one; the one after the last gives none.
+            max_bytes: take no more than fit.
+
+        Returns:
+            How many entries they are, and their bytes.
+        """
+        stop = self._check_range(first, None) - self.first + 1
+        start = first - self.first
+        begin = self._index.ends[start]
+        last = bisect.bisect_right(self._index.ends, begin + max_bytes, start + 1, stop + 1) - 1
+        return last - start, self._read(begin, self._index.ends[last] - begin)
+
+    def sync(self) -> None:
+        """Makes what was appended survive a power cut."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file; another process may then open it."""
+        self._file.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._file.closed
+
+    def __enter__(self) -> LogFile:
+        """Returns the log itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the file."""
+        self.close()
+
+    def _check_next(self, number: int) -> None:
+        if self.closed or self._index.end is not None:
+            raise LogError(f"{self.path} is finished: entry {number} cannot be written")
+        if number != self.last + 1:
+            raise LogError(
+                f"entry {number} came after entry {self.last}; {self.path} must have every one, "
+                "skipped ones too"
+            )
+
+    def _append(self, size: int, data: bytes, what: str, durable: bool) -> None:
+        """Writes bytes behind the first ``size`` ones, all of them or none."""
+        # Ctrl-C may come between write and note: the file is then shortened to what the index has.
         try:
-            record = decoder.record(body)
-        except TrajectoryError as error:  # undamaged: somebody wrote it like that
-            raise TrajectoryError(f"offset {at}, step {decoder.next_step}: {error}") from None
-        yield at, record, end, decoder
-        at = end
+            self._file.seek(size)
+            if self._file.write(data) != len(data):
+                raise OSError("it was written in part")
+            if durable:
+                os.fsync(self._file.fileno())
+        except BaseException as error:
+            self._file.truncate(size)
+            if isinstance(error, OSError):
+                raise LogError(f"{what} was not written to {self.path}: {error}") from error
+            raise
+
+    def _read(self, offset: int, count: int) -> bytes:
+        # Not seek and read: appends use the position of the file.
+        parts = []
+        while count > 0 and (part := os.pread(self._file.fileno(), count, offset)):
+            parts.append(part)
+            count, offset = count - len(part), offset + len(part)
+        return b"".join(parts)
+
+
+def _unborn(data: bytes, header: bytes) -> bool:
+    """Whether a crash cut the header short, so that nobody was ever told anything of this log."""
+    return len(data) < len(header) and header.startswith(data)
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        # flock ends with the process, however it ends: no stale lock survives a kill.
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise LogError(
+            f"{path} is open in another process, another server or run: two must not write one log"
+        ) from None

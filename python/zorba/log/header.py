@@ -1,109 +1,159 @@
-"""TrajectoryHeader: what a trajectory starts from, and its bytes."""
+"""LogHeader: which weights a log starts from, what holds for all of its entries, and its bytes.
+
+A file starts with ``magic[8] format:u16 0:u16 plain:u32 packed:u32 text crc:u32``, little-endian:
+the fields as JSON, compressed, with their sizes and the CRC-32 of all that stands in front of it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
 
-import zorba_kernels as zk
-from zorba.log.binary import DISTRIBUTION_CODES, ROUNDING_CODES, decode_choice
-from zorba.log.errors import DamagedError, TrajectoryError
-from zorba_kernels.noise import MAX_ELEMENTS, NOISE_VERSION, Distribution, Rounding
+from zorba.identity import ModelIdentity, package_version
+from zorba.log.errors import DamagedLogError, LogError
+from zorba.tables import TableLike, each_table
+from zorba_kernels.noise import (
+    DISTRIBUTIONS,
+    MAX_ELEMENTS,
+    NOISE_VERSION,
+    ROUNDINGS,
+    Distribution,
+    Rounding,
+)
 from zorba_kernels.table import DTYPE_CODES
 
-MAGIC = b"ZORBAZOT"
-FORMAT = 1
+MAGIC = b"ZORBALOG"
+FORMAT = 2
 MAX_GROUPS = 65534
+"""65535 marks a group without a column."""
 MAX_TEXT_BYTES = 1 << 26
 """Neither the compressed nor the plain text of a header is longer."""
 
-# magic, format, noise version, distribution, rounding, whole is known, 0, groups, run seed, first
-# step, base, whole, bytes of text, bytes of it compressed
-_FIXED = struct.Struct("<8sHBBBBHIQQQQII")
+_FIXED = struct.Struct("<8sHHII")
 _CRC = struct.Struct("<I")
-FIXED_BYTES = _FIXED.size + _CRC.size
-
-_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPE_CODES}
+_OLD = (b"ZORBAZOT", MAGIC + b"\1\0")  # starts of 0.1.0's trajectories and logs
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """An active parameter."""
+    """An active parameter: canonical name, shape, dtype ("bfloat16") and group."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: str
     group: int
 
 
 @dataclass(frozen=True)
-class TrajectoryHeader:
-    """What a trajectory starts from, and what holds for all of its steps.
+class LogHeader:
+    """What all entries of a log share.
 
     Attributes:
-        run_seed: uint64; step t is of seed ``step_seed(run_seed, t)`` unless it says otherwise.
-        first_step: number of the first step, which is applied to the base.
+        log_id: uint64 that tells logs apart: a federation's job, or a hash of the other fields.
+        identity: of the model before the first entry; its blocks are the groups of coefficients.
         distribution: of the noise.
         rounding: of 16-bit weights.
-        parameters: the active ones.
-        num_groups: rows of coefficients.
-        base: fingerprint of the active parameters before the first step.
-        whole: fingerprint of all the model's parameters before the first step, or None.
-        settings: of the run (learning rate, eps, ...), to be read by people; nothing uses them.
+        first: number of the first entry: 1 for the rounds of a federation, 0 for steps.
+        run_seed: uint64; step t is of seed ``step_seed(run_seed, t)`` unless its entry says
+            otherwise. None where there is no such rule.
+        parameters: the active ones; empty where the writer had no model (a federation's server).
+        settings: of the run (learning rate, eps, ...), for people; nothing uses them.
         architecture: class of the model, or None.
-        dtype: that most of the model's weights have, as in "bfloat16", or None.
+        dtype: of most of the model's weights, as in "bfloat16", or None.
         package: version of the package that wrote it.
         noise_version: of the noise contract.
     """
 
-    run_seed: int
-    first_step: int
+    log_id: int
+    identity: ModelIdentity
     distribution: Distribution
     rounding: Rounding
-    parameters: tuple[Parameter, ...]
-    num_groups: int
-    base: int
-    whole: int | None
-    settings: Mapping[str, Any]
-    architecture: str | None
-    dtype: str | None
-    package: str
+    first: int = 1
+    run_seed: int | None = None
+    parameters: tuple[Parameter, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    architecture: str | None = None
+    dtype: str | None = None
+    package: str = field(default_factory=package_version)
     noise_version: int = NOISE_VERSION
+
+    def __post_init__(self) -> None:
+        """Raises LogError where fields make no sense."""
+        me = self.identity
+        words = {"log_id": self.log_id, "run_seed": self.run_seed or 0, "first": self.first}
+        words |= {"origin": me.origin or 0, "start": me.start, "layout": me.layout}
+        for what, value in words.items():
+            if type(value) is not int or not 0 <= value < 1 << 64:
+                raise LogError(f"{what} must be a uint64, got {value!r}")
+        if type(me.num_blocks) is not int or not 1 <= me.num_blocks <= MAX_GROUPS:
+            raise LogError(f"{me.num_blocks} groups; a log has 1 to {MAX_GROUPS}")
+        if self.distribution not in DISTRIBUTIONS or self.rounding not in ROUNDINGS:
+            raise LogError(f"unknown noise {self.distribution!r} or rounding {self.rounding!r}")
+        texts = [self.package, *(t for t in (self.architecture, self.dtype) if t is not None)]
+        if not isinstance(self.settings, Mapping) or not all(isinstance(t, str) for t in texts):
+            raise LogError("settings are no mapping, or a name is no text")
+        for p in self.parameters:
+            sizes_fit = all(type(n) is int and n >= 0 for n in p.shape)
+            if not isinstance(p.name, str) or not sizes_fit or math.prod(p.shape) > MAX_ELEMENTS:
+                raise LogError(f"parameter {p.name!r} of shape {p.shape}")
+            if (
+                p.dtype not in _DTYPES
+                or type(p.group) is not int
+                or not 0 <= p.group < me.num_blocks
+            ):
+                raise LogError(f"parameter {p.name!r} of dtype {p.dtype!r} in group {p.group!r}")
+        if len({p.name for p in self.parameters}) != len(self.parameters):
+            raise LogError("two parameters have one name")
+
+    @property
+    def num_groups(self) -> int:
+        """Rows of coefficients."""
+        return self.identity.num_blocks
+
+    def with_own_id(self) -> LogHeader:
+        """Returns the header with a log id that is a hash of all other fields."""
+        # No CRC: that of bytes which end in their own CRC would be the same for every header.
+        digest = hashlib.sha256(replace(self, log_id=0).encode()).digest()
+        return replace(self, log_id=int.from_bytes(digest[:8], "little"))
 
     def encode(self) -> bytes:
         """Returns the header's bytes."""
-        if not 1 <= self.num_groups <= MAX_GROUPS:
-            raise TrajectoryError(f"{self.num_groups} groups; a trajectory has 1 to {MAX_GROUPS}")
-        text = self._text()
-        packed = zlib.compress(text, 9)
+        # JSON, since a header is read by people too (``python -m json.tool`` after inflating), and
+        # written once a run: only entries must be small.
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["identity"] = asdict(self.identity)
+        values["settings"] = dict(self.settings)
+        # Columns, not rows: names that repeat a pattern compress better side by side.
+        columns = ([getattr(p, f.name) for p in self.parameters] for f in fields(Parameter))
+        values["parameters"] = list(columns)
+        try:
+            text = json.dumps(values, separators=(",", ":"), allow_nan=False).encode()
+        except (TypeError, ValueError) as error:
+            raise LogError(
+                f"settings must be plain JSON (text, finite numbers, lists, ...): {error}"
+            ) from None
         if len(text) > MAX_TEXT_BYTES:
-            raise TrajectoryError(f"names and settings take {len(text)} bytes: too many")
-        fixed = _FIXED.pack(
-            MAGIC,
-            FORMAT,
-            self.noise_version,
-            DISTRIBUTION_CODES[self.distribution],
-            ROUNDING_CODES[self.rounding],
-            self.whole is not None,
-            0,
-            self.num_groups,
-            self.run_seed,
-            self.first_step,
-            self.base,
-            self.whole or 0,
-            len(text),
-            len(packed),
-        )
-        crc = zlib.crc32(fixed)
-        # Continued from that of the fields: the CRC of data and its own CRC would be a constant.
-        return fixed + _CRC.pack(crc) + packed + _CRC.pack(zlib.crc32(packed, crc))
+            raise LogError(f"names and settings take {len(text)} bytes: too many")
+        packed = zlib.compress(text, 9)
+        data = _FIXED.pack(MAGIC, FORMAT, 0, len(text), len(packed)) + packed
+        return data + _CRC.pack(zlib.crc32(data))
+
+    def difference(self, other: LogHeader) -> str | None:
+        """Returns a sentence on the first thing in which another log differs, or None."""
+        for what, name in (("job", "log_id"), ("distribution",) * 2, ("rounding",) * 2):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                return f"another {what}: {theirs}, expected {mine}"
+        return self.identity.difference(other.identity)
 
     def parameter_difference(self, others: Iterable[Parameter], groups: bool = True) -> str | None:
         """Returns a sentence on the first thing in which other parameters differ, or None.
@@ -125,138 +175,79 @@ class TrajectoryHeader:
                     return f"{name!r} has {what} {have}, expected {want}"
         return None
 
-    def _text(self) -> bytes:
-        fields = {
-            "names": [p.name for p in self.parameters],
-            "shapes": [p.shape for p in self.parameters],
-            "dtypes": [DTYPE_CODES[p.dtype] for p in self.parameters],
-            "groups": [p.group for p in self.parameters],
-            "settings": dict(self.settings),
-            "architecture": self.architecture,
-            "dtype": self.dtype,
-            "package": self.package,
-        }
-        try:
-            return json.dumps(fields, separators=(",", ":"), allow_nan=False).encode()
-        except (TypeError, ValueError) as error:
-            raise TrajectoryError(
-                f"settings must be what JSON knows (text, finite numbers, lists, ...): {error}"
-            ) from None
 
-
-def decode_header(data: bytes | memoryview) -> tuple[TrajectoryHeader, int]:
+def decode_header(data: bytes | memoryview) -> tuple[LogHeader, int]:
     """Returns the header that a file starts with, and where it ends.
 
     Raises:
-        DamagedError: it is cut or changed.
-        TrajectoryError: it is of another format or noise version, or makes no sense.
+        DamagedLogError: it is cut or changed.
+        LogError: it is of another format or noise version, or makes no sense.
     """
     view = memoryview(data)
-    if bytes(view[: len(MAGIC)]) != MAGIC[: len(view)] or len(view) == 0:
-        raise TrajectoryError(f"this is no trajectory: it starts with {bytes(view[:8])!r}")
-    if len(view) < FIXED_BYTES:
-        raise DamagedError(f"a trajectory has at least {FIXED_BYTES} bytes, {len(view)} are there")
-    fields = _FIXED.unpack_from(view)
-    _, version, noise, law, rounding, known, zero, groups = fields[:8]
-    run_seed, first_step, base, whole, plain_bytes, packed_bytes = fields[8:]
-    crc = zlib.crc32(view[: _FIXED.size])
-    if _CRC.unpack_from(view, _FIXED.size)[0] != crc:
-        raise DamagedError("the header is damaged: its CRC does not match")
-    if version != FORMAT:
-        raise TrajectoryError(f"trajectory format {version}, this package reads {FORMAT}")
-    if noise != NOISE_VERSION:
-        raise TrajectoryError(
-            f"the trajectory is of noise version {noise}, this package makes version "
-            f"{NOISE_VERSION}: replay it with the package that wrote it"
-        )
-    if known > 1 or zero or not 1 <= groups <= MAX_GROUPS or plain_bytes > MAX_TEXT_BYTES:
-        raise TrajectoryError("the header's fields make no sense")
-    end = FIXED_BYTES + packed_bytes + _CRC.size
+    start = bytes(view[:10])
+    if start.startswith(_OLD):
+        raise LogError("format 1, of version 0.1.0: read it with the package that wrote it")
+    if start[:8] != MAGIC[: len(start)] or not start:
+        raise LogError(f"this is no trajectory and no log: it starts with {start[:8]!r}")
+    if len(view) < _FIXED.size:
+        raise DamagedLogError(f"a log has at least {_FIXED.size} bytes, {len(view)} are there")
+    _, version, zero, plain_bytes, packed_bytes = _FIXED.unpack_from(view)
+    if version != FORMAT or zero:
+        raise LogError(f"log format {version}, this package reads {FORMAT}")
+    end = _FIXED.size + packed_bytes + _CRC.size
     if end > len(view):
-        raise DamagedError(f"the header takes {end} bytes, {len(view)} are there")
-    packed = view[FIXED_BYTES : end - _CRC.size]
-    if _CRC.unpack_from(view, end - _CRC.size)[0] != zlib.crc32(packed, crc):
-        raise DamagedError("the header is damaged: the CRC of its text does not match")
-    text = _inflate(packed, plain_bytes)
+        raise DamagedLogError(f"the header takes {end} bytes, {len(view)} are there")
+    # The CRC first: what does not pass it is damage, what passes and makes no sense is a lie.
+    if _CRC.unpack_from(view, end - _CRC.size)[0] != zlib.crc32(view[: end - _CRC.size]):
+        raise DamagedLogError("the header is damaged: its CRC does not match")
+    text = _inflate(view[_FIXED.size : end - _CRC.size], plain_bytes)
     try:
-        parts = json.loads(text)
-        parameters = _parameters(parts, groups)
-        settings, architecture = parts["settings"], parts["architecture"]
-        dtype, package = parts["dtype"], parts["package"]
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise TrajectoryError(f"the header's text makes no sense: {error!r}") from None
-    texts = [package, *(t for t in (architecture, dtype) if t is not None)]
-    if not isinstance(settings, dict) or not all(isinstance(t, str) for t in texts):
-        raise TrajectoryError("the header's text makes no sense")
-    header = TrajectoryHeader(
-        run_seed=run_seed,
-        first_step=first_step,
-        distribution=decode_choice(DISTRIBUTION_CODES, law, "distribution", TrajectoryError),
-        rounding=decode_choice(ROUNDING_CODES, rounding, "rounding", TrajectoryError),
-        parameters=parameters,
-        num_groups=groups,
-        base=base,
-        whole=whole if known else None,
-        settings=settings,
-        architecture=architecture,
-        dtype=dtype,
-        package=package,
-    )
+        values = json.loads(text)
+        noise = values["noise_version"]
+        values["identity"] = ModelIdentity(**values["identity"])
+        columns = (list(column) for column in values["parameters"])
+        rows = zip(*columns, strict=True)
+        values["parameters"] = tuple(Parameter(n, tuple(s), d, g) for n, s, d, g in rows)
+        header = LogHeader(**values)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise LogError(f"the header's text makes no sense: {error!r}") from None
+    if noise != NOISE_VERSION:
+        raise LogError(
+            f"the log is of noise version {noise}, this package makes version {NOISE_VERSION}: "
+            "replay it with the package that wrote it"
+        )
     return header, end
 
 
 def _inflate(packed: memoryview, size: int) -> bytes:
+    # Never unpacked further than the header says: a small file may hold gigabytes of zeros.
     stream = zlib.decompressobj()
+    if size > MAX_TEXT_BYTES:
+        raise LogError(f"the header's text says {size} bytes; at most {MAX_TEXT_BYTES} are allowed")
     try:
         text = stream.decompress(packed, size + 1)
     except zlib.error as error:
-        raise TrajectoryError(f"the header's text cannot be unpacked: {error}") from None
+        raise LogError(f"the header's text cannot be unpacked: {error}") from None
     if len(text) != size or not stream.eof or stream.unused_data:
-        raise TrajectoryError(f"the header's text should have {size} bytes unpacked")
+        raise LogError(f"the header's text should have {size} bytes unpacked")
     return text
 
 
-def _parameters(parts: Mapping[str, Any], groups: int) -> tuple[Parameter, ...]:
-    columns = [parts[key] for key in ("names", "shapes", "dtypes", "groups")]
-    if not all(isinstance(column, list) for column in columns):
-        raise ValueError("parameters are not lists")
-    parameters = []
-    for name, shape, dtype, group in zip(*columns, strict=True):
-        sizes_fit = all(type(n) is int and n >= 0 for n in shape)
-        if not isinstance(name, str) or not sizes_fit or math.prod(shape) > MAX_ELEMENTS:
-            raise ValueError(f"parameter {name!r} of shape {shape}")
-        if type(group) is not int or not 0 <= group < groups:
-            raise ValueError(f"group {group} of {name!r}")
-        parameters.append(Parameter(name, tuple(shape), _DTYPES[dtype], group))
-    if len({p.name for p in parameters}) != len(parameters):
-        raise ValueError("a name is there twice")
-    return tuple(parameters)
-
-
-Tables = zk.ParamTable | Sequence[zk.ParamTable]
-
-
-def as_tables(tables: Tables) -> tuple[zk.ParamTable, ...]:
-    """Returns a table, or several (one a device), as a tuple."""
-    parts = (tables,) if isinstance(tables, zk.ParamTable) else tuple(tables)
-    groups = sorted({table.num_groups for table in parts})
-    if len(groups) != 1:
-        raise ValueError(f"expected tables of one num_groups, got {groups}")
-    return parts
-
-
-def parameters_of(tables: Iterable[zk.ParamTable]) -> tuple[Parameter, ...]:
-    """Returns what a header tells of the tables' parameters."""
-    entries = [entry for table in tables for entry in table.entries]
+def parameters_of(tables: TableLike) -> tuple[Parameter, ...]:
+    """Returns the parameters that a header lists."""
+    entries = [entry for table in each_table(tables) for entry in table.entries]
     for entry in entries:
         if entry.offset:
-            raise TrajectoryError(
+            raise LogError(
                 f"{entry.name!r} is a shard (offset {entry.offset}); a trajectory is of whole "
                 "parameters: gather them first"
             )
-    return tuple(Parameter(e.name, tuple(e.tensor.shape), e.tensor.dtype, e.group) for e in entries)
+    return tuple(
+        Parameter(e.name, tuple(e.tensor.shape), dtype_name(e.tensor.dtype), e.group)
+        for e in entries
+    )
 
 
-def fingerprint_of(tables: Iterable[zk.ParamTable]) -> int:
-    """Returns the fingerprint of all tables together; on one device, that of its table."""
-    return sum(map(zk.fingerprint, tables)) % (1 << 64)
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns "bfloat16" for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")

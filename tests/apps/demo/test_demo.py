@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from typer.testing import CliRunner
-from zorba.apps.cli import app
 from zorba.apps.demo.report import write_files
 from zorba.apps.demo.run import Run
 from zorba.apps.demo.settings import DemoSettings
@@ -26,6 +24,7 @@ from zorba.apps.reviews.settings import CLIENTS, OWN_REPLICA
 from zorba.apps.reviews.task import Score
 from zorba.apps.watch import Follower, Status
 
+from tests.command import zorba
 from tests.hf.tiny import tiny_config
 
 
@@ -139,12 +138,12 @@ def test_a_whole_demo_on_a_tiny_random_model(
 
 
 def test_help_explains_every_knob() -> None:
-    text = CliRunner().invoke(app, ["demo", "--help"], env={"COLUMNS": "200"}).output
+    text = zorba("demo", "--help").output
     for knob in ("--rounds", "--lr", "--eps", "--distribution", "--local-steps", "--out"):
         assert knob in text
 
 
 def test_a_wrong_distribution_is_refused() -> None:
-    result = CliRunner().invoke(app, ["demo", "--distribution", "cauchy"])
+    result = zorba("demo", "--distribution", "cauchy")
     assert result.exit_code == 2
     assert "rademacher" in result.output

@@ -25,7 +25,7 @@ def make(kind: str, parts: tuple[Any, Any]) -> Objective:
     if kind == "text":
         return Text(*parts, "{sentence}", 32)
     words = [" terrible", " great"] if kind == "words" else [" bad film", " great"]
-    return LabelWords(*parts, "{sentence} It was", words, "label", 32)
+    return LabelWords(*parts, "{sentence} It was", words, max_length=32)
 
 
 @pytest.mark.parametrize("kind", ["words", "words of two tokens", "text"])

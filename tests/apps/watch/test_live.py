@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
-from zorba.apps.cli import app
 from zorba.apps.watch import Follower
 from zorba.apps.watch.live import LiveView
 from zorba.apps.watch.terminal import RunView, sparkline
 from zorba.federated import RunFolderError
 
 from tests.apps.watch.runs import HOSTILE, Run
+from tests.command import zorba
 
 
 def show(path: Path, width: int, height: int = 40, after: float = 0.0) -> str:
@@ -128,7 +127,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     assert isinstance(view.error, RunFolderError)
     assert "the view of the run stopped" in output.getvalue()
     for path, words in ((tmp_path, "names no schema"), (tmp_path / "x", "there is no run at")):
-        result = CliRunner().invoke(app, ["watch", str(path)], env={"COLUMNS": "200"})
+        result = zorba("watch", path)
         assert result.exit_code == 1
         assert words in result.output.replace("\n", " ")
 
@@ -136,11 +135,11 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
 def test_command(tmp_path: Path, draw: random.Random) -> None:
     run = Run(tmp_path, [f"client-{n}" for n in range(60)], 4, 3, draw)
     run.round(1)
-    once = CliRunner().invoke(app, ["watch", str(tmp_path), "--once"])
+    once = zorba("watch", tmp_path, "--once")
     assert once.exit_code == 0
     assert once.output.count("client-") == 60
     run.end()
-    whole = CliRunner().invoke(app, ["watch", str(tmp_path / "events.jsonl")])
+    whole = zorba("watch", tmp_path / "events.jsonl")
     assert whole.exit_code == 0
     assert "rounds 1 to 3, 60 clients" in whole.output
 

@@ -11,13 +11,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from typer.testing import CliRunner
-from zorba.apps.cli import app
 from zorba.apps.watch.fields import clean
 from zorba.apps.watch.page import write_report
 from zorba.apps.watch.svg import short, stretches, ticks
 
 from tests.apps.watch.runs import HOSTILE, Run
+from tests.command import zorba
 
 VOID = ("meta", "br", "link", "img", "input")
 
@@ -223,19 +222,18 @@ def test_hostile_texts_are_text(tmp_path: Path, draw: random.Random) -> None:
 def test_command(tmp_path: Path, draw: random.Random) -> None:
     run = Run(tmp_path / "run", ["ada"], 2, 1, draw)
     run.round(1)
-    done = CliRunner().invoke(app, ["report", str(run.path)])
+    done = zorba("report", run.path)
     assert done.exit_code == 0, done.output
     assert "wrote" in done.output
     assert (run.path / "report.html").is_file()
     out = tmp_path / "new" / "page.html"
-    assert CliRunner().invoke(app, ["report", str(run.path), "--out", str(out)]).exit_code == 0
+    assert zorba("report", run.path, "--out", out).exit_code == 0
     assert out.is_file()
     for path, words in ((tmp_path, "there is no run at"), (out.parent, "there is no run at")):
-        refused = CliRunner().invoke(app, ["report", str(path)], env={"COLUMNS": "200"})
+        refused = zorba("report", path)
         assert refused.exit_code == 1
         assert words in refused.output
-    unwritable = ["report", str(run.path), "--out", str(out / "x")]
-    assert CliRunner().invoke(app, unwritable).exit_code == 1
+    assert zorba("report", run.path, "--out", out / "x").exit_code == 1
 
 
 def test_ticks_are_round_and_inside(draw: random.Random) -> None:

@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,56 +19,13 @@ from zorba.apps.plan.calibration import Calibration, calibrate
 from zorba.apps.plan.footprint import Footprint, footprint_of, make_model, read_config
 from zorba.apps.plan.measure import measure_client
 from zorba.apps.plan.prediction import Parts, memory_model, predict
+from zorba.apps.plan.settings import PlanSettings
 from zorba.apps.plan.workload import Workload
+from zorba.apps.progress import plain_console
 from zorba.planning.picture import draw_plan
 from zorba.planning.plan import BlockPlan
 from zorba.planning.planner import plan_blocks
 from zorba.sizes import show_bytes
-
-
-@dataclass(frozen=True)
-class PlanSettings:
-    """What ``zorba plan`` is told.
-
-    Attributes:
-        model: folder or hub name of a causal language model, or its config.json.
-        budgets: bytes of each client, by name.
-        workload: what a client computes in a step.
-        priorities: of the blocks in F1; None where they are alike.
-        min_coverage: clients that must have each block active.
-        min_active: blocks that each client must have active.
-        max_active: blocks that a client may have active, or None.
-        tolerance: how far F1 may be above its least value to save memory.
-        measure: whether to measure what is predicted.
-        calibration: file of calibrations.
-        out: folder for plan.json and plan.png.
-        device: where clients compute.
-    """
-
-    model: str
-    budgets: dict[str, int]
-    workload: Workload
-    priorities: tuple[float, ...] | None
-    min_coverage: int
-    min_active: int
-    max_active: int | None
-    tolerance: float
-    measure: bool
-    calibration: Path
-    out: Path
-    device: str
-
-
-def plan_settings(model: str, dtype: str, work: dict[str, Any], **options: Any) -> PlanSettings:
-    """Returns settings; a dtype of "auto" is that of the model.
-
-    Raises:
-        ValueError: a word or number that makes no sense, or no model.
-    """
-    if dtype == "auto":
-        config = read_config(model)
-        dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-    return PlanSettings(model=model, workload=Workload(dtype=dtype, **work), **options)
 
 
 def run_plan(settings: PlanSettings, console: Console | None = None) -> dict[str, Any]:
@@ -80,9 +37,9 @@ def run_plan(settings: PlanSettings, console: Console | None = None) -> dict[str
         RuntimeError: a client that was measured failed.
         OSError: a file that cannot be read or written.
     """
-    console = console or Console()
+    console = console or plain_console()
     config = read_config(settings.model)
-    workload = settings.workload
+    workload = _workload(settings, config)
     footprint = footprint_of(config, workload.dtype)
     console.print(_describe(footprint, workload), highlight=False)
     calibration = calibrate(
@@ -91,7 +48,7 @@ def run_plan(settings: PlanSettings, console: Console | None = None) -> dict[str
     plan = plan_blocks(
         memory_model(footprint, calibration, workload),
         settings.budgets,
-        priorities=settings.priorities,
+        priorities=settings.priorities or None,
         min_coverage=settings.min_coverage,
         min_active=settings.min_active,
         max_active=settings.max_active,
@@ -101,14 +58,30 @@ def run_plan(settings: PlanSettings, console: Console | None = None) -> dict[str
     predicted = [predict(footprint, calibration, workload, row) for row in plan.mask.tolist()]
     measured: list[int | None] = [None] * len(predicted)
     if settings.measure:
-        measured = _measure(settings, config, plan)
+        measured = _measure(settings, workload, config, plan)
     console.print(_table(plan, predicted, measured))
-    record = _record(settings, footprint, calibration, plan, predicted, measured)
+    record = _record(settings, workload, footprint, calibration, plan, predicted, measured)
     settings.out.mkdir(parents=True, exist_ok=True)
     (settings.out / "plan.json").write_text(json.dumps(record, indent=1) + "\n")
     draw_plan(plan, settings.out / "plan.png")
     console.print(f"wrote {settings.out / 'plan.json'} and plan.png", highlight=False)
     return record
+
+
+def _workload(settings: PlanSettings, config: Any) -> Workload:
+    """Returns the step to plan for; a dtype of "auto" is that of the model."""
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    return Workload(
+        batch_size=settings.batch_size,
+        length=settings.length,
+        num_perturbations=settings.perturbations,
+        estimator=settings.estimator,
+        loss=settings.loss,
+        dtype=dtype,
+        idle=settings.idle,
+    )
 
 
 def _describe(footprint: Footprint, workload: Workload) -> str:
@@ -120,14 +93,16 @@ def _describe(footprint: Footprint, workload: Workload) -> str:
     )
 
 
-def _measure(settings: PlanSettings, config: Any, plan: BlockPlan) -> list[int | None]:
+def _measure(
+    settings: PlanSettings, workload: Workload, config: Any, plan: BlockPlan
+) -> list[int | None]:
     """Measures each mask once, in a process of its own."""
     seen: dict[bytes, int] = {}
-    with _weights(settings, config) as folder:
+    with _weights(settings, workload.dtype, config) as folder:
         for row in track(plan.mask, "measuring clients", transient=True):
             if row.tobytes() not in seen:
                 apart = measure_client(
-                    folder, row.tolist(), settings.workload, settings.out, settings.device
+                    folder, row.tolist(), workload, settings.out, settings.device
                 )
                 on_cpu = settings.device == "cpu"
                 seen[row.tobytes()] = apart.above if on_cpu else apart.device_peak
@@ -135,12 +110,12 @@ def _measure(settings: PlanSettings, config: Any, plan: BlockPlan) -> list[int |
 
 
 @contextmanager
-def _weights(settings: PlanSettings, config: Any) -> Iterator[str]:
+def _weights(settings: PlanSettings, dtype: str, config: Any) -> Iterator[str]:
     """Gives a folder with the model in the workload's dtype; random weights where it has none."""
     from transformers import AutoModelForCausalLM
 
     settings.out.mkdir(parents=True, exist_ok=True)
-    folder, dtype = Path(settings.model), settings.workload.dtype
+    folder = Path(settings.model)
     has_weights = folder.is_dir() and any(folder.glob("*.safetensors"))
     if has_weights and str(config.dtype).removeprefix("torch.") == dtype:
         yield str(folder)
@@ -183,6 +158,7 @@ def _mib(count: int) -> str:
 
 def _record(
     settings: PlanSettings,
+    workload: Workload,
     footprint: Footprint,
     calibration: Calibration,
     plan: BlockPlan,
@@ -191,7 +167,7 @@ def _record(
 ) -> dict[str, Any]:
     return {
         "model": settings.model,
-        "workload": asdict(settings.workload),
+        "workload": asdict(workload),
         "device": settings.device,
         "footprint": asdict(footprint),
         "calibration": asdict(calibration),

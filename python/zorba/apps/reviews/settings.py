@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tyro.conf import Suppress
+
 from zorba.defaults import Distribution
 
 CLIENTS = {
@@ -48,7 +50,7 @@ class ReviewSettings:
         cache: Folder for the model and the data.
     """
 
-    clients: Mapping[str, int] = field(default_factory=lambda: dict(CLIENTS))
+    clients: Suppress[Mapping[str, int]] = field(default_factory=lambda: dict(CLIENTS))
     rounds: int = 50
     seed: int = 1
     # These are tuned: trainable, P, lr, clip, the distribution and the pool gave the best accuracy

@@ -1,0 +1,142 @@
+"""One pass over bf16 weights beside the pass that only moves their bytes, and what a step costs.
+
+    python -m pytest benchmarks/bench_passes.py
+
+On a GPU, if there is one; else on the CPU. Nothing can be faster than the limit of a pass: a copy
+of the same bytes on a GPU, torch's ``w.add_(c)`` on a CPU, where a copy reads the memory that it
+writes to as well.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+import zorba_kernels as zk
+from benchmarks.findings import Findings
+from benchmarks.sizes import Sizes
+from benchmarks.timing import Call, InTurn, count_of, flat_weights, host_seconds
+from zorba_kernels.noise import DISTRIBUTIONS, ROUNDINGS
+
+EPS = 1e-3
+OF_LIMIT = {"gaussian": 0.90, "rademacher": 0.97}  # targets on a GPU
+STEP_MS = 40.0  # target on a GPU: the passes of a step over 13 B weights
+
+
+def limits(weights: dict[str, Tensor], flat: Tensor, out: Tensor) -> dict[str, Call]:
+    """Returns passes that move the bytes of all weights once each way, and no more."""
+    return {
+        "copy": lambda: out.copy_(flat),
+        "plain": lambda: [w.add_(EPS) for w in weights.values()],
+    }
+
+
+def limit_of(device: torch.device) -> str:
+    """Returns the name of the one that bounds a device's passes."""
+    return "copy" if device.type == "cuda" else "plain"
+
+
+def bench_pass(
+    findings: Findings,
+    in_turn: InTurn,
+    device: torch.device,
+    backends: list[str],
+    sizes: Sizes,
+    title: str,
+) -> None:
+    """In place, and to another table."""
+    shapes = sizes.tables[title]()
+    flat, weights = flat_weights(shapes, device)
+    flat_out, outputs = flat_weights(shapes, device, like=flat)
+    table, out = zk.ParamTable(weights), zk.ParamTable(outputs)
+    calls = limits(weights, flat, flat_out)
+    for b, d, r in itertools.product(backends, DISTRIBUTIONS, ROUNDINGS):
+        calls[f"{b}, {d}, {r}, in place"] = lambda b=b, d=d, r=r: zk.add_noise_(
+            table, 1, EPS, d, r, backend=b
+        )
+        calls[f"{b}, {d}, {r}, out of place"] = lambda b=b, d=d, r=r: zk.add_noise(
+            table, out, 1, EPS, d, r, backend=b
+        )
+    times = in_turn(calls)
+    limit = limit_of(device)
+    group = f"one pass over {count_of(table.numel)} bf16 weights, {title}; limit: {limit}"
+    findings.passes(group, times, table.numel, 2 * table.nbytes, limit, device)
+    for b, d in itertools.product(backends, OF_LIMIT):
+        share = times[limit].median / times[f"{b}, {d}, nearest, in place"].median
+        name = f"{b}, {d}, nearest, in place, {title}"
+        findings.target(name, share, f"of the {limit}'s speed", least=OF_LIMIT[d])
+
+
+def bench_fingerprint(
+    findings: Findings,
+    in_turn: InTurn,
+    device: torch.device,
+    backends: list[str],
+    sizes: Sizes,
+    title: str,
+) -> None:
+    _, weights = flat_weights(sizes.tables[title](), device)
+    table = zk.ParamTable(weights)
+    calls: dict[str, Call] = {b: lambda b=b: zk.fingerprint(table, backend=b) for b in backends}
+    for b, t in in_turn(calls).items():
+        gb = table.nbytes / t.median / 1e9
+        group = f"fingerprint of {count_of(table.numel)} bf16 weights, {title}"
+        findings.measure(group, b, ms=t.median * 1e3, gb_per_s=gb)
+
+
+def bench_passes_of_a_step(
+    findings: Findings, in_turn: InTurn, device: torch.device, backends: list[str], sizes: Sizes
+) -> None:
+    """All that a step of central differences does besides its forward passes."""
+    flat, weights = flat_weights(sizes.step(), device)
+    table = zk.ParamTable(weights)
+    half = flat.numel() // 2
+
+    def copies() -> None:
+        # Each half goes to the other's place, so that there need be no second copy of 13 B weights.
+        for _ in range(3):
+            flat[:half].copy_(flat[half : 2 * half])
+            flat[half : 2 * half].copy_(flat[:half])
+
+    def passes(distribution: str, backend: str) -> None:
+        for coef in (EPS, -2 * EPS, EPS - 1e-6):
+            zk.add_noise_(table, 1, coef, distribution, backend=backend)
+
+    calls: dict[str, Call] = {
+        "copy": copies,
+        "plain": lambda: [w.add_(EPS) for _ in range(3) for w in weights.values()],
+    }
+    for b, d in itertools.product(backends, DISTRIBUTIONS):
+        calls[f"{b}, {d}"] = lambda b=b, d=d: passes(d, b)
+    times = in_turn(calls)
+    limit = limit_of(device)
+    group = f"perturb, flip, restore and update {sizes.step_title}, bf16; limit: {limit}"
+    findings.passes(group, times, table.numel, 3 * 2 * table.nbytes, limit, device)
+    for name in calls.keys() - {"copy", "plain"}:
+        figure = times[name].median * 1e3
+        findings.target(f"step of {sizes.step_title}, {name}", figure, "ms", most=STEP_MS)
+
+
+@pytest.mark.parametrize("tensors", [1, 291])
+def bench_host_time(
+    findings: Findings, device: torch.device, backends: list[str], sizes: Sizes, tensors: int
+) -> None:
+    """On tables of 64 weights a tensor, too small to take the device any time."""
+    table, out = (
+        zk.ParamTable(
+            {f"{i}": torch.zeros(64, dtype=torch.bfloat16, device=device) for i in range(tensors)}
+        )
+        for _ in range(2)
+    )
+    for b in backends:
+        calls: dict[str, Call] = {
+            "in place": lambda b=b: zk.add_noise_(table, 1, EPS, backend=b),
+            "out of place": lambda b=b: zk.add_noise(table, out, 1, EPS, backend=b),
+            "8 terms": lambda b=b: zk.add_noise_(table, range(8), [EPS] * 8, backend=b),
+        }
+        for name, call in calls.items():
+            us = host_seconds(call, device, sizes.calls) * 1e6
+            findings.measure(f"host time of a call, {tensors} tensors", f"{b}, {name}", us=us)

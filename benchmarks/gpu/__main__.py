@@ -1,0 +1,128 @@
+"""Checks and measures everything that needs a GPU, in under 8 minutes, and writes one JSON file.
+
+    python3 -m benchmarks.gpu [--rehearse] [--out FOLDER] [--seconds N] [STAGE ...]
+
+Needs torch, triton, transformers, numpy, pytest, nvcc and a C++ compiler; the package is built in
+the source tree and need not be installed. Ends with 0 if every check passed, 1 if one failed, 2 if
+there is no GPU. No timing decides. ``--rehearse`` goes through all stages in small on the CPU: it
+tests the check itself, and its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import summary
+from benchmarks.gpu.stages import ROOT, STAGES, Stage, environment, run_process
+from benchmarks.gpu.tools import output_of, tool
+from benchmarks.record import read_results, write_results
+
+SECONDS = 460.0
+PROBE = """
+import json, torch
+from torch import cuda
+found = {"why_not": f"torch {torch.__version__} is built for {torch.version.cuda or 'no CUDA'}, "
+    f"torch.cuda.is_available() is {cuda.is_available()}"}
+if torch.version.cuda and cuda.is_available():
+    major, minor = cuda.get_device_capability(0)
+    found = {"device": cuda.get_device_name(0), "arch": f"{major}{minor}"}
+print(json.dumps(found))
+"""
+
+
+def main() -> int:
+    """Returns the exit status."""
+    head = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu", description=head)
+    names = [stage.name for stage in STAGES]
+    parser.add_argument("stage", nargs="*", help=f"only these, of {', '.join(names)}")
+    parser.add_argument("--rehearse", action="store_true", help="in small, on the CPU")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all stages together")
+    given = parser.parse_args()
+    unknown = sorted(set(given.stage) - set(names))
+    if unknown:
+        parser.error(f"there is no stage {', '.join(unknown)}; there are {', '.join(names)}")
+
+    start = time.monotonic()
+    gpu = {"device": "rehearsal"} if given.rehearse else probe()
+    if "why_not" in gpu:
+        print(f"gpu-check needs a GPU, and there is none to use: {gpu['why_not']}.")
+        return 2
+    today = datetime.date.today().isoformat()
+    slug = re.sub(r"[^a-z0-9]+", "-", gpu["device"].lower()).strip("-")
+    path = given.out.resolve() / f"gpu-{slug}-{today}.json"
+    head_commit = output_of(["git", "rev-parse", "HEAD"])
+    changed = output_of(["git", "status", "--porcelain"])
+    about = {"device": gpu["device"], "date": today, "commit": head_commit, "changed": changed}
+    write_results(path, {**about, "passed": False, "complete": False, "stages": {}})
+    for stage in STAGES:
+        if not given.stage or stage.name in given.stage:
+            run_stage(stage, path, start + given.seconds - time.monotonic(), gpu.get("arch"))
+
+    whole = read_results(path)
+    passed = all(row["good"] for row in whole["stages"].values())
+    whole.update(complete=True, passed=passed, seconds=round(time.monotonic() - start, 1))
+    write_results(path, whole)
+    print("\n".join([*summary.lines(whole), str(path)]))
+    return 0 if passed else 1
+
+
+def probe() -> dict[str, str]:
+    """Returns the GPU's name and architecture, or why there is none.
+
+    A process of its own asks, so that this one holds no memory of the GPU.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE], env=environment(), capture_output=True, text=True
+    )
+    try:
+        found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        return {"why_not": f"looking for one failed ({last})"}
+    return found
+
+
+def run_stage(stage: Stage, path: Path, left: float, arch: str | None) -> None:
+    """Runs a stage in a process of its own, which a broken CUDA context ends with.
+
+    Args:
+        stage: to run.
+        path: of the results; the stage's tests put themselves there.
+        left: seconds for this stage and those behind it.
+        arch: of the GPU, such as "90"; None in a rehearsal.
+    """
+    print(f"== {stage.name}: {stage.about} ({left:.0f} s left)", flush=True)
+    start = time.monotonic()
+    if left < stage.least:
+        outcome = f"skipped: {left:.0f} s were left, and it needs at least {stage.least:.0f}"
+    else:
+        limit = min(stage.limit, left)
+        variables = {}
+        if arch is not None:  # built for this GPU alone, which must work
+            variables = {"ZORBA_CUDA": "1", "ZORBA_CUDA_ARCHS": arch, "NVCC": tool("nvcc") or ""}
+        command = stage.command(path, limit, rehearse=arch is None)
+        outcome = run_process(command, limit, {k: v for k, v in variables.items() if v})
+    whole = read_results(path)
+    row: dict[str, Any] = whole["stages"].setdefault(stage.name, {})
+    failed = any(test["outcome"] == "failed" for test in row.get("tests", []))
+    # A peer or a tool that does not run says nothing against the kernels; a failed check does.
+    good = outcome == "passed" or (stage.optional and not failed)
+    row.update(outcome=outcome, good=good, seconds=round(time.monotonic() - start, 1))
+    write_results(path, whole)
+    print(f"   {outcome}, {row['seconds']:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""The machine, its versions, and whether the compiled part and both GPU backends serve it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+import torch
+from zorba import machine
+
+import zorba_kernels as zk
+from benchmarks.findings import Findings
+from benchmarks.gpu.tools import output_of, tool
+from benchmarks.timing import GPU_BACKENDS
+
+pytestmark = pytest.mark.gpu
+
+CLOCKS = (
+    "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,"
+    "temperature.gpu,memory.total,memory.used"
+)
+PATIENCE = 90.0  # seconds for compiling ahead
+
+
+def test_description(findings: Findings, device: torch.device) -> None:
+    """What every figure of the run belongs to."""
+    about: dict[str, Any] = machine.describe() | {
+        "triton": machine.version_of("triton"),
+        "pytest": machine.version_of("pytest"),
+        "processors": os.cpu_count(),
+        "nvcc": output_of([tool("nvcc") or "nvcc", "--version"]),
+        "c++": output_of([os.environ.get("CXX", "c++"), "--version"]),
+        "nvidia_smi": output_of(["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv"]),
+        "build_info": zk.build_info(),
+        "cuda_of_torch": torch.version.cuda,
+    }
+    if device.type == "cuda":
+        about["gpu"] = str(torch.cuda.get_device_properties(device))
+    findings.facts.update(about)
+    assert zk.build_info()["compiled"], zk.build_info()["reason"]
+
+
+def test_backends_serve(findings: Findings, device: torch.device) -> None:
+    rows = {row.name: row for row in zk.backends(device)}
+    findings.facts.update({name: row.reason or "serves" for name, row in rows.items()})
+    for name in GPU_BACKENDS if device.type == "cuda" else ("cpu",):
+        assert rows[name].available, f"{name}: {rows[name].reason}"
+
+
+def test_triton_compiles_ahead(
+    findings: Findings, device: torch.device, backends: list[str]
+) -> None:
+    """On all processors at once, so that later stages find every kernel in Triton's cache.
+
+    Kernels that are not ready in time are compiled later, where they are used.
+    """
+    if "triton" not in backends:
+        pytest.skip("triton does not serve this device")
+    parts = min(os.cpu_count() or 1, 16)
+    command = [sys.executable, "-m", "benchmarks.gpu.precompile"]
+    running = [subprocess.Popen([*command, f"{part}", f"{parts}"]) for part in range(parts)]
+    end = time.monotonic() + PATIENCE
+    good = 0
+    for process in running:
+        try:
+            good += process.wait(max(end - time.monotonic(), 0.1)) == 0
+        except subprocess.TimeoutExpired:
+            process.kill()
+    findings.facts.update(processes=parts, done=good)

@@ -1,0 +1,123 @@
+"""z is the same at every counter on every backend.
+
+The backends of the GPU are compared with each other at all 2**32 counters of several seeds, on the
+GPU. The cpu backend and the oracle, run on the GPU, follow over chunks in random order, for as long
+as there is time.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import zorba_kernels as zk
+from benchmarks.findings import Findings
+from benchmarks.gpu.bits import assert_equal_bits, reference_chunk
+from benchmarks.sizes import Sizes
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_all_counters(
+    findings: Findings,
+    device: torch.device,
+    backends: list[str],
+    sizes: Sizes,
+    rng: random.Random,
+    distribution: str,
+) -> None:
+    """The backends of a GPU; a rehearsal has one, and compares it with the oracle."""
+    one, other = [*backends, "reference"][:2]
+    findings.facts.update(backends=[one, other], elements=0, counters=0)
+    for _ in range(sizes.seeds[distribution]):
+        key = random_key(rng, distribution)
+        for offset in range(0, sizes.elements, sizes.chunk):
+            mine, theirs = (
+                zk.noise(sizes.chunk, **key, offset=offset, device=device, backend=name)
+                for name in (one, other)
+            )
+            assert_equal_bits(mine, theirs, f"{key} from index {offset}")
+            del mine, theirs  # before the next two are made: there is no memory for four
+            count(findings, sizes.chunk, distribution)
+
+
+@pytest.mark.parametrize(
+    ("distribution", "other", "share"),
+    [
+        ("gaussian", "cpu", 1 / 4),
+        ("gaussian", "reference", 1 / 3),
+        ("rademacher", "cpu", 1 / 2),
+        ("rademacher", "reference", 1),
+    ],
+)
+def test_chunks_in_random_order(
+    findings: Findings,
+    device: torch.device,
+    backends: list[str],
+    sizes: Sizes,
+    rng: random.Random,
+    left: Callable[[], float],
+    distribution: str,
+    other: str,
+    share: float,
+) -> None:
+    """Each takes its share of the time that is left, and a least number of elements."""
+    stop = left() * (1 - 0.9 * share)
+    key = random_key(rng, distribution)
+    chunk = sizes.chunk_other
+    offsets = list(range(0, sizes.elements, chunk))
+    rng.shuffle(offsets)
+    findings.facts.update(backends=[backends[0], other], elements=0, counters=0)
+    through_weights = noise_through_weights(device, key, chunk)
+    with reference_chunk(chunk):
+        for offset in offsets:
+            mine = zk.noise(chunk, **key, offset=offset, device=device, backend=backends[0])
+            if other == "cpu":
+                theirs = through_weights(offset)
+            else:
+                theirs = zk.noise(chunk, **key, offset=offset, device=device, backend=other)
+            assert_equal_bits(mine, theirs, f"{key} from index {offset}")
+            count(findings, chunk, distribution)
+            if left() < stop and findings.facts["elements"] >= sizes.least_other:
+                break
+
+
+def count(findings: Findings, elements: int, distribution: str) -> None:
+    """Keeps what was compared beside the outcome."""
+    findings.facts["elements"] += elements
+    findings.facts["counters"] += elements // zk.noise.BLOCK_ELEMENTS[distribution]
+
+
+def random_key(rng: random.Random, distribution: str) -> dict[str, Any]:
+    """Returns arguments of ``noise`` besides the range; the stream is that of the name ``w``."""
+    return {
+        "seed": rng.getrandbits(64),
+        "stream": zk.noise.stream_of("w"),
+        "sample": rng.getrandbits(31),
+        "distribution": distribution,
+    }
+
+
+def noise_through_weights(
+    device: torch.device, key: dict[str, Any], count: int
+) -> Callable[[int], Tensor]:
+    """Returns what makes z with the cpu backend as 0 + 1 * z, where the device reads it fast."""
+    zeros = torch.zeros(count)
+    held = torch.empty(count, pin_memory=device.type == "cuda")
+    there = torch.empty(count, device=device)
+
+    def noise(offset: int) -> Tensor:
+        table, out = (zk.ParamTable({"w": t}, offsets={"w": offset}) for t in (zeros, held))
+        samples = [key["sample"]]
+        zk.add_noise(
+            table, out, key["seed"], 1.0, key["distribution"], samples=samples, backend="cpu"
+        )
+        return there.copy_(held)
+
+    return noise

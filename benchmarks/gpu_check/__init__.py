@@ -1,1 +1,0 @@
-"""Everything that needs a GPU, proven and measured by one command: ``make gpu-check``."""

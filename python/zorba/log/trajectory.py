@@ -1,0 +1,198 @@
+"""TrajectoryWriter: records what an optimizer does to the weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from zorba.identity import identity_of, model_fingerprint
+from zorba.log.entry import LogEntry
+from zorba.log.errors import LogError
+from zorba.log.file import LogFile
+from zorba.log.header import LogHeader, dtype_name, parameters_of
+from zorba.optim import NoiseTerms
+from zorba.tables import TableLike, each_table, fingerprint
+from zorba_kernels.noise import DISTRIBUTIONS, ROUNDINGS, Distribution, Rounding
+from zorba_kernels.program import check_choice, check_uint64
+from zorba_kernels.table import DTYPE_CODES
+
+SUFFIX = ".zot"
+
+
+class TrajectoryWriter:
+    """A trajectory that is open for appending.
+
+    Make one with ``create`` before the first step, or with ``resume`` to go on with a run that was
+    stopped. Give it every step in order, ``append`` for an update and ``skip`` for a step that left
+    the weights alone, and end with ``finish``. It records updates alone: the placement must leave
+    the weights otherwise untouched, as "scratch" does. As a context manager it is finished on a
+    regular exit and only closed on an exception.
+
+    Attributes:
+        log: the file. A crash loses at most the entry that was being written.
+    """
+
+    def __init__(self, log: LogFile, tables: TableLike) -> None:
+        """Use ``create`` or ``resume``."""
+        self.log = log
+        self._tables = tables
+
+    @staticmethod
+    def create(
+        path: str | Path,
+        tables: TableLike,
+        run_seed: int,
+        distribution: Distribution,
+        rounding: Rounding,
+        *,
+        model: nn.Module | None = None,
+        settings: Mapping[str, Any] | None = None,
+        first_step: int = 0,
+    ) -> TrajectoryWriter:
+        """Starts a trajectory at the weights as they are now.
+
+        Args:
+            path: of a file that does not exist; by custom it ends in ".zot".
+            tables: the active parameters, a table or several of different devices.
+            run_seed: uint64; step t is of seed ``step_seed(run_seed, t)``. Others are recorded in
+                full.
+            distribution: of the noise.
+            rounding: of 16-bit weights.
+            model: whose parameters they are, so that the frozen ones are told apart too.
+            settings: of the run, for people; plain JSON.
+            first_step: number of the step that comes next.
+
+        Raises:
+            LogError: the file exists, or the table cannot be recorded.
+        """
+        check_choice("distribution", distribution, DISTRIBUTIONS)
+        check_choice("rounding", rounding, ROUNDINGS)
+        weights = [] if model is None else _weights(model)
+        header = LogHeader(
+            log_id=0,
+            identity=identity_of(tables, model_fingerprint(weights) if weights else None),
+            distribution=distribution,
+            rounding=rounding,
+            first=check_uint64(first_step, "first_step"),
+            run_seed=check_uint64(run_seed, "run_seed"),
+            parameters=parameters_of(tables),
+            settings=settings or {},
+            architecture=None if model is None else type(model).__name__,
+            dtype=_main_dtype(weights),
+        ).with_own_id()
+        # A step takes milliseconds, an fsync may take as long: checkpoints ask for one (``sync``).
+        return TrajectoryWriter(LogFile(path, header, durable=False, new=True), tables)
+
+    @staticmethod
+    def resume(path: str | Path, tables: TableLike, step: int) -> TrajectoryWriter:
+        """Goes on with a trajectory whose run continues with ``step``.
+
+        The entries of that step and later ones, which the run will make again, are cut, and so is a
+        torn tail.
+
+        Args:
+            path: of the file.
+            tables: the active parameters as they are before ``step``.
+            step: number of the step that comes next.
+
+        Raises:
+            LogError: the file is damaged, of other parameters, or ends before ``step``; it is left
+                as it is.
+        """
+        # Everything is checked before the file is cut: a wrong table must not cost the record.
+        log = LogFile(path, durable=False)
+        try:
+            wrong = log.header.parameter_difference(parameters_of(tables))
+            if wrong:
+                raise LogError(f"{path} is of other parameters: {wrong}")
+            log.rewind(step)
+        except BaseException:
+            log.close()
+            raise
+        return TrajectoryWriter(log, tables)
+
+    @property
+    def path(self) -> Path:
+        """Path of the file."""
+        return self.log.path
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.log.size
+
+    @property
+    def next_step(self) -> int:
+        """Number of the step that must come next."""
+        return self.log.last + 1
+
+    def append(
+        self,
+        step: int,
+        terms: NoiseTerms,
+        rounding_seed: int | None = None,
+        decay: Tensor | None = None,
+    ) -> None:
+        """Records an update, given the arguments of ``Placement.update``.
+
+        Args:
+            step: number of the step; must be ``next_step``.
+            terms: final coefficients, learning rate included; seeds may be of older steps.
+            rounding_seed: uint64; the first seed of ``terms`` by default.
+            decay: float32 [groups], or None.
+
+        Raises:
+            LogError: the step is out of order or cannot be recorded, or the file could not be
+                written (a full disk); the file then is as before.
+        """
+        # The default of ``zk.add_noise_``: the record must have the seed that the pass had.
+        seed = rounding_seed if rounding_seed is not None else next(iter(terms.seeds), 0)
+        self.log.append(LogEntry(step, terms, check_uint64(seed, "rounding_seed"), decay))
+
+    def skip(self, step: int) -> None:
+        """Records that a step left the weights alone; raises as ``append`` does."""
+        self.log.append(LogEntry(step, NoiseTerms.none(self.log.header.num_groups), 0))
+
+    def finish(self) -> int:
+        """Ends the file with the fingerprint of the weights as they are now, and closes it.
+
+        Returns:
+            The fingerprint.
+        """
+        now = fingerprint(each_table(self._tables))
+        self.log.finish(now)
+        return now
+
+    def sync(self) -> None:
+        """Makes what was appended survive a power cut; to be called before a checkpoint is."""
+        self.log.sync()
+
+    def close(self) -> None:
+        """Closes the file; without ``finish`` a replay of it cannot be verified."""
+        self.log.close()
+
+    def __enter__(self) -> TrajectoryWriter:
+        """Returns the writer itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Finishes or closes."""
+        if kind is None and not self.log.closed:
+            self.finish()
+        self.close()
+
+
+def _weights(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters that have a fingerprint: those of quantised dtypes have none."""
+    return [(n, p) for n, p in model.named_parameters() if p.dtype in DTYPE_CODES]
+
+
+def _main_dtype(weights: list[tuple[str, Tensor]]) -> str | None:
+    counts: Counter[str] = Counter()
+    for _, p in weights:
+        counts[dtype_name(p.dtype)] += p.numel()
+    return counts.most_common(1)[0][0] if counts else None

@@ -21,7 +21,7 @@ VIEWS = {
 }
 
 
-@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.covering(view=VIEWS)
 def test_views(server, rng, dtype, rounding, view):
     """A view gives what a contiguous copy of it gives, and nothing outside of it changes."""
     base = rng.weights((40, 30), dtype)

@@ -133,6 +133,10 @@ def noise(
     return _noise(torch.Size(size), seed, stream, *rest)
 
 
+# The operators run these, not the functions above: a tracer may compute with constants, and while
+# it does the functions would make another operator of the call, and so on.
+
+
 def _fingerprint(table: ParamTable, backend: str | None) -> int:
     # A hash of memory that was freed would pass for one of the weights.
     table.check()

@@ -17,8 +17,6 @@ namespace py = pybind11;
 
 namespace {
 
-static_assert(sizeof(zorba::Segment) == 7 * sizeof(int64_t), "Python packs seven int64 a row");
-
 const zorba::Kernels& kernels_for(const std::string& isa) {
   const zorba::Kernels* kernels = zorba::find_kernels(isa.c_str());
   if (kernels == nullptr) {
@@ -41,6 +39,7 @@ const T* at(uintptr_t address) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of zorba_kernels.";
   m.attr("noise_version") = zorba::ZORBA_ISA::kNoiseVersion;
+  m.attr("program_fields") = sizeof(zorba::Program) / sizeof(int64_t);
   m.attr("compiler") = __VERSION__;
 #if defined(ZORBA_WITH_CUDA)
   m.attr("cuda") = true;
@@ -53,31 +52,19 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_runs", &runs);
 
   m.def("cpu_add_noise", [](const std::string& isa, int threads, uintptr_t segments, int64_t count,
-                            uintptr_t seeds, uintptr_t samples, uintptr_t coefs, uintptr_t decays,
-                            int64_t terms, uintptr_t round_ends, uintptr_t rounding_seeds,
-                            int64_t rounds, bool gaussian, bool stochastic) {
+                            uintptr_t program) {
     const zorba::Kernels& kernels = kernels_for(isa);
-    const zorba::Program program{at<uint64_t>(seeds),
-                                 at<uint32_t>(samples),
-                                 at<float>(coefs),
-                                 terms,
-                                 at<float>(decays),
-                                 at<int64_t>(round_ends),
-                                 at<uint64_t>(rounding_seeds),
-                                 rounds,
-                                 gaussian,
-                                 stochastic};
     py::gil_scoped_release release;
-    kernels.add_noise(at<zorba::Segment>(segments), count, program, threads);
+    kernels.add_noise(at<zorba::Segment>(segments), count, *at<zorba::Program>(program), threads);
   });
 
   m.def("cpu_noise",
         [](const std::string& isa, int threads, uintptr_t out, int64_t numel, int64_t offset,
-           uint64_t seed, uint64_t stream, uint32_t sample, bool gaussian) {
+           uint64_t seed, uint64_t stream, uint32_t sample, int64_t distribution) {
           const zorba::Kernels& kernels = kernels_for(isa);
           py::gil_scoped_release release;
           kernels.noise(reinterpret_cast<float*>(out), numel, offset, seed, stream, sample,
-                        gaussian, threads);
+                        distribution, threads);
         });
 
   m.def("cpu_fingerprint",

@@ -30,6 +30,9 @@ constexpr uint32_t kRoundingDomain = 0x80000000u;  // sample | 2^31 marks roundi
 constexpr int kGaussianBlock = 8;                  // elements a Philox call serves
 constexpr int kRademacherBlock = 128;
 
+// Codes of zorba_kernels/noise.py. The one list on this side: everything else switches over it.
+enum class Distribution : int32_t { kGaussian = 0, kRademacher = 1 };
+
 ZORBA_HD float as_float(uint32_t bits) {
 #if defined(__CUDA_ARCH__)
   return __uint_as_float(bits);

@@ -1,8 +1,7 @@
-"""Fixtures shared by all suites: who serves a call, and fresh random inputs.
+"""Options and fixtures shared by all suites.
 
-``server`` runs a test once for each backend and instruction set, forced through the environment as
-a user would, and fails the test if another one served. ``rng`` makes inputs from a seed that is new
-every run and printed when the test fails; ``ZORBA_TEST_SEED`` gives it back.
+``rng`` makes inputs from a seed that is new every run and printed when the test fails;
+``ZORBA_TEST_SEED`` gives it back.
 """
 
 from __future__ import annotations
@@ -10,24 +9,10 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
-
-import zorba_kernels as zk
-import zorba_kernels.eager as eager
-from zorba_kernels.build import extension
-from zorba_kernels.dispatch import choose
-
-CPU_ISAS = {
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"},
-    "avx2": {"avx2", "fma"},
-    "baseline": set(),
-}
-"""Instruction sets of the cpu backend, and the processor flags that each needs."""
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") != "0"
 """Whether this process serves CPU tensors with Triton's interpreter: ``make test-interpret``."""
@@ -37,29 +22,15 @@ if INTERPRETED:
 
     interpreter.correct()
 
-SERVERS = ("reference", *(f"cpu-{isa}" for isa in CPU_ISAS), *(["triton"] if INTERPRETED else []))
-COMPILED = tuple(server for server in SERVERS if server != "reference")
-SIZES = (0, 1, 63, 1000, 4097)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-not_interpreted = pytest.mark.not_interpreted
-"""Marks a test, with its reason, that Triton's interpreter does not run."""
-
 _rng_seed = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds --server, which restricts the suite to one backend and instruction set."""
+    """Adds --server, for one backend and instruction set, and --full, for every combination."""
+    parser.addoption("--server", help="run backend tests on this one only, for example cpu-avx2")
     parser.addoption(
-        "--server", choices=(*SERVERS, "triton"), help="run backend tests on this one only"
+        "--full", action="store_true", help="every combination, not just every pair of values"
     )
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Registers the marker; refuses --server=triton without the interpreter."""
-    config.addinivalue_line("markers", "not_interpreted(reason): not for Triton's interpreter")
-    if config.getoption("--server") == "triton" and not INTERPRETED:
-        raise pytest.UsageError("--server=triton needs TRITON_INTERPRET=1 (make test-interpret)")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -84,78 +55,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
         seed = item.stash[_rng_seed]
         report.sections.append(("random inputs", f"repeat with ZORBA_TEST_SEED={seed}"))
     return report
-
-
-# --- Who serves ----------------------------------------------------------------------------------
-
-
-def processor_lacks(isa: str) -> str | None:
-    """Returns which flags of an instruction set the processor lacks, or None."""
-    if Path("/proc/cpuinfo").is_file():
-        text = Path("/proc/cpuinfo").read_text()
-        line = next((s for s in text.splitlines() if s.startswith("flags")), "")
-        missing = sorted(CPU_ISAS[isa] - set(line.split()))
-        return f"this processor lacks {', '.join(missing)}" if missing else None
-    return None if extension()[0].cpu_runs(isa) else f"this processor does not run {isa}"
-
-
-def force_server(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes ``reference``, ``cpu-<isa>`` or ``triton`` serve every call that names no backend."""
-    backend, _, isa = name.partition("-")
-    if isa:
-        lacking = processor_lacks(isa)
-        if lacking:
-            pytest.skip(lacking)
-        compiled, reason = extension()
-        assert compiled is not None, reason
-        assert compiled.cpu_isa(isa) == isa
-    monkeypatch.setenv("ZORBA_BACKEND", backend)
-    monkeypatch.setenv("ZORBA_CPU_ISA", isa)
-
-
-class Served:
-    """What the fixtures ``server`` and ``compiled`` give: the name, and which calls it served."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.calls = 0
-
-    def choose(self, name: str | None, device: torch.device) -> ModuleType:
-        """Takes the place of ``dispatch.choose``: checks who was chosen."""
-        module: ModuleType = choose(name, device)
-        if name is None:
-            backend, _, isa = self.name.partition("-")
-            asked = f"zorba_kernels.backends.{backend}"
-            assert module.__name__ == asked, f"asked for {asked}, {module.__name__} served"
-            assert os.environ["ZORBA_CPU_ISA"] == isa
-            self.calls += 1
-        return module
-
-
-def _served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    only = request.config.getoption("--server")
-    if only not in (None, request.param):
-        pytest.skip(f"--server={only}")
-    mark = request.node.get_closest_marker("not_interpreted")
-    if request.param == "triton" and mark is not None:
-        pytest.skip(f"not in Triton's interpreter: {mark.args[0]}")
-    force_server(request.param, monkeypatch)
-    served = Served(request.param)
-    monkeypatch.setattr(eager, "choose", served.choose)
-    yield served
-    assert served.calls, "the test called nothing on the backend that it is for"
-
-
-@pytest.fixture(params=SERVERS)
-def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    """Every backend and instruction set in turn, which must serve calls without ``backend=``."""
-    yield from _served(request, monkeypatch)
-
-
-@pytest.fixture(params=COMPILED)
-def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    """The same without ``reference``: for tests that compare with it."""
-    yield from _served(request, monkeypatch)
 
 
 @pytest.fixture
@@ -193,7 +92,7 @@ class Random:
     def weights(self, shape: int | tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Normals of several magnitudes, some of them subnormal in the dtype or zero.
 
-        All are finite, and so is their sum with any change up to half of the dtype's range: infinite
+        All are finite, and so is their sum with a change of up to half the dtype's range: infinite
         weights have tests of their own.
         """
         shape = (shape,) if isinstance(shape, int) else shape
@@ -223,31 +122,3 @@ def generator(rng: Random) -> torch.Generator:
     """The torch generator of ``rng``; torch's global one starts from the same seed."""
     torch.manual_seed(rng.seed)
     return rng.generator
-
-
-@pytest.fixture(params=DTYPES)
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    """Every supported dtype."""
-    kind: torch.dtype = request.param
-    return kind
-
-
-@pytest.fixture(params=SIZES)
-def size(request: pytest.FixtureRequest) -> int:
-    """Numbers of elements around the edges of blocks, tiles and vectors."""
-    number: int = request.param
-    return number
-
-
-@pytest.fixture(params=zk.noise.DISTRIBUTIONS)
-def distribution(request: pytest.FixtureRequest) -> str:
-    """Every distribution."""
-    name: str = request.param
-    return name
-
-
-@pytest.fixture(params=zk.noise.ROUNDINGS)
-def rounding(request: pytest.FixtureRequest) -> str:
-    """Every rounding."""
-    name: str = request.param
-    return name

@@ -5,11 +5,12 @@ Stateless operations on tensors. Works with torch alone.
 
 import sys
 
-from zorba_kernels import library as library  # registers torch.ops.zorba_kernels
+from zorba_kernels import backends as _backends  # noqa: F401  # registers them
 from zorba_kernels.build import build_info
 from zorba_kernels.dispatch import BackendStatus, BackendUnavailableError, backends
 from zorba_kernels.noise import NOISE_VERSION
 from zorba_kernels.ops import add_noise, add_noise_, fingerprint, noise
+from zorba_kernels.program import Program
 from zorba_kernels.table import ParamTable
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "BackendStatus",
     "BackendUnavailableError",
     "ParamTable",
+    "Program",
     "add_noise",
     "add_noise_",
     "backends",

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from zorba_kernels.noise import NOISE_VERSION
+from zorba_kernels.program import PackedProgram
 
 
 @cache
@@ -23,6 +24,13 @@ def extension() -> tuple[Any, str | None]:
         return None, (
             f"the compiled part has noise version {compiled.noise_version}, the Python part "
             f"{NOISE_VERSION}: build the package again"
+        )
+    # A program crosses the binding as an address: another layout would be read as another program.
+    fields = len(PackedProgram.ARRAYS) + len(PackedProgram.NUMBERS)
+    if getattr(compiled, "program_fields", None) != fields:
+        return None, (
+            f"the compiled part is of another build than the Python part, which packs programs in "
+            f" in {fields}: build the package again"
         )
     return compiled, None
 

@@ -1,27 +1,62 @@
-"""Which backend serves a call."""
+"""Which backend serves a call: backends register by name, with the devices that they are for."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 
-from zorba_kernels.backends import cpu, cuda, reference, triton
-
-_BACKENDS: dict[str, ModuleType] = {
-    "cuda": cuda,
-    "triton": triton,
-    "cpu": cpu,
-    "reference": reference,
-}
-"""In order of preference."""
+if TYPE_CHECKING:
+    from zorba_kernels.noise import Distribution
+    from zorba_kernels.program import Program
+    from zorba_kernels.table import ParamTable
 
 
 class BackendUnavailableError(RuntimeError):
     """A backend was asked for that cannot serve."""
+
+
+class NoiseFunction(Protocol):
+    """Makes z at indices ``offset .. offset + numel``: float32 [numel]."""
+
+    def __call__(
+        self,
+        numel: int,
+        offset: int,
+        seed: int,
+        stream: int,
+        sample: int,
+        distribution: Distribution,
+        device: torch.device,
+    ) -> Tensor:
+        """The arguments are in range."""
+        ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Functions that serve the operations. All backends give the same bits.
+
+    Attributes:
+        name: that ``backend=`` and ``ZORBA_BACKEND`` know it by.
+        devices: types of devices that it serves without being named; None: all that it can.
+        unavailable: returns why it cannot serve tensors on a device, or None.
+        run: ``out <- round(table + noise)``, of a table, its ``out`` and a program; both tables
+            are contiguous, alike, and on the device.
+        noise: makes the values themselves.
+        fingerprint: of a contiguous table, in [0, 2**64).
+    """
+
+    name: str
+    devices: tuple[str, ...] | None
+    unavailable: Callable[[torch.device], str | None]
+    run: Callable[[ParamTable, ParamTable, Program], None]
+    noise: NoiseFunction
+    fingerprint: Callable[[ParamTable], int]
 
 
 @dataclass(frozen=True)
@@ -33,43 +68,49 @@ class BackendStatus:
     reason: str | None  # why not
 
 
+_registered: dict[str, Backend] = {}  # in order of preference
+
+
+def register(backend: Backend) -> None:
+    """Adds a backend, behind those that are registered already."""
+    _registered[backend.name] = backend
+
+
 def backends(device: str | torch.device = "cpu") -> list[BackendStatus]:
     """Returns every backend, in order of preference, and whether it can serve the device."""
     where = torch.device(device)
-    rows = []
-    for name, module in _BACKENDS.items():
-        reason = module.unavailable(where)
-        rows.append(BackendStatus(name, reason is None, reason))
-    return rows
+    reasons = {name: backend.unavailable(where) for name, backend in _registered.items()}
+    return [BackendStatus(name, reason is None, reason) for name, reason in reasons.items()]
 
 
-def choose(name: str | None, device: torch.device) -> Any:
-    """Returns the backend module for tensors on the device.
+def choose(name: str | None, device: torch.device) -> Backend:
+    """Returns the backend for tensors on the device.
 
     Args:
-        name: a backend, or None for what ``ZORBA_BACKEND`` names, or else the first that can serve
-            (for CPU tensors ``cpu`` when ``ZORBA_CPU_ISA`` is set, and never ``triton``).
+        name: a backend, or None for the one that ``ZORBA_BACKEND`` names, or else the first that
+            can serve (for CPU tensors ``cpu`` when ``ZORBA_CPU_ISA`` is set).
         device: where the tensors are.
 
     Raises:
         ValueError: an unknown name.
         BackendUnavailableError: the named one, or every one, cannot serve; the message says why.
     """
-    asked = name or os.environ.get("ZORBA_BACKEND") or None
-    if asked is None and device.type == "cpu" and cpu.isa():
-        asked = "cpu"  # ZORBA_CPU_ISA asks for it: no quiet fall back on a slower one
-    if asked is None:
-        reasons = {}
-        for candidate, module in _BACKENDS.items():
-            if candidate == "triton" and device.type == "cpu":
-                continue  # its interpreter is for tests: nobody gets it unasked
-            reasons[candidate] = module.unavailable(device)
-            if reasons[candidate] is None:
-                return module
-        raise BackendUnavailableError(f"no backend can serve {device} tensors: {reasons}")
-    if asked not in _BACKENDS:
-        raise ValueError(f"unknown backend {asked!r}; there are {', '.join(_BACKENDS)}")
-    reason = _BACKENDS[asked].unavailable(device)
-    if reason is not None:
-        raise BackendUnavailableError(f"backend {asked!r} cannot serve this call: {reason}")
-    return _BACKENDS[asked]
+    asked = name or os.environ.get("ZORBA_BACKEND")
+    if not asked and device.type == "cpu" and os.environ.get("ZORBA_CPU_ISA"):
+        asked = "cpu"  # it was asked for by its instruction set: no quiet fall back on a slower one
+    if asked:
+        if asked not in _registered:
+            raise ValueError(f"unknown backend {asked!r}; there are {', '.join(_registered)}")
+        reason = _registered[asked].unavailable(device)
+        if reason is not None:
+            raise BackendUnavailableError(f"backend {asked!r} cannot serve this call: {reason}")
+        return _registered[asked]
+    reasons = {}
+    for backend in _registered.values():
+        if backend.devices is not None and device.type not in backend.devices:
+            continue
+        reason = backend.unavailable(device)
+        if reason is None:
+            return backend
+        reasons[backend.name] = reason
+    raise BackendUnavailableError(f"no backend can serve {device} tensors: {reasons}")

@@ -18,6 +18,9 @@ Rounding = Literal["nearest", "stochastic"]
 DISTRIBUTIONS: tuple[Distribution, ...] = get_args(Distribution)
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 
+DISTRIBUTION_CODES: dict[Distribution, int] = {"gaussian": 0, "rademacher": 1}
+"""Codes of ``csrc/noise.h`` and ``zorba_kernels/kernels/noise.py``."""
+
 ROUNDING_DOMAIN = 1 << 31
 """``sample | ROUNDING_DOMAIN`` is the domain of rounding bits; samples are below it."""
 

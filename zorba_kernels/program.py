@@ -1,76 +1,233 @@
-"""Program: the linear combination of noises that one pass adds, checked and normalised."""
+"""Program: the linear combination of noises that one pass adds, checked, and packed for kernels."""
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from zorba_kernels.noise import DISTRIBUTIONS, ROUNDING_DOMAIN, ROUNDINGS, Distribution, Rounding
+from zorba_kernels import dispatch
+from zorba_kernels.noise import (
+    DISTRIBUTION_CODES,
+    DISTRIBUTIONS,
+    ROUNDING_DOMAIN,
+    ROUNDINGS,
+    Distribution,
+    Rounding,
+    as_int64,
+)
+
+T = TypeVar("T")
+Words = int | Sequence[int] | Tensor
+"""Integers of terms or rounds: uint64 values, or their bits in an int64 tensor."""
+Reals = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
 
 
-@dataclass(frozen=True, eq=False)
 class Program:
-    """Rounds of terms; every field is on the CPU, and none changes.
+    """Rounds of seeded noise terms: ``w <- round(w - decay * w + sum_k coefs[group, k] * z_k)``.
+
+    ``z_k`` is ``z(seeds[k], stream, samples[k], .)``; the sum is in float32, in the order of k.
+    Perturbing, restoring and updating of zeroth-order methods are programs (MeZO, arXiv 2305.17333,
+    algorithm 1). ``ParamTable.run`` applies one, to any number of tables. A term whose coefficient
+    is 0 is skipped; a group whose decay and coefficients of a round are 0 keeps its bits.
+
+    Args:
+        seeds: uint64 of each term, [terms]; in an int64 tensor their bits. Under ``torch.compile``
+            seeds that change from call to call belong in a tensor: its symbolic integers end at
+            2**63, which half of all seeds exceed.
+        coefs: finite float32; [terms] for all groups alike, or [groups, terms].
+        distribution: "gaussian" (standard normal) or "rademacher" (+1 or -1).
+        rounding: of 16-bit weights: "nearest" (ties to even), or "stochastic", which is unbiased
+            and made from ``rounding_seed``, so that replicas round alike. float32 weights always
+            round to nearest.
+        rounding_seed: uint64, one a round; the first seed of each round by default.
+        samples: which perturbation of its seed each term is, below 2**31, [terms]; 0 by default.
+        rounds: terms in each round; one round of all terms by default. Weights are rounded after
+            each round: R rounds in one program give the bits of R programs.
+        decay: share of each weight that is taken off in the same rounding (learning rate times
+            weight decay); a number, [groups] or [groups, rounds].
+        backend: name of the backend that runs it, or None for the best that can serve. It is
+            chosen at the first run on a device, and kept.
 
     Attributes:
         seeds: uint64 of each term, [terms].
         samples: uint32 below 2**31 of each term, [terms].
-        coefs: float32 [groups, terms].
-        decays: float32 [groups, rounds].
         round_ends: index one past each round's last term, [rounds].
         rounding_seeds: uint64 of each round, [rounds].
         distribution: of every term.
         rounding: of every round.
+
+    Raises:
+        TypeError, ValueError: bad arguments.
     """
 
-    seeds: tuple[int, ...]
-    samples: tuple[int, ...]
-    coefs: Tensor
-    decays: Tensor
-    round_ends: tuple[int, ...]
-    rounding_seeds: tuple[int, ...]
-    distribution: Distribution
-    rounding: Rounding
+    def __init__(
+        self,
+        seeds: Words,
+        coefs: Reals,
+        distribution: str = "gaussian",
+        rounding: str = "nearest",
+        rounding_seed: Words | None = None,
+        *,
+        samples: Words | None = None,
+        rounds: Words | None = None,
+        decay: Reals | None = None,
+        backend: str | None = None,
+    ) -> None:
+        check_choice("distribution", distribution, DISTRIBUTIONS)
+        check_choice("rounding", rounding, ROUNDINGS)
+        self.distribution = cast(Distribution, distribution)
+        self.rounding = cast(Rounding, rounding)
+        self.seeds = _uint64s(seeds, "seed")
+        terms = len(self.seeds)
+        zeros = (0,) * terms
+        self.samples = zeros if samples is None else tuple(map(check_sample, _listed(samples)))
+        if len(self.samples) != terms:
+            raise ValueError(f"{terms} seeds but {len(self.samples)} samples")
+        lengths = (
+            [terms] if rounds is None else [integer(n, "terms of a round") for n in _listed(rounds)]
+        )
+        if any(n < 0 for n in lengths) or sum(lengths) != terms:
+            raise ValueError(
+                f"rounds {lengths} must be terms per round and add up to {terms} seeds"
+            )
+        self.round_ends = tuple(itertools.accumulate(lengths))
+        self.rounding_seeds = self._first_seeds()
+        if rounding_seed is not None:
+            self.rounding_seeds = _uint64s(rounding_seed, "rounding_seed")
+        if len(self.rounding_seeds) != len(lengths):
+            raise ValueError(f"{len(lengths)} rounds but {len(self.rounding_seeds)} rounding seeds")
+        self._coefs = _finite(coefs, "coefs")
+        self._decays = _NO_DECAY if decay is None else _finite(decay, "decay")
+        # How many groups there are is only known with a table; what does not depend on it is
+        # refused here.
+        self._coefs_shape(self._coefs.shape[0] if self._coefs.ndim == 2 else 1)
+        self._backend = backend
+        self._kept: dict[Hashable, Any] = {}
+
+    def _first_seeds(self) -> tuple[int, ...]:
+        """The first seed of each round: nothing else uses its rounding domain."""
+        ends = self.round_ends
+        starts = (0, *ends)[: len(ends)]
+        return tuple(self.seeds[a] if a < b else 0 for a, b in zip(starts, ends, strict=True))
+
+    def _coefs_shape(self, groups: int) -> tuple[int, int]:
+        terms = len(self.seeds)
+        shape = tuple(self._coefs.shape)
+        # A bare number is one term's coefficient.
+        if shape not in ((terms,), (groups, terms)) and not (shape == () and terms == 1):
+            raise ValueError(
+                f"coefs has shape {shape}; expected [{terms}] (one a seed) or [{groups}, {terms}] "
+                "(one a group and seed)"
+            )
+        return groups, terms
+
+    def coefs(self, groups: int) -> Tensor:
+        """Returns the coefficients of a table of so many groups: float32 [groups, terms].
+
+        Raises:
+            ValueError: the program was made for another number of groups.
+        """
+        return self._coefs.expand(self._coefs_shape(groups))
+
+    def decays(self, groups: int) -> Tensor:
+        """Returns the decays of a table of so many groups: float32 [groups, rounds].
+
+        Raises:
+            ValueError: the program was made for another number of groups.
+        """
+        rounds = len(self.round_ends)
+        column = self._decays.unsqueeze(1) if self._decays.ndim == 1 else self._decays
+        try:
+            return column.expand(groups, rounds)
+        except RuntimeError:
+            raise ValueError(
+                f"decay has shape {tuple(self._decays.shape)}; expected a number, [{groups}] (one "
+                f"a group) or [{groups}, {rounds}] (one a group and round)"
+            ) from None
+
+    def backend(self, device: torch.device) -> dispatch.Backend:
+        """Returns the backend that runs the program on a device.
+
+        Raises:
+            BackendUnavailableError, ValueError: see ``dispatch.choose``.
+        """
+        return self.once(device, lambda: dispatch.choose(self._backend, device))
+
+    def packed(self, groups: int) -> PackedProgram:
+        """Returns the program as compiled code reads it, in host memory."""
+        return self.once(groups, lambda: PackedProgram(self, groups, torch.device("cpu")))
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Returns the result of ``make``, called for the first time only; backends keep theirs."""
+        kept = self._kept
+        if key not in kept:
+            kept[key] = make()
+        return cast(T, kept[key])
 
 
-def make_program(
-    seeds: int | Sequence[int],
-    coefs: float | Sequence[float] | Sequence[Sequence[float]] | Tensor,
-    num_groups: int,
-    distribution: str,
-    rounding: str,
-    rounding_seed: int | Sequence[int] | None,
-    samples: int | Sequence[int] | None,
-    rounds: Sequence[int] | None,
-    decay: float | Sequence[float] | Tensor | None = None,
-) -> Program:
-    """Checks the arguments of ``add_noise_`` (see there) and returns them in one shape."""
-    check_choice("distribution", distribution, DISTRIBUTIONS)
-    check_choice("rounding", rounding, ROUNDINGS)
-    seed_list = _seeds(seeds, "seed")
-    terms = len(seed_list)
-    sample_list = [0] * terms if samples is None else [check_sample(s) for s in _as_list(samples)]
-    if len(sample_list) != terms:
-        raise ValueError(f"{terms} seeds but {len(sample_list)} samples")
-    lengths = [terms] if rounds is None else [integer(n, "terms of a round") for n in rounds]
-    if any(n < 0 for n in lengths) or sum(lengths) != terms:
-        raise ValueError(f"rounds {lengths} must be terms per round and add up to {terms} seeds")
-    ends = list(itertools.accumulate(lengths))
-    return Program(
-        seeds=tuple(seed_list),
-        samples=tuple(sample_list),
-        coefs=_coefs(coefs, num_groups, terms),
-        decays=_decays(decay, num_groups, len(lengths)),
-        round_ends=tuple(ends),
-        rounding_seeds=_rounding_seeds(rounding_seed, seed_list, ends),
-        distribution=cast(Distribution, distribution),
-        rounding=cast(Rounding, rounding),
-    )
+class PackedProgram:
+    """A program in the memory of a device, for tables of a number of groups.
+
+    Attributes:
+        terms, rounds, groups: how many.
+        distribution: its code.
+        stochastic: how 16-bit weights are rounded.
+        address: of ``struct Program`` (csrc/packed.h), which is in host memory: the addresses of
+            the arrays, then the numbers.
+    """
+
+    ARRAYS = ("seeds", "samples", "round_ends", "rounding_seeds", "coefs", "decays")
+    NUMBERS = ("terms", "rounds", "groups", "distribution", "stochastic")
+
+    def __init__(self, program: Program, groups: int, device: torch.device) -> None:
+        """Copies the program to the device, in one transfer that the host does not wait for."""
+        self.terms, self.rounds, self.groups = len(program.seeds), len(program.round_ends), groups
+        self.distribution = DISTRIBUTION_CODES[program.distribution]
+        self.stochastic = program.rounding == "stochastic"
+        words = (program.seeds, program.samples, program.round_ends, program.rounding_seeds)
+        self._counts = [*map(len, words), groups * self.terms, groups * self.rounds]
+        integers = torch.tensor([as_int64(v) for values in words for v in values]).long()
+        reals = (program.coefs(groups).reshape(-1), program.decays(groups).reshape(-1))
+        # Words first: every array is then aligned to its type.
+        parts = (integers.view(torch.uint8), torch.cat(reals).view(torch.uint8))
+        memory = torch.cat(parts)
+        if device.type == "cuda":
+            memory = memory.pin_memory().to(device, non_blocking=True)
+        self._memory = memory
+        sizes = [self._size_of(name) * n for name, n in zip(self.ARRAYS, self._counts, strict=True)]
+        starts = itertools.accumulate(sizes[:-1], initial=memory.data_ptr())
+        numbers = (int(getattr(self, name)) for name in self.NUMBERS)
+        self._struct = torch.tensor([*starts, *numbers], dtype=torch.int64)
+        self.address = self._struct.data_ptr()
+
+    @staticmethod
+    def _size_of(name: str) -> int:
+        """Bytes of an element of an array."""
+        return 4 if name in ("coefs", "decays") else 8
+
+    @functools.cached_property
+    def arrays(self) -> dict[str, Tensor]:
+        """The arrays by name, in the order of ``struct Program``: views of the device's memory.
+
+        ``seeds`` and ``rounding_seeds`` (bits of the uint64), ``samples`` and ``round_ends`` are
+        int64; ``coefs`` [groups, terms] and ``decays`` [groups, rounds] are float32.
+        """
+        made: dict[str, Tensor] = {}
+        start = 0
+        for name, count in zip(self.ARRAYS, self._counts, strict=True):
+            size = self._size_of(name)
+            part = self._memory[start : start + count * size]
+            start += count * size
+            if size == 8:
+                made[name] = part.view(torch.int64)
+            else:
+                made[name] = part.view(torch.float32).view(self.groups, -1)
+        return made
 
 
 def check_choice(what: str, value: str, choices: Sequence[str]) -> None:
@@ -103,68 +260,28 @@ def integer(value: int, what: str) -> int:
         raise TypeError(f"{what} must be an integer, got {value!r}") from None
 
 
-def _as_list(value: int | Sequence[int]) -> list[int]:
+def _listed(value: Words) -> list[int]:
     if isinstance(value, Tensor):
         return list(value.reshape(-1).tolist())
     return list(value) if isinstance(value, Iterable) else [value]
 
 
-def _seeds(value: int | Sequence[int], what: str) -> list[int]:
+def _uint64s(value: Words, what: str) -> tuple[int, ...]:
     """uint64 values; a tensor holds their bits, as torch has no arithmetic on uint64."""
     if isinstance(value, Tensor) and value.dtype == torch.int64:
-        return [v % (1 << 64) for v in _as_list(value)]
-    return [check_uint64(s, what) for s in _as_list(value)]
+        return tuple(v % (1 << 64) for v in _listed(value))
+    return tuple(check_uint64(v, what) for v in _listed(value))
 
 
-def _coefs(
-    coefs: float | Sequence[float] | Sequence[Sequence[float]] | Tensor, groups: int, terms: int
-) -> Tensor:
-    matrix = torch.as_tensor(coefs, dtype=torch.float64).detach().cpu()
-    if matrix.ndim == 0:
-        matrix = matrix.reshape(1)
-    if matrix.ndim == 1:
-        matrix = matrix.unsqueeze(0).expand(groups, -1)
-    if matrix.ndim != 2 or matrix.shape != (groups, terms):
-        raise ValueError(
-            f"coefs has shape {tuple(torch.as_tensor(coefs).shape)}; expected [{terms}] (one a "
-            f"seed) or [{groups}, {terms}] (one a group and seed)"
-        )
-    return _finite(matrix, "coefs")
-
-
-def _decays(decay: float | Sequence[float] | Tensor | None, groups: int, rounds: int) -> Tensor:
-    if decay is None:
-        return torch.zeros(groups, rounds)
-    matrix = torch.as_tensor(decay, dtype=torch.float64).detach().cpu()
-    if matrix.ndim == 1:
-        matrix = matrix.unsqueeze(1)
-    try:
-        full = matrix.expand(groups, rounds)
-    except RuntimeError:
-        raise ValueError(
-            f"decay has shape {tuple(torch.as_tensor(decay).shape)}; expected a number, [{groups}] "
-            f"(one a group) or [{groups}, {rounds}] (one a group and round)"
-        ) from None
-    return _finite(full, "decay")
-
-
-def _finite(matrix: Tensor, what: str) -> Tensor:
-    narrow = matrix.to(torch.float32).contiguous()
-    if not bool(torch.isfinite(narrow).all()):
-        bad = matrix[~torch.isfinite(narrow)][0].item()
+def _finite(values: Reals, what: str) -> Tensor:
+    wide = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+    narrow = wide.to(torch.float32).contiguous()
+    size = narrow.abs()
+    if not bool((size < torch.inf).all()):
+        bad = wide[~torch.isfinite(narrow)][0].item()
         raise ValueError(f"{what} must be finite float32 numbers, got {bad}")
     # A subnormal counts as zero: whether a term is skipped must not depend on the flush mode.
-    return torch.where(narrow.abs() < torch.finfo(torch.float32).tiny, 0.0, narrow)
+    return torch.where(size < torch.finfo(torch.float32).tiny, 0.0, narrow)
 
 
-def _rounding_seeds(
-    given: int | Sequence[int] | None, seeds: list[int], ends: list[int]
-) -> tuple[int, ...]:
-    """One a round; by default the round's first seed, whose rounding domain nothing else uses."""
-    if given is not None:
-        out = _seeds(given, "rounding_seed")
-        if len(out) != len(ends):
-            raise ValueError(f"{len(ends)} rounds but {len(out)} rounding seeds")
-        return tuple(out)
-    starts = [0, *ends][: len(ends)]
-    return tuple(seeds[a] if a < b else 0 for a, b in zip(starts, ends, strict=True))
+_NO_DECAY = torch.zeros(())

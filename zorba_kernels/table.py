@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from zorba_kernels.dispatch import Backend
+from zorba_kernels.entry import (
+    DTYPE_CODES,
+    Entry,
+    Identity,
+    check_tensor,
+    identity_of,
+    non_negative,
+    refuse_duplicates,
+    refuse_overlap,
+)
 from zorba_kernels.noise import MAX_ELEMENTS, as_int64, canonical_name, stream_of
+from zorba_kernels.program import Program
 
-DTYPE_CODES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Supported weight dtypes and their code in ``csrc/noise.h``."""
+__all__ = ["DTYPE_CODES", "SEGMENT_FIELDS", "Entry", "ParamTable", "find_table"]
 
 SEGMENT_FIELDS = 7
 """int64 fields of a packed row: src, dst, numel, offset, stream, dtype, group."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One parameter of a table."""
-
-    name: str
-    source: Tensor  # as it was given
-    tensor: Tensor  # the same storage without autograd
-    stream: int  # uint64
-    group: int  # row of coefs
-    offset: int  # index of the tensor's first element in the whole parameter
-
-
-class _Identity(NamedTuple):
-    device: torch.device
-    address: int
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
 
 
 class ParamTable:
@@ -72,7 +60,7 @@ class ParamTable:
     ) -> None:
         pairs = list(tensors.items()) if isinstance(tensors, Mapping) else list(tensors)
         names = [canonical_name(name) for name, _ in pairs]
-        _refuse_duplicates(names)
+        refuse_duplicates(names)
         group_of = {canonical_name(name): g for name, g in (groups or {}).items()}
         offset_of = {canonical_name(name): o for name, o in (offsets or {}).items()}
         for what, given in (("groups", group_of), ("offsets", offset_of)):
@@ -82,28 +70,28 @@ class ParamTable:
 
         self.entries: list[Entry] = []
         self.aliases: dict[str, str] = {}
-        first_name: dict[_Identity, str] = {}
+        first_name: dict[Identity, str] = {}
         for name, (_, tensor) in zip(names, pairs, strict=True):
-            _check_tensor(name, tensor)
-            group = _non_negative(group_of.get(name, 0), f"group of {name!r}")
-            offset = _non_negative(offset_of.get(name, 0), f"offset of {name!r}")
+            check_tensor(name, tensor)
+            group = non_negative(group_of.get(name, 0), f"group of {name!r}")
+            offset = non_negative(offset_of.get(name, 0), f"offset of {name!r}")
             if offset + tensor.numel() > MAX_ELEMENTS:
                 raise ValueError(
                     f"{name!r} reaches element {offset + tensor.numel()}; the noise contract ends "
                     f"at {MAX_ELEMENTS} (2**35) elements a parameter"
                 )
-            identity = _identity(tensor)
+            identity = identity_of(tensor)
             if tensor.numel() and identity in first_name:
                 self._add_alias(name, first_name[identity], group, offset)
                 continue
             if tensor.numel():
                 first_name[identity] = name
             self.entries.append(
-                Entry(name, tensor, tensor.detach(), stream_of(name), group, offset)
+                Entry(name, tensor, tensor.detach(), stream_of(name), group, offset, identity)
             )
-        _refuse_overlap(self.entries)
-        self._identities = [_identity(entry.source) for entry in self.entries]
+        refuse_overlap(self.entries)
         self._packed: WeakKeyDictionary[ParamTable, Tensor] = WeakKeyDictionary()
+        self._alike: WeakSet[ParamTable] = WeakSet()  # tables that check_like() has passed
         self.contiguous = all(entry.tensor.is_contiguous() for entry in self.entries)
         devices = {entry.tensor.device for entry in self.entries}
         if len(devices) > 1:
@@ -149,26 +137,71 @@ class ParamTable:
     @property
     def current(self) -> bool:
         """Whether all tensors are where, and what, they were when the table was made."""
-        return all(
-            _identity(entry.source) == before
-            for entry, before in zip(self.entries, self._identities, strict=True)
-        )
+        return all(entry.unchanged for entry in self.entries)
 
     def check(self) -> None:
         """Raises RuntimeError if a tensor was moved, resized or freed since the table was made."""
-        for entry, before in zip(self.entries, self._identities, strict=True):
-            if _identity(entry.source) != before:
+        for entry in self.entries:
+            if not entry.unchanged:
                 raise RuntimeError(
                     f"the storage or shape of {entry.name!r} changed after its ParamTable was "
                     "made: make a new table"
                 )
 
-    def check_like(self, other: ParamTable) -> None:
+    def run(self, program: Program, out: ParamTable | None = None) -> None:
+        """Adds a program's noise to every tensor, in place or into the tensors of ``out``.
+
+        The one way to a kernel: every operation on weights comes through here. A program is packed
+        and its backend chosen at its first run; further runs, on any tables, cost the launch.
+
+        Args:
+            program: what to add.
+            out: a table of the same names, shapes, dtypes, groups and offsets, whose tensors are
+                overwritten while this one's are only read; None: this table itself.
+
+        Raises:
+            ValueError: the tables differ, or the program is for another number of groups.
+            BackendUnavailableError: no backend, or not the program's, can serve.
+            RuntimeError: a tensor was moved or resized since its table was made.
+        """
+        self.check()
+        target = self if out is None else out
+        if target is not self:
+            if target not in self._alike:
+                self._check_like(target)
+                self._alike.add(target)
+            target.check()
+        backend = program.backend(self.device)
+        if self.contiguous and target.contiguous:
+            backend.run(self, target, program)
+        else:
+            self._run_through_copies(backend, target, program)
+
+    def _run_through_copies(self, backend: Backend, out: ParamTable, program: Program) -> None:
+        """Kernels want contiguous tensors: one copy at a time bounds the memory that it takes."""
+        for source, target in zip(self.entries, out.entries, strict=True):
+            piece = ParamTable(
+                {source.name: source.tensor.clone(memory_format=torch.contiguous_format)},
+                groups={source.name: source.group},
+                offsets={source.name: source.offset},
+                num_groups=self.num_groups,
+            )
+            backend.run(piece, piece, program)
+            target.tensor.copy_(piece.entries[0].tensor)
+
+    def made_contiguous(self) -> ParamTable:
+        """Returns the table itself where its tensors are contiguous, else a table of copies."""
+        if self.contiguous:
+            return self
+        return ParamTable(
+            {e.name: e.tensor.contiguous() for e in self.entries},
+            groups={e.name: e.group for e in self.entries},
+            offsets={e.name: e.offset for e in self.entries},
+        )
+
+    def _check_like(self, other: ParamTable) -> None:
         """Raises ValueError unless ``other`` holds the same parameters in the same layout."""
-        mine = [(e.name, e.tensor.shape, e.tensor.dtype, e.group, e.offset) for e in self.entries]
-        theirs = [
-            (e.name, e.tensor.shape, e.tensor.dtype, e.group, e.offset) for e in other.entries
-        ]
+        mine, theirs = ([e.likeness for e in table.entries] for table in (self, other))
         if self.device != other.device:
             raise ValueError(f"the tables are on {self.device} and {other.device}")
         if len(mine) != len(theirs):
@@ -181,11 +214,9 @@ class ParamTable:
                 )
         # Written in place where both are the same tensor; anything between would be read torn.
         apart = [
-            b
-            for a, b in zip(self.entries, other.entries, strict=True)
-            if _identity(a.tensor) != _identity(b.tensor)
+            b for a, b in zip(self.entries, other.entries, strict=True) if a.identity != b.identity
         ]
-        _refuse_overlap([*self.entries, *apart])
+        refuse_overlap([*self.entries, *apart])
 
     def packed(self, out: ParamTable) -> Tensor:
         """Returns the rows that the compiled backends read: int64 [tensors, 7], on the CPU.
@@ -224,7 +255,7 @@ def find_table(
     num_groups: int,
 ) -> ParamTable:
     """Returns the table of these tensors if there is one already, or a new one."""
-    identities = tuple(_identity(t) for t in tensors)
+    identities = tuple(identity_of(t) for t in tensors)
     key = (identities, tuple(names), tuple(groups), tuple(offsets), num_groups)
     known = _alive.get(key)
     return (
@@ -240,66 +271,6 @@ def find_table(
 
 
 def _key(table: ParamTable) -> _Key:
-    rows = [(e.name, e.group, e.offset) for e in table.entries]
-    columns = tuple(zip(*rows, strict=True)) or ((), (), ())
-    return (tuple(table._identities), *columns, table.num_groups)
-
-
-def _identity(tensor: Tensor) -> _Identity:
-    return _Identity(tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-
-
-def _refuse_duplicates(names: list[str]) -> None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise ValueError(
-                f"parameter name {name!r} is given twice (wrapper prefixes are left out)"
-            )
-        seen.add(name)
-
-
-def _check_tensor(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name!r} is a {type(tensor).__name__}; a ParamTable holds tensors")
-    if tensor.dtype not in DTYPE_CODES:
-        supported = ", ".join(str(d) for d in DTYPE_CODES)
-        raise TypeError(f"{name!r} has dtype {tensor.dtype}; supported are {supported}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name!r} has layout {tensor.layout}; only strided tensors are supported")
-    reach = 0
-    for stride, count in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if tensor.numel() and count > 1 and stride <= reach:
-            raise ValueError(
-                f"{name!r} is an expanded or overlapping view (shape {tuple(tensor.shape)}, "
-                f"strides {tensor.stride()}): several of its elements may share one memory location"
-            )
-        reach += (count - 1) * stride
-
-
-def _non_negative(value: int, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{what} must be an integer from 0, got {value!r}")
-    return value
-
-
-def _refuse_overlap(entries: list[Entry]) -> None:
-    """Different views of one storage are fine while their memory ranges are disjoint.
-
-    Strided views whose ranges interleave (the halves of ``x[:, ::2]``) are told apart by no cheap
-    test, so they are refused too.
-    """
-    spans = []
-    for entry in entries:
-        t = entry.tensor
-        if t.numel():
-            reach = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1
-            spans.append(
-                (t.device, t.data_ptr(), t.data_ptr() + reach * t.element_size(), entry.name)
-            )
-    spans.sort(key=lambda s: (str(s[0]), s[1]))
-    for before, after in itertools.pairwise(spans):
-        if before[0] == after[0] and after[1] < before[2]:
-            raise ValueError(
-                f"{before[3]!r} and {after[3]!r} overlap in memory without being the same tensor"
-            )
+    rows = [(e.identity, e.name, e.group, e.offset) for e in table.entries]
+    columns = tuple(zip(*rows, strict=True)) or ((), (), (), ())
+    return (*columns, table.num_groups)

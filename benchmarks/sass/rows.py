@@ -13,6 +13,7 @@ from benchmarks.sass import pipes
 from benchmarks.sass.disassembly import Code, disassemble, register
 from benchmarks.sass.flow import Blocks, Path, blocks_of, hot_paths
 from benchmarks.sass.terms import Loop, makes_noise, sign_batch, term_loops
+from zorba_kernels.noise import DISTRIBUTIONS
 
 ARCH = "sm_90"
 Key = tuple[str | bool, ...]
@@ -22,7 +23,7 @@ HELD = 16  # weights that a lane of a CUDA kernel holds while it goes through th
 BATCH = 32  # terms whose signs a warp makes together (csrc/cuda/signs.h)
 SIGNS_HELD = 32  # weights that a lane holds meanwhile
 
-CUDA_KERNEL = re.compile(r"add_noise\w*ILb([01])ELb([01])E\w*?(Single|Many)")
+CUDA_KERNEL = re.compile(r"add_noise\w*ILN\w*?Distribution\w*?E([01])ELb([01])E\w*?(Single|Many)")
 
 
 class Compiled(NamedTuple):
@@ -166,7 +167,7 @@ def rows_of_cuda(code: Code) -> list[Row]:
     about: dict[str, Any] = {
         "backend": "cuda",
         "kernel": f"add_noise/{match[3].lower()}",
-        "distribution": "gaussian" if match[1] == "1" else "rademacher",
+        "distribution": DISTRIBUTIONS[int(match[1])],
         "rounding": "stochastic" if match[2] == "1" else "nearest",
         "decay": False,
     }

@@ -13,6 +13,7 @@ from benchmarks.sass.disassembly import assembler
 from benchmarks.sass.rows import Compiled
 from benchmarks.sass.threads import compiling_threads
 from zorba_kernels.backends.triton_variants import Variant, variants
+from zorba_kernels.noise import DISTRIBUTIONS
 from zorba_kernels.table import DTYPE_CODES
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -53,7 +54,7 @@ def _compiled(variant: Variant) -> Compiled:
     names = {code: str(dtype).removeprefix("torch.") for dtype, code in DTYPE_CODES.items()}
     return Compiled(
         variant.op,
-        "gaussian" if flags["GAUSSIAN"] else "rademacher",
+        DISTRIBUTIONS[flags["DISTRIBUTION"]],
         "stochastic" if flags["STOCHASTIC"] else "nearest",
         "many" if flags["MANY"] else "one",
         names[flags["DTYPE"]],

@@ -139,11 +139,8 @@ inline void add_round(const Prepared& prepared, const Prepared::Round& round, co
   for (size_t t = 0; t < count; ++t) {
     const int64_t k = round.terms[t];
     const float coef = coefs[k];
-    if (program.gaussian) {
-      gaussian_tile<parts>(tile, stream, program.samples[k], prepared.term_keys[k], s.z);
-    } else {
-      rademacher_tile<parts>(tile, stream, program.samples[k], prepared.term_keys[k], s.z);
-    }
+    noise_tile<parts>(static_cast<Distribution>(program.distribution), tile, stream,
+                      static_cast<uint32_t>(program.samples[k]), prepared.term_keys[k], s.z);
     if (count == 1 && !stochastic && decay == 0.0f) {
       write([&](int part, int word, float) { return fma_rn(coef, s.z[part][word], 0.0f); });
     } else if (count == 1) {

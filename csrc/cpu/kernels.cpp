@@ -77,7 +77,7 @@ void add_noise(const Segment* segments, int64_t count, const Program& program, i
 }
 
 void noise(float* out, int64_t numel, int64_t offset, uint64_t seed, uint64_t stream,
-           uint32_t sample, bool gaussian, int threads) {
+           uint32_t sample, int64_t distribution, int threads) {
   const Segment run{0, 0, numel, offset, 0, 0, 0};
   const PhiloxKeys keys = philox_keys(seed);
   const int64_t tiles = tile_count(run);
@@ -85,11 +85,7 @@ void noise(float* out, int64_t numel, int64_t offset, uint64_t seed, uint64_t st
     const FloatingPointState state;
     alignas(64) float z[1][kTile];
     for (int64_t tile = first_tile(run) + begin; tile < first_tile(run) + end; ++tile) {
-      if (gaussian) {
-        gaussian_tile<1>(tile, Stream(stream), sample, keys, z);
-      } else {
-        rademacher_tile<1>(tile, Stream(stream), sample, keys, z);
-      }
+      noise_tile<1>(static_cast<Distribution>(distribution), tile, Stream(stream), sample, keys, z);
       const int64_t lo = std::max(tile * kTile, offset);
       const int64_t hi = std::min((tile + 1) * kTile, offset + numel);
       std::memcpy(out + (lo - offset), z[0] + (lo - tile * kTile), (hi - lo) * sizeof(float));

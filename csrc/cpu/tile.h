@@ -73,6 +73,15 @@ inline void rademacher_tile(int64_t tile, Stream stream, uint32_t sample, const 
   }
 }
 
+template <int parts>
+inline void noise_tile(Distribution distribution, int64_t tile, Stream stream, uint32_t sample,
+                       const PhiloxKeys& keys, float (*z)[kTile / parts]) {
+  switch (distribution) {
+    case Distribution::kGaussian: return gaussian_tile<parts>(tile, stream, sample, keys, z);
+    case Distribution::kRademacher: return rademacher_tile<parts>(tile, stream, sample, keys, z);
+  }
+}
+
 // Element i of the result is element mask[i] of a followed by b.
 template <typename Vector>
 inline Vector picked(Vector a, Vector b, WideBits mask) {

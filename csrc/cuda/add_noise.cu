@@ -9,6 +9,7 @@ namespace zorba {
 namespace cuda {
 namespace {
 
+using device::Distribution;
 using device::Many;
 using device::Round;
 using device::Single;
@@ -25,19 +26,20 @@ constexpr int kRademacherBlocks = 3;
 #endif
 template <typename Program>
 constexpr int kBlockThreads = Program::kSingle ? 256 : 128;
-template <bool gaussian, typename Program>
-constexpr int kBlocksResident = Program::kSingle ? 2
-                                : gaussian       ? 3
-                                                 : kRademacherBlocks;
+template <Distribution distribution, typename Program>
+constexpr int kBlocksResident = Program::kSingle                            ? 2
+                                : distribution == Distribution::kRademacher ? kRademacherBlocks
+                                                                            : 3;
 
-template <bool gaussian, bool stochastic, typename Program>
-__global__ void __launch_bounds__(kBlockThreads<Program>, kBlocksResident<gaussian, Program>)
+template <Distribution distribution, bool stochastic, typename Program>
+__global__ void __launch_bounds__(kBlockThreads<Program>, kBlocksResident<distribution, Program>)
     add_noise(const Table table, const __grid_constant__ Program program) {
   // Signs that a warp shares; a Gaussian kernel has none.
+  constexpr bool kShares = distribution == Distribution::kRademacher;
   constexpr int kWarps = kBlockThreads<Program> / device::kLanes;
-  __shared__ uint4 shared[gaussian ? 1 : kWarps * Program::kSignWords / 4];
+  __shared__ uint4 shared[kShares ? kWarps * Program::kSignWords / 4 : 1];
   auto* signs = reinterpret_cast<uint32_t*>(shared) +
-                (gaussian ? 0 : threadIdx.x / device::kLanes * Program::kSignWords);
+                (kShares ? threadIdx.x / device::kLanes * Program::kSignWords : 0);
   int64_t at = 0;
   for (int64_t piece = first_piece(); piece < table.tiles; piece += piece_step()) {
     at = device::find_segment(table, piece, at);
@@ -46,42 +48,51 @@ __global__ void __launch_bounds__(kBlockThreads<Program>, kBlocksResident<gaussi
     const int64_t tile = device::first_tile(segment) + piece - before;
     switch (static_cast<DType>(segment.dtype)) {
       case DType::kBFloat16:
-        device::add_to_tile<DType::kBFloat16, gaussian, stochastic>(program, segment, tile, signs);
+        device::add_to_tile<DType::kBFloat16, distribution, stochastic>(program, segment, tile,
+                                                                        signs);
         break;
       case DType::kFloat16:
-        device::add_to_tile<DType::kFloat16, gaussian, stochastic>(program, segment, tile, signs);
+        device::add_to_tile<DType::kFloat16, distribution, stochastic>(program, segment, tile,
+                                                                       signs);
         break;
       default:  // float32 always rounds to nearest
-        device::add_to_tile<DType::kFloat32, gaussian, false>(program, segment, tile, signs);
+        device::add_to_tile<DType::kFloat32, distribution, false>(program, segment, tile, signs);
     }
   }
 }
 
 // Round keys of every seed, once a launch: seeds may only be known on the device.
-__global__ void prepare(const uint64_t* seeds, const int64_t* samples, const int64_t* round_ends,
-                        const uint64_t* rounding_seeds, int64_t terms, int64_t rounds, Term* term,
-                        Round* round) {
+__global__ void prepare(const zorba::Program program, Term* term, Round* round) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  for (int64_t k = first; k < terms; k += step) {
-    term[k].keys = device::philox_keys(seeds[k]);
-    term[k].sample = static_cast<uint32_t>(samples[k]);
+  for (int64_t k = first; k < program.terms; k += step) {
+    term[k].keys = device::philox_keys(program.seeds[k]);
+    term[k].sample = static_cast<uint32_t>(program.samples[k]);
   }
-  for (int64_t r = first; r < rounds; r += step) {
-    round[r].keys = device::philox_keys(rounding_seeds[r]);
-    round[r].begin = r == 0 ? 0 : static_cast<int32_t>(round_ends[r - 1]);
-    round[r].end = static_cast<int32_t>(round_ends[r]);
+  for (int64_t r = first; r < program.rounds; r += step) {
+    round[r].keys = device::philox_keys(program.rounding_seeds[r]);
+    round[r].begin = r == 0 ? 0 : static_cast<int32_t>(program.round_ends[r - 1]);
+    round[r].end = static_cast<int32_t>(program.round_ends[r]);
   }
 }
 
-template <typename Program>
-void run(const Where& where, const DeviceTable& table, const Program& program, bool gaussian,
-         bool stochastic) {
-  using Kernel = void (*)(Table, Program);
-  const Kernel kernel =
-      gaussian ? (stochastic ? add_noise<true, true, Program> : add_noise<true, false, Program>)
-               : (stochastic ? add_noise<false, true, Program> : add_noise<false, false, Program>);
-  launch(where, "add_noise", table.tiles, kBlockThreads<Program>, kernel, view(table), program);
+template <typename Form>
+using Kernel = void (*)(Table, Form);
+
+template <Distribution distribution, typename Form>
+Kernel<Form> kernel_for(bool stochastic) {
+  return stochastic ? add_noise<distribution, true, Form> : add_noise<distribution, false, Form>;
+}
+
+// Starts the kernel of a program that is in the form of `Single` or `Many`.
+template <typename Form>
+void run(const Where& where, const DeviceTable& table, const zorba::Program& program,
+         const Form& form) {
+  const bool gaussian = static_cast<Distribution>(program.distribution) == Distribution::kGaussian;
+  const Kernel<Form> kernel = gaussian
+                                  ? kernel_for<Distribution::kGaussian, Form>(program.stochastic)
+                                  : kernel_for<Distribution::kRademacher, Form>(program.stochastic);
+  launch(where, "add_noise", table.tiles, kBlockThreads<Form>, kernel, view(table), form);
 }
 
 }  // namespace
@@ -99,7 +110,7 @@ std::string unavailable(int device) {
   try {
     const DeviceGuard guard(device);
     cudaFuncAttributes attributes;
-    check(cudaFuncGetAttributes(&attributes, add_noise<true, false, Single>),
+    check(cudaFuncGetAttributes(&attributes, add_noise<Distribution::kGaussian, false, Single>),
           "the kernels were not compiled for this device (see ZORBA_CUDA_ARCHS)");
   } catch (const std::runtime_error& error) {
     return error.what();
@@ -119,44 +130,40 @@ int64_t tile_ends(const int64_t* segments, int64_t count, int64_t* ends) {
 
 int64_t max_groups_of_single() { return device::kInlineGroups; }
 
-void add_noise_single(const Where& where, const DeviceTable& table, uint64_t seed, uint32_t sample,
-                      const float* coefs, const float* decays, int64_t groups,
-                      uint64_t rounding_seed, bool gaussian, bool stochastic) {
-  if (groups > device::kInlineGroups) throw std::runtime_error("too many groups for one launch");
-  Single program;
-  program.term_keys = device::philox_keys(seed);
-  program.rounding_keys = device::philox_keys(rounding_seed);
-  program.term_sample = sample;
-  for (int64_t g = 0; g < groups; ++g) program.steps[g] = {coefs[g], decays[g]};
-  run(where, table, program, gaussian, stochastic);
+void add_noise_single(const Where& where, const DeviceTable& table, const Program& program) {
+  if (program.groups > device::kInlineGroups) {
+    throw std::runtime_error("too many groups for one launch");
+  }
+  Single single;
+  single.term_keys = device::philox_keys(program.seeds[0]);
+  single.rounding_keys = device::philox_keys(program.rounding_seeds[0]);
+  single.term_sample = static_cast<uint32_t>(program.samples[0]);
+  for (int64_t g = 0; g < program.groups; ++g) {
+    single.steps[g] = {program.coefs[g], program.decays[g]};
+  }
+  run(where, table, program, single);
 }
 
 int64_t workspace_bytes(int64_t terms, int64_t rounds) {
   return terms * static_cast<int64_t>(sizeof(Term)) + rounds * static_cast<int64_t>(sizeof(Round));
 }
 
-void add_noise_program(const Where& where, const DeviceTable& table, const DeviceProgram& program,
-                       uintptr_t workspace, bool gaussian, bool stochastic) {
-  if (std::max(program.terms, program.rounds) > INT32_MAX) {
-    throw std::runtime_error("too many terms or rounds for one launch");
-  }
+void add_noise_program(const Where& where, const DeviceTable& table, const Program& program,
+                       uintptr_t workspace) {
+  const int64_t most = std::max(program.terms, program.rounds);
+  if (most > INT32_MAX) throw std::runtime_error("too many terms or rounds for one launch");
   if (table.tiles == 0) return;
   auto* term = reinterpret_cast<Term*>(workspace);
   auto* round = reinterpret_cast<Round*>(term + program.terms);
-  const int64_t most = std::max(program.terms, program.rounds);
-  launch(where, "prepare", (most + device::kLanes - 1) / device::kLanes, kThreads, prepare,
-         reinterpret_cast<const uint64_t*>(program.seeds),
-         reinterpret_cast<const int64_t*>(program.samples),
-         reinterpret_cast<const int64_t*>(program.round_ends),
-         reinterpret_cast<const uint64_t*>(program.rounding_seeds), program.terms, program.rounds,
+  launch(where, "prepare", (most + device::kLanes - 1) / device::kLanes, kThreads, prepare, program,
          term, round);
   const Many many{term,
                   round,
-                  reinterpret_cast<const float*>(program.coefs),
-                  reinterpret_cast<const float*>(program.decays),
+                  program.coefs,
+                  program.decays,
                   static_cast<int32_t>(program.terms),
                   static_cast<int32_t>(program.rounds)};
-  run(where, table, many, gaussian, stochastic);
+  run(where, table, program, many);
 }
 
 }  // namespace cuda

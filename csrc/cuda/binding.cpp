@@ -29,32 +29,26 @@ void bind_cuda(py::module_& m) {
 
   m.def("cuda_add_noise_single",
         [](int device, uintptr_t stream, uintptr_t segments, uintptr_t ends, int64_t count,
-           int64_t tiles, uint64_t seed, uint32_t sample, uintptr_t coefs, uintptr_t decays,
-           int64_t groups, uint64_t rounding_seed, bool gaussian, bool stochastic) {
+           int64_t tiles, uintptr_t program) {
           py::gil_scoped_release release;
-          cuda::add_noise_single({device, stream}, {segments, ends, count, tiles}, seed, sample,
-                                 at<const float>(coefs), at<const float>(decays), groups,
-                                 rounding_seed, gaussian, stochastic);
+          cuda::add_noise_single({device, stream}, {segments, ends, count, tiles},
+                                 *at<const Program>(program));
         });
 
   m.def("cuda_add_noise_program",
         [](int device, uintptr_t stream, uintptr_t segments, uintptr_t ends, int64_t count,
-           int64_t tiles, uintptr_t seeds, uintptr_t samples, uintptr_t coefs, uintptr_t decays,
-           uintptr_t round_ends, uintptr_t rounding_seeds, int64_t terms, int64_t rounds,
-           uintptr_t workspace, bool gaussian, bool stochastic) {
+           int64_t tiles, uintptr_t program, uintptr_t workspace) {
           py::gil_scoped_release release;
-          cuda::add_noise_program(
-              {device, stream}, {segments, ends, count, tiles},
-              {seeds, samples, coefs, decays, round_ends, rounding_seeds, terms, rounds}, workspace,
-              gaussian, stochastic);
+          cuda::add_noise_program({device, stream}, {segments, ends, count, tiles},
+                                  *at<const Program>(program), workspace);
         });
 
-  m.def("cuda_noise",
-        [](int device, uintptr_t cuda_stream, uintptr_t out, int64_t numel, int64_t offset,
-           uint64_t seed, uint64_t stream, uint32_t sample, bool gaussian) {
-          py::gil_scoped_release release;
-          cuda::noise({device, cuda_stream}, out, numel, offset, seed, stream, sample, gaussian);
-        });
+  m.def("cuda_noise", [](int device, uintptr_t cuda_stream, uintptr_t out, int64_t numel,
+                         int64_t offset, uint64_t seed, uint64_t stream, uint32_t sample,
+                         int64_t distribution) {
+    py::gil_scoped_release release;
+    cuda::noise({device, cuda_stream}, out, numel, offset, seed, stream, sample, distribution);
+  });
 
   m.def("cuda_fingerprint", [](int device, uintptr_t stream, uintptr_t segments, uintptr_t ends,
                                int64_t count, int64_t tiles, uintptr_t result) {

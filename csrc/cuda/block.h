@@ -9,7 +9,7 @@ namespace device {
 // All rounds on the elements of one block that lie in the segment, one element at a time and with
 // the contract's own rounding: heads, tails, addresses that are not aligned, weights that are not
 // finite.
-template <DType dtype, bool gaussian, bool stochastic, typename Program>
+template <DType dtype, Distribution distribution, bool stochastic, typename Program>
 ZORBA_HD void any_block(const Program& program, const Segment& segment, uint32_t block) {
   const int64_t start = static_cast<int64_t>(block) * kGaussianBlock - segment.offset;
   if (start <= -kGaussianBlock || start >= segment.numel) return;
@@ -45,7 +45,7 @@ ZORBA_HD void any_block(const Program& program, const Segment& segment, uint32_t
       const float coef = program.coef(segment.group, k);
       if (coef == 0.0f) continue;
       float z[kGaussianBlock];
-      noise_block<gaussian>(block, stream, program.sample(k), program.keys(k), z);
+      noise_block<distribution>(block, stream, program.sample(k), program.keys(k), z);
 #pragma unroll
       for (int e = 0; e < kGaussianBlock; ++e) sum[e] = fma_rn(coef, z[e], sum[e]);
     }

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <string>
 
+#include "../packed.h"
+
 namespace zorba {
 namespace cuda {
 
@@ -21,18 +23,6 @@ struct DeviceTable {
   int64_t tiles;
 };
 
-// A program in device memory.
-struct DeviceProgram {
-  uintptr_t seeds;           // uint64[terms]
-  uintptr_t samples;         // int64[terms]
-  uintptr_t coefs;           // float[groups, terms]
-  uintptr_t decays;          // float[groups, rounds]
-  uintptr_t round_ends;      // int64[rounds]
-  uintptr_t rounding_seeds;  // uint64[rounds]
-  int64_t terms;
-  int64_t rounds;
-};
-
 // Why the kernels cannot run on the device; empty if they can.
 std::string unavailable(int device);
 
@@ -42,21 +32,19 @@ int64_t tile_ends(const int64_t* segments, int64_t count, int64_t* ends);
 // Groups whose coefficients a launch of one term can carry.
 int64_t max_groups_of_single();
 
-// One round of one term, coefs[groups] and decays[groups] in host memory.
-void add_noise_single(const Where& where, const DeviceTable& table, uint64_t seed, uint32_t sample,
-                      const float* coefs, const float* decays, int64_t groups,
-                      uint64_t rounding_seed, bool gaussian, bool stochastic);
+// One round of one term; the program's arrays are in host memory.
+void add_noise_single(const Where& where, const DeviceTable& table, const Program& program);
 
 // Bytes of device memory that add_noise_program() works in.
 int64_t workspace_bytes(int64_t terms, int64_t rounds);
 
-// Any program. `workspace` is 16-byte aligned.
-void add_noise_program(const Where& where, const DeviceTable& table, const DeviceProgram& program,
-                       uintptr_t workspace, bool gaussian, bool stochastic);
+// Any program; its arrays are in device memory, and `workspace` is 16-byte aligned.
+void add_noise_program(const Where& where, const DeviceTable& table, const Program& program,
+                       uintptr_t workspace);
 
 // z at indices offset .. offset + numel, to float[numel].
 void noise(const Where& where, uintptr_t out, int64_t numel, int64_t offset, uint64_t seed,
-           uint64_t stream, uint32_t sample, bool gaussian);
+           uint64_t stream, uint32_t sample, int64_t distribution);
 
 // Adds the fingerprint of the table to the uint64 at `result`.
 void fingerprint(const Where& where, const DeviceTable& table, uintptr_t result);

@@ -5,11 +5,12 @@ namespace zorba {
 namespace cuda {
 namespace {
 
+using device::Distribution;
 using device::kGaussianBlock;
 using device::kLanes;
 
 // A lane makes the 8 elements of a block; a piece of work is 32 blocks.
-template <bool gaussian>
+template <Distribution distribution>
 __global__ void __launch_bounds__(kThreads)
     noise_values(float* out, int64_t numel, int64_t offset, device::Stream stream, uint32_t sample,
                  const __grid_constant__ device::PhiloxKeys keys, int64_t pieces) {
@@ -19,7 +20,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t start = block * kGaussianBlock - offset;
     if (start >= numel) continue;
     float z[kGaussianBlock];
-    device::noise_block<gaussian>(static_cast<uint32_t>(block), stream, sample, keys, z);
+    device::noise_block<distribution>(static_cast<uint32_t>(block), stream, sample, keys, z);
     const bool whole = start >= 0 && start + kGaussianBlock <= numel &&
                        reinterpret_cast<uintptr_t>(out + start) % 16 == 0;
     if (whole) {
@@ -37,14 +38,16 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void noise(const Where& where, uintptr_t out, int64_t numel, int64_t offset, uint64_t seed,
-           uint64_t stream, uint32_t sample, bool gaussian) {
+           uint64_t stream, uint32_t sample, int64_t distribution) {
   if (numel == 0) return;
   const int64_t blocks = (offset + numel - 1) / kGaussianBlock - offset / kGaussianBlock + 1;
   const int64_t pieces = (blocks + kLanes - 1) / kLanes;
   const device::Stream halves{static_cast<uint32_t>(stream), static_cast<uint32_t>(stream >> 32)};
-  launch(where, "noise", pieces, kThreads, gaussian ? noise_values<true> : noise_values<false>,
-         reinterpret_cast<float*>(out), numel, offset, halves, sample, device::philox_keys(seed),
-         pieces);
+  const auto kernel = static_cast<Distribution>(distribution) == Distribution::kGaussian
+                          ? noise_values<Distribution::kGaussian>
+                          : noise_values<Distribution::kRademacher>;
+  launch(where, "noise", pieces, kThreads, kernel, reinterpret_cast<float*>(out), numel, offset,
+         halves, sample, device::philox_keys(seed), pieces);
 }
 
 }  // namespace cuda

@@ -86,7 +86,7 @@ ZORBA_HD void add_gaussian(uint32_t block, Stream stream, uint32_t sample, const
 #pragma unroll
   for (int h = 0; h < kHalves; ++h) {
     float z[kGaussianBlock];
-    noise_block<true>(block + kLanes * h, stream, sample, keys, z);
+    noise_block<Distribution::kGaussian>(block + kLanes * h, stream, sample, keys, z);
 #pragma unroll
     for (int e = 0; e < kGaussianBlock; ++e) {
       held.sum[8 * h + e] = fma_rn(coef, z[e], held.sum[8 * h + e]);

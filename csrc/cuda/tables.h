@@ -2,8 +2,8 @@
 #pragma once
 
 #define ZORBA_ISA device
-#include "../cpu/kernels.h"
 #include "../noise.h"
+#include "../packed.h"
 
 namespace zorba {
 namespace device {

@@ -8,16 +8,16 @@ namespace zorba {
 namespace device {
 
 // Strips that a lane holds while it goes through the terms.
-template <bool gaussian>
-constexpr int kHeldStrips = gaussian ? 1 : kAtOnce;
+template <Distribution distribution>
+constexpr int kHeldStrips = distribution == Distribution::kGaussian ? 1 : kAtOnce;
 
 constexpr int kUnrolledTerms = 4;
 
 // The strips from `strip` on that a lane holds together, of which the first `present` exist.
-template <DType dtype, bool gaussian, bool stochastic>
+template <DType dtype, Distribution distribution, bool stochastic>
 ZORBA_HD void add_terms(const Many& program, const Segment& segment, Stream stream, uint32_t strip,
                         int present, uint32_t* shared, PerLane<uint32_t>& left) {
-  constexpr int kStrips = kHeldStrips<gaussian>;
+  constexpr int kStrips = kHeldStrips<distribution>;
   constexpr int64_t kBytesOfStrip = kStrip * kBytes<dtype>;
   const int64_t group = segment.group;
   PerLane<Held<dtype>[kStrips]> held;
@@ -31,7 +31,7 @@ ZORBA_HD void add_terms(const Many& program, const Segment& segment, Stream stre
       held[lane][i] = {};  // the sums too, or registers would keep those of the last strips
       if (i < present) load_strip<dtype>(src + i * kBytesOfStrip, held[lane][i]);
     }
-    if constexpr (!gaussian) unpacker[lane] = make_unpacker(lane);
+    if constexpr (distribution == Distribution::kRademacher) unpacker[lane] = make_unpacker(lane);
     fine[lane] = true;
   });
   // Of the Rademacher terms whose signs have been made:
@@ -56,7 +56,7 @@ ZORBA_HD void add_terms(const Many& program, const Segment& segment, Stream stre
       });
     };
     if (decay != 0.0f) begin();
-    if constexpr (gaussian) {
+    if constexpr (distribution == Distribution::kGaussian) {
 #pragma unroll 1
       for (int32_t k = program.begin(r); k < end; ++k) {
         const float coef = program.coef(group, k);

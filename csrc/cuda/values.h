@@ -169,13 +169,14 @@ ZORBA_HD Stream stream_of(const Segment& s) {
 }
 
 // z of the 8 elements of a block, without help from other lanes.
-template <bool gaussian>
+template <Distribution distribution>
 ZORBA_HD void noise_block(uint32_t block, Stream stream, uint32_t sample, const PhiloxKeys& keys,
                           float (&z)[kGaussianBlock]) {
   constexpr uint32_t kRatio = kRademacherBlock / kGaussianBlock;
-  const uint32_t counter = gaussian ? block : block / kRatio;
+  constexpr bool kGaussian = distribution == Distribution::kGaussian;
+  const uint32_t counter = kGaussian ? block : block / kRatio;
   const Words words = philox4x32(counter, stream.lo, stream.hi, sample, keys);
-  if constexpr (gaussian) {
+  if constexpr (kGaussian) {
     const uint32_t all[4] = {words.w0, words.w1, words.w2, words.w3};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {

@@ -33,7 +33,7 @@ ZORBA_HD void add_rademacher(const unsigned char* signs, float coef, Held<dtype>
 // One term in one round, on the strips [first, last) of a tile, kAtOnce at a time: their loads are
 // under way together, and keys and constants are fetched once. Returns, as bits of each lane, the
 // strips that it did not write because a weight needs any_block().
-template <DType dtype, bool gaussian, bool stochastic, bool decays>
+template <DType dtype, Distribution distribution, bool stochastic, bool decays>
 ZORBA_HD void add_to_strips(const Single& program, Stream stream, Step step, uint32_t first,
                             uint32_t last, PerLane<Place>& place, const uint32_t* signs,
                             PerLane<uint32_t>& left) {
@@ -53,7 +53,7 @@ ZORBA_HD void add_to_strips(const Single& program, Stream stream, Step step, uin
         const uint32_t block = (strip + i) * kStripBlocks + lane;
         begin_round<dtype, stochastic, decays>(block, stream, program.round_keys(0), step.decay,
                                                held[i]);
-        if constexpr (gaussian) {
+        if constexpr (distribution == Distribution::kGaussian) {
           add_gaussian<dtype>(block, stream, program.sample(0), program.keys(0), step.coef,
                               held[i]);
         } else {
@@ -81,7 +81,7 @@ ZORBA_HD void add_to_strips(const Single& program, Stream stream, Step step, uin
 
 // All rounds on the elements of a tile that lie in the segment. `signs`: Program::kSignWords
 // words that the warp shares, 16-byte aligned.
-template <DType dtype, bool gaussian, bool stochastic, typename Program>
+template <DType dtype, Distribution distribution, bool stochastic, typename Program>
 ZORBA_HD void add_to_tile(const Program& program, const Segment& segment, int64_t tile,
                           uint32_t* signs) {
   const Stream stream = stream_of(segment);
@@ -119,7 +119,7 @@ ZORBA_HD void add_to_tile(const Program& program, const Segment& segment, int64_
         place[lane] = {reinterpret_cast<const char*>(segment.src + shift),
                        reinterpret_cast<char*>(segment.dst + shift)};
       });
-      if constexpr (!gaussian) {
+      if constexpr (distribution == Distribution::kRademacher) {
         warp_sync();
         each_lane([&](int lane) {
           const auto call = static_cast<uint32_t>(tile * kLanes + lane);
@@ -129,18 +129,18 @@ ZORBA_HD void add_to_tile(const Program& program, const Segment& segment, int64_
         warp_sync();
       }
       if (step.decay == 0.0f) {
-        add_to_strips<dtype, gaussian, stochastic, false>(program, stream, step, first, last, place,
-                                                          signs, left);
+        add_to_strips<dtype, distribution, stochastic, false>(program, stream, step, first, last,
+                                                              place, signs, left);
       } else {
-        add_to_strips<dtype, gaussian, stochastic, true>(program, stream, step, first, last, place,
-                                                         signs, left);
+        add_to_strips<dtype, distribution, stochastic, true>(program, stream, step, first, last,
+                                                             place, signs, left);
       }
     }
   } else {
 #pragma unroll 1
-    for (uint32_t strip = first; strip < last; strip += kHeldStrips<gaussian>) {
-      add_terms<dtype, gaussian, stochastic>(program, segment, stream, strip,
-                                             static_cast<int>(last - strip), signs, left);
+    for (uint32_t strip = first; strip < last; strip += kHeldStrips<distribution>) {
+      add_terms<dtype, distribution, stochastic>(program, segment, stream, strip,
+                                                 static_cast<int>(last - strip), signs, left);
     }
   }
 
@@ -150,8 +150,8 @@ ZORBA_HD void add_to_tile(const Program& program, const Segment& segment, int64_
       if ((left[lane] & 1u) == 0) continue;
 #pragma unroll 1
       for (int h = 0; h < kHalves; ++h) {
-        any_block<dtype, gaussian, stochastic>(program, segment,
-                                               (tile_strip + i) * kStripBlocks + kLanes * h + lane);
+        any_block<dtype, distribution, stochastic>(
+            program, segment, (tile_strip + i) * kStripBlocks + kLanes * h + lane);
       }
     }
   });

@@ -9,7 +9,7 @@ using namespace zorba::device;
 
 namespace {
 
-template <bool gaussian, bool stochastic, typename Program>
+template <Distribution distribution, bool stochastic, typename Program>
 void run(const Table& table, const Program& program) {
   alignas(16) uint32_t signs[Program::kSignWords];
   // Two "warps" with a stride, so that find_segment() has to skip.
@@ -21,23 +21,25 @@ void run(const Table& table, const Program& program) {
       const int64_t tile = first_tile(s) + piece - (at == 0 ? 0 : table.ends[at - 1]);
       switch (static_cast<DType>(s.dtype)) {
         case DType::kBFloat16:
-          add_to_tile<DType::kBFloat16, gaussian, stochastic>(program, s, tile, signs);
+          add_to_tile<DType::kBFloat16, distribution, stochastic>(program, s, tile, signs);
           break;
         case DType::kFloat16:
-          add_to_tile<DType::kFloat16, gaussian, stochastic>(program, s, tile, signs);
+          add_to_tile<DType::kFloat16, distribution, stochastic>(program, s, tile, signs);
           break;
-        default: add_to_tile<DType::kFloat32, gaussian, false>(program, s, tile, signs);
+        default: add_to_tile<DType::kFloat32, distribution, false>(program, s, tile, signs);
       }
     }
   }
 }
 
-template <typename Program>
-void choose(const Table& table, const Program& program, bool gaussian, bool stochastic) {
-  if (gaussian) {
-    stochastic ? run<true, true>(table, program) : run<true, false>(table, program);
+template <typename Form>
+void choose(const Table& table, const Form& form, const zorba::Program& program) {
+  constexpr Distribution kGaussian = Distribution::kGaussian;
+  constexpr Distribution kRademacher = Distribution::kRademacher;
+  if (static_cast<Distribution>(program.distribution) == kGaussian) {
+    program.stochastic ? run<kGaussian, true>(table, form) : run<kGaussian, false>(table, form);
   } else {
-    stochastic ? run<false, true>(table, program) : run<false, false>(table, program);
+    program.stochastic ? run<kRademacher, true>(table, form) : run<kRademacher, false>(table, form);
   }
 }
 
@@ -73,40 +75,38 @@ extern "C" void unpack(const uint32_t* signs, float* z) {
   }
 }
 
-extern "C" void add_noise(const Segment* segments, int64_t count, const uint64_t* seeds,
-                          const int64_t* samples, const float* coefs, const float* decays,
-                          int64_t groups, int64_t terms, const int64_t* round_ends,
-                          const uint64_t* rounding_seeds, int64_t rounds, bool gaussian,
-                          bool stochastic, bool as_single) {
+extern "C" void add_noise(const Segment* segments, int64_t count, const zorba::Program* program,
+                          bool as_single) {
+  const zorba::Program& p = *program;
   std::vector<int64_t> ends(count);
   int64_t tiles = 0;
   for (int64_t i = 0; i < count; ++i) ends[i] = tiles += tile_count(segments[i]);
   const Table table{segments, ends.data(), count, tiles};
   if (as_single) {
-    Single single{philox_keys(seeds[0]),
-                  philox_keys(rounding_seeds[0]),
-                  static_cast<uint32_t>(samples[0]),
+    Single single{philox_keys(p.seeds[0]),
+                  philox_keys(p.rounding_seeds[0]),
+                  static_cast<uint32_t>(p.samples[0]),
                   {}};
-    for (int64_t g = 0; g < groups; ++g) single.steps[g] = {coefs[g], decays[g]};
-    choose(table, single, gaussian, stochastic);
+    for (int64_t g = 0; g < p.groups; ++g) single.steps[g] = {p.coefs[g], p.decays[g]};
+    choose(table, single, p);
     return;
   }
-  std::vector<Term> term(terms);
-  std::vector<Round> round(rounds);
-  for (int64_t k = 0; k < terms; ++k) {
-    term[k] = {philox_keys(seeds[k]), static_cast<uint32_t>(samples[k]), {}};
+  std::vector<Term> term(p.terms);
+  std::vector<Round> round(p.rounds);
+  for (int64_t k = 0; k < p.terms; ++k) {
+    term[k] = {philox_keys(p.seeds[k]), static_cast<uint32_t>(p.samples[k]), {}};
   }
-  for (int64_t r = 0; r < rounds; ++r) {
-    round[r] = {philox_keys(rounding_seeds[r]),
-                static_cast<int32_t>(r == 0 ? 0 : round_ends[r - 1]),
-                static_cast<int32_t>(round_ends[r]),
+  for (int64_t r = 0; r < p.rounds; ++r) {
+    round[r] = {philox_keys(p.rounding_seeds[r]),
+                static_cast<int32_t>(r == 0 ? 0 : p.round_ends[r - 1]),
+                static_cast<int32_t>(p.round_ends[r]),
                 {}};
   }
   const Many many{term.data(),
                   round.data(),
-                  coefs,
-                  decays,
-                  static_cast<int32_t>(terms),
-                  static_cast<int32_t>(rounds)};
-  choose(table, many, gaussian, stochastic);
+                  p.coefs,
+                  p.decays,
+                  static_cast<int32_t>(p.terms),
+                  static_cast<int32_t>(p.rounds)};
+  choose(table, many, p);
 }

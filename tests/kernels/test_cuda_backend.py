@@ -8,7 +8,6 @@ import torch
 import zorba_kernels as zk
 from tests.kernels.bits import assert_same_bits
 from zorba_kernels.backends import cuda, triton, triton_tuning
-from zorba_kernels.program import make_program
 
 pytestmark = pytest.mark.gpu
 
@@ -23,21 +22,6 @@ def backend(request):
     reason = module.unavailable(torch.device("cuda"))
     if reason is not None:
         pytest.skip(reason)
-    return request.param
-
-
-@pytest.fixture(params=DTYPES, ids=str)
-def dtype(request):
-    return request.param
-
-
-@pytest.fixture(params=["nearest", "stochastic"])
-def rounding(request):
-    return request.param
-
-
-@pytest.fixture(params=["gaussian", "rademacher"])
-def distribution(request):
     return request.param
 
 
@@ -56,7 +40,7 @@ def compare(backend, weights, *args, groups=None, offsets=None, **kwargs):
         assert_same_bits(device[name].cpu(), tensor)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.covering(size=SIZES)
 def test_noise(backend, rng, distribution, size):
     for offset in (0, 3, 4095, (1 << 35) - size):
         call = {
@@ -70,8 +54,7 @@ def test_noise(backend, rng, distribution, size):
         assert_same_bits(mine.cpu(), zk.noise(size, **call))
 
 
-@pytest.mark.parametrize("terms", [1, 3, 19])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.covering(terms=[1, 3, 19], size=SIZES)
 def test_add_noise(backend, rng, dtype, rounding, distribution, size, terms):
     for offset in (0, 5, 512):
         compare(
@@ -131,11 +114,11 @@ def test_another_stream(backend, rng):
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for seed in range(20):
-            zk.add_noise_(table, [seed, seed + 1], 1e-3, backend=backend)
+            zk.add_noise_(table, [seed, seed + 1], [1e-3] * 2, backend=backend)
     stream.synchronize()
     expected = zk.ParamTable({"w": weights})
     for seed in range(20):
-        zk.add_noise_(expected, [seed, seed + 1], 1e-3)
+        zk.add_noise_(expected, [seed, seed + 1], [1e-3] * 2)
     assert_same_bits(mine.cpu(), weights)
 
 
@@ -144,8 +127,8 @@ def test_graph_with_seeds_on_the_device(backend, rng):
     weights = rng.weights(100_000, torch.bfloat16)
     mine = weights.cuda()
     table = zk.ParamTable({"w": mine})
-    program = make_program([1, 2], 0.0, 1, "gaussian", "stochastic", 3, None, None)
-    on_device = {"cuda": cuda, "triton": triton}[backend].DeviceProgram(program, table.device)
+    program = zk.Program([1, 2], [0.0, 0.0], rounding="stochastic", rounding_seed=3)
+    on_device = {"cuda": cuda, "triton": triton}[backend].DeviceProgram(program, table)
     on_device.run(table, table)  # coefficients of 0: only warms up
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -153,12 +136,12 @@ def test_graph_with_seeds_on_the_device(backend, rng):
     assert_same_bits(mine.cpu(), weights)
     expected = zk.ParamTable({"w": weights})
     for step in range(3):
-        on_device.seeds.copy_(torch.tensor([10 + step, 20 + step]))
-        on_device.rounding_seeds.fill_(step)
-        on_device.coefs.fill_(1e-3)
+        on_device.arrays["seeds"].copy_(torch.tensor([10 + step, 20 + step]))
+        on_device.arrays["rounding_seeds"].fill_(step)
+        on_device.arrays["coefs"].fill_(1e-3)
         graph.replay()
         zk.add_noise_(
-            expected, [10 + step, 20 + step], 1e-3, rounding="stochastic", rounding_seed=step
+            expected, [10 + step, 20 + step], [1e-3] * 2, rounding="stochastic", rounding_seed=step
         )
     assert_same_bits(mine.cpu(), weights)
 

@@ -13,7 +13,6 @@ import torch
 import zorba_kernels as zk
 from zorba_kernels.backends import cuda
 from zorba_kernels.build import build_info, extension
-from zorba_kernels.program import make_program
 
 ROOT = Path(__file__).parents[2]
 FUNCTIONS = (
@@ -69,9 +68,8 @@ def test_cpu_tensors_are_refused():
 @built
 def test_cpu_tensors_never_reach_a_launch():
     """Also when the module is called directly."""
-    program = make_program(1, 1.0, 1, "gaussian", "nearest", None, None, None)
     with pytest.raises(ValueError, match="serves CUDA tensors"):
-        cuda.add_noise(table(), table(), program)
+        cuda.run(table(), table(), zk.Program(1, 1.0))
     with pytest.raises(ValueError, match="serves CUDA tensors"):
         cuda.fingerprint(table())
 
@@ -105,7 +103,7 @@ def test_a_cuda_error_is_an_exception():
     """Not an exit, and nothing that a later call would trip over."""
     for _ in range(2):
         with pytest.raises(RuntimeError, match="CUDA: "):
-            extension()[0].cuda_noise(0, 0, 0, 8, 0, 1, 2, 0, True)
+            extension()[0].cuda_noise(0, 0, 0, 8, 0, 1, 2, 0, 0)
     assert zk.noise(8, seed=1, stream=2).shape == (8,)
 
 

@@ -18,7 +18,6 @@ import torch
 import zorba_kernels as zk
 from tests.kernels.bits import assert_same_bits
 from zorba_kernels.backends import reference
-from zorba_kernels.program import make_program
 
 SOURCE = Path(__file__).parent / "cuda_on_host.cpp"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
@@ -27,45 +26,26 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    library = tmp_path_factory.mktemp("cuda") / "cuda_on_host.so"
+def library(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cuda") / "cuda_on_host.so"
     flags = "-std=c++17 -O1 -fPIC -shared -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas"
-    command = [str(COMPILER), *flags.split(), str(SOURCE), "-o", str(library)]
+    command = [str(COMPILER), *flags.split(), str(SOURCE), "-o", str(path)]
     subprocess.run(command, check=True)
-    return ctypes.CDLL(str(library))
+    return ctypes.CDLL(str(path))
 
 
 @pytest.fixture(scope="session")
-def kernel(compiled):
-    return compiled.add_noise
-
-
-def uint64(values):
-    return torch.tensor([v - (1 << 64) if v >= 1 << 63 else v for v in values], dtype=torch.int64)
+def kernel(library):
+    return library.add_noise
 
 
 def run(kernel, table, out, program, single):
-    arrays = [
-        uint64(program.seeds),
-        torch.tensor(program.samples, dtype=torch.int64),
-        program.coefs,
-        program.decays,
-    ]
-    ends = torch.tensor(program.round_ends, dtype=torch.int64)
-    rounding_seeds = uint64(program.rounding_seeds)
     segments = table.packed(out)
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    packed = program.packed(table.num_groups)
     kernel(
-        pointer(segments.data_ptr()),
-        number(len(segments)),
-        *(pointer(a.data_ptr()) for a in arrays),
-        number(len(program.coefs)),
-        number(len(program.seeds)),
-        pointer(ends.data_ptr()),
-        pointer(rounding_seeds.data_ptr()),
-        number(len(program.round_ends)),
-        ctypes.c_bool(program.distribution == "gaussian"),
-        ctypes.c_bool(program.rounding == "stochastic"),
+        ctypes.c_void_p(segments.data_ptr()),
+        ctypes.c_int64(len(segments)),
+        ctypes.c_void_p(packed.address),
         ctypes.c_bool(single),
     )
 
@@ -75,12 +55,11 @@ def misaligned(size, dtype, shift, rng):
     return rng.weights(size + shift, dtype)[shift:]
 
 
-def check(kernel, weights, program_of, offsets=None, groups=None, singles=(False,)):
+def check(kernel, weights, program, offsets=None, groups=None, singles=(False,)):
     """In place and out of place, every way the program can be launched."""
     table = zk.ParamTable(weights, groups=groups, offsets=offsets)
-    program = program_of(table.num_groups)
     expected = {n: torch.empty_like(w) for n, w in weights.items()}
-    reference.add_noise(table, zk.ParamTable(expected, groups=groups, offsets=offsets), program)
+    reference.run(table, zk.ParamTable(expected, groups=groups, offsets=offsets), program)
     for single in singles:
         results = {n: torch.full_like(w, torch.nan) for n, w in weights.items()}
         out = zk.ParamTable(results, groups=groups, offsets=offsets)
@@ -102,40 +81,30 @@ def check(kernel, weights, program_of, offsets=None, groups=None, singles=(False
             assert bool((padded[name][:spare] == 7).all() and (padded[name][-spare:] == 7).all())
 
 
-@pytest.mark.parametrize("size", [0, 1, 7, 511, 512, 1023, 1024, 4095, 4096, 4097, 9001])
-@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.covering(size=[0, 1, 7, 511, 512, 1023, 1024, 4095, 4096, 4097, 9001])
 def test_one_term(kernel, rng, dtype, rounding, distribution, size):
-    def program(groups):
-        seed, coef, sample = rng.integer(64), rng.coefs(1), rng.integer(31)
-        return make_program(
-            seed, coef, groups, distribution, rounding, rng.integer(64), sample, None
-        )
-
+    program = zk.Program(
+        rng.integer(64), rng.coefs(1), distribution, rounding, rng.integer(64),
+        samples=rng.integer(31),
+    )  # fmt: skip
     weights = {"w": rng.weights(size, dtype)}
     for offset in (0, 3, 8, 512, 4100, (1 << 33) - 520):
         check(kernel, weights, program, offsets={"w": offset}, singles=(True, False))
     check(kernel, {"w": misaligned(size, dtype, 3, rng)}, program, singles=(True, False))
 
 
-@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("terms", [1, 2, 8, 19])
+@pytest.mark.covering(terms=[1, 2, 8, 19])
 def test_many_terms_and_rounds(kernel, rng, terms, rounding, distribution):
     """Mixed dtypes and groups, zero coefficients, decay, and rounds that leave a group alone."""
 
-    def program(groups):
-        coefs = torch.as_tensor(rng.coefs(groups * terms)).reshape(groups, terms).clone()
-        coefs[0, terms // 2 :] = 0
-        coefs[1, 0] = 0
-        cut = [terms // 3, 0, terms - terms // 3]
-        decay = torch.tensor([[0.0, 0.0, 0.0], [0.01, 0.0, 0.02], [0.0, 0.5, 0.0]])
-        return make_program(
-            rng.integers(terms), coefs, groups, distribution, rounding,
-            rng.integers(3), rng.integers(terms, bits=31), cut, decay,
-        )  # fmt: skip
-
+    coefs = rng.coefs(3, terms)
+    coefs[0, terms // 2 :] = 0
+    coefs[1, 0] = 0
+    program = zk.Program(
+        rng.integers(terms), coefs, distribution, rounding, rng.integers(3),
+        samples=rng.integers(terms, bits=31), rounds=[terms // 3, 0, terms - terms // 3],
+        decay=[[0.0, 0.0, 0.0], [0.01, 0.0, 0.02], [0.0, 0.5, 0.0]],
+    )  # fmt: skip
     weights = {
         "a": rng.weights(5000, torch.bfloat16),
         "b": rng.weights(0, torch.float32),
@@ -149,29 +118,30 @@ def test_many_terms_and_rounds(kernel, rng, terms, rounding, distribution):
     check(kernel, weights, program, groups=groups, offsets={"e": 5, "g": 24})
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    "cut",
-    [[64], [1] * 40, [0, 31, 2, 30, 1, 0], [3, 0, 90, 4]],
-    ids=["one round", "a term each", "uneven", "long"],
-)
-def test_many_rademacher_terms(kernel, rng, cut, dtype, rounding):
-    """More terms than a warp makes signs for together, in rounds that begin and end anywhere."""
-    terms = sum(cut)
+ROUNDS = {
+    "one round": [64],
+    "a term each": [1] * 40,
+    "uneven": [0, 31, 2, 30, 1, 0],
+    "long": [3, 0, 90, 4],
+}
 
-    def program(groups):
-        coefs = torch.as_tensor(rng.coefs(groups * terms)).reshape(groups, terms).clone()
-        coefs[0, 5:terms:7] = 0.0
-        coefs[0, 6:terms:7] = -0.0
-        coefs[1, 20:60] = 0.0
-        coefs[2, torch.arange(terms) != terms - 1] = 0.0  # one term, the last
-        decay = torch.zeros(groups, len(cut))
-        decay[3, -1] = 0.25
-        return make_program(
-            rng.integers(terms), coefs, groups, "rademacher", rounding,
-            rng.integers(len(cut)), rng.integers(terms, bits=31), cut, decay,
-        )  # fmt: skip
+
+@pytest.mark.covering(rounds=ROUNDS)
+def test_many_rademacher_terms(kernel, rng, rounds, dtype, rounding):
+    """More terms than a warp makes signs for together, in rounds that begin and end anywhere."""
+    cut = ROUNDS[rounds]
+    terms = sum(cut)
+    coefs = rng.coefs(5, terms)
+    coefs[0, 5:terms:7] = 0.0
+    coefs[0, 6:terms:7] = -0.0
+    coefs[1, 20:60] = 0.0
+    coefs[2, torch.arange(terms) != terms - 1] = 0.0  # one term, the last
+    decay = torch.zeros(5, len(cut))
+    decay[3, -1] = 0.25
+    program = zk.Program(
+        rng.integers(terms), coefs, "rademacher", rounding, rng.integers(len(cut)),
+        samples=rng.integers(terms, bits=31), rounds=cut, decay=decay,
+    )  # fmt: skip
 
     sizes = {"a": 1024, "b": 1536 + 513, "c": 2048, "d": 1999, "e": 640}
     weights = {n: rng.weights(size, dtype) for n, size in sizes.items()}
@@ -188,57 +158,37 @@ def test_terms_without_coefficient_leave_every_bit(kernel, rng, coef):
     bits = rng.weights(5000, torch.bfloat16).view(torch.int16)
     bits[::5] = -0x8000
     bits[1::7] = 0x7FA5
-
-    def program(groups):
-        coefs = [coef] * 40
-        return make_program(
-            rng.integers(40), coefs, groups, "rademacher", "nearest", None, None, [40]
-        )
-
+    program = zk.Program(rng.integers(40), [coef] * 40, "rademacher")
     check(kernel, {"w": bits.view(torch.bfloat16)}, program)
 
 
-def test_signs_on_tensor_cores(compiled, rng):
+def test_signs_on_tensor_cores(library, rng):
     """The products give each lane its own 32 signs as exactly +1 and -1."""
     signs = torch.tensor(rng.integers(32, bits=32), dtype=torch.int64)
     signs[:2] = torch.tensor([0, 0xFFFFFFFF])
     words, z = signs.to(torch.uint32), torch.full((32, 32), torch.nan)
-    compiled.unpack(ctypes.c_void_p(words.data_ptr()), ctypes.c_void_p(z.data_ptr()))
+    library.unpack(ctypes.c_void_p(words.data_ptr()), ctypes.c_void_p(z.data_ptr()))
     expected = 1 - 2 * (signs[:, None] >> torch.arange(32) & 1)
     assert torch.equal(z, expected.float())
 
 
-@pytest.mark.parametrize("coef", [0.0, 1e-3])
-@pytest.mark.parametrize("decay", [0.0, 0.1])
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.covering(coef=[0.0, 1e-3], decay=[0.0, 0.1])
 def test_no_coefficient_and_decay(kernel, rng, rounding, coef, decay):
-    def program(groups):
-        return make_program(
-            rng.integer(64), [coef], groups, "gaussian", rounding, None, None, None, decay
-        )
-
+    program = zk.Program(rng.integer(64), coef, rounding=rounding, decay=decay)
     weights = {str(d): rng.weights(5000, d) for d in (torch.float32, torch.bfloat16, torch.float16)}
     check(kernel, weights, program, singles=(True, False))
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_special_values(kernel, rng, dtype, rounding):
+@pytest.mark.covering(coef=[1e-3, 3e38, 1e-38], terms=[1, 3])
+def test_special_values(kernel, rng, dtype, rounding, coef, terms):
     """Infinite, NaN, largest and subnormal weights, whole and in the midst of ordinary ones."""
     info = torch.finfo(dtype)
     special = [torch.inf, -torch.inf, torch.nan, info.max, info.min, info.tiny, 0.0, -0.0]
     special.append(info.smallest_normal * info.eps)
     weights = rng.weights(8192, dtype)
     weights[100:4096:37] = torch.tensor(special * 12, dtype=dtype)[: len(weights[100:4096:37])]
-    for coef in (1e-3, 3e38, 1e-38):
-        for terms in (1, 3):
-
-            def program(groups, coef=coef, terms=terms):
-                return make_program(
-                    rng.integers(terms), [coef] * terms, groups, "rademacher", rounding,
-                    rng.integers(terms), None, [1] * terms,
-                )  # fmt: skip
-
-            check(
-                kernel, {"w": weights}, program, singles=(True, False) if terms == 1 else (False,)
-            )
+    program = zk.Program(
+        rng.integers(terms), [coef] * terms, "rademacher", rounding, rng.integers(terms),
+        rounds=[1] * terms,
+    )  # fmt: skip
+    check(kernel, {"w": weights}, program, singles=(True, False) if terms == 1 else (False,))

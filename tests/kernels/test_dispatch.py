@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import zorba_kernels as zk
-from tests.conftest import CPU_ISAS, processor_lacks
+from tests.kernels.conftest import CPU_ISAS, processor_lacks
+from zorba_kernels import dispatch
 from zorba_kernels.backends import cpu
 from zorba_kernels.build import extension
 
@@ -38,7 +41,7 @@ def test_best_by_default(monkeypatch):
     def served(*args, **kwargs):
         raise AssertionError("served by cpu")
 
-    monkeypatch.setattr(cpu, "noise", served)
+    monkeypatch.setitem(dispatch._registered, "cpu", replace(cpu.BACKEND, noise=served))
     with pytest.raises(AssertionError, match="served by cpu"):
         one_noise()
     one_noise(backend="reference")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import zorba_kernels as zk
-from tests.conftest import not_interpreted
 from tests.kernels.bits import assert_same_bits
+from tests.kernels.conftest import not_interpreted
 from zorba_kernels.backends import reference
 
 SPLITS = (1, 7, 8, 127, 128, 257, 2047, 2048, 2049, 4000)

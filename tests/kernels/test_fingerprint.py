@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import zorba_kernels as zk
-from tests.conftest import not_interpreted
+from tests.kernels.conftest import not_interpreted
 
 
 def fingerprint(tensors, **call):

@@ -96,12 +96,12 @@ def test_a_launch_error_is_an_exception():
         torch.ones(1, device="cuda")
         compiled = extension()[0]
         try:
-            compiled.cuda_noise(0, 0, 1 << 20, 1 << 20, 0, 1, 2, 0, True)  # nobody's memory
+            compiled.cuda_noise(0, 0, 1 << 20, 1 << 20, 0, 1, 2, 0, 0)  # nobody's memory
             torch.cuda.synchronize()
         except RuntimeError as error:
             print("fault:", str(error).splitlines()[0])
         try:
-            compiled.cuda_noise(0, 0, 1 << 20, 1 << 20, 0, 1, 2, 0, True)
+            compiled.cuda_noise(0, 0, 1 << 20, 1 << 20, 0, 1, 2, 0, 0)
         except RuntimeError as error:
             print("launch:", error)
         print("alive")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import zorba_kernels as zk
-from tests.conftest import not_interpreted
 from tests.kernels.bits import assert_same_bits, bits_of
+from tests.kernels.conftest import not_interpreted
 
 HALF_PATTERNS = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
 """Every 16-bit pattern: each bfloat16 and float16 there is."""

@@ -150,18 +150,23 @@ def test_a_bad_argument_is_refused_when_the_graph_runs(rng):
 def arguments(rng, device, dtype):
     tensors = [rng.weights(n, dtype).to(device) for n in (1000, 63)]
     layout = (["a", "b"], [0, 1], [0, 8], 2)
-    program = (
-        torch.tensor([1, -1]), torch.tensor([[0.5, 0.25], [0.0, 1.0]]), "gaussian", "stochastic",
-        torch.tensor([4]), torch.tensor([0, 3]), [2], torch.tensor(0.1), None,
-    )  # fmt: skip
+    program = {
+        "seeds": torch.tensor([1, -1]),
+        "coefs": torch.tensor([[0.5, 0.25], [0.0, 1.0]]),
+        "rounding": "stochastic",
+        "rounding_seed": torch.tensor([4]),
+        "samples": torch.tensor([0, 3]),
+        "rounds": torch.tensor([2]),
+        "decay": torch.tensor(0.1),
+    }
     return tensors, layout, program
 
 
 def test_opcheck(rng, device, dtype):
     tensors, layout, program = arguments(rng, device, dtype)
     out = [torch.empty_like(t) for t in tensors]
-    torch.library.opcheck(operators.add_noise_.default, (tensors, *layout, *program))
-    torch.library.opcheck(operators.add_noise.default, (tensors, out, *layout, *program))
+    torch.library.opcheck(operators.add_noise_.default, (tensors, *layout), program)
+    torch.library.opcheck(operators.add_noise.default, (tensors, out, *layout), program)
     torch.library.opcheck(operators.fingerprint.default, (tensors, *layout, None))
     word = torch.tensor([-5])
     call = ((3, 5), word, word, 2, "rademacher", torch.device(device), 17, None)
@@ -179,7 +184,7 @@ def test_operators_find_the_table_of_their_tensors(rng):
     assert find_table(tensors, *other) is not table
     copies = {"a": tensors[0].clone(), "b": tensors[1].clone()}
     expected = zk.ParamTable(copies, {"a": 0, "b": 1}, {"b": 8})
-    operators.add_noise_(tensors, *layout, *program)
+    operators.add_noise_(tensors, *layout, **program)
     zk.add_noise_(
         expected, [1, (1 << 64) - 1], [[0.5, 0.25], [0.0, 1.0]], "gaussian", "stochastic", 4,
         samples=[0, 3], rounds=[2], decay=0.1,

@@ -21,8 +21,9 @@ if INTERPRETED:
 pytest.importorskip("triton")
 
 FLAGS = {
-    "GAUSSIAN": True, "STOCHASTIC": False, "MANY": False, "DECAYS": False, "TILE": 8192, "DTYPE": 1,
-}  # fmt: skip
+    **{"DISTRIBUTION": 0, "STOCHASTIC": False, "MANY": False, "DECAYS": False},
+    **{"TILE": 8192, "DTYPE": 1},
+}
 GPU = torch.device("cuda", 0)
 
 

@@ -18,6 +18,6 @@ def one_thread(threads: None) -> None:
 
 @pytest.fixture
 def path(tmp_path: Path, rng: Random) -> Path:
-    """A finished trajectory of a dozen steps of every kind."""
-    record(tmp_path / "run.zot", make_table(WEIGHTS), make_updates(12, rng))
+    """A finished trajectory of eight steps of every kind."""
+    record(tmp_path / "run.zot", make_table(WEIGHTS), make_updates(8, rng))
     return tmp_path / "run.zot"

@@ -43,7 +43,7 @@ def test_a_resumed_run_has_the_bytes_of_an_uninterrupted_one(tmp_path: Path, rng
 
 def test_a_file_is_resumed_only_where_it_fits(path: Path) -> None:
     data = path.read_bytes()
-    with pytest.raises(LogError, match="has steps 0 to 11: it cannot go on with step 13"):
+    with pytest.raises(LogError, match="has steps 0 to 7: it cannot go on with step 13"):
         TrajectoryWriter.resume(path, make_table(WEIGHTS), 13)
     with pytest.raises(LogError, match="3 parameters are missing: layer"):
         TrajectoryWriter.resume(path, zk.ParamTable({"embed": WEIGHTS["embed"]}), 3)

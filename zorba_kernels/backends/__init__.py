@@ -1,5 +1,10 @@
-"""Backends of the primitive.
+"""Backends of the primitive; ``reference`` is the oracle that the others equal bit for bit.
 
-Each module has ``unavailable``, ``add_noise``, ``noise`` and ``fingerprint``; ``reference`` is the
-oracle that the others equal bit for bit.
+Importing this package registers them, the most preferred first.
 """
+
+from zorba_kernels import dispatch
+from zorba_kernels.backends import cpu, cuda, reference, triton
+
+for _module in (cuda, triton, cpu, reference):
+    dispatch.register(_module.BACKEND)

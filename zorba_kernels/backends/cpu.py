@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from zorba_kernels.build import extension
-from zorba_kernels.noise import Distribution, as_int64
+from zorba_kernels.dispatch import Backend
+from zorba_kernels.noise import DISTRIBUTION_CODES, Distribution
 from zorba_kernels.program import Program
 from zorba_kernels.table import ParamTable
 
@@ -34,18 +34,15 @@ def isa() -> str:
     return os.environ.get("ZORBA_CPU_ISA", "")
 
 
-def add_noise(table: ParamTable, out: ParamTable, program: Program) -> None:
-    """``out <- round(table + sum of noises)``, see ``zorba_kernels.add_noise_``."""
-    packed = _packed.get(program)
-    if packed is None:
-        packed = _packed[program] = _PackedProgram(program)
+def run(table: ParamTable, out: ParamTable, program: Program) -> None:
+    """See ``dispatch.Backend``."""
     segments = table.packed(out)
     extension()[0].cpu_add_noise(
-        packed.isa,
+        program.once("isa", isa),
         torch.get_num_threads(),
         segments.data_ptr(),
         segments.shape[0],
-        *packed.arguments,
+        program.packed(table.num_groups).address,
     )
 
 
@@ -58,7 +55,7 @@ def noise(
     distribution: Distribution,
     device: torch.device,
 ) -> Tensor:
-    """Returns z at indices ``offset .. offset + numel``: float32 [numel]."""
+    """See ``dispatch.NoiseFunction``."""
     z = torch.empty(numel, dtype=torch.float32, device=device)
     extension()[0].cpu_noise(
         isa(),
@@ -69,13 +66,13 @@ def noise(
         seed,
         stream,
         sample,
-        distribution == "gaussian",
+        DISTRIBUTION_CODES[distribution],
     )
     return z
 
 
 def fingerprint(table: ParamTable) -> int:
-    """Returns the 64-bit fingerprint of the table's tensors."""
+    """See ``dispatch.Backend``."""
     segments = table.packed(table)
     return int(
         extension()[0].cpu_fingerprint(
@@ -84,32 +81,4 @@ def fingerprint(table: ParamTable) -> int:
     )
 
 
-class _PackedProgram:
-    """A program in memory as the compiled code reads it: made once, for any number of passes."""
-
-    def __init__(self, program: Program) -> None:
-        self.isa = isa()
-        self._memory = (  # lives as long as its addresses are in use
-            _uint64(program.seeds),
-            torch.tensor(program.samples, dtype=torch.int32),
-            program.coefs,
-            program.decays,
-            torch.tensor(program.round_ends, dtype=torch.int64),
-            _uint64(program.rounding_seeds),
-        )
-        seeds, samples, coefs, decays, round_ends, rounding_seeds = (
-            tensor.data_ptr() for tensor in self._memory
-        )
-        self.arguments = (
-            *(seeds, samples, coefs, decays, len(program.seeds)),
-            *(round_ends, rounding_seeds, len(program.round_ends)),
-            program.distribution == "gaussian",
-            program.rounding == "stochastic",
-        )
-
-
-_packed: WeakKeyDictionary[Program, _PackedProgram] = WeakKeyDictionary()
-
-
-def _uint64(values: tuple[int, ...]) -> Tensor:
-    return torch.tensor([as_int64(v) for v in values], dtype=torch.int64)
+BACKEND = Backend("cpu", ("cpu",), unavailable, run, noise, fingerprint)

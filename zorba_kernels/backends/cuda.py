@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zorba_kernels.backends.device_table import DeviceTable, HeldProgram, OncePerPair
+from zorba_kernels.backends.device_table import DeviceTable, OncePerPair
 from zorba_kernels.build import extension
-from zorba_kernels.noise import Distribution
-from zorba_kernels.program import Program
+from zorba_kernels.dispatch import Backend
+from zorba_kernels.noise import DISTRIBUTION_CODES, Distribution
+from zorba_kernels.program import PackedProgram, Program
 from zorba_kernels.table import ParamTable
 
 _usable: set[int] = set()  # devices that unavailable() has found fit
@@ -39,25 +40,17 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def add_noise(table: ParamTable, out: ParamTable, program: Program) -> None:
-    """``out <- round(table + sum of noises)``, see ``zorba_kernels.add_noise_``."""
+def run(table: ParamTable, out: ParamTable, program: Program) -> None:
+    """See ``dispatch.Backend``."""
     single = len(program.seeds) == 1 and len(program.round_ends) == 1
-    groups = len(program.coefs)
-    if not single or groups > extension()[0].cuda_max_groups_of_single:
-        DeviceProgram(program, table.device).run(table, out)
+    if single and table.num_groups <= extension()[0].cuda_max_groups_of_single:
+        # Everything but the table travels with the launch: no copy, no allocation.
+        packed = program.packed(table.num_groups)
+        extension()[0].cuda_add_noise_single(*_target(table, out), packed.address)
         return
-    # Everything but the table travels with the launch: no copy, no allocation.
-    extension()[0].cuda_add_noise_single(
-        *_target(table, out),
-        program.seeds[0],
-        program.samples[0],
-        program.coefs.data_ptr(),
-        program.decays.data_ptr(),
-        groups,
-        program.rounding_seeds[0],
-        program.distribution == "gaussian",
-        program.rounding == "stochastic",
-    )
+    # Copied once for each stream: a launch on another one would have to wait for the copy.
+    key = ("cuda", table.device, _stream(table.device), table.num_groups)
+    program.once(key, lambda: DeviceProgram(program, table)).run(table, out)
 
 
 def noise(
@@ -69,7 +62,7 @@ def noise(
     distribution: Distribution,
     device: torch.device,
 ) -> Tensor:
-    """Returns z at indices ``offset .. offset + numel``: float32 [numel]."""
+    """See ``dispatch.NoiseFunction``."""
     z = torch.empty(numel, dtype=torch.float32, device=device)
     extension()[0].cuda_noise(
         _index(device),
@@ -80,48 +73,37 @@ def noise(
         seed,
         stream,
         sample,
-        distribution == "gaussian",
+        DISTRIBUTION_CODES[distribution],
     )
     return z
 
 
 def fingerprint(table: ParamTable) -> int:
-    """Returns the 64-bit fingerprint of the table's tensors; waits for it."""
+    """See ``dispatch.Backend``; waits for the result."""
     result = torch.zeros(1, dtype=torch.int64, device=table.device)
     extension()[0].cuda_fingerprint(*_target(table, table), result.data_ptr())
     return int(result.item()) % (1 << 64)
 
 
-class DeviceProgram(HeldProgram):
-    """A program whose seeds and coefficients live in device memory.
+class DeviceProgram(PackedProgram):
+    """A program whose seeds and coefficients live in device memory, for tables of one size.
 
     ``run`` neither allocates nor waits, so it can be captured into a CUDA graph once its tables
-    have been used; a replay then reads what the tensors hold at that time. The tensors may be
+    have been used; a replay then reads the values of ``arrays`` at that time. The arrays may be
     written, not resized.
     """
 
-    def __init__(self, program: Program, device: torch.device) -> None:
-        """Copies the program to the device, in one transfer that the host does not wait for."""
-        super().__init__(program, device)
+    def __init__(self, program: Program, table: ParamTable) -> None:
+        """Copies the program to the table's device, for tables of its number of groups."""
+        super().__init__(program, table.num_groups, table.device)
         terms, rounds = len(program.seeds), len(program.round_ends)
         size = extension()[0].cuda_workspace_bytes(terms, rounds)
-        self._workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        self._workspace = torch.empty(size, dtype=torch.uint8, device=table.device)
 
     def run(self, table: ParamTable, out: ParamTable) -> None:
         """``out <- round(table + sum of noises)``, on the current stream of the table's device."""
         extension()[0].cuda_add_noise_program(
-            *_target(table, out),
-            self.seeds.data_ptr(),
-            self.samples.data_ptr(),
-            self.coefs.data_ptr(),
-            self.decays.data_ptr(),
-            self.round_ends.data_ptr(),
-            self.rounding_seeds.data_ptr(),
-            len(self.seeds),
-            len(self.round_ends),
-            self._workspace.data_ptr(),
-            self.distribution == "gaussian",
-            self.rounding == "stochastic",
+            *_target(table, out), self.address, self._workspace.data_ptr()
         )
 
 
@@ -161,3 +143,6 @@ def _index(device: torch.device) -> int:
 
 def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
+
+
+BACKEND = Backend("cuda", ("cuda",), unavailable, run, noise, fingerprint)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from zorba_kernels.dispatch import Backend
 from zorba_kernels.noise import BLOCK_ELEMENTS, ROUNDING_DOMAIN, Distribution, as_int64
 from zorba_kernels.program import Program
 from zorba_kernels.table import DTYPE_CODES, Entry, ParamTable
@@ -26,15 +27,18 @@ def unavailable(device: torch.device) -> str | None:
     return "meta tensors hold no values" if device.type == "meta" else None
 
 
-def add_noise(table: ParamTable, out: ParamTable, program: Program) -> None:
-    """``out <- round(table + sum of noises)``, see ``zorba_kernels.add_noise_``."""
+def run(table: ParamTable, out: ParamTable, program: Program) -> None:
+    """See ``dispatch.Backend``."""
+    coefs, decays = program.coefs(table.num_groups), program.decays(table.num_groups)
     for source, target in zip(table.entries, out.entries, strict=True):
         flat = source.tensor.reshape(-1)
         result = torch.empty_like(flat)
         for start in range(0, flat.numel(), CHUNK):
             piece = flat[start : start + CHUNK]
             with _gradual_underflow():
-                changed = _add_chunk(source, piece, source.offset + start, program)
+                changed = _add_chunk(
+                    source, piece, start, program, coefs[source.group], decays[source.group]
+                )
             result[start : start + CHUNK] = changed
         target.tensor.copy_(result.reshape(source.tensor.shape))
 
@@ -48,7 +52,7 @@ def noise(
     distribution: Distribution,
     device: torch.device,
 ) -> Tensor:
-    """Returns z at indices ``offset .. offset + numel``: float32 [numel]."""
+    """See ``dispatch.NoiseFunction``."""
     z = torch.empty(numel, dtype=torch.float32, device=device)
     for start in range(0, numel, CHUNK):
         count = min(CHUNK, numel - start)
@@ -58,7 +62,7 @@ def noise(
 
 
 def fingerprint(table: ParamTable) -> int:
-    """Returns the sum of the hashes of all headers and 8-byte lanes, modulo 2**64."""
+    """See ``dispatch.Backend``: the sum of the hashes of all headers and 8-byte lanes."""
     total = 0
     for entry in table.entries:
         flat = entry.tensor.reshape(-1)
@@ -79,6 +83,8 @@ def fingerprint(table: ParamTable) -> int:
             total += int(_mix64(lanes ^ key).sum())
     return total % (1 << 64)
 
+
+BACKEND = Backend("reference", None, unavailable, run, noise, fingerprint)
 
 # --- Noise ---------------------------------------------------------------------------------------
 
@@ -157,20 +163,20 @@ def _box_muller(word: Tensor) -> tuple[Tensor, Tensor]:
 # --- The primitive -------------------------------------------------------------------------------
 
 
-def _add_chunk(entry: Entry, piece: Tensor, offset: int, program: Program) -> Tensor:
+def _add_chunk(
+    entry: Entry, piece: Tensor, first: int, program: Program, coefs: Tensor, decays: Tensor
+) -> Tensor:
+    """The chunk after all rounds, as stored; ``first`` is its place in the tensor."""
     stochastic = program.rounding == "stochastic" and piece.dtype != torch.float32
-    index = torch.arange(offset, offset + piece.numel(), device=piece.device)
-    coefs = program.coefs[entry.group]
+    index = entry.offset + first + torch.arange(piece.numel(), device=piece.device)
     stored = piece
     start = 0
-    ends_and_seeds = zip(program.round_ends, program.rounding_seeds, strict=True)
-    for decay, (end, rounding_seed) in zip(
-        program.decays[entry.group], ends_and_seeds, strict=True
-    ):
+    rounds = zip(program.round_ends, program.rounding_seeds, decays, strict=True)
+    for end, rounding_seed, decay in rounds:
         terms = [k for k in range(start, end) if float(coefs[k]) != 0.0]
         start = end
         if not terms and float(decay) == 0.0:
-            continue
+            continue  # not even rounded: the bits of a NaN stay
         weights = stored.to(torch.float32)
         decay = decay.to(weights.device)
         total = torch.zeros_like(weights)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import os
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -19,10 +20,11 @@ import torch
 from torch import Tensor
 
 from zorba_kernels.backends import reference, triton_tuning
-from zorba_kernels.backends.device_table import DeviceTable, HeldProgram, OncePerPair
+from zorba_kernels.backends.device_table import DeviceTable, OncePerPair
 from zorba_kernels.backends.triton_tuning import TILE, Config
-from zorba_kernels.noise import Distribution
-from zorba_kernels.program import Program, make_program
+from zorba_kernels.dispatch import Backend
+from zorba_kernels.noise import DISTRIBUTION_CODES, Distribution
+from zorba_kernels.program import PackedProgram, Program
 from zorba_kernels.table import DTYPE_CODES, ParamTable
 
 EXACT = {"enable_fp_fusion": False}
@@ -59,19 +61,11 @@ def unavailable(device: torch.device) -> str | None:
     return _interpreter_fault() if interpreted else _gpu_fault(device)
 
 
-def add_noise(table: ParamTable, out: ParamTable, program: Program) -> None:
-    """``out <- round(table + sum of noises)``, see ``zorba_kernels.add_noise_``."""
-    held = None
-    if len(program.seeds) == 1 and len(program.round_ends) == 1:
-        # The kernel of one term leaves out groups whose coefficient is zero: right where no decay
-        # and no other place to write to is left.
-        left_out = program.coefs == 0
-        if not bool((left_out & ((program.decays != 0) | (table is not out))).any()):
-            if len(program.coefs) > 1:
-                held = HeldProgram(program, table.device)
-            _run(table, out, _single(program, held), _flags(program, many=False))
-            return
-    DeviceProgram(program, table.device).run(table, out)
+def run(table: ParamTable, out: ParamTable, program: Program) -> None:
+    """See ``dispatch.Backend``."""
+    # Copied once for each stream: a launch on another one would have to wait for the copy.
+    key = ("triton", table.device, _stream(table.device), table.num_groups, out is table)
+    program.once(key, lambda: _launch_of(program, table, out is table)).run(table, out)
 
 
 def noise(
@@ -83,7 +77,7 @@ def noise(
     distribution: Distribution,
     device: torch.device,
 ) -> Tensor:
-    """Returns z at indices ``offset .. offset + numel``: float32 [numel]."""
+    """See ``dispatch.NoiseFunction``."""
     z = torch.empty(numel, dtype=torch.float32, device=device)
     elements = 8 * NOISE_BLOCKS
     programs = -(-(offset + numel) // elements) - offset // elements
@@ -96,7 +90,7 @@ def noise(
                 *_halves(seed),
                 *_halves(stream),
                 sample,
-                GAUSSIAN=distribution == "gaussian",
+                DISTRIBUTION=DISTRIBUTION_CODES[distribution],
                 BLOCKS=NOISE_BLOCKS,
                 **EXACT,
             )
@@ -104,7 +98,7 @@ def noise(
 
 
 def fingerprint(table: ParamTable) -> int:
-    """Returns the 64-bit fingerprint of the table's tensors; waits for it."""
+    """See ``dispatch.Backend``; waits for the result."""
     device = table.device
     result = torch.zeros(1, dtype=torch.int64, device=device)
     packed = table.packed(table)
@@ -126,85 +120,83 @@ def fingerprint(table: ParamTable) -> int:
     return int(result.item()) % (1 << 64)
 
 
-class DeviceProgram(HeldProgram):
-    """A program whose seeds and coefficients live in device memory.
+@dataclass(frozen=True)
+class _Launch:
+    """A launch of ``add_noise`` but for the table: its arguments, and its compile-time flags."""
+
+    arguments: dict[str, Any]
+    flags: dict[str, Any]
+
+    def run(self, table: ParamTable, out: ParamTable) -> None:
+        device = table.device
+        function = kernel("add_noise")
+        tables = _by_dtype.get(table, out, lambda: _device_tables(table.packed(out), device))
+        for code, held in tables:
+            flags = self.flags | {"DTYPE": code}
+            if code == DTYPE_CODES[torch.float32]:
+                flags["STOCHASTIC"] = False
+            options = flags | _config(flags, held, device).options()
+            _start(function, held, self.arguments, options)
+
+
+class DeviceProgram(PackedProgram):
+    """A program whose seeds and coefficients live in device memory, for tables of one size.
 
     ``run`` neither allocates nor waits, so it can be captured into a CUDA graph once it has run
     with the same tables, which compiles the kernel and, for large tables, measures how to run it; a
-    replay then reads what the tensors hold at that time. The tensors may be written, not resized.
+    replay then reads the values of ``arrays`` at that time. The arrays may be written, not resized.
     """
+
+    def __init__(self, program: Program, table: ParamTable) -> None:
+        """Copies the program to the table's device, for tables of its number of groups."""
+        super().__init__(program, table.num_groups, table.device)
+        counts = {"terms": self.terms, "rounds": self.rounds}
+        self._launch = _Launch(_SINGLE | self.arrays | counts, _flags(program, many=True))
 
     def run(self, table: ParamTable, out: ParamTable) -> None:
         """``out <- round(table + sum of noises)``, on the current stream of the table's device."""
-        _run(table, out, _many(self), _flags(self, many=True))
+        self._launch.run(table, out)
 
 
 # --- Launches ------------------------------------------------------------------------------------
 
+_SINGLE: dict[str, Any] = {
+    **dict.fromkeys(("seed_lo", "seed_hi", "sample", "rounding_lo", "rounding_hi", "grouped"), 0),
+    **{"coef": 1.0, "decay": 0.0, "terms": 1, "rounds": 1},
+}
+"""Arguments of ``add_noise`` for one round of one term, where they are not given."""
 
-def _flags(program: Program | HeldProgram, many: bool) -> dict[str, Any]:
+
+def _flags(program: Program, many: bool, decays: bool = True) -> dict[str, Any]:
     """Compile-time flags of ``add_noise``, but the dtype."""
     return {
-        "GAUSSIAN": program.distribution == "gaussian",
+        "DISTRIBUTION": DISTRIBUTION_CODES[program.distribution],
         "STOCHASTIC": program.rounding == "stochastic",
         "MANY": many,
-        "DECAYS": many or bool((program.decays != 0).any()),
+        "DECAYS": decays,
         "TILE": TILE,
     }
 
 
-def _single(program: Program, held: HeldProgram | None) -> dict[str, Any]:
-    """Arguments of ``add_noise`` for one round of one term; held: each group has its own."""
-    seed_lo, seed_hi = _halves(program.seeds[0])
-    rounding_lo, rounding_hi = _halves(program.rounding_seeds[0])
-    return {
-        "seed_lo": seed_lo,
-        "seed_hi": seed_hi,
-        "sample": program.samples[0],
-        "rounding_lo": rounding_lo,
-        "rounding_hi": rounding_hi,
-        "coef": 1.0 if held else program.coefs.item(),
-        "decay": 0.0 if held else program.decays.item(),
-        "grouped": int(held is not None),
-        "seeds": None,
-        "samples": None,
-        "coefs": held.coefs if held else None,
-        "decays": held.decays if held else None,
-        "round_ends": None,
-        "rounding_seeds": None,
-        "terms": 1,
-        "rounds": 1,
-    }
-
-
-def _many(held: HeldProgram) -> dict[str, Any]:
-    """Arguments of ``add_noise`` for any program."""
-    unused = ("seed_lo", "seed_hi", "sample", "rounding_lo", "rounding_hi", "grouped")
-    return {
-        **dict.fromkeys(unused, 0),
-        "coef": 1.0,
-        "decay": 0.0,
-        "seeds": held.seeds,
-        "samples": held.samples,
-        "coefs": held.coefs,
-        "decays": held.decays,
-        "round_ends": held.round_ends,
-        "rounding_seeds": held.rounding_seeds,
-        "terms": len(held.seeds),
-        "rounds": len(held.round_ends),
-    }
-
-
-def _run(
-    table: ParamTable, out: ParamTable, arguments: dict[str, Any], flags: dict[str, Any]
-) -> None:
-    device = table.device
-    function = kernel("add_noise")
-    for code, held in _by_dtype.get(table, out, lambda: _device_tables(table.packed(out), device)):
-        ours = flags | {"DTYPE": code}
-        if code == DTYPE_CODES[torch.float32]:
-            ours["STOCHASTIC"] = False
-        _launch(function, held, arguments, ours | _config(ours, held, device).options())
+def _launch_of(program: Program, table: ParamTable, in_place: bool) -> _Launch | DeviceProgram:
+    """The launch of a program on tables like this one: one term travels as arguments."""
+    coefs, decays = program.coefs(table.num_groups), program.decays(table.num_groups)
+    if coefs.shape[1] != 1 or decays.shape[1] != 1:
+        return DeviceProgram(program, table)
+    # The kernel of one term leaves out groups whose coefficient is zero: right where no decay and
+    # no other place to write to is left.
+    left = (coefs == 0) & (decays != 0) if in_place else coefs == 0
+    if bool(left.any()):
+        return DeviceProgram(program, table)
+    arguments: dict[str, Any] = _SINGLE | {"sample": program.samples[0]}
+    arguments["seed_lo"], arguments["seed_hi"] = _halves(program.seeds[0])
+    arguments["rounding_lo"], arguments["rounding_hi"] = _halves(program.rounding_seeds[0])
+    if table.num_groups == 1:
+        arguments |= {"coef": coefs.item(), "decay": decays.item()}
+    else:
+        packed = PackedProgram(program, table.num_groups, table.device)
+        arguments |= {name: packed.arrays[name] for name in ("coefs", "decays")} | {"grouped": 1}
+    return _Launch(arguments, _flags(program, many=False, decays=bool((decays != 0).any())))
 
 
 def _config(flags: dict[str, Any], held: DeviceTable, device: torch.device) -> Config:
@@ -216,14 +208,14 @@ def _config(flags: dict[str, Any], held: DeviceTable, device: torch.device) -> C
         )
 
 
-def _launch(
+def _start(
     function: Any, held: DeviceTable, arguments: dict[str, Any], options: dict[str, Any]
 ) -> None:
     device = held.segments.device
     if device.type == "cuda":
         held.for_stream(torch.cuda.current_stream(device))
-    unused = held.segments  # any pointer
-    given = {name: unused if value is None else value for name, value in arguments.items()}
+    # Arrays that this launch does not read still need a pointer of the right kind: any will do.
+    given = dict.fromkeys(PackedProgram.ARRAYS, held.segments) | arguments
     with _guard(device):
         function[(_programs(held.tiles, device),)](
             segments=held.segments,
@@ -241,20 +233,10 @@ def _rehearse(function: Any, flags: dict[str, Any], elements: int, device: torch
     dtype = next(d for d, code in DTYPE_CODES.items() if code == flags["DTYPE"])
     table = ParamTable({"scratch": torch.zeros(elements, dtype=dtype, device=device)})
     terms = 8 if flags["MANY"] else 1
-    program = make_program(
-        list(range(terms)),
-        [1e-3] * terms,
-        1,
-        "gaussian" if flags["GAUSSIAN"] else "rademacher",
-        "stochastic" if flags["STOCHASTIC"] else "nearest",
-        None,
-        None,
-        None,
-        1e-3 if flags["DECAYS"] else None,
-    )
-    many = flags["MANY"]
-    arguments = _many(HeldProgram(program, device)) if many else _single(program, None)
-    _launch(function, _device_table(table.packed(table), device), arguments, flags)
+    program = Program(list(range(terms)), [1e-3] * terms, decay=1e-3 if flags["DECAYS"] else None)
+    launch = _launch_of(program, table, in_place=True)
+    arguments = (launch._launch if isinstance(launch, DeviceProgram) else launch).arguments
+    _start(function, _device_table(table.packed(table), device), arguments, flags)
 
 
 # --- Tables --------------------------------------------------------------------------------------
@@ -302,12 +284,12 @@ def _interpreter_fault() -> str | None:
     """Triton's interpreter rounds a fused multiply-add twice, and cuts conversions to bfloat16."""
     cpu = torch.device("cpu")
     weights, expected = (
-        module(512, 0, 1, 2, 0, "gaussian", cpu) for module in (noise, reference.noise)
+        make(512, 0, 1, 2, 0, "gaussian", cpu) for make in (noise, reference.noise)
     )
     tables = [ParamTable({"w": weights.bfloat16()}) for _ in range(2)]
-    program = make_program([1], 0.1, 1, "rademacher", "nearest", None, None, None)
-    for module, table in zip((add_noise, reference.add_noise), tables, strict=True):
-        module(table, table, program)
+    program = Program(1, 0.1, "rademacher")
+    for serve, table in zip((run, reference.run), tables, strict=True):
+        serve(table, table, program)
     same = torch.equal(weights, expected)
     if same and torch.equal(*(table.entries[0].tensor for table in tables)):
         return None
@@ -332,6 +314,10 @@ def _guard(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 def _programs(tiles: int, device: torch.device) -> int:
     """A launch that fills the device a few times over; each program takes several tiles."""
     return min(tiles, _PROGRAMS * _processors(device))
@@ -347,3 +333,6 @@ def _processors(device: torch.device) -> int:
 def _halves(number: int) -> tuple[int, int]:
     """Low and high 32 bits."""
     return number & 0xFFFFFFFF, number >> 32
+
+
+BACKEND = Backend("triton", ("cuda",), unavailable, run, noise, fingerprint)

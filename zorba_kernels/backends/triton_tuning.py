@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from zorba_kernels.noise import DISTRIBUTION_CODES
 from zorba_kernels.table import DTYPE_CODES
 
 FLOAT16 = DTYPE_CODES[torch.float16]
@@ -52,7 +53,7 @@ def candidates(flags: Flags) -> tuple[Config, ...]:
     in each thread; the sums of a program of many terms, and stochastic float16, need the registers.
     """
     most = 255 if torch.version.hip is None else None
-    if flags["GAUSSIAN"]:
+    if flags["DISTRIBUTION"] == DISTRIBUTION_CODES["gaussian"]:
         most = most if flags["MANY"] else None
         return tuple(Config(s, w, most) for s, w in ((512, 1), (1024, 1), (1024, 2), (2048, 4)))
     if flags["MANY"] or (flags["STOCHASTIC"] and flags["DTYPE"] == FLOAT16):

@@ -15,6 +15,7 @@ import torch
 
 from zorba_kernels.backends import triton
 from zorba_kernels.backends.triton_tuning import TILE, candidates
+from zorba_kernels.noise import DISTRIBUTION_CODES, DISTRIBUTIONS
 from zorba_kernels.table import DTYPE_CODES
 
 
@@ -48,14 +49,14 @@ def variants(every_candidate: bool = False) -> Iterator[Variant]:
     """
     names = {code: str(dtype).removeprefix("torch.") for dtype, code in DTYPE_CODES.items()}
     forms = {"one": (False, False), "one with decay": (False, True), "many": (True, True)}
-    for form, gaussian, stochastic, code in itertools.product(
-        forms, (True, False), (False, True), names
+    for form, distribution, stochastic, code in itertools.product(
+        forms, DISTRIBUTIONS, (False, True), names
     ):
         if stochastic and code == DTYPE_CODES[torch.float32]:
             continue  # always to nearest
         many, decays = forms[form]
         flags = {
-            "GAUSSIAN": gaussian,
+            "DISTRIBUTION": DISTRIBUTION_CODES[distribution],
             "STOCHASTIC": stochastic,
             "MANY": many,
             "DECAYS": decays,
@@ -66,15 +67,14 @@ def variants(every_candidate: bool = False) -> Iterator[Variant]:
         for config in chosen if every_candidate else chosen[:1]:
             options = config.options()
             name = (
-                f"add_noise/{form} {'gaussian' if gaussian else 'rademacher'} "
-                f"{'stochastic' if stochastic else 'nearest'} {names[code]} "
+                f"add_noise/{form} {distribution} {'stochastic' if stochastic else 'nearest'} "
+                f"{names[code]} "
                 f"{config.strip}x{config.warps}"
             )
             strip = {"STRIP": options.pop("STRIP")}
             yield Variant(name, "add_noise", flags | strip, options | triton.EXACT)
-    for gaussian in (True, False):
-        flags = {"GAUSSIAN": gaussian, "BLOCKS": triton.NOISE_BLOCKS}
-        name = f"noise/{'gaussian' if gaussian else 'rademacher'}"
-        yield Variant(name, "noise", flags, dict(triton.EXACT))
+    for distribution, code in DISTRIBUTION_CODES.items():
+        flags = {"DISTRIBUTION": code, "BLOCKS": triton.NOISE_BLOCKS}
+        yield Variant(f"noise/{distribution}", "noise", flags, dict(triton.EXACT))
     flags = {"TILE": TILE, "LANES": triton.LANES}
     yield Variant("fingerprint", "fingerprint", flags, dict(triton.EXACT))

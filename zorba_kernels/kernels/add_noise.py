@@ -13,6 +13,7 @@ from zorba_kernels.kernels.noise import (
     BLOCK,
     CALL,
     FLOAT32,
+    GAUSSIAN,
     ROUNDING_DOMAIN,
     as_bits,
     as_float,
@@ -103,12 +104,12 @@ def signed(bytes_, coef):
 @triton.jit
 def add_term(
     total0, total1, block0, first_block, stream_lo, stream_hi, sample, seed_lo, seed_hi, coef,
-    GAUSSIAN: tl.constexpr,
+    DISTRIBUTION: tl.constexpr,
     FRESH: tl.constexpr,
     STRIP: tl.constexpr,
 ):  # fmt: skip
     """Adds coef * z to the sums of both halves of a strip; FRESH: they are 0 so far."""
-    if GAUSSIAN:
+    if DISTRIBUTION == GAUSSIAN:
         z0 = gaussian(block0, stream_lo, stream_hi, sample, seed_lo, seed_hi)
         z1 = gaussian(block0 + PAIR // 2, stream_lo, stream_hi, sample, seed_lo, seed_hi)
         total0 = tl.fma(z0, coef, total0)
@@ -136,7 +137,7 @@ def change_strip(
     seed_lo, seed_hi, sample, rounding_lo, rounding_hi, coef, decay,
     seeds, samples, coefs, decays, round_ends, rounding_seeds, terms, rounds,
     DTYPE: tl.constexpr,
-    GAUSSIAN: tl.constexpr,
+    DISTRIBUTION: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     MANY: tl.constexpr,
     DECAYS: tl.constexpr,
@@ -186,7 +187,7 @@ def change_strip(
                     total0, total1 = add_term(
                         total0, total1, block0, first_block, stream_lo, stream_hi,
                         tl.load(samples + k).to(tl.uint32), seed_lo, seed_hi, coef,
-                        GAUSSIAN, False, STRIP,
+                        DISTRIBUTION, False, STRIP,
                     )  # fmt: skip
             if changed:
                 stored0 = end_round(stored0, total0, w0, w1, DTYPE, STOCHASTIC)
@@ -201,7 +202,7 @@ def change_strip(
         total1 = begin_round(stored1, w2, w3, decay, DTYPE, STOCHASTIC, DECAYS)
         total0, total1 = add_term(
             total0, total1, block0, first_block, stream_lo, stream_hi, sample, seed_lo, seed_hi,
-            coef, GAUSSIAN, not (STOCHASTIC or DECAYS), STRIP,
+            coef, DISTRIBUTION, not (STOCHASTIC or DECAYS), STRIP,
         )  # fmt: skip
         stored0 = end_round(stored0, total0, w0, w1, DTYPE, STOCHASTIC)
         stored1 = end_round(stored1, total1, w2, w3, DTYPE, STOCHASTIC)
@@ -239,7 +240,7 @@ def add_noise(
     terms: "i32",
     rounds: "i32",
     DTYPE: tl.constexpr,
-    GAUSSIAN: tl.constexpr,
+    DISTRIBUTION: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     MANY: tl.constexpr,
     DECAYS: tl.constexpr,
@@ -295,7 +296,7 @@ def add_noise(
                 src, dst, strip, begin, end, stream_lo, stream_hi, group,
                 seed_lo, seed_hi, sample, rounding_lo, rounding_hi, tile_coef, tile_decay,
                 seeds, samples, coefs, decays, round_ends, rounding_seeds, terms, rounds,
-                DTYPE, GAUSSIAN, STOCHASTIC, MANY, DECAYS, STRIP, True,
+                DTYPE, DISTRIBUTION, STOCHASTIC, MANY, DECAYS, STRIP, True,
             )  # fmt: skip
         for i in range(touched, until - (last - first)):
             strip = tl.where(i < first, i, i + (last - first))
@@ -303,5 +304,5 @@ def add_noise(
                 src, dst, strip, begin, end, stream_lo, stream_hi, group,
                 seed_lo, seed_hi, sample, rounding_lo, rounding_hi, tile_coef, tile_decay,
                 seeds, samples, coefs, decays, round_ends, rounding_seeds, terms, rounds,
-                DTYPE, GAUSSIAN, STOCHASTIC, MANY, DECAYS, STRIP, False,
+                DTYPE, DISTRIBUTION, STOCHASTIC, MANY, DECAYS, STRIP, False,
             )  # fmt: skip

@@ -12,6 +12,10 @@ BLOCK = tl.constexpr(8)  # elements of a Gaussian or rounding block
 CALL = tl.constexpr(128)  # elements of a Rademacher call
 ROUNDING_DOMAIN = tl.constexpr(0x80000000)
 
+# Codes of zorba_kernels.noise.DISTRIBUTION_CODES.
+GAUSSIAN = tl.constexpr(0)
+RADEMACHER = tl.constexpr(1)
+
 # Codes of zorba_kernels.table.DTYPE_CODES.
 FLOAT32 = tl.constexpr(0)
 BFLOAT16 = tl.constexpr(1)
@@ -238,7 +242,7 @@ def noise(
     stream_lo: "u32",
     stream_hi: "u32",
     sample: "u32",
-    GAUSSIAN: tl.constexpr,
+    DISTRIBUTION: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     """out[i] = z(seed, stream, sample, offset + i); a program makes BLOCKS blocks of 8."""
@@ -248,7 +252,7 @@ def noise(
     seed_lo = seed_lo.to(tl.uint32)
     seed_hi = seed_hi.to(tl.uint32)
     first = (offset.to(tl.int64) // (BLOCK * BLOCKS) + tl.program_id(0)) * BLOCKS
-    if GAUSSIAN:
+    if DISTRIBUTION == GAUSSIAN:
         block = (first + tl.arange(0, BLOCKS)).to(tl.uint32)
         z = gaussian(block, stream_lo, stream_hi, sample, seed_lo, seed_hi)
     else:

@@ -82,7 +82,8 @@ class LogFile(Entries):
         self._size = size
         if self.cut_bytes:
             self._file.truncate(size)
-            self.sync()
+            if durable:
+                self.sync()
 
     def _open(self, create: bool, new: bool) -> BinaryIO:
         if not create:

@@ -15,9 +15,6 @@ from zorba.optim.interrupt import deferred_interrupts
 from zorba.optim.owners import Owner, find_owners
 from zorba.optim.placement import Placement
 from zorba.optim.terms import NoiseTerms
-from zorba_kernels.dispatch import choose
-from zorba_kernels.eager import run_program
-from zorba_kernels.program import Program, make_program
 
 
 class UnreachedParameterError(RuntimeError):
@@ -43,8 +40,7 @@ class ScratchPlacement(Placement):
         super().__init__(table, distribution)
         self._model = model
         self._handles: list[Any] = []
-        self._program: Program | None = None
-        self._backend: Any = None  # that runs the program
+        self._program: zk.Program | None = None
         self._moving: frozenset[int] = frozenset()  # groups that it changes
         self._shown: set[str] = set()
         self._held: set[str] = set()
@@ -133,16 +129,9 @@ class ScratchPlacement(Placement):
         """See ``Placement.move_to``; costs nothing until a forward runs."""
         self._check_reached()
         self._moving = frozenset(g for g in range(self.table.num_groups) if terms.active(g))
-        self._backend = choose(None, self.table.device)
-        self._program = make_program(
-            terms.seeds,
-            terms.coefs,
-            self.table.num_groups,
-            self.distribution,
-            "nearest",
-            None,
-            terms.samples,
-            None,
+        # One program for all owners' tables: it is packed, and its backend chosen, once.
+        self._program = zk.Program(
+            terms.seeds, terms.coefs, self.distribution, samples=terms.samples
         )
         for owner in self._owners:
             owner.depth = 0  # an evaluation that was cut short has not left its modules
@@ -246,7 +235,7 @@ class ScratchPlacement(Placement):
         started = time.perf_counter()
         owner.showing = part
         part.buffer = self._take(owner.level)
-        run_program(part.table, part.target(part.buffer), self._program, self._backend)
+        part.table.run(self._program, part.target(part.buffer))
         part.show()
         self._shown |= part.parameters.keys()
         self.kernel_seconds += time.perf_counter() - started

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from zorba.apps.deploy import summary
-from zorba.apps.deploy.config import SERVER_FILE, SITE_FILE, ConfigError, ServerConfig
-from zorba.apps.deploy.supervisor import PartyFolder
+from zorba.apps.deploy.config import ConfigError, ServerConfig
+from zorba.apps.deploy.party import PartyFolder, finished
 from zorba.apps.watch.live import LiveView
+from zorba.apps.watch.state import Follower
 from zorba.federated.run_folder import RunFolder
 
 _STOP_SECONDS = 30.0
@@ -27,42 +26,14 @@ _LOOK_SECONDS = 0.2
 _LINE_SECONDS = 5.0
 
 
-def parties(path: Path, only: Sequence[str] = ()) -> list[PartyFolder]:
-    """Returns the parties of a project, or the one whose folder this is.
-
-    Args:
-        path: of a project, the server's folder or a site's.
-        only: names to choose: "server" and sites; all where there are none.
-
-    Raises:
-        ConfigError: there is no such folder or party.
-    """
-    if (path / SERVER_FILE).exists() or (path / SITE_FILE).exists():
-        found = [PartyFolder(path)]
-    else:
-        folders = [path / "server", *sorted((path / "sites").glob("*"))]
-        files = (SERVER_FILE, SITE_FILE)
-        found = [PartyFolder(f) for f in folders if any((f / name).exists() for name in files)]
-    if not found:
-        raise ConfigError(
-            f"{path} is no project, nor a server's or site's folder: zorba federate init makes one"
-        )
-    unknown = sorted(set(only) - {party.name for party in found})
-    if unknown:
-        there = ", ".join(party.name for party in found)
-        raise ConfigError(f"there is no {unknown[0]} in {path}; there is {there}")
-    return [party for party in found if not only or party.name in only]
-
-
 def start(chosen: Sequence[PartyFolder], console: Console) -> None:
     """Starts a supervisor for each party that has none; where one fails, ends those it started.
-
-    Sites that share this machine share its cores: threads of several that wait for each other
-    on the same core make every round many times as long.
 
     Raises:
         ConfigError: a supervisor did not start.
     """
+    # Threads of several sites that wait for each other on one core make every round many times as
+    # long: sites that share this machine share its cores.
     sites = sum(not party.is_server for party in chosen)
     cores = len(os.sched_getaffinity(0))
     share = {"OMP_NUM_THREADS": str(max(1, cores // max(1, sites)))}
@@ -85,7 +56,8 @@ def start(chosen: Sequence[PartyFolder], console: Console) -> None:
         for party, process in started.items():
             _await_lock(party, process)
             console.print(f"started {party.name}: {party.path}", highlight=False)
-    except BaseException:  # Ctrl-C too: it does not reach them, and no lock may tell of them yet
+    except BaseException:
+        # Ctrl-C too: it does not reach supervisors, and those without a lock yet no stop finds.
         _end(list(started.values()))
         raise
 
@@ -107,15 +79,19 @@ def stop(chosen: Sequence[PartyFolder], console: Console) -> None:
 
 
 def show(chosen: Sequence[PartyFolder], console: Console) -> None:
-    """Prints a line for each party, and what its supervisor said last."""
+    """Prints a line for each party, with the last sentence of its supervisor."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("party", "process", "engine", "round", "last word"):
         table.add_column(column)
     for party in chosen:
         pid, state = party.pid(), party.read_state()
-        said = state.get("said") or [""]
         engine = str(state.get("engine") or "") if pid else ""
-        table.add_row(party.name, str(pid or "stopped"), engine, _round_of(party), said[-1])
+        done = ""
+        if party.is_server:
+            last = Follower(RunFolder(party.run).events).update().round
+            done = f"{last} of {ServerConfig.read(party.path).rounds}"
+        said = state.get("said") or [""]
+        table.add_row(party.name, str(pid or "stopped"), engine, done, said[-1])
     console.print(table)
 
 
@@ -125,26 +101,15 @@ def follow(server: PartyFolder, console: Console) -> dict[str, Any] | None:
     Returns:
         The summary; None where the rounds are not done.
     """
-    run = RunFolder(server.run)
-    said = 0
-    with LiveView(run.events, console, every=_LINE_SECONDS):
+    shown = 0
+    with LiveView(RunFolder(server.run).events, console, every=_LINE_SECONDS):
         while server.pid() is not None:
-            words = server.read_state().get("said", [])
-            for text in words[said:]:
+            said = server.read_state().get("said", [])
+            for text in said[shown:]:
                 console.print(text, highlight=False, markup=False)
-            said = len(words)
+            shown = len(said)
             time.sleep(_LOOK_SECONDS)
-    return read_summary(server)
-
-
-def read_summary(server: PartyFolder) -> dict[str, Any] | None:
-    """Returns the summary of a run whose rounds are done, else None."""
-    try:
-        content: dict[str, Any] = json.loads(RunFolder(server.run).summary.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    rounds = ServerConfig.read(server.path).rounds
-    return content if content.get("final_round", 0) >= rounds else None
+    return finished(server.run, ServerConfig.read(server.path).rounds)
 
 
 def print_summary(content: dict[str, Any], console: Console) -> None:
@@ -177,12 +142,3 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, deadline - time.monotonic()))
-
-
-def _round_of(party: PartyFolder) -> str:
-    if not party.is_server:
-        return ""
-    from zorba.apps.watch.state import Follower
-
-    state = Follower(RunFolder(party.run).events).update()
-    return f"{state.round} of {ServerConfig.read(party.path).rounds}"

@@ -1,61 +1,62 @@
-"""What runs inside the engine, with the engine's side played by the tests."""
+"""Transport, executor and launcher inside the engine, whose side the tests play.
+
+``test_deployed.py`` runs them in the real one. Here are answers that are late or none, which the
+real one gives by chance.
+"""
 
 from __future__ import annotations
 
-import itertools
 import threading
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-pytest.importorskip("nvflare", reason="nvflare is in the test extra")
-
 from nvflare.apis.shareable import Shareable, make_reply
-from zorba.apps.deploy.config import ServerConfig
 from zorba.apps.deploy.flare import launcher
 from zorba.apps.deploy.flare.executor import SiteExecutor
 from zorba.apps.deploy.flare.launcher import RestartingHandle
 from zorba.apps.deploy.flare.transport import FRAME, PROBLEM, RunStoppedError, TaskTransport
-from zorba.apps.deploy.jobs import JobKeeper
-from zorba.apps.deploy.project import init_project
 from zorba.federated import Greeting, Hello, decode
 
-from tests.apps.deploy.conftest import SITES, describe
+from tests.apps.deploy.conftest import SITES
 
 
 class Engine:
-    """Sites that answer tasks from threads of their own."""
+    """The engine's controller, with sites that answer a task as soon as it is sent.
+
+    Attributes:
+        answers: of each site to a message; None where it keeps silent.
+        sent: (site, task) of each message.
+        cancelled: tasks that were taken back.
+        triggered: whether the run is to stop.
+    """
 
     def __init__(self, quorum: int = 3) -> None:
         self.answers: dict[str, Any] = {site: lambda frame: frame[::-1] for site in SITES}
         self.sent: list[tuple[str, Any]] = []
         self.cancelled: list[Any] = []
-        self.stopped = False
-        self.threads: list[threading.Thread] = []
-        self.transport = TaskTransport(
-            self.send, self.cancelled.append, SITES, quorum, lambda: self.stopped
-        )
+        self.triggered = False
+        self.transport = TaskTransport(self, None, self, SITES, quorum)
 
-    def send(self, task: Any, site: str) -> None:
+    def send(self, task: Any, context: Any, targets: list[str]) -> None:
+        (site,) = targets
         self.sent.append((site, task))
-        answer = self.answers[site]
-        if answer is not None:
-            thread = threading.Thread(target=self.answer, args=(task, site, answer))
-            self.threads.append(thread)
-            thread.start()
+        if self.answers[site] is not None:
+            self.answer(task, site, self.answers[site](task.data[FRAME]))
 
-    def answer(self, task: Any, site: str, answer: Callable[[bytes], Any]) -> None:
-        result = answer(task.data[FRAME])
+    def cancel_task(self, task: Any) -> None:
+        self.cancelled.append(task)
+
+    def answer(self, task: Any, site: str, result: Any) -> None:
+        """Gives a task its result, by the names of arguments that the engine uses."""
         if isinstance(result, bytes):
             reply = make_reply("OK")
             reply[FRAME] = result
             result = reply
+        client = SimpleNamespace(name=site)
         task.result_received_cb(
-            SimpleNamespace(client=SimpleNamespace(name=site), result=result), None
+            client_task=SimpleNamespace(client=client, result=result), fl_ctx=None
         )
 
     def arrive(self, *sites: str) -> None:
@@ -64,11 +65,8 @@ class Engine:
 
 
 @pytest.fixture
-def engine() -> Iterator[Engine]:
-    made = Engine()
-    yield made
-    for thread in made.threads:
-        thread.join()
+def engine() -> Engine:
+    return Engine()
 
 
 def test_messages_go_to_their_sites_and_back_as_bytes(engine: Engine) -> None:
@@ -88,13 +86,13 @@ def test_messages_go_to_their_sites_and_back_as_bytes(engine: Engine) -> None:
 def test_site_that_misses_the_deadline_is_away_until_it_asks_again(engine: Engine) -> None:
     engine.arrive()
     engine.answers["bob"] = None
-    replies, failures = engine.transport.exchange(dict.fromkeys(SITES, b"x"), 0.2)
+    replies, failures = engine.transport.exchange(dict.fromkeys(SITES, b"x"), 0.01)
     assert replies.keys() == {"ada", "cleo"}
-    assert failures == {"bob": "no answer within 0.2 s"}
+    assert failures == {"bob": "no answer within 0.01 s"}
     engine.transport._quorum = 2
     assert list(engine.transport.nodes()) == ["ada", "cleo"]
     late = next(task for site, task in engine.sent if site == "bob")
-    engine.answer(late, "bob", lambda frame: frame)
+    engine.answer(late, "bob", b"x")
     assert (len(replies), len(failures)) == (2, 1), "its late answer changes nothing"
     engine.arrive("bob")
     assert list(engine.transport.nodes()) == sorted(SITES)
@@ -103,11 +101,11 @@ def test_site_that_misses_the_deadline_is_away_until_it_asks_again(engine: Engin
 def test_nodes_wait_for_the_quorum(engine: Engine) -> None:
     engine.arrive("ada", "eve")
     later = threading.Thread(target=engine.arrive, args=("bob", "cleo"))
-    engine.threads.append(later)
-    threading.Timer(0.1, later.start).start()
+    later.start()
     assert list(engine.transport.nodes()) == sorted(SITES), "and eve is no site"
+    later.join()
     engine.transport.lost("bob")
-    engine.stopped = True
+    engine.triggered = True
     with pytest.raises(RunStoppedError):
         engine.transport.nodes()
 
@@ -115,9 +113,11 @@ def test_nodes_wait_for_the_quorum(engine: Engine) -> None:
 def test_exchange_ends_when_the_engine_stops(engine: Engine) -> None:
     engine.arrive()
     engine.answers["ada"] = None
-    threading.Timer(0.1, lambda: setattr(engine, "stopped", True)).start()
+    stop = threading.Thread(target=setattr, args=(engine, "triggered", True))
+    stop.start()
     with pytest.raises(RunStoppedError):
         engine.transport.exchange(dict.fromkeys(SITES, b"x"), None)
+    stop.join()
     assert len(engine.cancelled) == 3
 
 
@@ -164,9 +164,8 @@ class Site:
         return self.executor.execute("zorba", task, self.context, None)
 
 
-def test_executor_answers_with_the_messages_of_its_client(base: Path, tmp_path: Path) -> None:
-    init_project(describe(base, tmp_path / "p"))
-    site = Site(tmp_path / "p" / "sites" / "bob")
+def test_executor_answers_with_the_messages_of_its_client(project: Path) -> None:
+    site = Site(project / "sites" / "bob")
     assert site.ask(b"x")[PROBLEM] == "the site has not started"
     site.executor.handle_event("_start_run", site.context)
     hello = decode(site.ask(Greeting(7).encode())[FRAME])
@@ -186,10 +185,9 @@ def test_executor_answers_with_the_messages_of_its_client(base: Path, tmp_path: 
     ],
 )
 def test_site_whose_files_are_wrong_says_so_and_tells_nothing_of_its_data(
-    base: Path, tmp_path: Path, old: str, new: str, told: str
+    project: Path, old: str, new: str, told: str
 ) -> None:
-    init_project(describe(base, tmp_path / "p"))
-    folder = tmp_path / "p" / "sites" / "bob"
+    folder = project / "sites" / "bob"
     text = (folder / "site.yaml").read_text()
     (folder / "site.yaml").write_text(text.replace(old, new))
     site = Site(folder)
@@ -248,137 +246,3 @@ def test_process_that_failed_or_was_terminated_is_not() -> None:
     handle.wait()
     assert len(started) == 2
     assert started[1].killed
-
-
-# --- The keeper of the engine's job ---------------------------------------------------------------
-
-
-class Session:
-    """The administrator's view of an engine."""
-
-    def __init__(self) -> None:
-        self.connected = list(SITES)
-        self.status: dict[str, str] = {}
-        self.processes: set[str] = set()
-        self.busy = list(SITES)
-        self.aborted: list[str] = []
-
-    def get_system_info(self) -> Any:
-        clients = [SimpleNamespace(name=name) for name in self.connected]
-        jobs = [SimpleNamespace(job_id=job) for job in self.processes]
-        return SimpleNamespace(client_info=clients, job_info=jobs)
-
-    def list_jobs(self) -> list[dict[str, str]]:
-        return [{"job_id": job, "status": status} for job, status in self.status.items()]
-
-    def get_job_status(self, job: str) -> str:
-        return self.status[job]
-
-    def submit_job(self, folder: str) -> str:
-        assert (Path(folder) / "meta.json").exists()
-        job = f"job-{len(self.status)}"
-        self.status[job] = "RUNNING"
-        self.processes.add(job)
-        return job
-
-    def get_client_job_status(self) -> list[dict[str, str]]:
-        (job,) = self.processes
-        return [{"client_name": name, "job_id": job} for name in self.busy]
-
-    def abort_job(self, job: str) -> None:
-        self.aborted.append(job)
-        self.status[job] = "FINISHED:ABORTED"
-        self.processes.discard(job)
-
-    def close(self) -> None: ...
-
-
-@pytest.fixture
-def kept(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> tuple[JobKeeper, Session, list[float], list[str]]:
-    """A keeper, what it sees, the time that it believes it is, and what it said."""
-    init_project(describe(base, tmp_path / "p"))
-    (tmp_path / "p" / "server" / "run").mkdir()
-    now, said = [1000.0], []
-    config = ServerConfig.read(tmp_path / "p" / "server")
-    keeper = JobKeeper(tmp_path / "p" / "server", config, said.append)
-    session = Session()
-    monkeypatch.setattr(keeper, "_connect", lambda: session)
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    return keeper, session, now, said
-
-
-def test_job_is_started_once_the_sites_are_there(kept: Any) -> None:
-    keeper, session, _, _ = kept
-    session.connected = ["ada", "bob", "eve"]
-    keeper.step()
-    assert session.status == {}
-    session.connected = list(SITES)
-    keeper.step()
-    keeper.step()
-    assert session.status == {"job-0": "RUNNING"}
-
-
-def test_job_that_ended_is_replaced_with_growing_pauses(kept: Any) -> None:
-    keeper, session, now, _ = kept
-    starts = []
-    for _ in range(400):
-        before = len(session.status)
-        keeper.step()
-        if len(session.status) > before:
-            starts.append(now[0])
-            session.abort_job(f"job-{before}")
-        now[0] += 0.5
-    gaps = [b - a for a, b in itertools.pairwise(starts)]
-    assert gaps == sorted(gaps)
-    assert gaps[-1] <= 61.0
-
-
-def test_job_of_a_killed_engine_is_replaced(kept: Any) -> None:
-    keeper, session, now, said = kept
-    keeper.step()
-    session.processes.clear()  # the engine still says that it runs
-    for _ in range(10):
-        now[0] += 1.0
-        keeper.step()
-    assert session.status == {"job-0": "RUNNING", "job-1": "RUNNING"}
-    assert "the engine's job ended: its process is gone" in said
-
-
-def test_site_that_came_back_gets_a_job_that_it_is_in(kept: Any) -> None:
-    keeper, session, now, said = kept
-    keeper.step()
-    session.busy = ["ada", "cleo"]
-    for _ in range(5):
-        now[0] += 1.0
-        keeper.step()
-    assert session.aborted == [], "not so soon after the start"
-    now[0] += 60.0
-    for _ in range(3):
-        keeper.step()
-        now[0] += 1.0
-    assert session.aborted == ["job-0"]
-    assert "bob came back: starting the engine's job again" in said
-    session.busy = list(SITES)
-    for _ in range(80):
-        keeper.step()
-        now[0] += 1.0
-    assert session.status["job-1"] == "RUNNING"
-    assert session.aborted == ["job-0"]
-
-
-def test_engine_that_is_away_is_waited_for(kept: Any) -> None:
-    keeper, session, _, said = kept
-    keeper.step()
-    session.get_system_info = lambda: (_ for _ in ()).throw(ConnectionError("nobody there"))
-    keeper.step()
-    keeper.step()
-    assert keeper.connected == []
-    assert [text for text in said if "nobody there" in text] == [
-        "cannot reach the engine: ConnectionError: nobody there"
-    ]
-    del session.get_system_info
-    keeper.step()
-    assert keeper.connected == list(SITES)
-    assert list(session.status) == ["job-0"]

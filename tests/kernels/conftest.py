@@ -1,0 +1,145 @@
+"""Which backend serves a test of the kernels, and which combinations of values a test runs with.
+
+``server`` forces a backend and instruction set through the environment, as a user would, and fails
+the test if another one served. A test runs with every pair of values of the axes that it names
+(``AXES``, and those of a mark ``covering``); with ``--full``, with every combination.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import zorba_kernels as zk
+from tests.conftest import INTERPRETED
+from tests.covering import combinations
+from zorba_kernels import dispatch
+from zorba_kernels.build import extension
+from zorba_kernels.dispatch import Backend, choose
+
+CPU_ISAS = {
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"},
+    "avx2": {"avx2", "fma"},
+    "baseline": set(),
+}
+"""Instruction sets of the cpu backend, and the processor flags that each needs."""
+
+
+def processor_lacks(isa: str) -> str | None:
+    """Returns which flags of an instruction set the processor lacks, or None."""
+    if Path("/proc/cpuinfo").is_file():
+        text = Path("/proc/cpuinfo").read_text()
+        line = next((s for s in text.splitlines() if s.startswith("flags")), "")
+        missing = sorted(CPU_ISAS[isa] - set(line.split()))
+        return f"this processor lacks {', '.join(missing)}" if missing else None
+    return None if extension()[0].cpu_runs(isa) else f"this processor does not run {isa}"
+
+
+LACKING = {isa: reason for isa in CPU_ISAS if (reason := processor_lacks(isa)) is not None}
+COMPILED = (
+    *(f"cpu-{isa}" for isa in CPU_ISAS if isa not in LACKING),
+    *(["triton"] if INTERPRETED else []),
+)
+AXES = {
+    "server": ("reference", *COMPILED),
+    "compiled": COMPILED,  # without the reference: for tests that compare with it
+    "dtype": (torch.float32, torch.bfloat16, torch.float16),
+    "rounding": zk.noise.ROUNDINGS,
+    "distribution": zk.noise.DISTRIBUTIONS,
+    "size": (0, 1, 63, 1000, 4097),  # elements, around the edges of blocks, tiles and vectors
+}
+"""Values of arguments that many tests have."""
+
+not_interpreted = pytest.mark.not_interpreted
+"""Marks a test, with its reason, that Triton's interpreter does not run."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers the marks; refuses --server=triton without the interpreter."""
+    config.addinivalue_line("markers", "not_interpreted(reason): not for Triton's interpreter")
+    config.addinivalue_line("markers", "covering(**axes): more axes, by name, of a test")
+    if config.getoption("--server") == "triton" and not INTERPRETED:
+        raise pytest.UsageError("--server=triton needs TRITON_INTERPRET=1 (make test-interpret)")
+
+
+def pytest_report_header() -> list[str]:
+    """Says which instruction sets this machine does not test."""
+    return [f"kernels: cpu-{isa} is not tested: {reason}" for isa, reason in LACKING.items()]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Gives a test its rows of values; arguments with a ``parametrize`` of their own keep it."""
+    mark = metafunc.definition.get_closest_marker("covering")
+    axes = dict(mark.kwargs) if mark is not None else {}
+    own = {name for m in metafunc.definition.iter_markers("parametrize") for name in _names(m)}
+    for name, values in AXES.items():
+        if name in metafunc.fixturenames and name not in axes and name not in own:
+            axes[name] = values
+    served = [name for name in ("server", "compiled") if name in axes]
+    for name in served:
+        axes[name] = [server for server in axes[name] if _runs(metafunc, server)]
+    if not axes:
+        return
+    rows = [
+        pytest.param(*row, id="-".join(str(v).removeprefix("torch.") for v in row))
+        for row in combinations(axes, metafunc.config.getoption("--full"))
+    ]
+    metafunc.parametrize(list(axes), rows, indirect=served)
+
+
+def _names(mark: pytest.Mark) -> list[str]:
+    names = mark.args[0] if mark.args else mark.kwargs["argnames"]
+    return [n.strip() for n in names.split(",")] if isinstance(names, str) else list(names)
+
+
+def _runs(metafunc: pytest.Metafunc, server: str) -> bool:
+    """Whether the test is for the server, and the server asked for."""
+    only = metafunc.config.getoption("--server")
+    interpreted = metafunc.definition.get_closest_marker("not_interpreted") is None
+    return (only is None or only == server) and (server != "triton" or interpreted)
+
+
+def force_server(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes ``reference``, ``cpu-<isa>`` or ``triton`` serve every call that names no backend."""
+    backend, _, isa = name.partition("-")
+    if isa:
+        compiled, reason = extension()
+        assert compiled is not None, reason
+        assert compiled.cpu_isa(isa) == isa
+    monkeypatch.setenv("ZORBA_BACKEND", backend)
+    monkeypatch.setenv("ZORBA_CPU_ISA", isa)
+
+
+class Served:
+    """What the fixtures ``server`` and ``compiled`` give: the name, and which calls it served."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.calls = 0
+
+    def choose(self, name: str | None, device: torch.device) -> Backend:
+        """Takes the place of ``dispatch.choose``: checks who was chosen."""
+        chosen = choose(name, device)
+        if name is None:
+            asked, _, isa = self.name.partition("-")
+            assert chosen.name == asked, f"asked for {asked}, {chosen.name} served"
+            assert os.environ["ZORBA_CPU_ISA"] == isa
+            self.calls += 1
+        return chosen
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    """A backend and instruction set, which must serve calls without ``backend=``."""
+    force_server(request.param, monkeypatch)
+    served = Served(request.param)
+    monkeypatch.setattr(dispatch, "choose", served.choose)
+    yield served
+    assert served.calls, "the test called nothing on the backend that it is for"
+
+
+compiled = server  # with values of its own: see AXES

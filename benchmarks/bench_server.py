@@ -36,7 +36,9 @@ class Crowd:
 
     def __init__(self, path: Path, clients: int = CLIENTS, **settings: Any) -> None:
         self.numbers = np.random.default_rng(0)
-        self.settings = FederationSettings("bench", 1, 0.01, weighting="uniform", **settings)
+        self.settings = FederationSettings(
+            "bench", 1, 0.01, num_perturbations=SAMPLES, weighting="uniform", **settings
+        )
         self.names = [f"client-{n:07d}" for n in range(clients)]
         masks = self.numbers.random((clients, BLOCKS)) < 0.5
         masks[:, 0] |= ~masks.any(axis=1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -105,85 +106,29 @@ class FederateDemoSettings:
     cache: Path = Path(".cache")  # Folder for model and data.
 
 
-# Modules are imported where they are used: ``zorba --help`` must not wait for the engine.
+def _command(
+    name: str, function: str, *packages: str, extras: str = "nvflare"
+) -> Callable[[Any], None]:
+    """Returns a command that checks its packages, and then calls ``module:function``."""
+
+    # The module is imported when the command runs: ``zorba --help`` must not wait for the engine,
+    # and works where the engine is not installed.
+    def run(settings: Any) -> None:
+        check_needs(f"federate {name}", (*_NEEDS, *packages), extras)
+        module, _, called = function.partition(":")
+        getattr(import_module(f"zorba.apps.deploy.{module}"), called)(settings)
+
+    return run
 
 
-def init(settings: InitSettings) -> None:
-    """See ``InitSettings``."""
-    check_needs("federate init", _NEEDS, "nvflare")
-    from rich.console import Console
-
-    from zorba.apps.deploy.project import init_project
-
-    plan = init_project(settings)
-    console = Console(highlight=False)
-    if plan is not None:
-        console.print(plan.render())
-    names = ", ".join(f"sites/{text.partition('=')[0]}" for text in settings.site)
-    console.print(f"wrote server, {names} and authority in {settings.folder}")
-    console.print(f"next: zorba federate start {settings.folder}, or docs/deployment.md")
-
-
-def start(settings: StartSettings) -> None:
-    """See ``StartSettings``; raises RuntimeError where the rounds are not done at the end."""
-    check_needs("federate start", _NEEDS, "nvflare")
-    from rich.console import Console
-
-    from zorba.apps.deploy import control
-    from zorba.apps.deploy.party import parties
-
-    console = Console(highlight=False)
-    chosen = parties(settings.folder, settings.only)
-    control.start(chosen, console)
-    server = next((party for party in chosen if party.is_server), None)
-    if settings.detach or server is None:
-        return
-    try:
-        content = control.follow(server, console)
-    except KeyboardInterrupt:
-        console.print("no longer watching; the run goes on: zorba federate stop ends it")
-        return
-    control.stop([party for party in chosen if not party.is_server], console)
-    if content is None:
-        raise RuntimeError(f"the rounds are not done; {server.log} tells why")
-    control.print_summary(content, console)
-
-
-def status(settings: StatusSettings) -> None:
-    """See ``StatusSettings``."""
-    check_needs("federate status", _NEEDS, "nvflare")
-    from rich.console import Console
-
-    from zorba.apps.deploy import control
-    from zorba.apps.deploy.party import parties
-
-    control.show(parties(settings.folder, settings.only), Console())
-
-
-def stop(settings: StopSettings) -> None:
-    """See ``StopSettings``."""
-    check_needs("federate stop", _NEEDS, "nvflare")
-    from rich.console import Console
-
-    from zorba.apps.deploy import control
-    from zorba.apps.deploy.party import parties
-
-    control.stop(parties(settings.folder, settings.only), Console(highlight=False))
-
-
-def demo(settings: FederateDemoSettings) -> None:
-    """See ``FederateDemoSettings``."""
-    check_needs("federate demo", (*_NEEDS, "accelerate", "gguf", "pyarrow"), "demo,nvflare")
-    from zorba.apps.deploy.demo import run_federate_demo
-
-    run_federate_demo(settings)
-
-
+_DEMO = _command(
+    "demo", "demo:run_federate_demo", "accelerate", "gguf", "pyarrow", extras="demo,nvflare"
+)
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
-    "init": (InitSettings, init),
-    "start": (StartSettings, start),
-    "status": (StatusSettings, status),
-    "stop": (StopSettings, stop),
-    "demo": (FederateDemoSettings, demo),
+    "init": (InitSettings, _command("init", "project:run_init")),
+    "start": (StartSettings, _command("start", "control:run_start")),
+    "status": (StatusSettings, _command("status", "control:run_status")),
+    "stop": (StopSettings, _command("stop", "control:run_stop")),
+    "demo": (FederateDemoSettings, _DEMO),
 }
 """Settings and function of each subcommand, by its name."""

@@ -15,8 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from zorba.apps.deploy import summary
+from zorba.apps.deploy.command import StartSettings, StatusSettings, StopSettings
 from zorba.apps.deploy.config import ConfigError, ServerConfig
-from zorba.apps.deploy.party import PartyFolder, finished
+from zorba.apps.deploy.party import PartyFolder, finished, parties
+from zorba.apps.progress import plain_console
 from zorba.apps.watch.live import LiveView
 from zorba.apps.watch.state import Follower
 from zorba.federated.run_folder import RunFolder
@@ -24,6 +26,35 @@ from zorba.federated.run_folder import RunFolder
 _STOP_SECONDS = 30.0
 _LOOK_SECONDS = 0.2
 _LINE_SECONDS = 5.0
+
+
+def run_start(settings: StartSettings) -> None:
+    """Runs ``zorba federate start``; RuntimeError where the rounds are not done at the end."""
+    console = plain_console()
+    chosen = parties(settings.folder, settings.only)
+    start(chosen, console)
+    server = next((party for party in chosen if party.is_server), None)
+    if settings.detach or server is None:
+        return
+    try:
+        content = follow(server, console)
+    except KeyboardInterrupt:
+        console.print("no longer watching; the run goes on: zorba federate stop ends it")
+        return
+    stop([party for party in chosen if not party.is_server], console)
+    if content is None:
+        raise RuntimeError(f"the rounds are not done; {server.log} tells why")
+    print_summary(content, console)
+
+
+def run_status(settings: StatusSettings) -> None:
+    """Runs ``zorba federate status``."""
+    show(parties(settings.folder, settings.only), plain_console())
+
+
+def run_stop(settings: StopSettings) -> None:
+    """Runs ``zorba federate stop``."""
+    stop(parties(settings.folder, settings.only), plain_console())
 
 
 def start(chosen: Sequence[PartyFolder], console: Console) -> None:
@@ -41,7 +72,7 @@ def start(chosen: Sequence[PartyFolder], console: Console) -> None:
     try:
         for party in chosen:
             if party.pid() is not None:
-                console.print(f"{party.name} runs already", highlight=False)
+                console.print(f"{party.name} runs already")
                 continue
             party.run.mkdir(exist_ok=True)
             with party.log.open("ab") as log:
@@ -55,7 +86,7 @@ def start(chosen: Sequence[PartyFolder], console: Console) -> None:
                 )
         for party, process in started.items():
             _await_lock(party, process)
-            console.print(f"started {party.name}: {party.path}", highlight=False)
+            console.print(f"started {party.name}: {party.path}")
     except BaseException:
         # Ctrl-C too: it does not reach supervisors, and those without a lock yet no stop finds.
         _end(list(started.values()))
@@ -75,7 +106,7 @@ def stop(chosen: Sequence[PartyFolder], console: Console) -> None:
                 raise ConfigError(f"{party.name} (process {pid}) does not stop: see {party.log}")
             time.sleep(_LOOK_SECONDS)
         word = "stopped" if pid is not None else "was not running:"
-        console.print(f"{word} {party.name}", highlight=False)
+        console.print(f"{word} {party.name}")
 
 
 def show(chosen: Sequence[PartyFolder], console: Console) -> None:
@@ -106,7 +137,7 @@ def follow(server: PartyFolder, console: Console) -> dict[str, Any] | None:
         while server.pid() is not None:
             said = server.read_state().get("said", [])
             for text in said[shown:]:
-                console.print(text, highlight=False, markup=False)
+                console.print(text)
             shown = len(said)
             time.sleep(_LOOK_SECONDS)
     return finished(server.run, ServerConfig.read(server.path).rounds)

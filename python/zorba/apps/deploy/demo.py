@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from zorba.apps.deploy import control
 from zorba.apps.deploy.build import make_replica, trained_blocks
@@ -18,7 +17,7 @@ from zorba.apps.deploy.command import FederateDemoSettings, InitSettings
 from zorba.apps.deploy.config import ConfigError, ServerConfig, SiteConfig
 from zorba.apps.deploy.party import parties
 from zorba.apps.deploy.project import init_project
-from zorba.apps.progress import progress_bar
+from zorba.apps.progress import plain_console
 from zorba.apps.reviews import data, packages
 from zorba.apps.reviews.federation import EVALUATION_BATCH, room_for_blocks
 from zorba.apps.reviews.task import Suffix, prefixes_of, score_of
@@ -30,12 +29,10 @@ _SITES = {"phone": 1, "tablet": 2, "laptop": 4}  # blocks that the memory of eac
 _BLOCKS = "last:4"
 _ROWS = 200  # that each site has at least, a tenth of them of each label
 _LONGEST = 24  # tokens of the longest prompt
-_ALPHA = 0.5  # Dirichlet concentration of the split: uneven
+_ALPHA = 0.5  # Dirichlet concentration of the split
 
 
-def run_federate_demo(
-    settings: FederateDemoSettings, console: Console | None = None
-) -> dict[str, Any]:
+def run_federate_demo(settings: FederateDemoSettings) -> dict[str, Any]:
     """Runs the demo and returns its summary.
 
     The sites are processes of this machine, each with a certificate, a model and data of its own.
@@ -45,11 +42,11 @@ def run_federate_demo(
         RuntimeError: a package could not be fetched, or the rounds were not done.
         ValueError: settings that make no sense, or a folder that holds something else.
     """
-    console = console or Console(highlight=False)
+    console = plain_console()
     began = time.perf_counter()
 
     def say(text: str) -> None:
-        console.print(f"[{time.perf_counter() - began:6.1f} s] {text}", markup=False)
+        console.print(f"[{time.perf_counter() - began:6.1f} s] {text}")
 
     # Before anything is fetched, and again by ``clear`` before anything is removed.
     _refuse_other_projects(settings.out)
@@ -63,35 +60,30 @@ def run_federate_demo(
     say("certificates, plan, and a folder for the server and each site")
     clear(settings.out)
     plan = init_project(_project(settings, budgets))
-    assert plan is not None
-    console.print(plan.render())
+    console.print("" if plan is None else plan.render())
     _write_rows(settings, rows, tokenizer)
     say(f"evaluation of the model as it is, on {len(held_out)} sentences of SST-2")
-    site = SiteConfig.read(settings.out / "sites" / "phone")
-    # Both are over the model's own parameters: what the replica applies, the suffix scores.
-    replica = make_replica(model, site)
-    suffix = Suffix(model, blocks, data.answer_ids(tokenizer), site.distribution)
+    # Both are over the model's own parameters: the suffix scores what the replica applies.
+    replica = make_replica(model, SiteConfig.read(settings.out / "sites" / "phone"))
+    suffix = Suffix(model, blocks, data.answer_ids(tokenizer), replica.distribution)
     batches = list(data.batches_by_length(data.tokenise(held_out, tokenizer), EVALUATION_BATCH))
-    with progress_bar(console) as progress:
-        bar = progress.add_task("frozen blocks", total=len(batches))
-        prefixes = prefixes_of(model, blocks[0].module, batches, lambda: progress.advance(bar))
+    prefixes = prefixes_of(model, blocks[0].module, batches)
     before = score_of(suffix, prefixes)
     say("server and sites, each with a certificate and processes of its own")
     found = parties(settings.out)
-    server, run = found[0], RunFolder(found[0].run)
+    run = RunFolder(found[0].run)
     try:
         control.start(found, console)
-        content = control.follow(server, console)
+        content = control.follow(found[0], console)
     finally:
         control.stop([party for party in found if party.pid() is not None], console)
     if content is None:
-        raise RuntimeError(f"the rounds are not done; {server.log} tells why")
+        raise RuntimeError(f"the rounds are not done; {found[0].log} tells why")
     say("evaluation of the model that the server's log leads to")
     with RoundLog(run.log) as entries:
         replica.apply(entries.entries(1))
     after = score_of(suffix, prefixes)
-    fingerprint = f"{replica.fingerprint(fresh=True):016x}"
-    same = set(content["fingerprints"].values()) == {fingerprint}
+    same = set(content["fingerprints"].values()) == {f"{replica.fingerprint(fresh=True):016x}"}
     content["evaluations"] = [
         {"round": number, "SST-2 accuracy": score.accuracy, "SST-2 AUC": score.auc}
         for number, score in ((0, before), (content["final_round"], after))
@@ -100,9 +92,9 @@ def run_federate_demo(
     content["total_seconds"] = time.perf_counter() - began
     run.write_summary(content)
     control.print_summary(content, console)
-    words = "has the sites' fingerprint" if same else "has ANOTHER fingerprint than the sites"
-    console.print(f"the model rebuilt from the server's log {words}")
-    console.print(f"wrote {write_report(server.run)}", soft_wrap=True)
+    words = "the sites' fingerprint" if same else "ANOTHER fingerprint than the sites"
+    console.print(f"the model rebuilt from the server's log has {words}")
+    console.print(f"wrote {write_report(run.path)}", soft_wrap=True)  # a path stays in one piece
     return content
 
 
@@ -111,7 +103,7 @@ def _project(settings: FederateDemoSettings, budgets: dict[str, int]) -> InitSet
         folder=settings.out,
         site=tuple(f"{name}={size}" for name, size in budgets.items()),
         model=str(packages.fetch_model(settings.cache)),
-        data="data.jsonl",
+        data=str(settings.out.resolve() / "sites" / "{site}" / "data.jsonl"),
         template=data.PROMPT.replace("{}", "{sentence}"),
         words=",".join(data.ANSWERS),
         blocks=_BLOCKS,
@@ -132,11 +124,7 @@ def _project(settings: FederateDemoSettings, budgets: dict[str, int]) -> InitSet
 
 
 def clear(out: Path) -> None:
-    """Removes an earlier demo.
-
-    Raises:
-        ValueError: the folder holds anything else, or one of the demo's processes runs.
-    """
+    """Removes an earlier demo; ValueError where the folder holds anything else, or one runs."""
     _refuse_other_projects(out)
     if out.exists():
         shutil.rmtree(out)
@@ -145,17 +133,13 @@ def clear(out: Path) -> None:
 def _refuse_other_projects(out: Path) -> None:
     if not out.exists() or not any(out.iterdir()):
         return
-    if not (out / "server" / "server.yaml").exists():
-        raise ValueError(f"{out} holds something else than a project: give another folder")
     try:
         config = ServerConfig.read(out / "server")
     except ConfigError as error:
-        raise ValueError(f"{out} holds a project, and {error}: give another folder") from None
+        raise ValueError(f"{out} holds no demo, and {error}: give another folder") from None
+    # A project of somebody's own has keys and a log that nothing brings back.
     if config.job != _JOB or config.sites.keys() != _SITES.keys():
-        raise ValueError(
-            f"{out} holds the project {config.job} of {', '.join(config.sites)}, not a demo, and "
-            "would be removed with its keys and its log: give another folder"
-        )
+        raise ValueError(f"{out} holds the project {config.job}, not a demo: give another folder")
     running = [party.name for party in parties(out) if party.pid() is not None]
     if running:
         raise ValueError(f"{running[0]} of {out} runs: zorba federate stop {out}")

@@ -15,6 +15,7 @@ from zorba.apps.deploy.config import ConfigError, RoundSettings, ServerConfig, S
 from zorba.apps.deploy.provision import provision
 from zorba.apps.deploy.yaml_file import make_model
 from zorba.apps.finetune.settings import split_labels, split_words
+from zorba.apps.progress import plain_console
 from zorba.federated import FederationSettings
 from zorba.planning import BlockPlan, model_weights_memory, plan_blocks
 from zorba.sizes import parse_bytes
@@ -77,6 +78,17 @@ def init_project(wanted: InitSettings) -> BlockPlan | None:
         shutil.rmtree(wanted.folder, ignore_errors=True)  # there was nothing in it
         raise
     return plan
+
+
+def run_init(wanted: InitSettings) -> None:
+    """Runs ``zorba federate init``."""
+    plan = init_project(wanted)
+    console = plain_console()
+    if plan is not None:
+        console.print(plan.render())
+    names = ", ".join(f"sites/{name}" for name in _budgets(wanted.site))
+    console.print(f"wrote server, {names} and authority in {wanted.folder}")
+    console.print(f"next: zorba federate start {wanted.folder}, or docs/deployment.md")
 
 
 def _budgets(sites: tuple[str, ...]) -> dict[str, int]:

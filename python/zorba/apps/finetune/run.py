@@ -34,6 +34,8 @@ def run_finetune(settings: FinetuneSettings, console: Console | None = None) -> 
     there = [str(path) for path in taken if path.exists()]
     if there:
         raise ValueError(f"{', '.join(there)} exists: give another folder with --out")
+    if settings.offload is not None and settings.blocks == "all":
+        raise ValueError("offload is for idle blocks, and blocks is 'all': give blocks last:N")
     rows, evaluation, labels = read_data(settings)
     console.print(f"data: {len(rows)} rows to train on, {len(evaluation)} to evaluate on")
     if labels:
@@ -48,6 +50,9 @@ def run_finetune(settings: FinetuneSettings, console: Console | None = None) -> 
         with progress_bar(console, "{task.fields[note]}") as progress:
             trainer = FinetuneTrainer(model, objective, settings, rows, evaluation, progress)
             trainer.train()
+            # The trainer evaluates at multiples of eval_every; the last step may be none.
+            if evaluation and trainer.evaluations[-1]["step"] != settings.steps:
+                trainer.evaluate()
         metrics = _metrics(settings, trainer)
         written = []
         if settings.save != "model":
@@ -86,7 +91,7 @@ def _describe(model: Any, settings: FinetuneSettings) -> str:
 
 
 def _metrics(settings: FinetuneSettings, trainer: FinetuneTrainer) -> dict[str, Any]:
-    reports = trainer.steps.reports
+    reports = trainer.reports
     return {
         "settings": asdict(settings),
         "machine": machine.describe(),

@@ -47,7 +47,7 @@ def test_losses_are_those_of_the_rows_alone(kind: str, parts: tuple[Any, Any]) -
 @pytest.mark.parametrize("kind", ["words", "text"])
 def test_score_is_that_of_one_batch_however_it_is_cut(kind: str, parts: tuple[Any, Any]) -> None:
     objective = make(kind, parts)
-    rows = LONG[:5] + [{"sentence": "a fine film", "label": 1}]
+    rows = [*LONG[:5], {"sentence": "a fine film", "label": 1}]
     whole = float(objective.loss(objective.encode(rows)))
     for size in (1, 4, 6):
         score = objective.score(rows, size)

@@ -74,7 +74,7 @@ def test_bytes_of_any_kind_are_refused(attack: Attack, name: str, data: bytes, s
 def test_refused_messages_leave_nothing_in_memory(attack: Attack, rng: Random) -> None:
     given = attack.messages_of(MESSAGES, rng.seed)
     refused = [(name, data) for name, data in given if not attack.strike(name, data)]
-    assert len(refused) > MESSAGES / 2
+    assert MESSAGES / 2 < len(refused) < MESSAGES, "some are well-formed, and taken"
     tracemalloc.start()
     try:
         traced = []
@@ -95,15 +95,15 @@ FULL = [[True] * BLOCKS] * len(CREW)
 
 
 def run(path: Path, lie: Lie | None, **changes: Any) -> float:
-    """Eight clients, two of them liars: how far the loss fell in 12 rounds."""
-    federation = make_settings(weighting="uniform", lr=4.0, num_perturbations=8, **changes)
+    """Eight clients, two of them liars: how far the loss fell in 8 rounds."""
+    federation = make_settings(weighting="uniform", lr=4.0, num_perturbations=4, **changes)
     world = World(path, federation, masks=FULL, names=CREW)
     if lie is not None:
         for n, name in enumerate(CREW[2:4]):
             world.clients[name] = LyingClient(world.clients[name], lie, n)
     table = world.replicas[CREW[0]].table
     before = loss_of(table, 0.5)
-    run_federation(world.server, LocalTransport(world.clients), 12)
+    run_federation(world.server, LocalTransport(world.clients), 8)
     world.server.close()
     assert len(world.fingerprints()) == 1, "all replicas have the same bits, those of liars too"
     return before - loss_of(table, 0.5)

@@ -95,15 +95,15 @@ FULL = [[True] * BLOCKS] * len(CREW)
 
 
 def run(path: Path, lie: Lie | None, **changes: Any) -> float:
-    """Eight clients, two of them liars: how far the loss fell in 8 rounds."""
-    federation = make_settings(weighting="uniform", lr=4.0, num_perturbations=4, **changes)
+    """Eight clients, two of them liars: how far the loss fell in 12 rounds."""
+    federation = make_settings(weighting="uniform", lr=4.0, num_perturbations=8, **changes)
     world = World(path, federation, masks=FULL, names=CREW)
     if lie is not None:
         for n, name in enumerate(CREW[2:4]):
             world.clients[name] = LyingClient(world.clients[name], lie, n)
     table = world.replicas[CREW[0]].table
     before = loss_of(table, 0.5)
-    run_federation(world.server, LocalTransport(world.clients), 8)
+    run_federation(world.server, LocalTransport(world.clients), 12)
     world.server.close()
     assert len(world.fingerprints()) == 1, "all replicas have the same bits, those of liars too"
     return before - loss_of(table, 0.5)

@@ -39,6 +39,7 @@ def about(description: str, default: Any = ..., **bounds: Any) -> Any:
 class _Section(BaseModel):
     """Keys and values; others than the fields are refused."""
 
+    # A misspelt key would otherwise leave its setting at the default, in silence.
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -122,6 +123,7 @@ class SiteConfig(_Section):
 class Identity(_Section):
     """``zorba.federated.ModelIdentity`` by field."""
 
+    # Written by init from the model; nothing that people edit, so nothing is explained.
     origin: Uint64
     start: Uint64
     layout: Uint64
@@ -132,6 +134,7 @@ class Identity(_Section):
 class RoundSettings(_Section):
     """Fields of ``zorba.federated.FederationSettings``, by the same names."""
 
+    # No defaults: init writes those of the core, and a project keeps them when they change.
     lr: Rate = about("learning rate of the first round")
     num_perturbations: Count = about("P, finite differences of a local step")
     local_steps: Count = about("K, local steps of a round")

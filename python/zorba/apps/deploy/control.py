@@ -82,6 +82,7 @@ def start(chosen: Sequence[PartyFolder], console: Console) -> None:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=dict(os.environ) if party.is_server else share | os.environ,
+                    # A session of its own: Ctrl-C and the end of the terminal do not reach it.
                     start_new_session=True,
                 )
         for party, process in started.items():
@@ -95,6 +96,7 @@ def start(chosen: Sequence[PartyFolder], console: Console) -> None:
 
 def stop(chosen: Sequence[PartyFolder], console: Console) -> None:
     """Stops the parties' supervisors, and with them the engines."""
+    # All are told before any is waited for: they stop side by side.
     pids = {party: party.pid() for party in chosen}
     for pid in pids.values():
         if pid is not None:
@@ -134,6 +136,7 @@ def follow(server: PartyFolder, console: Console) -> dict[str, Any] | None:
     """
     shown = 0
     with LiveView(RunFolder(server.run).events, console, every=_LINE_SECONDS):
+        # The server's supervisor ends after the last round; those of the sites stay.
         while server.pid() is not None:
             said = server.read_state().get("said", [])
             for text in said[shown:]:
@@ -157,6 +160,7 @@ def _await_lock(party: PartyFolder, process: subprocess.Popen[bytes]) -> None:
     """Waits until the supervisor holds its lock, or has ended."""
     deadline = time.monotonic() + _STOP_SECONDS
     while party.pid() is None:
+        # The lock is all that tells of a supervisor: without it no other command finds it.
         code = process.poll()
         if code == 0:
             return  # there was nothing to do any more

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,8 @@ def build_client(folder: Path) -> Client:
     run.mkdir(exist_ok=True)
     if config.offload:
         # Nothing is active yet: each plan says which blocks move to the device.
-        Offload(model, [], _device(config), run / "offload")
+        device = device_of(replace(task, device=config.device))
+        Offload(model, [], device, run / "offload")
     objective = make_objective(task, model, tokenizer)
     label = config.label if config.words and config.balanced else None
     batches = Batches(rows, config.batch_size, config.seed, objective.encode, label)
@@ -158,10 +160,6 @@ def build_client(folder: Path) -> Client:
     # One account for each folder, whatever the job: scalars that were told stay told.
     accountant = PrivacyAccountant(privacy, run / "privacy.json") if privacy else None
     return Client(config.name, replica, measured, checkpoint, config.checkpoint_every, accountant)
-
-
-def _device(config: SiteConfig) -> str:
-    return device_of(FinetuneSettings(model="", data=Path(), device=config.device))
 
 
 def _task(config: SiteConfig, folder: Path) -> FinetuneSettings:

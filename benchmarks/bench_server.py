@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from zorba import machine
 from zorba.federated import (
     FederationSettings,
@@ -30,6 +31,8 @@ from zorba.federated import (
 from zorba.federated.aggregate import aggregate
 from zorba.federated.settings import AGGREGATIONS
 from zorba.identity import package_version
+from zorba.log import encode_entry
+from zorba.optim import NoiseTerms
 
 CLIENTS = int(os.environ.get("ZORBA_BENCH_CLIENTS", "100000"))
 BLOCKS, SAMPLES = 32, 5
@@ -43,7 +46,9 @@ class Crowd:
 
     def __init__(self, path: Path, clients: int = CLIENTS, **settings: Any) -> None:
         self.numbers = np.random.default_rng(0)
-        self.settings = FederationSettings("bench", 1, 0.01, weighting="uniform", **settings)
+        self.settings = FederationSettings(
+            "bench", 1, 0.01, num_perturbations=SAMPLES, weighting="uniform", **settings
+        )
         self.names = [f"client-{n:07d}" for n in range(clients)]
         masks = self.numbers.random((clients, BLOCKS)) < 0.5
         masks[:, 0] |= ~masks.any(axis=1)
@@ -153,7 +158,7 @@ def bench_round(benchmark: Any, crowd: Crowd, part: str) -> None:
     if part == "begin":
         facts["plan_bytes"] = len(crowd.server.begin_round()[crowd.names[0]])
     elif part == "end":
-        facts["record_bytes"] = len(crowd.server.log.entry(1).record)
+        facts["entry_bytes"] = len(encode_entry(crowd.server.log.entry(1), crowd.settings.job_id))
     else:
         facts["reply_bytes"] = sizes[0]
     note(benchmark, **facts)
@@ -202,21 +207,11 @@ def bench_open_log(benchmark: Any, tmp_path: Path, rounds: int) -> None:
     """What a server does before it goes on after a kill."""
     numbers = np.random.default_rng(0)
     header = LogHeader(1, IDENTITY, "gaussian", "stochastic")
-    records = (
-        LogEntry(
-            round=t,
-            seeds=(t,),
-            coefs=numbers.normal(size=(1, SAMPLES, BLOCKS)).astype(np.float32),
-            columns=np.arange(BLOCKS, dtype=np.int32),
-            rounding_seed=t,
-            mask_version=1,
-            base_fingerprint=t,
-            distribution="gaussian",
-            rounding="stochastic",
-        ).record
-        for t in range(1, rounds + 1)
-    )
     path = tmp_path / "job.log"
-    path.write_bytes(header.encode() + b"".join(records))
+    with RoundLog(path, header, durable=False) as log:
+        for t in range(1, rounds + 1):
+            coefs = torch.from_numpy(numbers.normal(size=(BLOCKS, SAMPLES)).astype(np.float32))
+            terms = NoiseTerms((t,) * SAMPLES, tuple(range(SAMPLES)), coefs)
+            log.append(LogEntry(t, terms, rounding_seed=t, base=t, mask_version=1))
     benchmark.pedantic(lambda: RoundLog(path).close(), rounds=3, warmup_rounds=1)
     note(benchmark, log_bytes=path.stat().st_size)

@@ -69,7 +69,7 @@ class FederationController(Controller):  # type: ignore[misc]
         try:
             self._transport = TaskTransport(self, fl_ctx, abort_signal, config.sites, quorum)
             # A server that was killed after the last round has only the last exchange to do.
-            rounds = max(0, config.rounds - server.log.last_round)
+            rounds = max(0, config.rounds - server.log.last)
             with RunRecorder(run, server, rounds) as recorder:
                 result = run_federation(
                     server, self._transport, rounds, recorder.round, timeout=config.timeout

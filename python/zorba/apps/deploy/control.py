@@ -14,10 +14,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from zorba.apps.deploy import summary
 from zorba.apps.deploy.command import StartSettings, StatusSettings, StopSettings
 from zorba.apps.deploy.config import ConfigError, ServerConfig
 from zorba.apps.deploy.party import PartyFolder, finished, parties
+from zorba.apps.deploy.summary import show_summary
 from zorba.apps.progress import plain_console
 from zorba.apps.watch.live import LiveView
 from zorba.apps.watch.state import Follower
@@ -44,7 +44,7 @@ def run_start(settings: StartSettings) -> None:
     stop([party for party in chosen if not party.is_server], console)
     if content is None:
         raise RuntimeError(f"the rounds are not done; {server.log} tells why")
-    print_summary(content, console)
+    show_summary(Follower(RunFolder(server.run).events).update(), console)
 
 
 def run_status(settings: StatusSettings) -> None:
@@ -144,16 +144,6 @@ def follow(server: PartyFolder, console: Console) -> dict[str, Any] | None:
             shown = len(said)
             time.sleep(_LOOK_SECONDS)
     return finished(server.run, ServerConfig.read(server.path).rounds)
-
-
-def print_summary(content: dict[str, Any], console: Console) -> None:
-    """Prints the summary as a table."""
-    table = Table(title=f"Federated fine-tune {content['job']}", show_header=False)
-    table.add_column(style="bold")
-    table.add_column()
-    for name, value in summary.lines(content):
-        table.add_row(name, value)
-    console.print(table)
 
 
 def _await_lock(party: PartyFolder, process: subprocess.Popen[bytes]) -> None:

@@ -14,7 +14,6 @@ import zorba_kernels as zk
 from zorba.offload import Offload
 from zorba.optim.estimator import Evaluate
 from zorba.optim.evaluation import Evaluator
-from zorba.optim.interrupt import deferred_interrupts
 from zorba.optim.scratch import ScratchPlacement
 from zorba.optim.terms import NoiseTerms
 from zorba.tables import DeviceTables, Tables
@@ -79,10 +78,8 @@ class ModelObjective:
 
         @torch.no_grad()
         def evaluate(noises: Sequence[NoiseTerms]) -> Sequence[Any]:
-            # Ctrl-C waits for the end of a forward, where no module reads perturbed weights.
-            evaluator = self._evaluator_of(noises)
-            with deferred_interrupts() as gate, evaluator.session():
-                return evaluator.of(lambda: self._loss(batch), gate)(noises)
+            with self._evaluator_of(noises).step(lambda: self._loss(batch)) as evaluation:
+                return evaluation.losses(noises)
 
         return evaluate, count
 

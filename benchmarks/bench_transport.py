@@ -31,9 +31,11 @@ pytest.importorskip("nvflare", reason="nvflare is in the test extra")
 from rich.console import Console
 from zorba import machine
 from zorba.apps.deploy import build, control
+from zorba.apps.deploy.command import InitSettings
 from zorba.apps.deploy.config import ServerConfig, SiteConfig
 from zorba.apps.deploy.jobs import ASK_SECONDS
-from zorba.apps.deploy.project import ProjectSettings, init_project
+from zorba.apps.deploy.party import parties
+from zorba.apps.deploy.project import init_project
 from zorba.federated import EventReader, LocalTransport, RunFolder
 
 from tests.apps.finetune.tiny import ROWS, save_tiny_llama
@@ -76,25 +78,23 @@ def project(tmp_path: Path) -> Path:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    site = SiteConfig(
-        name="",
-        model=str(tmp_path / "model"),
-        data=str(tmp_path / "rows.jsonl"),
-        template="{sentence} It was",
-        words=(" terrible", " great"),
-        threads=1,
-    )
     init_project(
-        ProjectSettings(
+        InitSettings(
             folder=tmp_path / "project",
-            job="overhead",
-            budgets=dict.fromkeys(SITES, 0),
+            site=SITES,
+            model=str(tmp_path / "model"),
+            data=str(tmp_path / "rows.jsonl"),
+            template="{sentence} It was",
+            words=" terrible, great",
             address=f"localhost:{port}",
-            site=site,
+            job="overhead",
             rounds=10 * (ROUNDS + WARM_UP),
-            settings={"lr": 0.01, "num_perturbations": SAMPLES},
+            perturbations=SAMPLES,
         )
     )
+    for name in SITES:
+        folder = tmp_path / "project" / "sites" / name
+        SiteConfig.read(folder).model_copy(update={"threads": 1}).write(folder)
     return tmp_path / "project"
 
 
@@ -117,14 +117,14 @@ def running(project: Path) -> Iterator[EventReader]:
     (project.parent / "sitecustomize.py").write_text(_FREE)
     root = Path(__file__).resolve().parents[1]
     paths = [str(project.parent), str(root), os.environ.get("PYTHONPATH", "")]
-    parties, console = control.parties(project), Console(quiet=True)
+    found, console = parties(project), Console(quiet=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
         try:
-            control.start(parties, console)
-            yield EventReader(RunFolder(parties[0].run).events)
+            control.start(found, console)
+            yield EventReader(RunFolder(found[0].run).events)
         finally:
-            control.stop([party for party in parties if party.pid() is not None], console)
+            control.stop([party for party in found if party.pid() is not None], console)
 
 
 @pytest.mark.benchmark(group=GROUP)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,6 +100,20 @@ def test_permuting_blocks_and_clients_changes_nothing() -> None:
     assert turned.point.f1 == pytest.approx(plan.point.f1, abs=SOLVER_TOLERANCE)
     assert turned.point.f2 == pytest.approx(plan.point.f2, abs=4 * SOLVER_TOLERANCE)
     assert turned.clients == tuple(names[n] for n in order)
+
+
+EQUAL = json.loads((Path(__file__).parent / "equal_blocks.json").read_text())
+
+
+@pytest.mark.parametrize("case", EQUAL, ids=lambda case: case["name"])
+def test_equal_blocks_are_planned_as_in_0_1_0(case: dict[str, Any]) -> None:
+    """The demo's fingerprint depends on its mask. The values are those of the proven optima."""
+    memory = MemoryModel(**case["memory"])
+    plan = plan_blocks(memory, case["budgets"], **case["options"])
+    assert all(point.proven for point in plan.front)
+    np.testing.assert_allclose([(p.f1, p.f2) for p in plan.front], case["front"], rtol=1e-12)
+    assert plan.chosen == case["chosen"]
+    assert ["".join("01"[on] for on in row) for row in plan.mask.tolist()] == case["mask"]
 
 
 def test_equal_blocks_are_dealt_evenly() -> None:

@@ -7,7 +7,8 @@ functions import what they need when they run: ``zorba --help`` must not wait fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Union
@@ -26,11 +27,11 @@ Commands = Mapping[str, tuple[type, Callable[[Any], None]]]
 
 @dataclass(frozen=True)
 class ReplaySettings:
-    """Rebuild a fine-tuned model from its base and its trajectory, bit for bit."""
+    """Rebuild a model from its base and the log of a fine-tune or a federation, bit for bit."""
 
     # The comment of a field is its help on the command line.
     base: Positional[str]  # Folder or hub name of the model that the run started from.
-    log: Positional[Path]  # The trajectory, a .zot file.
+    log: Positional[Path]  # Trajectory of a fine-tune (a .zot file), or log of a federation.
     out: Positional[Path]  # Folder for the fine-tuned model; new or empty.
     verify: bool = True  # Compare the result's fingerprint with that of the run.
 
@@ -95,33 +96,46 @@ def plan(settings: PlanSettings) -> None:
 def watch(settings: WatchSettings) -> None:
     """See ``WatchSettings``."""
     check_needs("watch", ["rich"], "watch")
-    from zorba.apps.watch.command import watch_run
+    from zorba.apps.watch.live import watch_run
 
     watch_run(settings.run, once=settings.once)
 
 
 def report(settings: ReportSettings) -> None:
     """See ``ReportSettings``."""
-    check_needs("report", ["jinja2", "rich"], "watch")
+    check_needs("report", ["jinja2", "matplotlib", "rich"], "watch")
     from zorba.apps.watch.page import write_report
 
     print(f"wrote {write_report(settings.run, settings.out)}")
 
 
-COMMANDS: dict[str, tuple[type, Callable[[Any], None]] | Commands] = {
+COMMANDS: Commands = {
     "demo": (DemoSettings, demo),
     "finetune": (FinetuneSettings, finetune),
     "replay": (ReplaySettings, replay),
     "plan": (PlanSettings, plan),
     "watch": (WatchSettings, watch),
     "report": (ReportSettings, report),
-    "federate": FEDERATE,
 }
-"""Settings and function of each subcommand, by its name, or the subcommands of a group."""
+"""Settings and function of each subcommand, by its name; those of ``zorba federate`` follow."""
 
-_GROUPS = {
-    "federate": "Run a federation on several machines, with NVIDIA FLARE over mutual TLS.",
-}
+_FEDERATE_HELP = "Run a federation on several machines, with NVIDIA FLARE over mutual TLS."
+
+
+def parse(arguments: Sequence[str]) -> Any:
+    """Returns the settings of the command that the arguments name.
+
+    Raises:
+        SystemExit: 0 after ``--help``, 2 where the arguments make no sense, with what was expected.
+    """
+    federate = tyro.conf.subcommand("federate", description=_FEDERATE_HELP)
+    return tyro.cli(
+        Union[_subcommands(COMMANDS), Annotated[_subcommands(FEDERATE), federate]],  # noqa: UP007
+        prog="zorba",
+        description="Fine-tune language models without gradients, alone or as a federation.",
+        args=arguments or ["--help"],
+        config=(tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName),
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -131,17 +145,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: those of the process by default.
 
     Raises:
-        SystemExit: 1 where the command failed, 2 for a command line that makes no sense, 130 after
+        SystemExit: 1 where the command failed, 2 where its arguments make no sense, 130 after
             Ctrl-C; each with a sentence on stderr.
     """
-    settings = tyro.cli(
-        _union(COMMANDS),
-        prog="zorba",
-        description="Fine-tune language models without gradients, alone or as a federation.",
-        args=arguments,
-        config=(tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName),
-    )
-    name, run = next((n, f) for n, kind, f in _leaves(COMMANDS) if type(settings) is kind)
+    settings = parse(sys.argv[1:] if arguments is None else arguments)
+    runs = {kind: (name, run) for name, (kind, run) in COMMANDS.items()}
+    runs |= {kind: (f"federate {name}", run) for name, (kind, run) in FEDERATE.items()}
+    name, run = runs[type(settings)]
+    # Expected failures are sentences; other exceptions are defects and keep their traceback.
     try:
         run(settings)
     except (RuntimeError, ValueError, OSError) as error:
@@ -150,28 +161,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(name, "interrupted; files that were written stay", code=130)
 
 
-def _union(commands: Mapping[str, Any]) -> Any:
-    """The type of all settings of a group, which tyro reads as its subcommands."""
-    return Union[  # noqa: UP007  (of a tuple)
-        tuple(
-            Annotated[
-                _union(entry) if name in _GROUPS else entry[0],
-                tyro.conf.subcommand(name, description=_GROUPS.get(name)),
-            ]
-            for name, entry in commands.items()
-        )
-    ]
-
-
-def _leaves(
-    commands: Mapping[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, type, Callable[[Any], None]]]:
-    """Yields name, settings and function of every command."""
-    for name, entry in commands.items():
-        if name in _GROUPS:
-            yield from _leaves(entry, f"{prefix}{name} ")
-        else:
-            yield f"{prefix}{name}", *entry
+def _subcommands(commands: Commands) -> Any:
+    """Returns the type of all settings, which tyro reads as subcommands."""
+    kinds = (Annotated[k, tyro.conf.subcommand(name)] for name, (k, _) in commands.items())
+    return Union[tuple(kinds)]  # noqa: UP007
 
 
 if __name__ == "__main__":

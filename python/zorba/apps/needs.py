@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 
 def fail(command: str, message: str, code: int = 1) -> NoReturn:
@@ -23,18 +23,7 @@ def check_needs(command: str, packages: Iterable[str], extras: str) -> None:
         packages: that it imports, by the names of their modules.
         extras: of this package that bring them, by commas.
     """
+    # Looked up, not imported: the command imports what it needs once, and torch takes seconds.
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         fail(command, f"it needs {', '.join(missing)}: pip install 'zorba-kernels[{extras}]'")
-
-
-def check_at_least(settings: Any, **least: int) -> None:
-    """Refuses settings with a number below its least value.
-
-    Raises:
-        ValueError: there is one; the message names it.
-    """
-    for name, bound in least.items():
-        value = getattr(settings, name)
-        if value < bound:
-            raise ValueError(f"{name} is {value}; expected at least {bound}")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from zorba.log import Log, LogError, LogHeader, ReplayReport, WrongBaseError, check_base
 from zorba.log import replay as replay_log
@@ -29,7 +30,6 @@ def rebuild(
     *,
     verify: bool = True,
     say: Callable[[str], None] = print,
-    progress: Callable[[int, int], None] | None = None,
 ) -> ReplayReport:
     """Writes the fine-tuned model to a folder, which is there as a whole or not at all.
 
@@ -39,7 +39,6 @@ def rebuild(
         out: folder to be made; an empty one is used.
         verify: see ``zorba.log.replay``.
         say: gets lines on what happens.
-        progress: see ``zorba.log.replay``.
 
     Raises:
         LogError: the log is damaged, the base is another model, or ``out`` is taken.
@@ -57,7 +56,10 @@ def rebuild(
     if log.torn_bytes:
         say(f"ignored a torn tail of {log.torn_bytes} bytes: the run was interrupted")
     model = _load_base(base, log)
-    report = replay_log(model, log, verify=verify, progress=progress)
+    with tqdm(total=log.num_steps, desc="replay", disable=None) as bar:  # None: on a terminal alone
+        report = replay_log(
+            model, log, verify=verify, progress=lambda done, _: bar.update(done - bar.n)
+        )
     rate = f", {report.steps / report.seconds:,.1f} steps/s" if report.steps else ""
     say(f"replayed in {report.seconds:.2f} s{rate}, {report.passes} passes over the weights")
     say(f"fingerprint {report.fingerprint:#018x}: {_verdict(report, log, verify)}")

@@ -47,6 +47,7 @@ _DECAYS = 32  # a decay for each group
 _BASE = 64  # fingerprint of the weights before the entry
 _MASKS = 128  # version of the masks in force
 
+# One byte holds all flags: a step of one perturbation then takes 16 bytes, CRCs included.
 _U64 = struct.Struct("<Q")
 _U32 = struct.Struct("<I")
 
@@ -127,6 +128,7 @@ def _body(entry: LogEntry, seeds: StepSeeds) -> bytes:
     decay = None if entry.decay is None else _decays(entry.decay, len(coefs))
     if not np.isfinite(coefs).all() or (decay is not None and not np.isfinite(decay).all()):
         raise LogError(f"coefficients and decays of entry {number} must be finite")
+    # The step's own seed is known to whoever reads the header, so it is not written.
     own = None if seeds.run_seed is None else seeds.of(number)
     flags, fields = 0, []
     count = len(terms.seeds)
@@ -147,6 +149,8 @@ def _body(entry: LogEntry, seeds: StepSeeds) -> bytes:
     if entry.mask_version:
         flags |= _MASKS
         fields.append(_U32.pack(entry.mask_version))
+    # Coefficients come last: their size follows from all that stands in front of them, so a reader
+    # can check every count before it takes them.
     parts = _parts(coefs)
     if len(parts) > 1:
         flags |= _PARTS
@@ -209,6 +213,7 @@ def _part(coefs: npt.NDArray[np.float32]) -> _Part:
     """Keeps one of equal rows [groups, terms], and none of those that are 0."""
     if len(coefs) == 1 or (coefs == coefs[:1]).all():
         return _Part(np.zeros(len(coefs), np.int64), np.ascontiguousarray(coefs[:1].T))
+    # Groups that the same clients covered have equal rows, to the bit: one column serves them all.
     rows = np.flatnonzero((coefs != 0).any(axis=1))
     known: dict[bytes, int] = {}
     columns = np.full(len(coefs), -1, np.int64)
@@ -238,6 +243,7 @@ def decode_entries(
     view, salt, seeds = memoryview(data), salt_of(log_id), StepSeeds(run_seed)
     entries: list[LogEntry] = []
     at = 0
+    # Entries in a plan are consecutive: a gap would leave a replica one round behind for ever.
     for number in range(first, first + count):
         found = unframe(view, at, salt)
         if found.number != number or found.kind == END:
@@ -285,6 +291,8 @@ def read_entry(found: Frame, groups: int, seeds: StepSeeds) -> LogEntry:
 
 def _read_coefs(reader: BodyReader, flags: int, terms: int, groups: int) -> Tensor:
     """Takes the parts off a body: float32 [groups, terms]."""
+    # No part is empty, but that of an entry without terms: the number of parts is bounded by bytes
+    # that are there.
     count = reader.varint("number of parts") if flags & _PARTS else 1
     if not 1 <= count <= max(terms, 1):
         raise LogError(f"{terms} terms in {count} parts")

@@ -78,6 +78,7 @@ class LogFile(Entries):
             self._file.close()
             raise
         self.cut_bytes = len(data) - size
+        # One StepSeeds for the whole run: it remembers the seeds that momentum refers to.
         self._seeds, self._salt = StepSeeds(self.header.run_seed), salt_of(self.header.log_id)
         self._size = size
         if self.cut_bytes:
@@ -115,6 +116,7 @@ class LogFile(Entries):
                 f"coefs of {entry.terms.coefs.shape[0]} groups in a log of {self.header.num_groups}"
             )
         data = write_entry(entry, self._seeds, self._salt)
+        # On disk before the index knows it, and before the caller tells anybody.
         self._append(self.size, data, f"entry {entry.number}", self._durable)
         self._size += len(data)
         self._index.note(entry, self.size)
@@ -139,6 +141,7 @@ class LogFile(Entries):
                 f"the trajectory has steps {self.first} to {self.last}: it cannot go on with step "
                 f"{number}"
             )
+        # Cut, not overwritten later: a crash now must not leave old steps behind new ones.
         self._index.cut(number - self.first)
         self._size = self._index.ends[-1]
         self._file.truncate(self.size)
@@ -191,6 +194,7 @@ class LogFile(Entries):
 
     def _append(self, size: int, data: bytes, what: str, durable: bool) -> None:
         """Writes bytes behind the first ``size`` ones, all of them or none."""
+        # Ctrl-C may come between write and note: the file is then shortened to what the index has.
         try:
             self._file.seek(size)
             if self._file.write(data) != len(data):
@@ -221,6 +225,7 @@ def _lock(file: BinaryIO, path: Path) -> None:
     if fcntl is None:
         return
     try:
+        # flock ends with the process, however it ends: no stale lock survives a kill.
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise LogError(

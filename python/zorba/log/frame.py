@@ -15,6 +15,8 @@ from typing import NamedTuple
 from zorba.log.binary import Reader
 from zorba.log.errors import DamagedLogError, LogError
 
+# An entry of 2**20 terms with a column each fits many times over; a length above this is a lie, and
+# is refused before anybody allocates for it.
 MAX_BODY_BYTES = 1 << 26
 
 ENTRY, SKIP, END = 1, 2, 3
@@ -96,6 +98,7 @@ def unframe(view: memoryview, at: int, salt: int) -> Frame:
         DamagedLogError: there is no whole, unchanged frame.
     """
     number, length, start, crc = _head(view, at, salt)
+    # The head has passed its check, so a length that reaches past the end means a torn tail.
     end = start + length + _CRC.size
     if end > len(view):
         raise DamagedLogError(f"an entry says {length} bytes, {len(view) - start} are left")
@@ -133,6 +136,7 @@ def _head(view: memoryview, at: int, salt: int) -> tuple[int, int, int, int]:
     """Returns number, length, offset of the body, and the CRC of kind, number and length."""
     if at >= len(view) or view[at] not in (ENTRY, SKIP, END):
         raise DamagedLogError("an entry does not start with a known kind")
+    # A slice of the longest head: a varint that never ends stops there, not at the end of the file.
     reader = BodyReader(view[at : at + _MAX_HEAD_BYTES])
     before = reader.left
     try:

@@ -127,6 +127,8 @@ class LogHeader:
 
     def encode(self) -> bytes:
         """Returns the header's bytes."""
+        # JSON, since a header is read by people too (``python -m json.tool`` after inflating), and
+        # written once a run: only entries must be small.
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["identity"] = asdict(self.identity)
         values["settings"] = dict(self.settings)
@@ -195,6 +197,7 @@ def decode_header(data: bytes | memoryview) -> tuple[LogHeader, int]:
     end = _FIXED.size + packed_bytes + _CRC.size
     if end > len(view):
         raise DamagedLogError(f"the header takes {end} bytes, {len(view)} are there")
+    # The CRC first: what does not pass it is damage, what passes and makes no sense is a lie.
     if _CRC.unpack_from(view, end - _CRC.size)[0] != zlib.crc32(view[: end - _CRC.size]):
         raise DamagedLogError("the header is damaged: its CRC does not match")
     text = _inflate(view[_FIXED.size : end - _CRC.size], plain_bytes)

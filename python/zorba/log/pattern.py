@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from zorba.log.errors import LogError
 from zorba.log.frame import BodyReader, varint
@@ -29,11 +29,10 @@ class Run:
 
     Attributes:
         seed: the only seed, where it belongs to no step of the run; else None.
-        back: how many steps ago the first seed's step was.
+        back: how many steps ago the first seed's step was; the next ones are of the steps after it.
         first: the first sample.
         samples: how many of each seed.
         seeds: how many seeds.
-        newer: 1 if each seed is of the step after the one before, -1 if of the step before it.
     """
 
     seed: int | None
@@ -41,23 +40,15 @@ class Run:
     first: int
     samples: int
     seeds: int = 1
-    newer: int = 1
 
-    @property
-    def last_back(self) -> int:
-        """How many steps ago the last seed's step was."""
-        return self.back - self.newer * (self.seeds - 1)
-
-    def extended(self, other: Run) -> Run | None:
-        """Returns this run with the single seed of ``other`` after it, or None if that is none."""
-        if self.seed is not None or other.seed is not None:
-            return None
-        newer = self.last_back - other.back
-        if abs(newer) != 1 or (self.seeds > 1 and newer != self.newer):
-            return None
-        if (self.first, self.samples) != (other.first, other.samples):
-            return None
-        return Run(None, self.back, self.first, self.samples, self.seeds + 1, newer)
+    def continued_by(self, other: Run) -> bool:
+        """Whether the single seed of ``other`` belongs behind those of this run."""
+        return (
+            self.seed is None
+            and other.seed is None
+            and other.back == self.back - self.seeds
+            and (self.first, self.samples) == (other.first, other.samples)
+        )
 
 
 class StepSeeds:
@@ -119,9 +110,8 @@ def encode_pattern(
         raise LogError(f"an entry of {len(seeds)} terms; at most {MAX_TERMS} are allowed")
     runs: list[Run] = []
     for run in _single_seeds(seeds, samples, step, step_of):
-        longer = runs[-1].extended(run) if runs else None
-        if longer is not None:
-            runs[-1] = longer
+        if runs and runs[-1].continued_by(run):
+            runs[-1] = replace(runs[-1], seeds=runs[-1].seeds + 1)
         else:
             runs.append(run)
     return varint(len(runs)) + b"".join(map(_encode_run, runs))
@@ -146,8 +136,7 @@ def _single_seeds(
 def _encode_run(run: Run) -> bytes:
     # 0 announces a seed in full; otherwise how far back, from 1.
     start = varint(run.back + 1) if run.seed is None else b"\0" + _SEED.pack(run.seed)
-    seeds = (run.seeds - 1) << 1 | (run.newer < 0)
-    return start + varint(run.first) + varint(run.samples) + varint(seeds)
+    return start + varint(run.first) + varint(run.samples) + varint(run.seeds)
 
 
 def decode_pattern(reader: BodyReader) -> tuple[Run, ...]:
@@ -160,11 +149,9 @@ def decode_pattern(reader: BodyReader) -> tuple[Run, ...]:
         seed = reader.unpack(_SEED, "seed of a run")[0] if start == 0 else None
         first = reader.varint("first sample")
         samples = reader.varint("number of samples")
-        packed = reader.varint("number of seeds")
-        run = Run(
-            seed, max(start - 1, 0), first, samples, (packed >> 1) + 1, -1 if packed & 1 else 1
-        )
-        if first + samples > ROUNDING_DOMAIN or samples < 1 or (seed is not None and packed):
+        run = Run(seed, max(start - 1, 0), first, samples, reader.varint("number of seeds"))
+        one = run.seeds == 1 or (run.seeds > 1 and seed is None)
+        if first + samples > ROUNDING_DOMAIN or samples < 1 or not one:
             raise LogError(f"a run of {samples} samples from {first} makes no sense")
         # Counted before anything is allocated: a few bytes may say 2**60 terms.
         terms += run.samples * run.seeds
@@ -191,12 +178,13 @@ def resolve(
     """
     seeds: list[int] = []
     samples: list[int] = []
+    # In the order in which the run added them: float32 sums depend on it.
     for run in runs:
-        begin, last = step - run.back, step - run.last_back
-        if run.seed is None and not (0 <= begin <= step and 0 <= last <= step):
-            raise LogError(f"step {step} has terms of steps {begin} to {last}")
+        begin = step - run.back
+        if run.seed is None and not 0 <= begin <= step + 1 - run.seeds:
+            raise LogError(f"step {step} has terms of steps {begin} to {begin + run.seeds - 1}")
         for at in range(run.seeds):
-            seed = seed_of(begin + run.newer * at) if run.seed is None else run.seed
+            seed = seed_of(begin + at) if run.seed is None else run.seed
             seeds += [seed] * run.samples
             samples += range(run.first, run.first + run.samples)
     return tuple(seeds), tuple(samples)

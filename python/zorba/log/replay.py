@@ -69,6 +69,8 @@ def apply_entries(
     changing = [entry for entry in entries if not entry.empty]
     if not changing:
         return
+    # One call for all entries: the kernel reads and writes each weight once, and rounds after each
+    # entry in registers, so the bits are those of one call an entry.
     zeros = torch.zeros(changing[0].terms.coefs.shape[0])
     for table in each_table(tables):
         zk.add_noise_(
@@ -104,6 +106,7 @@ def replay(
         LogError: the weights are not those of the run. They are modified.
         Any exception that interrupts a pass (Ctrl-C): the weights then are somewhere on their way.
     """
+    # Before a weight is touched: replaying twice, or on another model, must leave it as it is.
     tables = check_base(target, log)
     header = log.header
     # A finished run tells the fingerprint at its end; a federation tells, in most entries, that of
@@ -197,6 +200,7 @@ def check_base(target: nn.Module | TableLike, log: Log) -> TableLike:
             wrong = "names, shapes, dtypes or groups of the parameters differ"
         if wrong:
             raise WrongBaseError(f"not the log's base: {wrong}")
+    # From cheap to dear: names and shapes cost nothing, a fingerprint reads every weight.
     found, start = fingerprint(tables), header.identity.start
     if found == start:
         if isinstance(target, nn.Module) and header.identity.origin is not None:
@@ -231,6 +235,7 @@ def _tables_by_layout(
 
     The hash of the layout (names, shapes, dtypes, blocks) proves a guess right.
     """
+    # All blocks, or the last ones, as a fine-tune mostly trains; the first ones for completeness.
     blocks, count = find_blocks(model), header.num_groups
     for chosen in (blocks[-count:], blocks[:count]):
         groups = {name: b for b, block in enumerate(chosen) for name in block.parameters}

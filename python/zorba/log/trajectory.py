@@ -28,17 +28,12 @@ class TrajectoryWriter:
 
     Make one with ``create`` before the first step, or with ``resume`` to go on with a run that was
     stopped. Give it every step in order, ``append`` for an update and ``skip`` for a step that left
-    the weights alone, and end with ``finish``. What was appended survives the process, and after
-    ``sync`` a power cut. A crash loses at most the entry that was being written, which readers
-    detect.
-
-    The record is of updates alone: the placement must leave the weights otherwise untouched, as
-    "scratch" does. "inplace" restores to rounding, of which there is no record.
-
-    Used as a context manager it is finished on a regular exit and only closed on an exception.
+    the weights alone, and end with ``finish``. It records updates alone: the placement must leave
+    the weights otherwise untouched, as "scratch" does. As a context manager it is finished on a
+    regular exit and only closed on an exception.
 
     Attributes:
-        log: the file.
+        log: the file. A crash loses at most the entry that was being written.
     """
 
     def __init__(self, log: LogFile, tables: TableLike) -> None:
@@ -108,6 +103,7 @@ class TrajectoryWriter:
             LogError: the file is damaged, of other parameters, or ends before ``step``; it is left
                 as it is.
         """
+        # Everything is checked before the file is cut: a wrong table must not cost the record.
         log = LogFile(path, durable=False)
         try:
             wrong = log.header.parameter_difference(parameters_of(tables))
@@ -123,11 +119,6 @@ class TrajectoryWriter:
     def path(self) -> Path:
         """Path of the file."""
         return self.log.path
-
-    @property
-    def header(self) -> LogHeader:
-        """Header of the file."""
-        return self.log.header
 
     @property
     def size(self) -> int:
@@ -158,12 +149,13 @@ class TrajectoryWriter:
             LogError: the step is out of order or cannot be recorded, or the file could not be
                 written (a full disk); the file then is as before.
         """
+        # The default of ``zk.add_noise_``: the record must have the seed that the pass had.
         seed = rounding_seed if rounding_seed is not None else next(iter(terms.seeds), 0)
         self.log.append(LogEntry(step, terms, check_uint64(seed, "rounding_seed"), decay))
 
     def skip(self, step: int) -> None:
         """Records that a step left the weights alone; raises as ``append`` does."""
-        self.log.append(LogEntry(step, NoiseTerms.none(self.header.num_groups), 0))
+        self.log.append(LogEntry(step, NoiseTerms.none(self.log.header.num_groups), 0))
 
     def finish(self) -> int:
         """Ends the file with the fingerprint of the weights as they are now, and closes it.

@@ -1,7 +1,5 @@
 """Plans which client activates which blocks, under each client's memory budget."""
 
-from zorba.planning.highs import PlanSolverError
-from zorba.planning.importance import estimate_importance
 from zorba.planning.memory import (
     IdlePolicy,
     MemoryModel,
@@ -12,6 +10,7 @@ from zorba.planning.picture import draw_plan
 from zorba.planning.plan import BlockPlan, ParetoPoint, mask_version
 from zorba.planning.planner import plan_blocks
 from zorba.planning.problem import InfeasiblePlanError
+from zorba.planning.program import PlanSolverError
 
 __all__ = [
     "BlockPlan",
@@ -21,7 +20,6 @@ __all__ = [
     "ParetoPoint",
     "PlanSolverError",
     "draw_plan",
-    "estimate_importance",
     "mask_version",
     "model_weights_memory",
     "plan_blocks",

@@ -9,14 +9,22 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from zorba.planning.diagnosis import check_clients_alone, explain_infeasible
-from zorba.planning.highs import InfeasibleProgramError, PlanSolverError
 from zorba.planning.memory import MemoryModel
 from zorba.planning.plan import BlockPlan, ParetoPoint, pareto_front
 from zorba.planning.problem import Mask, Problem, make_problem
-from zorba.planning.program import Limit, Program, Row, Solution
+from zorba.planning.program import (
+    F1,
+    F2,
+    UNLIMITED,
+    InfeasibleProgramError,
+    PlanSolverError,
+    Program,
+    Solution,
+)
 
 # F1 of equal blocks takes few values, so that one may be just what is tolerated, but for rounding.
 _ROUNDING = 1e-12
+_SECONDS_TO_EXPLAIN = 10.0
 
 
 def plan_blocks(
@@ -29,7 +37,7 @@ def plan_blocks(
     max_active: int | None = None,
     tolerance: float = 0.0,
     num_points: int = 8,
-    mip_rel_gap: float = 0.01,
+    mip_rel_gap: float = 0.03,
     time_limit: float = 60.0,
 ) -> BlockPlan:
     """Decides which client activates which blocks, within every client's memory budget.
@@ -50,11 +58,12 @@ def plan_blocks(
         max_active: blocks that a client may have active; all where not given.
         tolerance: how far F1 may be above its least value to save memory; 0.05 is 5 %.
         num_points: points of the sweep, at least 2; dominated ones are dropped.
-        mip_rel_gap: relative gap at which a solve stops; 0 solves to optimality. The gaps of the F1
+        mip_rel_gap: relative gap to a bound at which a solve stops. Equal blocks and small
+            instances are solved to optimality whatever it is, if time allows. The gaps of the F1
             and the F2 solve add up along the two stages, so a point may be a gap away from the true
             front in either objective.
-        time_limit: seconds for all solves together. A solve that runs out keeps its best plan, and
-            the point says so (``ParetoPoint.proven``).
+        time_limit: seconds for all searches together. A search that runs out keeps its best plan,
+            and the point says so (``ParetoPoint.proven``).
 
     Raises:
         InfeasiblePlanError: no mask fits; names clients, blocks and the bytes that are missing.
@@ -75,11 +84,12 @@ def plan_blocks(
     solutions = [Solution(np.zeros((0, len(problem.blocks)), dtype=np.bool_), 0.0, proven=True)]
     if rest.clients:
         check_clients_alone(rest)
-        solves = _Solves(Program(rest), mip_rel_gap, start + time_limit)
+        sweep = _Sweep(Program(rest), mip_rel_gap, start + time_limit)
         try:
-            solutions = list(_sweep(solves, num_points, tolerance))
+            solutions = list(sweep.run(num_points, tolerance))
         except InfeasibleProgramError:
-            raise explain_infeasible(rest, min(time_limit, 10.0)) from None
+            seconds = min(time_limit, _SECONDS_TO_EXPLAIN)
+            raise explain_infeasible(rest, seconds) from None
     front = pareto_front([_point(problem, full, solution) for solution in solutions])
     bound = (1 + tolerance) * front[0].f1 * (1 + _ROUNDING)
     chosen = max(i for i, point in enumerate(front) if point.f1 <= bound)
@@ -93,72 +103,78 @@ def plan_blocks(
     )
 
 
-class _Solves:
-    """Runs solves in two stages, sharing the time that is left among those to come.
-
-    Each may take twice an equal share: most need little, so that much comes back.
-    """
+class _Sweep:
+    """Solves from one end of the front to the other, and shares the time among the solves."""
 
     def __init__(self, program: Program, gap: float, end: float) -> None:
-        self.program = program
-        self.left = 0
+        self._program = program
         self._gap = gap
         self._end = end
+        self._solves_left = 0
 
-    def lexicographic(
-        self, first: Row, second: Row, limits: Sequence[Limit] = ()
+    def run(self, num_points: int, tolerance: float) -> Iterator[Solution]:
+        """Yields solutions of the sweep; some may dominate others.
+
+        Raises:
+            InfeasibleProgramError: no mask fits.
+            PlanSolverError: time ran out before there was a plan.
+        """
+        program = self._program
+        # Two solves a point, and two for the pick where it is no end of the sweep.
+        self._solves_left = 2 * num_points + (2 if tolerance else 0)
+        fastest = self._lexicographic(F1, UNLIMITED)
+        if fastest is None:
+            raise PlanSolverError("time ran out before any plan was found: raise time_limit")
+        yield fastest
+        if not program.saves_memory:  # the front is one point
+            return
+        least_f1, high = program.values(fastest.mask).tolist()
+        if tolerance:
+            picked = self._lexicographic(F2, ((1 + tolerance) * least_f1, math.inf), fastest.mask)
+            if picked is not None:
+                yield picked
+        leanest = self._lexicographic(F2, UNLIMITED)
+        if leanest is None:
+            return
+        yield leanest
+        low = program.values(leanest.mask)[F2]
+        for i in range(1, num_points - 1):
+            epsilon = low + (high - low) * i / (num_points - 1)
+            between = self._lexicographic(F1, (math.inf, epsilon), leanest.mask)
+            if between is not None:
+                yield between
+
+    def _lexicographic(
+        self, first: int, limits: tuple[float, float], known: Mask | None = None
     ) -> Solution | None:
-        """Minimizes `first` within limits, then `second` keeping `first`; None without time."""
-        best = self._minimize(first, limits)
+        """Minimizes an objective within limits, then the other keeping it; None without time."""
+        best = self._minimize(first, limits, known)
         if best is None:
-            self.left -= 1
+            self._solves_left -= 1
             return None
-        kept = (first, self.program.value(first, best.mask))
-        try:
-            refined = self._minimize(second, [*limits, kept], known=best.mask)
-        except InfeasibleProgramError:
-            # `best` is a solution of this program, so only rounding can say otherwise.
-            refined = None
+        # Without the second stage a point could be dominated by one of the same first objective.
+        kept = list(limits)
+        kept[first] = float(self._program.values(best.mask)[first])
+        refined = self._minimize(F1 + F2 - first, (kept[F1], kept[F2]), best.mask)
         if refined is None:
             return Solution(best.mask, best.gap, proven=False)
         return Solution(refined.mask, max(best.gap, refined.gap), best.proven and refined.proven)
 
     def _minimize(
-        self, objective: Row, limits: Sequence[Limit], known: Mask | None = None
+        self, objective: int, limits: tuple[float, float], known: Mask | None
     ) -> Solution | None:
-        seconds = 2 * max(self._end - time.monotonic(), 0.0) / max(self.left + 1, 2)
-        self.left -= 1
-        return self.program.minimize(objective, limits, gap=self._gap, seconds=seconds, known=known)
-
-
-def _sweep(solves: _Solves, num_points: int, tolerance: float) -> Iterator[Solution]:
-    program = solves.program
-    # Two solves a point, and two for the pick where it is no end of the sweep.
-    solves.left = 2 * num_points + (2 if tolerance else 0)
-    fastest = solves.lexicographic(program.f1, program.f2)
-    if fastest is None:
-        raise PlanSolverError("time ran out before any plan was found: raise time_limit")
-    yield fastest
-    if not program.f2:  # masks save no memory: the front is one point
-        return
-    if tolerance:
-        bound = (1 + tolerance) * program.value(program.f1, fastest.mask)
-        picked = solves.lexicographic(program.f2, program.f1, [(program.f1, bound)])
-        if picked is not None:
-            yield picked
-    leanest = solves.lexicographic(program.f2, program.f1)
-    if leanest is None:
-        return
-    yield leanest
-    low, high = (program.value(program.f2, s.mask) for s in (leanest, fastest))
-    for i in range(1, num_points - 1):
-        epsilon = low + (high - low) * i / (num_points - 1)
+        # Each may take twice an equal share: most need little, so that much comes back.
+        seconds = 2 * max(self._end - time.monotonic(), 0.0) / max(self._solves_left, 2)
+        self._solves_left -= 1
         try:
-            between = solves.lexicographic(program.f1, program.f2, [(program.f2, epsilon)])
+            return self._program.minimize(
+                objective, limits, gap=self._gap, seconds=seconds, known=known
+            )
         except InfeasibleProgramError:
-            continue  # `leanest` satisfies it, so only rounding can say so; it is on the front
-        if between is not None:
-            yield between
+            if known is None:
+                raise
+            # `known` is a solution of this program, so only HiGHS's tolerance can say otherwise.
+            return None
 
 
 def _point(problem: Problem, full: list[int], solution: Solution) -> ParetoPoint:

@@ -1,40 +1,39 @@
-"""The mixed-integer program behind a plan, solved with HiGHS."""
+"""The integer program behind a plan: HiGHS solves it through scipy."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zorba.planning.columns import ColumnPool, Found
-from zorba.planning.highs import (
-    InfeasibleProgramError,
-    Relaxed,
-    Rows,
-    Vector,
-    solve_relaxed,
-    solve_whole,
-)
 from zorba.planning.problem import Mask, Problem
-from zorba.planning.rounding import round_counts
+from zorba.planning.rounding import Search
 
-Row = dict[int, float]  # column -> coefficient
-Limit = tuple[Row, float]
+F1, F2 = 0, 1  # of values, costs and limits
+UNLIMITED = (math.inf, math.inf)
 
-# Bytes of a client's row are divided so that its spare memory reads as this. HiGHS lets a row be
-# off by 1e-6, so one in 1e9 of the spare memory; the rest is caught exactly in `Program.minimize`.
-_SPARE_UNITS = 1000.0
-
+# HiGHS lets rows be off by 1e-6: in these units of bytes that is a billionth of the largest block.
+# What it still gets wrong is caught in whole bytes.
+_BLOCK_UNITS = 1000.0
 # How far a later solve may exceed the value of an earlier one, on objectives scaled to at most 1:
-# an order under HiGHS's row tolerance of 1e-6, enough to keep the earlier solution feasible.
+# under HiGHS's tolerance of rows, and enough to keep the earlier solution feasible.
 _KEEP_SLACK = 1e-7
+_TOLERANCE = 1e-6
+# Programs of up to this many counts are solved exactly, larger ones are relaxed and rounded first.
+_SMALL = 80
 
-# A search that lets plans lose too little for one to be good enough lets the next lose more.
-_MORE = 4.0
+
+class PlanSolverError(RuntimeError):
+    """The solver gave no plan: out of time, or a status that should not occur."""
+
+
+class InfeasibleProgramError(Exception):
+    """HiGHS proved that no mask satisfies the program."""
 
 
 @dataclass(frozen=True)
@@ -56,72 +55,103 @@ class Program:
     """Variables: x[n, h], how many blocks of kind h client n activates, and y[h, k].
 
     y[h, k] is how many blocks of kind h are covered by k clients: sum_k y[h, k] is the size of the
-    kind and sum_k k y[h, k] = sum_n x[n, h]. y need not be integer: for convex cost(k) the cheapest
-    y puts its weight on the two integers around the mean coverage, and dealing the kind's
-    activations round robin gives exactly those coverages. The same argument makes counts enough.
+    kind and sum_k k y[h, k] = sum_n x[n, h]. Counts say enough: dealing a kind's activations round
+    robin gives coverages that differ by at most one, the best for a convex cost of coverage.
 
-    Objectives are scaled to at most 1: `f1` by the sum of priorities, `f2` (its part that depends
+    Both objectives are scaled to at most 1: F1 by the sum of priorities, F2 (its part that depends
     on the mask) by its value when every block is active.
+
+    Args:
+        problem: what to plan.
+        lowest: the least coverage; the problem's by default.
+        elastic: adds variables over[n], the bytes (in units of `unit`) that client n is over its
+            budget, instead of forbidding it: for a diagnosis.
     """
 
-    def __init__(self, problem: Problem, min_coverage: int | None = None) -> None:
-        """Builds the rows; `min_coverage` overrides the problem's, 0 allows uncovered blocks."""
+    def __init__(
+        self, problem: Problem, lowest: int | None = None, *, elastic: bool = False
+    ) -> None:
+        from scipy.sparse import block_array, csr_array, eye_array, kron
+
         self.problem = problem
-        self._lowest = problem.needed if min_coverage is None else min_coverage
-        self._num_clients, self._num_kinds = len(problem.clients), len(problem.kinds)
-        self._kind_extra = [problem.extra[kind[0]] for kind in problem.kinds]
-        self._width = self._num_clients + 1 - self._lowest
-        self._pool = ColumnPool(problem, self._width)
-        self._rows: list[tuple[Row, float, float]] = []
-        self._upper: list[float] = []
-        self._integer: list[int] = []
-        self._add_clients()
-        first = len(self._rows)
-        self._add_coverage()
-        self._coverage_rows = slice(first, len(self._rows))
-        self.f1 = self._coverage_objective()
-        self._f2_scale = math.fsum(sum(problem.extra) / budget for budget in problem.budgets)
-        self.f2 = self._memory_objective()
+        self._lowest = problem.needed if lowest is None else lowest
+        self._shape = clients, kinds = len(problem.clients), len(problem.kinds)
+        sizes = np.array([len(kind) for kind in problem.kinds])
+        self._extra = np.array([problem.extra[kind[0]] for kind in problem.kinds], dtype=np.int64)
+        self._spare = np.array(problem.spare, dtype=np.int64)
+        self.covers = np.arange(self._lowest, clients + 1)
+        self.unit = max(int(self._extra.max()), 1) / _BLOCK_UNITS
 
-    def missing_coverage(self) -> Row:
-        """Returns the objective that counts how many clients blocks lack to `min_coverage`."""
-        wanted = self.problem.needed
-        return {
-            self._y(h, k): float(wanted - k)
-            for h in range(self._num_kinds)
-            for k in range(self._lowest, wanted)
-        }
+        def each(count: int, row: Sequence[float] | NDArray[Any]) -> Any:
+            return kron(eye_array(count), csr_array(np.array([row], dtype=np.float64)))
 
-    def value(self, objective: Row, mask: Mask) -> float:
-        """Returns a scaled objective at a mask."""
-        coverage = mask.sum(axis=0) - self._lowest
-        y = [
-            np.bincount(coverage[list(kind)], minlength=self._width) for kind in self.problem.kinds
+        active = each(clients, np.ones(kinds))
+        over = -eye_array(clients) if elastic else None
+        totals = kron(csr_array(np.ones((1, clients))), eye_array(kinds))
+        blocks = [
+            [each(clients, self._extra / self.unit), None, over],
+            [active, None, None],
+            [-active, None, None],
+            [None, each(kinds, np.ones(len(self.covers))), None],
+            [-totals, each(kinds, self.covers), None],
         ]
-        v = np.concatenate([self._counts_of(mask).ravel(), *y]).tolist()
-        return math.fsum(c * v[i] for i, c in objective.items())
+        rows = block_array(blocks if elastic else [row[:2] for row in blocks], format="csr")
+        self._less, self._equal = rows[: 3 * clients], rows[3 * clients :]
+        # How many fit, the smallest first, is more than the relaxation sees in a row of bytes.
+        fit = np.searchsorted(np.cumsum(sorted(problem.extra)), self._spare, side="right")
+        most = np.full(clients, problem.max_active) if elastic else fit.clip(0, problem.max_active)
+        self._most = np.concatenate(
+            [self._spare / self.unit, most, np.full(clients, -problem.min_active)]
+        )
+        self._right = np.concatenate([sizes, np.zeros(kinds)])
+        room = self._spare[:, None] // np.maximum(self._extra, 1)[None, :]
+        upper = np.where(self._extra > 0, np.minimum(sizes, room), sizes)
+        self._upper = np.concatenate(
+            [
+                np.tile(sizes, clients) if elastic else upper.ravel(),
+                np.repeat(sizes, len(self.covers)),
+                np.full(clients if elastic else 0, np.inf),
+            ]
+        )
+        self.num_counts = clients * kinds
+        # y of a mask is whole, and need not be told so. But equal blocks are many equal choices,
+        # among which HiGHS decides at once only where it may branch on their sum.
+        self._integer = np.ones(len(self._upper), dtype=np.int64)
+        self._integer[self.num_counts :] = kinds == 1 and not elastic
+        self._weights = np.array(problem.priorities) / math.fsum(problem.priorities)
+        scale = math.fsum(sum(problem.extra) / budget for budget in problem.budgets)
+        self._per_byte = 1 / np.array(problem.budgets, dtype=np.float64) / (scale or 1.0)
+        # Whether masks save memory at all: where idle blocks stay on the device they do not.
+        self.saves_memory = scale > 0
+        self.costs = np.zeros((2, len(self._upper)))
+        of_kind = np.array([self._weights[kind[0]] for kind in problem.kinds])
+        cost = of_kind[:, None] / np.maximum(self.covers + problem.covered, 1)
+        self.costs[F1, self.num_counts : self.num_counts + cost.size] = cost.ravel()
+        self.costs[F2, : self.num_counts] = np.outer(self._per_byte, self._extra).ravel()
+
+    def values(self, mask: Mask) -> NDArray[np.float64]:
+        """Returns F1 and F2 of a mask, scaled."""
+        return self._search(mask).values()
 
     def minimize(
         self,
-        objective: Row,
-        limits: Sequence[Limit] = (),
+        objective: int,
+        limits: Sequence[float] = UNLIMITED,
         *,
         gap: float,
         seconds: float,
         known: Mask | None = None,
     ) -> Solution | None:
-        """Minimizes an objective while others stay within limits.
+        """Minimizes an objective while both stay within limits.
 
-        The relaxation gives a bound and, rounded, often a plan within the gap of it. Where not,
-        whole rows are put together, see `ColumnPool`; HiGHS searches last. Budgets hold exactly: a
-        solution that is over one by less than HiGHS can see is cut off, and the program solved
-        again.
+        Few or equal blocks, and least memory, are solved exactly. Others are relaxed, which gives a
+        bound, and rounded; HiGHS searches on where that is not within the gap of the bound.
 
         Args:
-            objective: `f1`, `f2` or `missing_coverage()`.
-            limits: objectives and the most they may be.
-            gap: relative gap to the bound at which to stop.
-            seconds: time limit.
+            objective: F1 or F2.
+            limits: the most that F1 and F2 may be.
+            gap: relative gap to the bound that is enough.
+            seconds: time limit of the search.
             known: a mask that satisfies the program, if one is known; returned unless a better one
                 turns up.
 
@@ -133,237 +163,121 @@ class Program:
             PlanSolverError: HiGHS ended with a status that this program cannot have.
         """
         end = time.monotonic() + seconds
-        relaxed = solve_relaxed(self._arrays(objective, limits, self._rows))
-        bound = relaxed.value
         masks = [] if known is None else [known]
-        masks += self._rounded(objective, limits, relaxed, gap)
-        best = self._best(objective, masks, bound, gap)
-        if best and best.proven:
-            return best
-        if gap and bound:
-            half = (end - time.monotonic()) / 2  # the other for HiGHS alone
-            pool = self._combined(objective, limits, relaxed, masks, gap, half)
-            bound = pool.bound
-            if pool.counts is not None:
-                masks.append(self._deal(pool.counts.tolist()))
+        bound = 0.0
+        exact = self._shape[1] == 1 or self.num_counts <= _SMALL
+        # The relaxation of least memory is nearly whole, so that HiGHS is quick; and F1 rises so
+        # steeply at this end of the front that a gap here is several times as large there.
+        if not (exact or (objective == F2 and limits == UNLIMITED)):
+            relaxed = self.solve(self.costs[objective], limits)
+            bound = relaxed.fun
+            masks += self._rounded(objective, limits, relaxed)
             best = self._best(objective, masks, bound, gap)
-            if best and best.proven:
+            if best is not None and best.proven:
                 return best
-        return self._searched(objective, limits, relaxed, masks, bound, gap, end)
-
-    def _searched(
-        self,
-        objective: Row,
-        limits: Sequence[Limit],
-        relaxed: Relaxed,
-        masks: list[Mask],
-        bound: float,
-        gap: float,
-        end: float,
-    ) -> Solution | None:
-        """Returns what HiGHS finds, or the best of `masks` if that is better.
-
-        A plan that is good enough gives no client a block whose reduced cost is above what such a
-        plan may lose. Without these the program is small. Where it has no plan that is good enough,
-        neither has the whole one, which is a better bound; then more is let in.
-        """
-        allowed = bound / (1 - gap) - relaxed.value if gap and bound else math.inf
-        most = np.abs(relaxed.reduced).max()
-        while (left := end - time.monotonic()) > 0:
-            if allowed >= most:  # nothing is left out
-                allowed = math.inf
-            rows = self._arrays(objective, limits, self._rows)
-            reduced = np.zeros(len(rows.cost))
-            reduced[: len(relaxed.reduced)] = relaxed.reduced  # others came with `_forbid`
-            left_out = relaxed.value + allowed  # the least objective of plans that are left out
-            ended = True
-            try:
-                found = solve_whole(rows.limit(reduced, allowed), self._integers(), gap, left)
-            except InfeasibleProgramError:
-                if math.isinf(allowed):
-                    raise
-                bound = max(bound, left_out)
-            else:
-                bound, ended = max(bound, min(left_out, found.bound)), found.ended
-                if found.v is not None:
-                    counts = self._counts(found.v).tolist()
-                    over = [n for n, row in enumerate(counts) if self._used(row) > self._spare(n)]
-                    for n in over:
-                        self._forbid(n, counts[n])
-                    if over:
-                        continue
-                    masks.append(self._deal(counts))
-            best = self._best(objective, masks, bound, gap)
-            if best and (best.proven or math.isinf(allowed)):
-                return replace(best, proven=ended or best.proven)
-            allowed *= _MORE
+        result = self.solve(
+            self.costs[objective],
+            limits,
+            whole=True,
+            gap=0.0 if exact else gap,
+            # HiGHS takes a limit below 0 for none.
+            seconds=max(end - time.monotonic(), 0.01),
+        )
+        bound = max(bound, result.get("mip_dual_bound") or 0.0)
+        if result.x is not None:
+            masks += self._repaired(self.counts(result.x), objective, limits)
         return self._best(objective, masks, bound, gap)
 
-    def _rounded(
-        self, objective: Row, limits: Sequence[Limit], relaxed: Relaxed, gap: float
-    ) -> list[Mask]:
-        """Returns the relaxed solution rounded to a mask within all limits, if that worked."""
-        f1_limit = min((bound for row, bound in limits if row is self.f1), default=math.inf)
-        f2_limit = min((bound for row, bound in limits if row is self.f2), default=math.inf)
-        if objective is self.f2:
-            f2_limit = min(f2_limit, relaxed.value * (1 + gap / 2))
-        elif objective is not self.f1:
-            return []
-        found = round_counts(self.problem, self._x(relaxed.v), f2_limit * self._f2_scale)
-        masks = [self._deal(counts.tolist()) for counts in found]
-        return [mask for mask in masks if self.value(self.f1, mask) <= f1_limit]
-
-    def _combined(
+    def solve(
         self,
-        objective: Row,
-        limits: Sequence[Limit],
-        relaxed: Relaxed,
-        masks: list[Mask],
-        gap: float,
-        seconds: float,
-    ) -> Found:
-        """Looks for the best mask of whole rows, see `ColumnPool`."""
-        for mask in masks:
-            self._pool.add(self._counts_of(mask))
-        self._pool.add(np.floor(self._x(relaxed.v) + 1e-6).astype(np.int64))
-        # Columns fit to the byte, so they need no rows of clients, nor those of `_forbid`.
-        rows = self._arrays(objective, limits, self._rows[self._coverage_rows])
-        return self._pool.search(rows, relaxed.value, gap, seconds)
+        cost: NDArray[np.float64],
+        limits: Sequence[float] = UNLIMITED,
+        *,
+        whole: bool = False,
+        gap: float = 0.0,
+        seconds: float | None = None,
+    ) -> Any:
+        """Solves the program for a cost of its variables: relaxed, or in whole numbers.
 
-    def _best(self, objective: Row, masks: list[Mask], bound: float, gap: float) -> Solution | None:
-        if not masks:
-            return None
-        mask = min(masks, key=lambda m: self.value(objective, m))
-        value = self.value(objective, mask)
-        found_gap = max(0.0, (value - bound) / value) if value else 0.0
-        return Solution(mask, found_gap, proven=found_gap <= gap)
+        Returns:
+            scipy's result. Where time ran out, `x` is the best solution so far or None, and
+            `mip_dual_bound` holds for all solutions.
 
-    def _counts_of(self, mask: Mask) -> NDArray[np.int64]:
-        kinds = self.problem.kinds
-        return np.stack([mask[:, list(kind)].sum(axis=1) for kind in kinds], axis=1)
-
-    def _x(self, x: Vector) -> Vector:
-        size = self._num_clients * self._num_kinds
-        return x[:size].reshape(self._num_clients, self._num_kinds)
-
-    def _counts(self, x: Vector) -> NDArray[np.int64]:
-        return np.rint(self._x(x)).astype(np.int64)
-
-    def _integers(self) -> NDArray[np.int64]:
-        return np.array(self._integer, dtype=np.int64)
-
-    def _arrays(
-        self, objective: Row, limits: Sequence[Limit], rows: Sequence[tuple[Row, float, float]]
-    ) -> Rows:
-        from scipy.sparse import csr_array
-
-        rows = [*rows, *((row, -np.inf, bound + _KEEP_SLACK) for row, bound in limits)]
-        cost = np.zeros(len(self._upper))
-        cost[list(objective)] = list(objective.values())
-        entries = [(i, j, v) for i, (row, _, _) in enumerate(rows) for j, v in row.items()]
-        i, j, v = zip(*entries, strict=True)
-        matrix = csr_array((v, (i, j)), shape=(len(rows), len(cost)))
-        low, high = (np.array([row[k] for row in rows]) for k in (1, 2))
-        upper = np.array(self._upper, dtype=np.float64)
-        return Rows(cost, matrix, low, high, np.zeros(len(upper)), upper)
-
-    def _add_clients(self) -> None:
-        problem = self.problem
-        for n in range(self._num_clients):
-            spare = self._spare(n)
-            most = [
-                min(len(kind), spare // extra) if extra else len(kind)
-                for kind, extra in zip(problem.kinds, self._kind_extra, strict=True)
-            ]
-            self._upper.extend(most)
-            self._integer.extend([1] * self._num_kinds)
-            columns = range(n * self._num_kinds, (n + 1) * self._num_kinds)
-            fit = min(problem.max_active, num_fitting(problem, n))
-            self._rows.append((dict.fromkeys(columns, 1.0), problem.min_active, fit))
-            # The bounds above often say it all (always, where blocks are equal).
-            if self._used(most) > spare:
-                units = [_SPARE_UNITS * extra / spare for extra in self._kind_extra]
-                row = {j: u for j, u in zip(columns, units, strict=True) if u}
-                self._rows.append((row, -np.inf, _SPARE_UNITS))
-
-    def _add_coverage(self) -> None:
-        counts = range(self._lowest, self._num_clients + 1)
-        self._first_y = len(self._upper)
-        for h, kind in enumerate(self.problem.kinds):
-            columns = [self._y(h, k) for k in counts]
-            self._upper.extend([float(len(kind))] * len(counts))
-            self._integer.extend([0] * len(counts))
-            self._rows.append((dict.fromkeys(columns, 1.0), len(kind), len(kind)))
-            total: Row = {n * self._num_kinds + h: -1.0 for n in range(self._num_clients)}
-            total |= {j: float(k) for j, k in zip(columns, counts, strict=True)}
-            self._rows.append((total, 0.0, 0.0))
-
-    def _coverage_objective(self) -> Row:
-        priorities, covered = self.problem.priorities, self.problem.covered
-        scale = math.fsum(priorities)
-        return {
-            self._y(h, k): priorities[kind[0]] / scale / (k + covered)
-            for h, kind in enumerate(self.problem.kinds)
-            for k in range(self._lowest, self._num_clients + 1)
-            if k + covered
-        }
-
-    def _memory_objective(self) -> Row:
-        if not self._f2_scale:
-            return {}
-        return {
-            n * self._num_kinds + h: extra / budget / self._f2_scale
-            for n, budget in enumerate(self.problem.budgets)
-            for h, extra in enumerate(self._kind_extra)
-        }
-
-    def _forbid(self, client: int, counts: list[int]) -> None:
-        """Cuts off these counts, and larger ones, for each client that they overfill by as little.
-
-        A switch a kind is 1 where the client activates at least that many of it; not all may be.
+        Raises:
+            InfeasibleProgramError: there is no solution.
+            PlanSolverError: HiGHS failed, or time ran out on a relaxation: its value is no bound.
         """
-        used = self._used(counts)
-        for n in range(self._num_clients):
-            if not self._spare(client) <= self._spare(n) < used:
-                continue
-            switches: Row = {}
-            for h, count in enumerate(counts):
-                if not count or not self._kind_extra[h]:
-                    continue
-                x, switch = n * self._num_kinds + h, len(self._upper)
-                self._upper.append(1.0)
-                self._integer.append(1)
-                room = max(self._upper[x] - count + 1, 1.0)
-                self._rows.append(({x: 1.0, switch: -room}, -np.inf, count - 1.0))
-                switches[switch] = 1.0
-            self._rows.append((switches, -np.inf, len(switches) - 1.0))
+        from scipy.optimize import linprog
+        from scipy.sparse import csr_array, vstack
 
-    def _deal(self, counts: list[list[int]]) -> Mask:
+        kept = np.flatnonzero(np.isfinite(limits))
+        result: Any = linprog(  # type: ignore[call-overload]  # the stubs know no sparse A_eq
+            cost,
+            A_ub=vstack([self._less, csr_array(self.costs[kept])], format="csr"),
+            b_ub=np.concatenate([self._most, np.array(limits)[kept] + _KEEP_SLACK]),
+            A_eq=self._equal,
+            b_eq=self._right,
+            bounds=np.stack([np.zeros(len(self._upper)), self._upper], axis=1),
+            integrality=self._integer if whole else None,
+            options={"mip_rel_gap": gap} | ({} if seconds is None else {"time_limit": seconds}),
+        )
+        if result.status == 2:
+            raise InfeasibleProgramError
+        if result.status != 0 and not (whole and result.status == 1):
+            raise PlanSolverError(f"HiGHS ended with status {result.status}: {result.message}")
+        return result
+
+    def counts(self, variables: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Returns x as whole numbers [N, H]."""
+        return np.rint(variables[: self.num_counts]).astype(np.int64).reshape(self._shape)
+
+    def deal(self, counts: NDArray[np.int64]) -> Mask:
         """Turns counts into a mask, dealing the blocks of a kind round robin over the clients."""
-        mask = np.zeros((self._num_clients, len(self.problem.blocks)), dtype=np.bool_)
-        for h, kind in enumerate(self.problem.kinds):
+        mask = np.zeros((self._shape[0], len(self.problem.blocks)), dtype=np.bool_)
+        for kind, given in zip(self.problem.kinds, counts.T.tolist(), strict=True):
             turn = 0
-            for n in range(self._num_clients):
-                for step in range(counts[n][h]):
-                    mask[n, kind[(turn + step) % len(kind)]] = True
-                turn += counts[n][h]
+            for n, count in enumerate(given):
+                mask[n, [kind[(turn + step) % len(kind)] for step in range(count)]] = True
+                turn += count
         return mask
 
-    def _y(self, kind: int, count: int) -> int:
-        return self._first_y + kind * self._width + count - self._lowest
+    def _rounded(self, objective: int, limits: Sequence[float], relaxed: Any) -> list[Mask]:
+        """Rounds a relaxed solution down and repairs it, at the prices of the relaxation."""
+        prices = [0.0, 0.0]
+        prices[objective] = 1.0
+        kept = np.flatnonzero(np.isfinite(limits))
+        for i, price in zip(kept, relaxed.ineqlin.marginals[len(self._most) :], strict=True):
+            prices[i] -= price  # of a unit more of the limit
+        # What is whole but for the tolerance of HiGHS must not lose a block.
+        down = self.counts(np.floor(relaxed.x + _TOLERANCE))
+        search = self._search(self.deal(down))
+        search.improve(prices, UNLIMITED)
+        search.meet(limits)
+        return self._finished(search, objective, limits)
 
-    def _used(self, counts: list[int]) -> int:
-        return sum(c * extra for c, extra in zip(counts, self._kind_extra, strict=True))
+    def _repaired(
+        self, counts: NDArray[np.int64], objective: int, limits: Sequence[float]
+    ) -> list[Mask]:
+        """Turns counts of HiGHS, which may be some bytes over a budget, into a mask that is not."""
+        search = self._search(self.deal(counts))
+        if not (counts @ self._extra > self._spare).any():
+            return [search.mask]
+        search.make_room()
+        return self._finished(search, objective, limits)
 
-    def _spare(self, client: int) -> int:
-        return self.problem.spare[client]
+    def _finished(self, search: Search, objective: int, limits: Sequence[float]) -> list[Mask]:
+        """Improves the objective itself within limits; no mask where one is not kept."""
+        search.improve([float(objective == F1), float(objective == F2)], limits)
+        kept = (search.values() <= np.array(limits) + 2 * _KEEP_SLACK).all()
+        return [search.mask] if kept and search.complete() else []
 
+    def _best(self, objective: int, masks: list[Mask], bound: float, gap: float) -> Solution | None:
+        if not masks:
+            return None
+        values = [float(self.values(mask)[objective]) for mask in masks]
+        value = min(values)
+        found = max(0.0, (value - bound) / value) if value else 0.0
+        return Solution(masks[values.index(value)], found, proven=found <= gap + _TOLERANCE)
 
-def num_fitting(problem: Problem, client: int) -> int:
-    """Returns how many blocks fit into a client's spare memory, the smallest first."""
-    used = 0
-    for count, extra in enumerate(sorted(problem.extra)):
-        used += extra
-        if used > problem.spare[client]:
-            return count
-    return len(problem.extra)
+    def _search(self, mask: Mask) -> Search:
+        return Search(self.problem, self._weights, self._per_byte, mask)

@@ -1,155 +1,170 @@
-"""Rounds a relaxed solution to whole blocks: good plans in milliseconds, checked against its bound.
+"""Rounds a relaxed solution to whole blocks, and repairs what rounding breaks.
 
-The relaxation of the program is tight (a client has about one fractional block) but HiGHS's own
-heuristics fill many unequal knapsacks slowly. Rounding down and swapping often lands within the gap
-of the relaxation's bound, which is then the proof; HiGHS searches only where it does not.
+The relaxation fills budgets to the last byte with parts of blocks; rounded down it leaves room.
+Each client in turn makes the change of up to three blocks that is worth most at the prices of the
+relaxation, until none is worth anything. Nothing is random: equal problems get equal masks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
-from zorba.planning.problem import Problem
+from zorba.planning.problem import Mask, Problem
 
-Counts = NDArray[np.int64]  # [N, H]: how many blocks of kind h client n activates
+Vector = NDArray[np.float64]
 
-# Coverage that is still missing is worth more than any priority.
+# Coverage that is still missing is worth more than any priority or memory.
 _MISSING = 1e6
-# Gains below this are rounding errors of F1 scaled to at most 1; it also makes the search end.
+# Smaller gains are rounding errors of objectives scaled to at most 1; this also ends the search.
 _LEAST_GAIN = 1e-12
+_MAX_PASSES = 50
 
 
-def round_counts(problem: Problem, relaxed: NDArray[np.float64], f2_limit: float) -> list[Counts]:
-    """Returns whole counts near `relaxed` of small F1, within budgets and the limit on F2.
+class _Choices(NamedTuple):
+    """Sets of up to two blocks of a client.
+
+    Attributes:
+        blocks: their indices [K, 2], -1 for none.
+        worth: change of F1 [K].
+        extra: bytes [K].
+        number: how many blocks [K].
+    """
+
+    blocks: NDArray[np.int64]
+    worth: Vector
+    extra: NDArray[np.int64]
+    number: NDArray[np.int64]
+
+
+class Search:
+    """A mask that is changed in small steps, each within the budget of its client.
 
     Args:
         problem: what to respect.
-        relaxed: solution of the relaxation, [N, H].
-        f2_limit: the most that sum_n (memory of active blocks)_n / C_n may be.
-
-    Returns:
-        Feasible counts, from two orders of the search; none where rounding missed a lower limit
-        (coverage or active blocks).
+        weights: of each block in F1, float64 [B].
+        per_byte: what a byte of each client adds to F2, float64 [N].
+        mask: where to start, bool [N, B]; it is copied.
     """
-    sizes = np.array([len(kind) for kind in problem.kinds])
-    found: list[Counts] = []
-    # Adding first is better where only budgets bind. Where F2 does, swapping first fills the
-    # clients whose bytes weigh least in F2 before further blocks use up the limit elsewhere.
-    for add_first in (True, False):
-        search = _Search(problem, np.floor(relaxed + 1e-6).astype(np.int64), f2_limit)
-        if not search.within_limits():
-            break
-        if add_first:
-            search.add()
-        improved = True
-        while improved:
-            improved = search.swap() | search.exchange() | search.add()
-        counts = search.counts
-        covered = (counts.sum(axis=0) >= problem.needed * sizes).all()
-        if covered and (counts.sum(axis=1) >= problem.min_active).all():
-            found.append(counts)
-    return found
 
+    def __init__(self, problem: Problem, weights: Vector, per_byte: Vector, mask: Mask) -> None:
+        self.mask = mask.copy()
+        self._problem = problem
+        self._weights, self._per_byte = weights, per_byte
+        self._extra = np.array(problem.extra, dtype=np.int64)
+        self._shares = per_byte[:, None] * self._extra[None, :]
+        self._free = np.array(problem.spare, dtype=np.int64) - mask @ self._extra
+        self._active = mask.sum(axis=1)
+        self._coverage = mask.sum(axis=0) + problem.covered
+        self._needed = problem.needed + problem.covered
+        # Large budgets first: a byte weighs least in F2 there.
+        self._order = np.argsort([-float(b) for b in problem.budgets], kind="stable").tolist()
 
-class _Search:
-    def __init__(self, problem: Problem, counts: Counts, f2_limit: float) -> None:
-        self.counts = counts
-        self.sizes = np.array([len(kind) for kind in problem.kinds])
-        self._extra = np.array([problem.extra[kind[0]] for kind in problem.kinds])
-        weights = np.array([problem.priorities[kind[0]] for kind in problem.kinds])
-        self._weights = weights / sum(problem.priorities)
-        self._budgets = np.array(problem.budgets, dtype=np.float64)
-        self._least = problem.needed * self.sizes
-        self._covered = problem.covered
-        self._free = np.array(problem.spare) - counts @ self._extra
-        self._min_active = problem.min_active
-        self._slots = problem.max_active - counts.sum(axis=1)
-        self._room = f2_limit - float((counts @ self._extra / self._budgets).sum())
+    def values(self) -> Vector:
+        """Returns F1 and F2, with a penalty on F1 for each block that nobody covers."""
+        each = np.where(self._coverage, self._weights / np.maximum(self._coverage, 1), _MISSING)
+        return np.array([each.sum(), self._shares[self.mask].sum()])
 
-    def within_limits(self) -> bool:
-        return bool((self._free >= 0).all() and (self._slots >= 0).all() and self._room >= 0)
+    def complete(self) -> bool:
+        """Says whether coverage, numbers of blocks and budgets are as they must be."""
+        active = (self._active >= self._problem.min_active).all()
+        return bool(active and (self._coverage >= self._needed).all() and (self._free >= 0).all())
 
-    def add(self) -> bool:
-        """Activates the block of the largest gain that fits somewhere, until none does."""
-        improved = False
-        while True:
-            step = self._extra[None, :] / self._budgets[:, None]
-            fits = (self._extra[None, :] <= self._free[:, None]) & (step <= self._room)
-            fits &= (self.counts < self.sizes[None, :]) & (self._slots > 0)[:, None]
-            # Among clients, the one where these bytes are the smallest share of the budget.
-            gain = np.where(fits, self._gain()[None, :] - 1e-9 * step, -np.inf)
-            n, h = np.unravel_index(int(gain.argmax()), gain.shape)
-            if gain[n, h] < _LEAST_GAIN:
-                return improved
-            self._change(int(n), int(h), 1)
-            improved = True
+    def make_room(self) -> None:
+        """Drops the blocks of least loss where a client is over its budget."""
+        for n in np.flatnonzero(self._free < 0).tolist():
+            while self._free[n] < 0:
+                self._flip(n, int(np.where(self.mask[n], self._loss(), np.inf).argmin()))
 
-    def swap(self) -> bool:
-        """Swaps one block for another within each client while F1 falls; says if any was."""
-        improved = False
-        for n in np.argsort(-self._budgets, kind="stable").tolist():
-            while True:
-                delta = self._gain()[None, :] - self._loss()[:, None]  # [out, in]
-                more = self._extra[None, :] - self._extra[:, None]
-                row = self.counts[n]
-                fits = (more <= self._free[n]) & (more / self._budgets[n] <= self._room)
-                fits &= (row > 0)[:, None] & (row < self.sizes)[None, :]
-                np.fill_diagonal(fits, False)
-                delta = np.where(fits, delta, -np.inf)
-                out, into = np.unravel_index(int(delta.argmax()), delta.shape)
-                if delta[out, into] < _LEAST_GAIN:
-                    break
-                self._change(n, int(out), -1)
-                self._change(n, int(into), 1)
-                improved = True
-        return improved
+    def improve(self, prices: Sequence[float], limits: Sequence[float]) -> None:
+        """Changes clients one by one while ``prices @ values`` falls, and values keep to limits."""
+        for _ in range(_MAX_PASSES):
+            before = self.mask.copy()
+            for n in self._order:
+                while self._change(n, prices, limits):
+                    pass
+            if (self.mask == before).all():
+                return
 
-    def exchange(self) -> bool:
-        """Swaps blocks between clients while F1 falls; says if any was.
+    def meet(self, limits: Sequence[float]) -> None:
+        """Drops blocks until F2 keeps to its limit, then adds some until F1 does, while any may."""
+        shares = np.maximum(self._shares, _LEAST_GAIN)
+        while self.values()[1] > limits[1]:
+            may = self.mask & (self._active > self._problem.min_active)[:, None]
+            may &= (self._coverage > self._needed) & (self._shares > 0)
+            if not may.any():
+                return
+            self._flip(*_least(np.where(may, self._loss() / shares, np.inf)))
+        while self.values()[0] > limits[0]:
+            may = ~self.mask & (self._extra <= self._free[:, None])
+            may &= (self._active < self._problem.max_active)[:, None]
+            if not may.any():
+                return
+            self._flip(*_least(np.where(may, -self._gain() / shares, np.inf)))
 
-        A block goes where it is the smallest share of the budget and comes from where it is the
-        largest, so one pair of clients a pair of blocks is enough to look at.
-        """
-        improved = False
-        kinds = np.arange(len(self.sizes))
-        while True:
-            takes = (self._extra[None, :] <= self._free[:, None]) & (self._slots > 0)[:, None]
-            takes &= self.counts < self.sizes[None, :]
-            gives = (self.counts > 0) & (self._active() > self._min_active)[:, None]
-            taker = np.where(takes, self._budgets[:, None], -np.inf).argmax(axis=0)
-            giver = np.where(gives, self._budgets[:, None], np.inf).argmin(axis=0)
-            freed = self._extra / self._budgets[giver]
-            step = self._extra / self._budgets[taker]
-            delta = self._gain()[None, :] - self._loss()[:, None]  # [out, in]
-            fits = step[None, :] - freed[:, None] <= self._room
-            fits &= gives[giver, kinds][:, None] & takes[taker, kinds][None, :]
-            np.fill_diagonal(fits, False)
-            delta = np.where(fits, delta, -np.inf)
-            out, into = np.unravel_index(int(delta.argmax()), delta.shape)
-            if delta[out, into] < _LEAST_GAIN:
-                return improved
-            self._change(int(giver[out]), int(out), -1)
-            self._change(int(taker[into]), int(into), 1)
-            improved = True
+    def _change(self, n: int, prices: Sequence[float], limits: Sequence[float]) -> bool:
+        """Makes the best change of up to three blocks on a client; says if there was one."""
+        problem, active = self._problem, self._active[n]
+        room = np.array(limits) - self.values() + _LEAST_GAIN
+        out = self._choices(np.flatnonzero(self.mask[n]), self._loss())
+        into = self._choices(np.flatnonzero(~self.mask[n]), -self._gain())
+        # A client below its least number takes any block that fits.
+        lacks = active < problem.min_active
+        best, blocks = (np.inf if lacks else -_LEAST_GAIN), None
+        for outs, intos in ((_singles(out), into), (out, _singles(into))):
+            count = active + intos.number[None, :] - outs.number[:, None]
+            more = intos.extra[None, :] - outs.extra[:, None]
+            f1 = outs.worth[:, None] + intos.worth[None, :]
+            f2 = more * self._per_byte[n]
+            fits = (more <= self._free[n]) & (count <= problem.max_active)
+            fits &= (count > active) if lacks else (count >= problem.min_active)
+            fits &= (f1 <= room[0]) & (f2 <= room[1])
+            i, j = _least(delta := np.where(fits, prices[0] * f1 + prices[1] * f2, np.inf))
+            if delta[i, j] < best:
+                best, blocks = delta[i, j], [*outs.blocks[i], *intos.blocks[j]]
+        for b in blocks or ():
+            if b >= 0:
+                self._flip(n, int(b))
+        return blocks is not None
 
-    def _active(self) -> Counts:
-        return np.asarray(self.counts.sum(axis=1))
+    def _choices(self, blocks: NDArray[np.int64], worth: Vector) -> _Choices:
+        """Returns the sets of none, one or two of the blocks, in this order."""
+        i, j = np.triu_indices(len(blocks), 1)
+        none = np.full(1 + len(blocks), -1)
+        first = np.concatenate([[-1], blocks, blocks[i]])
+        second = np.concatenate([none, blocks[j]])
+        worth, extra = np.append(worth, 0.0), np.append(self._extra, 0)  # index -1: no block
+        count = (first >= 0).astype(np.int64) + (second >= 0)
+        pairs = np.stack([first, second], axis=1)
+        return _Choices(pairs, worth[first] + worth[second], extra[first] + extra[second], count)
 
-    def _gain(self) -> NDArray[np.float64]:
-        """Returns how much F1 falls if one more client activates a block of each kind."""
-        total = self.counts.sum(axis=0)
-        mean = np.maximum(total // self.sizes + self._covered, 1)
-        return np.where(total < self._least, _MISSING, self._weights / (mean * (mean + 1.0)))
+    def _gain(self) -> Vector:
+        """Returns how much F1 falls if one more client activates each block."""
+        c = np.maximum(self._coverage, 1)
+        return np.where(self._coverage < self._needed, _MISSING, self._weights / (c * (c + 1)))
 
-    def _loss(self) -> NDArray[np.float64]:
+    def _loss(self) -> Vector:
         """Returns how much F1 rises if one client fewer does."""
-        total = self.counts.sum(axis=0) - 1
-        mean = np.maximum(total // self.sizes + self._covered, 1)
-        return np.where(total < self._least, _MISSING, self._weights / (mean * (mean + 1.0)))
+        c = np.maximum(self._coverage, 2)
+        return np.where(self._coverage <= self._needed, _MISSING, self._weights / (c * (c - 1)))
 
-    def _change(self, n: int, h: int, step: int) -> None:
-        self.counts[n, h] += step
-        self._free[n] -= step * self._extra[h]
-        self._slots[n] -= step
-        self._room -= step * self._extra[h] / self._budgets[n]
+    def _flip(self, n: int, b: int) -> None:
+        step = -1 if self.mask[n, b] else 1
+        self.mask[n, b] = step > 0
+        self._free[n] -= step * self._extra[b]
+        self._active[n] += step
+        self._coverage[b] += step
+
+
+def _singles(choices: _Choices) -> _Choices:
+    few = choices.number < 2
+    blocks, worth, extra, number = choices
+    return _Choices(blocks[few], worth[few], extra[few], number[few])
+
+
+def _least(values: Vector) -> tuple[int, int]:
+    i, j = np.unravel_index(int(values.argmin()), values.shape)
+    return int(i), int(j)

@@ -1,15 +1,21 @@
-"""Fixtures of the deployment's tests."""
+"""Fixtures of the deployment's tests: projects of three sites with a tiny model."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from zorba.apps.deploy.config import SiteConfig
-from zorba.apps.deploy.project import ProjectSettings
+
+pytest.importorskip("nvflare", reason="nvflare is in the test extra")
+
+from zorba.apps.deploy.command import InitSettings
+from zorba.apps.deploy.config import ServerConfig, SiteConfig
+from zorba.apps.deploy.project import init_project
 
 from tests.apps.finetune.tiny import ROWS, save_tiny_llama
 
@@ -32,25 +38,52 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def describe(base: Path, folder: Path, **changes: Any) -> ProjectSettings:
+def wanted(base: Path, folder: Path, **changes: Any) -> InitSettings:
     """What a project of three sites is made from."""
-    site = SiteConfig(
-        name="",
+    plain = InitSettings(
+        folder=folder,
+        site=SITES,
         model=str(base / "model"),
         data=str(base / "{site}.jsonl"),
         template="{sentence} It was",
-        words=(" terrible", " great"),
+        words=" terrible, great",
         batch_size=4,
-        threads=1,
-        checkpoint_every=5,
+        job="tiny",
+        rounds=10,
+        lr=0.05,
+        perturbations=2,
     )
-    defaults: dict[str, Any] = {
-        "folder": folder,
-        "job": "tiny",
-        "budgets": dict.fromkeys(SITES, 0),
-        "address": "localhost:8002",
-        "site": site,
-        "rounds": 10,
-        "settings": {"lr": 0.05, "num_perturbations": 2},
-    }
-    return ProjectSettings(**(defaults | changes))
+    return replace(plain, **changes)
+
+
+def make_project(base: Path, folder: Path, **changes: Any) -> None:
+    """Writes a project whose sites take one thread and checkpoints more often than they need."""
+    init_project(wanted(base, folder, **changes))
+    for site in (folder / "sites").iterdir():
+        change_site(site, threads=1, checkpoint_every=5)
+
+
+@pytest.fixture(scope="session")
+def shared_project(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project that no test changes."""
+    folder = tmp_path_factory.mktemp("shared") / "project"
+    make_project(base, folder)
+    return folder
+
+
+@pytest.fixture
+def project(shared_project: Path, tmp_path: Path) -> Path:
+    """A copy of it for one test: making certificates takes longer."""
+    return Path(shutil.copytree(shared_project, tmp_path / "project"))
+
+
+def change_site(folder: Path, **changes: Any) -> None:
+    """Writes a site's file with other values."""
+    SiteConfig.read(folder).model_copy(update=changes).write(folder)
+
+
+def change_server(folder: Path, **changes: Any) -> ServerConfig:
+    """Writes the server's file with other values, and returns them all."""
+    config = ServerConfig.read(folder).model_copy(update=changes)
+    config.write(folder)
+    return config

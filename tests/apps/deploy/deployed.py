@@ -8,26 +8,25 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 from zorba.apps.deploy.config import ServerConfig
-from zorba.apps.deploy.project import init_project
 from zorba.federated import RunFolder
 from zorba.federated.events import EventReader
 from zorba.files import write_whole
 
-from tests.apps.deploy.conftest import describe
+from tests.apps.deploy.conftest import change_server, make_project
 from tests.command import zorba
 
-PATIENCE = 300.0  # seconds after which a run hangs: a failure, never a verdict on speed
+PATIENCE = 900.0  # seconds after which a run hangs: a failure, never a verdict on speed
 _MODULES = {
     "server": ("server.server_train", "server.runner_process"),
     "site": ("client.client_train", "client.worker_process"),
 }
-_STRETCH = 8  # rounds, of which a kill takes three stretches
+_STRETCH = 3  # rounds, of which a kill takes three stretches
 
 # For a sitecustomize.py: the client of one site measures as far as the gate is open.
 GATE = """
@@ -61,9 +60,9 @@ def wait_for(what: str, reached: Callable[[], Any]) -> Any:
     return value
 
 
-def federate(*arguments: object, **environment: str) -> str:
+def federate(name: str, *arguments: object, **environment: str) -> str:
     """Runs ``zorba federate`` and returns what it printed."""
-    result = zorba("federate", *arguments, **environment)
+    result = zorba("federate", name, *arguments, **environment)
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -71,10 +70,8 @@ def federate(*arguments: object, **environment: str) -> str:
 def init(base: Path, folder: Path, rounds: int) -> int:
     """Writes a project that notices quickly who is away; returns the server's port."""
     port = free_port()
-    address = f"localhost:{port}"
-    init_project(describe(base, folder, rounds=rounds, address=address, timeout=PATIENCE))
-    config = ServerConfig.read(folder / "server")
-    replace(config, ask_timeout=5.0, rejoin_seconds=5.0).write(folder / "server")
+    make_project(base, folder, rounds=rounds, address=f"localhost:{port}", timeout=PATIENCE)
+    change_server(folder / "server", ask_timeout=5.0, rejoin_seconds=5.0)
     return port
 
 

@@ -10,22 +10,17 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-
-pytest.importorskip("nvflare", reason="nvflare is in the test extra")
-
 from zorba.apps.deploy import control
 from zorba.apps.deploy.config import ConfigError
-from zorba.apps.deploy.project import init_project
-from zorba.apps.deploy.supervisor import PartyFolder
+from zorba.apps.deploy.party import PartyFolder, parties
 
-from tests.apps.deploy.conftest import describe
-from tests.apps.deploy.deployed import Deployed, free_port
+from tests.apps.deploy.deployed import Deployed
+from tests.command import zorba
 
 
 @pytest.fixture
-def deployed(base: Path, tmp_path: Path) -> Iterator[Deployed]:
-    init_project(describe(base, tmp_path / "p", address=f"localhost:{free_port()}"))
-    made = Deployed(tmp_path / "p")
+def deployed(project: Path) -> Iterator[Deployed]:
+    made = Deployed(project)
     try:
         yield made
     finally:
@@ -33,7 +28,7 @@ def deployed(base: Path, tmp_path: Path) -> Iterator[Deployed]:
 
 
 def start(deployed: Deployed) -> None:
-    control.start(control.parties(deployed.folder), Console(quiet=True))
+    control.start(parties(deployed.folder), Console(quiet=True))
 
 
 def test_interrupted_start_leaves_no_process(
@@ -77,3 +72,10 @@ def test_supervisor_loads_no_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_command_line_says_what_is_wrong(tmp_path: Path) -> None:
+    result = zorba("federate", "status", tmp_path)
+    assert result.exit_code == 1
+    assert "zorba federate status: " in result.text
+    assert "is no project" in result.text

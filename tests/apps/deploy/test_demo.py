@@ -1,59 +1,61 @@
-"""What ``zorba federate demo`` does with its folder; the rest of it needs the real model."""
+"""``zorba federate demo`` and its folder; the rest of it needs the real model."""
 
 from __future__ import annotations
 
-import io
+import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-from rich.console import Console
-
-pytest.importorskip("nvflare", reason="nvflare is in the test extra")
-
+from zorba.apps.deploy.command import FederateDemoSettings
 from zorba.apps.deploy.config import ServerConfig
-from zorba.apps.deploy.demo import FederateDemoSettings, clear, run_federate_demo
-from zorba.apps.deploy.project import init_project
-from zorba.apps.deploy.supervisor import PartyFolder, only_one
+from zorba.apps.deploy.demo import clear, run_federate_demo
+from zorba.apps.deploy.party import PartyFolder
 
-from tests.apps.deploy.conftest import describe
+from tests.apps.deploy.conftest import SITES, change_server
 
 DEMO_JOB = "film-reviews"
 DEMO_SITES = ("phone", "tablet", "laptop")
 
 
+def rename(project: Path, job: str, sites: tuple[str, ...]) -> None:
+    """Gives a project another job and other sites."""
+    entries = list(ServerConfig.read(project / "server").sites.values())
+    change_server(project / "server", job=job, sites=dict.fromkeys(sites, entries[0]))
+    kept = project / "site"
+    (project / "sites" / SITES[0]).rename(kept)
+    shutil.rmtree(project / "sites")
+    for site in sites:
+        shutil.copytree(kept, project / "sites" / site)
+
+
 def demo(out: Path, cache: Path) -> None:
-    run_federate_demo(FederateDemoSettings(out=out, cache=cache), Console(file=io.StringIO()))
+    run_federate_demo(FederateDemoSettings(out=out, cache=cache))
 
 
 def test_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("precious")
-    with pytest.raises(ValueError, match="holds something else than a project"):
+    with pytest.raises(ValueError, match=r"holds no demo, and there is no .*server\.yaml"):
         demo(tmp_path / "out", tmp_path / "cache")
     assert (tmp_path / "out" / "mine").read_text() == "precious"
     assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"budgets": dict.fromkeys(DEMO_SITES, 0)},
-        {"job": DEMO_JOB},
-        {"job": DEMO_JOB, "budgets": dict.fromkeys((*DEMO_SITES, "watch"), 0)},
-    ],
+    ("job", "sites"),
+    [("tiny", DEMO_SITES), (DEMO_JOB, SITES), (DEMO_JOB, (*DEMO_SITES, "watch"))],
     ids=["other job", "other sites", "one site more"],
 )
 def test_project_that_is_no_demo_is_left_alone(
-    base: Path, tmp_path: Path, changes: dict[str, Any]
+    project: Path, tmp_path: Path, job: str, sites: tuple[str, ...]
 ) -> None:
-    init_project(describe(base, tmp_path / "p", **changes))
-    before = sorted((tmp_path / "p").rglob("*"))
+    rename(project, job, sites)
+    before = sorted(project.rglob("*"))
     with pytest.raises(ValueError, match=r"holds the project .*, not a demo.*another folder"):
-        demo(tmp_path / "p", tmp_path / "cache")
+        demo(project, tmp_path / "cache")
     with pytest.raises(ValueError, match="not a demo"):
-        clear(tmp_path / "p")
-    assert sorted((tmp_path / "p").rglob("*")) == before
+        clear(project)
+    assert sorted(project.rglob("*")) == before
     assert not (tmp_path / "cache").exists(), "refused before anything is fetched"
 
 
@@ -66,11 +68,10 @@ def test_project_whose_file_cannot_be_read_is_left_alone(tmp_path: Path) -> None
 
 
 @pytest.fixture
-def earlier(base: Path, tmp_path: Path) -> Path:
-    """What an earlier demo left."""
-    budgets = dict.fromkeys(DEMO_SITES, 0)
-    init_project(describe(base, tmp_path / "p", job=DEMO_JOB, budgets=budgets))
-    return tmp_path / "p"
+def earlier(project: Path) -> Path:
+    """A project as an earlier demo left it."""
+    rename(project, DEMO_JOB, DEMO_SITES)
+    return project
 
 
 def test_earlier_demo_is_removed(earlier: Path) -> None:
@@ -93,7 +94,7 @@ def test_earlier_demo_survives_a_fetch_that_fails(
 
 def test_demo_that_runs_is_left_alone(earlier: Path, tmp_path: Path) -> None:
     with (
-        only_one(PartyFolder(earlier / "sites" / "phone")),
+        PartyFolder(earlier / "sites" / "phone").only_one(),
         pytest.raises(ValueError, match=r"phone of .* runs: zorba federate stop"),
     ):
         demo(earlier, tmp_path / "cache")

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -21,16 +21,15 @@ import pytest
 pytest.importorskip("nvflare", reason="nvflare is in the test extra")
 
 from zorba.apps.deploy.build import build_client, build_server
-from zorba.apps.deploy.config import ServerConfig, SiteConfig
-from zorba.apps.deploy.project import init_project
+from zorba.apps.deploy.config import ServerConfig
 from zorba.federated import LocalTransport, RunFolder, run_federation
 from zorba.federated.events import EventReader
 
-from tests.apps.deploy.conftest import SITES, describe
+from tests.apps.deploy.conftest import SITES, change_site, make_project
 from tests.apps.deploy.deployed import GATE, Deployed, Gate, federate, init, wait_for
 from tests.apps.deploy.intruders import knock, listeners, listening_unix_sockets, submit_code
 
-ROUNDS = 100
+ROUNDS = 40
 
 # In every process of the run: notes that it is there, and each class that it unpickles.
 _WATCHER = """
@@ -129,7 +128,7 @@ def _watch(home: Path, gate: Gate, deployed: Deployed) -> dict[str, str]:
 
 def _other_project(base: Path, folder: Path, port: int) -> Deployed:
     """A project with the same names, of another authority, whose sites go to this server."""
-    init_project(describe(base, folder, address=f"localhost:{port}"))
+    make_project(base, folder, address=f"localhost:{port}")
     return Deployed(folder)
 
 
@@ -137,12 +136,12 @@ def _thief(deployed: Deployed, folder: Path) -> Deployed:
     """A copy of bob's folder that says it is ada, with bob's certificate."""
     site = folder / "sites" / "ada"
     shutil.copytree(deployed.folder / "sites" / "bob", site)
-    replace(SiteConfig.read(site), name="ada").write(site)
+    change_site(site, name="ada")
     return Deployed(folder)
 
 
 def test_run_ends_where_the_undisturbed_run_ends(seen: Seen, base: Path, tmp_path: Path) -> None:
-    init_project(describe(base, tmp_path / "p", rounds=ROUNDS))
+    make_project(base, tmp_path / "p", rounds=ROUNDS)
     clients = {site: build_client(tmp_path / "p" / "sites" / site) for site in SITES}
     config = ServerConfig.read(tmp_path / "p" / "server")
     server = build_server(config, RunFolder(tmp_path / "run"))

@@ -12,11 +12,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-pytest.importorskip("nvflare", reason="nvflare is in the test extra")
-
-from zorba.apps.deploy.project import init_project
-
-from tests.apps.deploy.conftest import describe
 from tests.apps.deploy.intruders import handshake, listening_unix_sockets, speak_plainly
 
 
@@ -43,10 +38,9 @@ def test_listener_without_tls_is_seen() -> None:
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 @pytest.mark.parametrize("asks", [False, True])
 def test_listener_that_asks_for_no_certificate_is_seen(
-    base: Path, tmp_path: Path, version: ssl.TLSVersion, asks: bool
+    shared_project: Path, version: ssl.TLSVersion, asks: bool
 ) -> None:
-    init_project(describe(base, tmp_path / "p"))
-    kit = tmp_path / "p" / "server" / "engine" / "startup"
+    kit = shared_project / "server" / "engine" / "startup"
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(kit / "server.crt", kit / "server.key")
     context.load_verify_locations(kit / "rootCA.pem")
@@ -59,7 +53,7 @@ def test_listener_that_asks_for_no_certificate_is_seen(
     with listener(answer) as port:
         assert handshake(port, None, version) == ("refused" if asks else "let in")
     with listener(answer) as port:
-        assert handshake(port, tmp_path / "p", version) == "let in"
+        assert handshake(port, shared_project, version) == "let in"
 
 
 def test_unix_socket_that_listens_is_seen(tmp_path: Path) -> None:

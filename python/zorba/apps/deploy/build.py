@@ -1,9 +1,11 @@
-"""Makes the server and a site's client of what their files say."""
+"""Makes the server, and a site's client, out of their settings."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from zorba.federated import (
     FederationSettings,
     ModelIdentity,
     ModelObjective,
+    Privacy,
     PrivacyAccountant,
     Replica,
     ReplicaError,
@@ -36,25 +39,20 @@ _log = logging.getLogger(__name__)
 
 
 def build_settings(config: ServerConfig) -> FederationSettings:
-    """Returns the job's settings.
-
-    Raises:
-        ConfigError: one makes no sense.
-    """
-    values = dict(config.settings)
-    lr, rounds = values.pop("lr", None), config.rounds
-    if not isinstance(lr, int | float) or isinstance(lr, bool):
-        raise ConfigError(f"settings.lr is {lr!r}; expected a number")
-    rate = float(lr)
-
-    def falling(round_number: int) -> float:
-        return rate * max(0.0, 1.0 - (round_number - 1) / rounds)
-
-    schedule: float | Callable[[int], float] = falling if config.lr_decay == "linear" else rate
+    """Returns the job's settings; ConfigError where the core refuses one."""
+    # Names of the file are names of the core: a setting that both have needs no line here.
+    values = config.settings.model_dump()
+    if config.lr_decay == "linear":
+        values["lr"] = partial(_falling, rate=values["lr"], rounds=config.rounds)
     try:
-        return FederationSettings(job=config.job, seed=config.seed, lr=schedule, **values)
+        return FederationSettings(job=config.job, seed=config.seed, **values)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"settings: {error}") from None
+
+
+# A plain function of the round: a server that is started again has the same rates.
+def _falling(round_number: int, rate: float, rounds: int) -> float:
+    return rate * max(0.0, 1.0 - (round_number - 1) / rounds)
 
 
 def build_server(config: ServerConfig, folder: RunFolder) -> Server:
@@ -65,20 +63,19 @@ def build_server(config: ServerConfig, folder: RunFolder) -> Server:
         LogError: the log is of another job or model, damaged, or open in another server.
     """
     folder.path.mkdir(parents=True, exist_ok=True)
-    masks = np.array(
-        [[block in entry.active for block in config.blocks] for entry in config.sites.values()]
-    )
+    # Rows in the order of the names, columns in that of the blocks: the log counts on both.
+    masks = [[block in entry.active for block in config.blocks] for entry in config.sites.values()]
     return Server(
         build_settings(config),
-        ModelIdentity(**config.identity),
+        ModelIdentity(**config.identity.model_dump()),
         list(config.sites),
-        masks,
+        np.array(masks),
         folder.log,
     )
 
 
 def trained_blocks(model: nn.Module, blocks: str) -> list[Block]:
-    """Returns the blocks that are trained, in order; what is outside of blocks stays frozen.
+    """Returns the blocks that are trained, in order; parameters outside of them stay frozen.
 
     Args:
         model: with transformer blocks.
@@ -100,26 +97,14 @@ def make_replica(model: nn.Module, config: SiteConfig) -> Replica:
     return Replica(
         DeviceTables({name: wanted[name] for name in groups}, groups),
         model_fingerprint(model.named_parameters()),
-        config.distribution,  # type: ignore[arg-type]
-        config.rounding,  # type: ignore[arg-type]
+        config.distribution,
+        config.rounding,
     )
 
 
-def finetune_settings(config: SiteConfig, folder: Path) -> FinetuneSettings:
-    """Returns what a site shares with ``zorba finetune``: model, data, prompt and words."""
-    return FinetuneSettings(
-        model=config.model,
-        data=folder / config.data,
-        template=config.template,
-        words=config.words,
-        label=config.label,
-        labels=config.labels,
-        blocks=config.blocks,
-        offload=folder / "run" / "offload" if config.offload else None,
-        dtype=config.dtype,
-        device=config.device,
-        max_length=config.max_length,
-    )
+def load_site_model(config: SiteConfig) -> tuple[Any, Any]:
+    """Returns the model that a site's file names, and its tokenizer; see ``load_model``."""
+    return load_model(_task(config, Path()))
 
 
 def build_client(folder: Path) -> Client:
@@ -139,17 +124,21 @@ def build_client(folder: Path) -> Client:
     config = SiteConfig.read(folder)
     if config.threads:
         torch.set_num_threads(config.threads)
-    settings = finetune_settings(config, folder)
-    rows, _, _ = read_data(settings)
-    model, tokenizer = load_model(settings)
+    task = _task(config, folder)
+    # Data first: a mistake in it is told in a moment, while a model may load for minutes.
+    rows, _, _ = read_data(task)
+    model, tokenizer = load_model(task)
     replica = make_replica(model, config)
     run = folder / "run"
     run.mkdir(exist_ok=True)
-    if settings.offload is not None:
-        Offload(model, [], device_of(settings), settings.offload)  # plans tell what is active
-    objective = make_objective(settings, model, tokenizer)
+    if config.offload:
+        # Nothing is active yet: each plan says which blocks move to the device.
+        device = device_of(replace(task, device=config.device))
+        Offload(model, [], device, run / "offload")
+    objective = make_objective(task, model, tokenizer)
     label = config.label if config.words and config.balanced else None
     batches = Batches(rows, config.batch_size, config.seed, objective.encode, label)
+    # In the site's own folder: the engine's state of a client does not survive a restart.
     checkpoint = run / "replica.safetensors"
     if checkpoint.exists():
         try:
@@ -157,22 +146,35 @@ def build_client(folder: Path) -> Client:
         except ReplicaError as error:
             raise ReplicaError(f"{error}; to start from the model, remove the file") from None
         _log.warning("continuing after round %d", replica.applied_round)
-    privacy = config.privacy
+    privacy = None if config.privacy is None else Privacy(**config.privacy.model_dump())
+    # Only the unit example needs the losses of the rows apart from each other.
     each = privacy is not None and privacy.unit == "example"
-    return Client(
-        config.name,
-        replica,
-        ModelObjective(
-            model,
-            replica.table,
-            batches,
-            objective.losses if each else objective.loss,
-            replica.distribution,
-            per_example=each,
-        ),
-        checkpoint,
-        config.checkpoint_every,
-        None if privacy is None else PrivacyAccountant(privacy, run / "privacy.json"),
+    measured = ModelObjective(
+        model,
+        replica.table,
+        batches,
+        objective.losses if each else objective.loss,
+        replica.distribution,
+        per_example=each,
+    )
+    # One account for each folder, whatever the job: scalars that were told stay told.
+    accountant = PrivacyAccountant(privacy, run / "privacy.json") if privacy else None
+    return Client(config.name, replica, measured, checkpoint, config.checkpoint_every, accountant)
+
+
+def _task(config: SiteConfig, folder: Path) -> FinetuneSettings:
+    """Returns what a site shares with ``zorba finetune``: model, data, prompt and words."""
+    return FinetuneSettings(
+        model=config.model,
+        data=folder / config.data,
+        template=config.template,
+        words=config.words,
+        label=config.label,
+        labels=config.labels,
+        dtype=config.dtype,
+        # An offloaded model is loaded on the host; its blocks move from there.
+        device="cpu" if config.offload else config.device,
+        max_length=config.max_length,
     )
 
 
@@ -198,19 +200,19 @@ class Batches:
         self._rows = rows
         self._seed = seed
         self._encode = encode
-        values = {None} if label is None else {row[label] for row in rows}
-        self._groups = [
-            [i for i, row in enumerate(rows) if label is None or row[label] == value]
-            for value in sorted(values, key=str)
-        ]
-        self._sizes = [len(part) for part in np.array_split(np.arange(size), len(self._groups))]
+        groups: dict[Any, list[int]] = {}
+        for n, row in enumerate(rows):
+            groups.setdefault(None if label is None else row[label], []).append(n)
+        self._groups = [groups[value] for value in sorted(groups, key=str)]
+        self._sizes = [len(part) for part in np.array_split(np.arange(size), len(groups))]
 
     def __call__(self, round_number: int, step: int) -> tuple[Any, int]:
         """Returns the batch, and how many rows it has."""
+        # A generator of its own for each step: no batch depends on those before it.
         order = np.random.default_rng([self._seed, round_number, step])
         chosen = [
-            self._rows[i]
+            self._rows[n]
             for group, size in zip(self._groups, self._sizes, strict=True)
-            for i in order.choice(group, min(size, len(group)), replace=False)
+            for n in order.choice(group, min(size, len(group)), replace=False)
         ]
         return self._encode(chosen), len(chosen)

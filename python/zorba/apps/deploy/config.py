@@ -1,257 +1,209 @@
-"""What the server and each site are told, as YAML files that people edit."""
+"""The settings of the server and of each site: ``server.yaml`` and ``site.yaml``.
+
+The descriptions of the fields are the comments of the files. This module imports no torch: the
+processes that only start and watch others read these files too.
+"""
 
 from __future__ import annotations
 
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+import math
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from zorba.privacy import Privacy
+from zorba.apps.deploy.yaml_file import ConfigError as ConfigError
+from zorba.apps.deploy.yaml_file import read_model, write_model
 
 SERVER_FILE = "server.yaml"
 SITE_FILE = "site.yaml"
-T = TypeVar("T")
+
+# Numbers are strict: True is no number, and "16" is text.
+Count = Annotated[int, Field(strict=True, ge=1)]
+Natural = Annotated[int, Field(strict=True, ge=0)]
+Uint64 = Annotated[int, Field(strict=True, ge=0, lt=1 << 64)]
+Rate = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+Flag = Annotated[bool, Field(strict=True)]
+Text = Annotated[str, Field(coerce_numbers_to_str=True)]  # a label may be 0 or 1
+Name = Annotated[Text, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+Blocks = Annotated[Text, Field(pattern=r"^(all|last:[1-9][0-9]*)$")]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Distribution = Literal["gaussian", "rademacher"]
+Rounding = Literal["nearest", "stochastic"]
 
 
-class ConfigError(ValueError):
-    """A file says something that makes no sense, or does not say what it must."""
+def about(description: str, default: Any = ..., **bounds: Any) -> Any:
+    """Returns a field whose description is the comment in the file; required without a default."""
+    return Field(default, description=description, **bounds)
 
 
-@dataclass(frozen=True)
-class SiteConfig:
-    """What a site holds; nobody but the site reads its file.
+class _Section(BaseModel):
+    """Keys and values; others than the fields are refused."""
 
-    Attributes:
-        name: of the site, as its certificate has it.
-        model: local folder or hub name of the model.
-        data: JSONL, CSV or TSV file to measure on; a relative path starts at the file's folder.
-        template: prompt, a format string over the fields of a row.
-        words: label words in the order of ``labels``; empty to learn the text of the template.
-        label: field of a row's label.
-        labels: its values in the order of ``words``; empty for the sorted values.
-        blocks: "all" blocks are trained, or "last:N"; the same at every site.
-        dtype: of the weights: "auto" for that of the checkpoint, "float32", "bfloat16", "float16".
-        device: "cpu", "cuda" or "cuda:1"; none for a GPU where there is one.
-        offload: whether blocks that this site does not activate wait on the host.
-        batch_size: rows of a batch.
-        balanced: whether a batch has as many rows of each label as of the others, where there are
-            label words: without, a batch measures most of all which label it has more of.
-        max_length: tokens of a row at most.
-        seed: of the batches.
-        checkpoint_every: rounds between checkpoints.
-        threads: CPU threads; 0 for torch's own choice.
-        distribution: of the noise; the job's.
-        rounding: of 16-bit weights; the job's.
-        privacy: ``Privacy`` by field: what hides the site's examples in its scalars; none for
-            plain scalars.
-    """
+    # A misspelt key would otherwise leave its setting at the default, in silence.
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
-    model: str
-    data: str
-    template: str = "{text}"
-    words: tuple[str, ...] = ()
-    label: str = "label"
-    labels: tuple[str, ...] = ()
-    blocks: str = "all"
-    dtype: str = "auto"
-    device: str | None = None
-    offload: bool = False
-    batch_size: int = 16
-    balanced: bool = True
-    max_length: int = 256
-    seed: int = 0
-    checkpoint_every: int = 50
-    threads: int = 0
-    distribution: str = "rademacher"
-    rounding: str = "stochastic"
-    privacy: Privacy | None = None
 
-    def __post_init__(self) -> None:
-        """Checks what belongs together."""
-        of_examples = self.privacy is not None and self.privacy.unit == "example"
-        if of_examples and self.words and self.balanced:
-            raise ConfigError(
+class PrivacySection(_Section):
+    """``zorba.privacy.Privacy`` by field."""
+
+    unit: Literal["example", "client"] = about("whom epsilon protects")
+    clip: Positive = about("L2 norm of a vector of P differences")
+    noise_multiplier: Positive = about("noise, in units of the sensitivity")
+    delta: float = about("at which epsilon is told", strict=True, gt=0, lt=1)
+    max_epsilon: float = about("that the site never exceeds", math.inf, strict=True, gt=0)
+
+
+class SiteConfig(_Section):
+    """Settings of a site. Nobody but the site reads this file."""
+
+    name: Name = about("name of the site, as its certificate has it")
+    model: Text = about("local folder or hub name of the model", min_length=1)
+    data: Text = about("JSONL, CSV or TSV file; a relative path starts at this folder")
+    template: Text = about("prompt, a format string over the fields of a row")
+    words: tuple[Text, ...] = about("label words, as labels; empty to learn the template's text")
+    label: Text = about("field of a row's label")
+    labels: tuple[Text, ...] = about("values of the label, as words; empty for the sorted ones")
+    blocks: Blocks = about("blocks that are trained: all, or last:N; the same at every site")
+    dtype: Dtype = about("of the weights; auto for that of the checkpoint")
+    device: Text | None = about("cpu, cuda or cuda:1; null for a GPU if there is one")
+    offload: Flag = about("whether blocks that this site does not activate wait on the host")
+    batch_size: Count = about("rows of a batch")
+    # A batch that is not balanced measures above all which label it has more of.
+    balanced: Flag = about("with label words: as many rows of each label in a batch", True)
+    max_length: int = about("tokens of a row at most", strict=True, ge=2)
+    seed: Uint64 = about("of the choice of batches")
+    checkpoint_every: Count = about("rounds between two checkpoints", 50)
+    threads: Natural = about("CPU threads; 0 for torch's own choice", 0)
+    distribution: Distribution = about("of the noise; the job's")
+    rounding: Rounding = about("of 16-bit weights; the job's")
+    privacy: PrivacySection | None = about(
+        "null, or under it unit, clip, noise_multiplier, delta and max_epsilon: docs/security.md",
+        None,
+    )
+
+    @field_validator("privacy")
+    @classmethod
+    def _check_batches(
+        cls, privacy: PrivacySection | None, info: ValidationInfo
+    ) -> PrivacySection | None:
+        balanced = info.data.get("words") and info.data.get("balanced")
+        if privacy is not None and privacy.unit == "example" and balanced:
+            raise ValueError(
                 "privacy.unit is example, but balanced is true: the label of one example then "
                 "decides which others are in a batch, and epsilon would not hold. Set "
                 "balanced: false, or take the unit client"
             )
+        return privacy
 
     @staticmethod
     def read(folder: Path) -> SiteConfig:
-        """Reads ``site.yaml`` of a site's folder.
-
-        Raises:
-            ConfigError: it is not there, or something in it makes no sense.
-        """
-        return _build(SiteConfig, _load(folder / SITE_FILE), folder / SITE_FILE)
+        """Reads ``site.yaml`` of a site's folder; raises ConfigError."""
+        return read_model(SiteConfig, folder / SITE_FILE)
 
     def write(self, folder: Path) -> None:
         """Writes ``site.yaml``."""
-        _dump(folder / SITE_FILE, asdict(self))
+        write_model(self, folder / SITE_FILE)
 
 
-@dataclass(frozen=True)
-class SiteEntry:
-    """What the server knows of a site.
+class Identity(_Section):
+    """``zorba.federated.ModelIdentity`` by field."""
 
-    Attributes:
-        active: names of the blocks that it activates.
-        budget: bytes that its device may use; 0 where it was not planned.
-        memory: bytes that the plan predicts.
-    """
-
-    active: tuple[str, ...]
-    budget: int = 0
-    memory: int = 0
+    # Written by init from the model; nothing that people edit, so nothing is explained.
+    origin: Uint64
+    start: Uint64
+    layout: Uint64
+    num_weights: Count
+    num_blocks: Count
 
 
-@dataclass(frozen=True)
-class ServerConfig:
-    """What the server holds; it has no model and no data.
+class RoundSettings(_Section):
+    """Fields of ``zorba.federated.FederationSettings``, by the same names."""
 
-    Attributes:
-        job: name of the job.
-        seed: from which every seed of the job is derived.
-        rounds: of the run.
-        address: host and port that sites connect to.
-        identity: of the model, ``ModelIdentity`` by field.
-        blocks: names of the trained blocks, in order.
-        sites: by name.
-        settings: other fields of ``FederationSettings``, by name.
-        lr_decay: "linear": the learning rate falls to 0 over the rounds; or "constant".
-        timeout: seconds that a round waits for an answer.
-        ask_timeout: seconds that a site waits for the message it asked for, before it asks again.
-        quorum: sites that a round waits for before it begins; 0 for all.
-        rejoin_seconds: at most this often the engine's job is started again for a site whose whole
-            machine was away.
-    """
+    # No defaults: init writes those of the core, and a project keeps them when they change.
+    lr: Rate = about("learning rate of the first round")
+    num_perturbations: Count = about("P, finite differences of a local step")
+    local_steps: Count = about("K, local steps of a round")
+    eps: Positive = about("distance at which losses are taken")
+    estimator: Literal["central", "forward"] = about("kind of finite difference")
+    distribution: Distribution = about("of the noise; it stays, and the rounding, with the log")
+    rounding: Rounding = about("of 16-bit weights in an update")
+    clip: Positive | None = about("largest absolute value of a scalar; null for none")
+    clients_per_round: Count | None = about("sites in a round; null for all")
+    weighting: Literal["examples", "uniform"] = about("by a site's examples, or all sites alike")
+    aggregation: Literal["mean", "median", "trimmed"] = about("of a block's scalars")
+    trim: float = about("share that trimmed leaves out at each end", strict=True, ge=0, lt=0.5)
 
-    job: str
-    seed: int
-    rounds: int
-    address: str
-    identity: dict[str, int]
-    blocks: tuple[str, ...]
-    sites: dict[str, SiteEntry]
-    settings: dict[str, Any] = field(default_factory=dict)
-    lr_decay: str = "linear"
-    timeout: float = 600.0
-    ask_timeout: float = 20.0
-    quorum: int = 0
-    rejoin_seconds: float = 60.0
 
-    def __post_init__(self) -> None:
-        """Checks what belongs together."""
-        for name, entry in self.sites.items():
-            unknown = [block for block in entry.active if block not in self.blocks]
-            if unknown:
-                raise ConfigError(f"site {name} activates {unknown[0]}, which is no trained block")
-        if self.lr_decay not in ("linear", "constant"):
-            raise ConfigError(f"lr_decay is {self.lr_decay!r}; expected linear or constant")
-        if self.rounds < 1:
-            raise ConfigError(f"rounds is {self.rounds}; expected at least 1")
-        if not 0 <= self.quorum <= len(self.sites):
-            raise ConfigError(f"quorum is {self.quorum}; there are {len(self.sites)} sites")
+def split_address(address: str) -> tuple[str, int]:
+    """Returns host and port of "host:port", or raises ConfigError."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(f"address is {address!r}; expected host:port, as example.org:8002")
+    return host, int(port)
+
+
+class SiteEntry(_Section):
+    """A site, as the server knows it."""
+
+    active: tuple[Text, ...] = about("blocks that it activates")
+    budget: Natural = about("bytes that its device may use; 0 without a plan", 0)
+    memory: Natural = about("bytes that the plan predicts", 0)
+
+
+class ServerConfig(_Section):
+    """Settings of the server, which has no model and no data."""
+
+    job: Text = about("name of the job; the seed belongs to it", pattern="^[A-Za-z0-9._+-]{1,64}$")
+    seed: Uint64 = about("from which every seed of the job is derived")
+    rounds: Count = about("of the run")
+    address: Text = about("host and port that sites connect to")
+    identity: Identity = about("of the model; a site with another one is refused")
+    blocks: tuple[Text, ...] = about("names of the trained blocks", min_length=1)
+    sites: dict[Name, SiteEntry] = about("by name", min_length=1)
+    settings: RoundSettings = about("of the rounds")
+    lr_decay: Literal["linear", "constant"] = about("linear: lr falls to 0 in the end", "linear")
+    timeout: Positive = about("seconds that a round waits for an answer")
+    ask_timeout: Positive = about("seconds after which a site asks for a message again", 20.0)
+    quorum: Natural = about("sites that a round waits for; 0 for all", 0)
+    rejoin_seconds: Positive = about(
+        "seconds at least between two jobs of the engine for sites that come back", 60.0
+    )
+
+    @field_validator("address")
+    @classmethod
+    def _check_address(cls, address: str) -> str:
+        split_address(address)
+        return address
+
+    # A validator sees the fields in front of its own, of those the valid ones.
+    @field_validator("sites")
+    @classmethod
+    def _check_sites(
+        cls, sites: dict[str, SiteEntry], info: ValidationInfo
+    ) -> dict[str, SiteEntry]:
+        for name, entry in sites.items():
+            if name == "server":
+                raise ValueError("a site is called server; take another name")
+            for block in entry.active:
+                if block not in info.data.get("blocks", entry.active):
+                    raise ValueError(f"site {name} activates {block}, which is no trained block")
+        return sites
+
+    @field_validator("quorum")
+    @classmethod
+    def _check_quorum(cls, quorum: int, info: ValidationInfo) -> int:
+        sites = info.data.get("sites", {})
+        if sites and quorum > len(sites):
+            raise ValueError(f"quorum is {quorum}; there are {len(sites)} sites")
+        return quorum
 
     @staticmethod
     def read(folder: Path) -> ServerConfig:
-        """Reads ``server.yaml`` of the server's folder.
-
-        Raises:
-            ConfigError: it is not there, or something in it makes no sense.
-        """
-        return _build(ServerConfig, _load(folder / SERVER_FILE), folder / SERVER_FILE)
+        """Reads ``server.yaml`` of the server's folder; raises ConfigError."""
+        return read_model(ServerConfig, folder / SERVER_FILE)
 
     def write(self, folder: Path) -> None:
         """Writes ``server.yaml``."""
-        _dump(folder / SERVER_FILE, asdict(self))
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"there is no {path}: zorba federate init writes it") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold names and values, as 'rounds: 100'")
-    return content
-
-
-def _dump(path: Path, content: Mapping[str, Any]) -> None:
-    text = yaml.safe_dump(_plain(content), sort_keys=False, allow_unicode=True, width=100)
-    path.write_text(text, encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    """Returns the value with lists for tuples, which YAML knows."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _build(kind: type[T], content: Mapping[str, Any], path: Path) -> T:
-    """Makes a dataclass of a file's content; every value must be of its field's type."""
-    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(kind)
-    for name in content:
-        if name not in known:
-            raise ConfigError(f"{path} has {name!r}; expected any of {', '.join(known)}")
-    for name, f in known.items():
-        if name not in content and f.default is MISSING and f.default_factory is MISSING:
-            raise ConfigError(f"{path} has no {name!r}")
-    values = {name: _value(content[name], hints[name], f"{path}, {name}") for name in content}
-    try:
-        return kind(**values)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
-
-
-def _value(value: Any, kind: Any, what: str) -> Any:
-    """Returns the value as the type; YAML reads 1e-3 as text, which is a number here."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return _number(value) if isinstance(value, str) else value
-    if origin is types.UnionType or origin is typing.Union:
-        return None if value is None else _value(value, arguments[0], what)
-    if origin is Literal and value in arguments:
-        return value
-    if origin is tuple and isinstance(value, list):
-        return tuple(_value(item, arguments[0], what) for item in value)
-    if origin is dict and isinstance(value, dict):
-        return {str(k): _value(item, arguments[1], f"{what}.{k}") for k, item in value.items()}
-    if hasattr(kind, "__dataclass_fields__") and isinstance(value, dict):
-        return _build(kind, value, Path(what))
-    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        value = _number(value) if isinstance(value, str) else float(value)
-    if (
-        isinstance(kind, type)
-        and isinstance(value, kind)
-        and (kind is bool) == (isinstance(value, bool))
-    ):
-        return value
-    raise ConfigError(f"{what} is {value!r}; expected {_expected(kind)}")
-
-
-def _expected(kind: Any) -> str:
-    if typing.get_origin(kind) is Literal:
-        return " or ".join(typing.get_args(kind))
-    if hasattr(kind, "__dataclass_fields__"):
-        return "names and values under it: " + ", ".join(f.name for f in fields(kind))
-    return str(getattr(kind, "__name__", kind))
-
-
-def _number(text: str) -> Any:
-    try:
-        return float(text)
-    except ValueError:
-        return text
+        write_model(self, folder / SERVER_FILE)

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from zorba.apps.deploy import summary
-from zorba.apps.deploy.config import SERVER_FILE, SITE_FILE, ConfigError, ServerConfig
-from zorba.apps.deploy.supervisor import PartyFolder
+from zorba.apps.deploy.command import StartSettings, StatusSettings, StopSettings
+from zorba.apps.deploy.config import ConfigError, ServerConfig
+from zorba.apps.deploy.party import PartyFolder, finished, parties
+from zorba.apps.deploy.summary import show_summary
+from zorba.apps.progress import plain_console
 from zorba.apps.watch.live import LiveView
+from zorba.apps.watch.state import Follower
 from zorba.federated.run_folder import RunFolder
 
 _STOP_SECONDS = 30.0
@@ -27,42 +28,43 @@ _LOOK_SECONDS = 0.2
 _LINE_SECONDS = 5.0
 
 
-def parties(path: Path, only: Sequence[str] = ()) -> list[PartyFolder]:
-    """Returns the parties of a project, or the one whose folder this is.
+def run_start(settings: StartSettings) -> None:
+    """Runs ``zorba federate start``; RuntimeError where the rounds are not done at the end."""
+    console = plain_console()
+    chosen = parties(settings.folder, settings.only)
+    start(chosen, console)
+    server = next((party for party in chosen if party.is_server), None)
+    if settings.detach or server is None:
+        return
+    try:
+        content = follow(server, console)
+    except KeyboardInterrupt:
+        console.print("no longer watching; the run goes on: zorba federate stop ends it")
+        return
+    stop([party for party in chosen if not party.is_server], console)
+    if content is None:
+        raise RuntimeError(f"the rounds are not done; {server.log} tells why")
+    show_summary(Follower(RunFolder(server.run).events).update(), console)
 
-    Args:
-        path: of a project, the server's folder or a site's.
-        only: names to choose: "server" and sites; all where there are none.
 
-    Raises:
-        ConfigError: there is no such folder or party.
-    """
-    if (path / SERVER_FILE).exists() or (path / SITE_FILE).exists():
-        found = [PartyFolder(path)]
-    else:
-        folders = [path / "server", *sorted((path / "sites").glob("*"))]
-        files = (SERVER_FILE, SITE_FILE)
-        found = [PartyFolder(f) for f in folders if any((f / name).exists() for name in files)]
-    if not found:
-        raise ConfigError(
-            f"{path} is no project, nor a server's or site's folder: zorba federate init makes one"
-        )
-    unknown = sorted(set(only) - {party.name for party in found})
-    if unknown:
-        there = ", ".join(party.name for party in found)
-        raise ConfigError(f"there is no {unknown[0]} in {path}; there is {there}")
-    return [party for party in found if not only or party.name in only]
+def run_status(settings: StatusSettings) -> None:
+    """Runs ``zorba federate status``."""
+    show(parties(settings.folder, settings.only), plain_console())
+
+
+def run_stop(settings: StopSettings) -> None:
+    """Runs ``zorba federate stop``."""
+    stop(parties(settings.folder, settings.only), plain_console())
 
 
 def start(chosen: Sequence[PartyFolder], console: Console) -> None:
     """Starts a supervisor for each party that has none; where one fails, ends those it started.
 
-    Sites that share this machine share its cores: threads of several that wait for each other
-    on the same core make every round many times as long.
-
     Raises:
         ConfigError: a supervisor did not start.
     """
+    # Threads of several sites that wait for each other on one core make every round many times as
+    # long: sites that share this machine share its cores.
     sites = sum(not party.is_server for party in chosen)
     cores = len(os.sched_getaffinity(0))
     share = {"OMP_NUM_THREADS": str(max(1, cores // max(1, sites)))}
@@ -70,7 +72,7 @@ def start(chosen: Sequence[PartyFolder], console: Console) -> None:
     try:
         for party in chosen:
             if party.pid() is not None:
-                console.print(f"{party.name} runs already", highlight=False)
+                console.print(f"{party.name} runs already")
                 continue
             party.run.mkdir(exist_ok=True)
             with party.log.open("ab") as log:
@@ -80,18 +82,21 @@ def start(chosen: Sequence[PartyFolder], console: Console) -> None:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=dict(os.environ) if party.is_server else share | os.environ,
+                    # A session of its own: Ctrl-C and the end of the terminal do not reach it.
                     start_new_session=True,
                 )
         for party, process in started.items():
             _await_lock(party, process)
-            console.print(f"started {party.name}: {party.path}", highlight=False)
-    except BaseException:  # Ctrl-C too: it does not reach them, and no lock may tell of them yet
+            console.print(f"started {party.name}: {party.path}")
+    except BaseException:
+        # Ctrl-C too: it does not reach supervisors, and those without a lock yet no stop finds.
         _end(list(started.values()))
         raise
 
 
 def stop(chosen: Sequence[PartyFolder], console: Console) -> None:
     """Stops the parties' supervisors, and with them the engines."""
+    # All are told before any is waited for: they stop side by side.
     pids = {party: party.pid() for party in chosen}
     for pid in pids.values():
         if pid is not None:
@@ -103,19 +108,23 @@ def stop(chosen: Sequence[PartyFolder], console: Console) -> None:
                 raise ConfigError(f"{party.name} (process {pid}) does not stop: see {party.log}")
             time.sleep(_LOOK_SECONDS)
         word = "stopped" if pid is not None else "was not running:"
-        console.print(f"{word} {party.name}", highlight=False)
+        console.print(f"{word} {party.name}")
 
 
 def show(chosen: Sequence[PartyFolder], console: Console) -> None:
-    """Prints a line for each party, and what its supervisor said last."""
+    """Prints a line for each party, with the last sentence of its supervisor."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("party", "process", "engine", "round", "last word"):
         table.add_column(column)
     for party in chosen:
         pid, state = party.pid(), party.read_state()
-        said = state.get("said") or [""]
         engine = str(state.get("engine") or "") if pid else ""
-        table.add_row(party.name, str(pid or "stopped"), engine, _round_of(party), said[-1])
+        done = ""
+        if party.is_server:
+            last = Follower(RunFolder(party.run).events).update().round
+            done = f"{last} of {ServerConfig.read(party.path).rounds}"
+        said = state.get("said") or [""]
+        table.add_row(party.name, str(pid or "stopped"), engine, done, said[-1])
     console.print(table)
 
 
@@ -125,42 +134,23 @@ def follow(server: PartyFolder, console: Console) -> dict[str, Any] | None:
     Returns:
         The summary; None where the rounds are not done.
     """
-    run = RunFolder(server.run)
-    said = 0
-    with LiveView(run.events, console, every=_LINE_SECONDS):
+    shown = 0
+    with LiveView(RunFolder(server.run).events, console, every=_LINE_SECONDS):
+        # The server's supervisor ends after the last round; those of the sites stay.
         while server.pid() is not None:
-            words = server.read_state().get("said", [])
-            for text in words[said:]:
-                console.print(text, highlight=False, markup=False)
-            said = len(words)
+            said = server.read_state().get("said", [])
+            for text in said[shown:]:
+                console.print(text)
+            shown = len(said)
             time.sleep(_LOOK_SECONDS)
-    return read_summary(server)
-
-
-def read_summary(server: PartyFolder) -> dict[str, Any] | None:
-    """Returns the summary of a run whose rounds are done, else None."""
-    try:
-        content: dict[str, Any] = json.loads(RunFolder(server.run).summary.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    rounds = ServerConfig.read(server.path).rounds
-    return content if content.get("final_round", 0) >= rounds else None
-
-
-def print_summary(content: dict[str, Any], console: Console) -> None:
-    """Prints the summary as a table."""
-    table = Table(title=f"Federated fine-tune {content['job']}", show_header=False)
-    table.add_column(style="bold")
-    table.add_column()
-    for name, value in summary.lines(content):
-        table.add_row(name, value)
-    console.print(table)
+    return finished(server.run, ServerConfig.read(server.path).rounds)
 
 
 def _await_lock(party: PartyFolder, process: subprocess.Popen[bytes]) -> None:
     """Waits until the supervisor holds its lock, or has ended."""
     deadline = time.monotonic() + _STOP_SECONDS
     while party.pid() is None:
+        # The lock is all that tells of a supervisor: without it no other command finds it.
         code = process.poll()
         if code == 0:
             return  # there was nothing to do any more
@@ -177,12 +167,3 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, deadline - time.monotonic()))
-
-
-def _round_of(party: PartyFolder) -> str:
-    if not party.is_server:
-        return ""
-    from zorba.apps.watch.state import Follower
-
-    state = Follower(RunFolder(party.run).events).update()
-    return f"{state.round} of {ServerConfig.read(party.path).rounds}"

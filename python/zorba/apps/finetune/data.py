@@ -87,13 +87,13 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
         yield number, row
 
 
-def _table(path: Path, separator: str) -> list[tuple[int, Row]]:
+def _table(path: Path, separator: str) -> Iterator[tuple[int, Row]]:
     # A document is one field. The limit is the module's, so it is put back.
     limit = csv.field_size_limit(sys.maxsize)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter=separator)
-            return [(reader.line_num, row) for row in reader]
+            yield from ((reader.line_num, row) for row in reader)
     except csv.Error as error:
         raise ValueError(f"{path}: {error}") from None
     finally:

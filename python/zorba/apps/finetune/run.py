@@ -30,10 +30,13 @@ def run_finetune(settings: FinetuneSettings, console: Console | None = None) -> 
     """
     console = console or plain_console()
     hide_library_bars()
+    # A run takes hours: it neither overwrites another one nor finds out at its end that it would.
     taken = [settings.out / name for name in ("model", "trajectory.zot", "metrics.json")]
     there = [str(path) for path in taken if path.exists()]
     if there:
         raise ValueError(f"{', '.join(there)} exists: give another folder with --out")
+    if settings.offload is not None and settings.blocks == "all":
+        raise ValueError("offload is for idle blocks, and blocks is 'all': give blocks last:N")
     rows, evaluation, labels = read_data(settings)
     console.print(f"data: {len(rows)} rows to train on, {len(evaluation)} to evaluate on")
     if labels:
@@ -48,6 +51,9 @@ def run_finetune(settings: FinetuneSettings, console: Console | None = None) -> 
         with progress_bar(console, "{task.fields[note]}") as progress:
             trainer = FinetuneTrainer(model, objective, settings, rows, evaluation, progress)
             trainer.train()
+            # The trainer evaluates at multiples of eval_every; the last step may be none.
+            if evaluation and trainer.evaluations[-1]["step"] != settings.steps:
+                trainer.evaluate()
         metrics = _metrics(settings, trainer)
         written = []
         if settings.save != "model":
@@ -86,7 +92,7 @@ def _describe(model: Any, settings: FinetuneSettings) -> str:
 
 
 def _metrics(settings: FinetuneSettings, trainer: FinetuneTrainer) -> dict[str, Any]:
-    reports = trainer.steps.reports
+    reports = trainer.reports
     return {
         "settings": asdict(settings),
         "machine": machine.describe(),

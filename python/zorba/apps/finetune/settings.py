@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Positional
-from tyro.constructors import PrimitiveConstructorSpec
 
-from zorba.apps.needs import check_at_least
-from zorba.defaults import (
-    DISTRIBUTION,
-    EPS,
-    ESTIMATOR,
-    NUM_PERTURBATIONS,
-    Distribution,
-    Estimator,
-)
+from zorba import defaults
+from zorba.apps.options import by_commas, check_at_least
 
 
 def split_words(text: str) -> tuple[str, ...]:
@@ -28,22 +19,11 @@ def split_words(text: str) -> tuple[str, ...]:
 
 def split_labels(text: str) -> tuple[str, ...]:
     """Returns values of labels from text with commas."""
-    return tuple(part.strip() for part in text.split(",")) if text else ()
+    return tuple(part.strip() for part in split_words(text))
 
 
-def _by_commas(split: Callable[[str], tuple[str, ...]]) -> PrimitiveConstructorSpec[Any]:
-    """How the command line writes a tuple as one argument."""
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="A,B",
-        instance_from_str=lambda arguments: split(arguments[0]),
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [",".join(value)],
-    )
-
-
-Words = Annotated[tuple[str, ...], _by_commas(split_words)]
-Labels = Annotated[tuple[str, ...], _by_commas(split_labels)]
+Words = Annotated[tuple[str, ...], by_commas(split_words, "A,B")]
+Labels = Annotated[tuple[str, ...], by_commas(split_labels, "A,B")]
 
 
 @dataclass(frozen=True)
@@ -67,11 +47,11 @@ class FinetuneSettings:
     batch_size: int = 16  # Rows in a batch.
     max_length: int = 256  # Tokens of a row at most.
     lr: float = 1e-6  # Learning rate; falls linearly to 0.
-    eps: float = EPS  # Distance at which losses are taken.
-    perturbations: int = NUM_PERTURBATIONS  # P: directions a step.
+    eps: float = defaults.EPS  # Distance at which losses are taken.
+    perturbations: int = defaults.NUM_PERTURBATIONS  # P: directions a step.
     # Kind of finite difference: central takes 2P losses a step, forward P + 1.
-    estimator: Estimator = ESTIMATOR
-    distribution: Distribution = DISTRIBUTION  # Distribution of the noise.
+    estimator: defaults.Estimator = defaults.ESTIMATOR
+    distribution: defaults.Distribution = defaults.DISTRIBUTION  # Distribution of the noise.
     # Where perturbed weights live: in a buffer, which is exact, or in the weights, which rounds.
     placement: Literal["scratch", "inplace"] = "scratch"
     blocks: str = "all"  # Blocks to train: all, or last:N.
@@ -95,8 +75,6 @@ class FinetuneSettings:
                 f"a trajectory needs placement scratch, not {self.placement}: restoring in place "
                 "rounds, which no record tells"
             )
-        if self.offload is not None and self.blocks == "all":
-            raise ValueError("offload is for idle blocks, and blocks is 'all': give blocks last:N")
         if len(self.words) == 1:
             raise ValueError(f"one label word, {self.words[0]!r}, leaves nothing to choose")
         if self.labels and len(self.labels) != len(self.words):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 from rich.progress import Progress
 from torch import Tensor, nn
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 
 from zorba.apps.finetune.data import Row
 from zorba.apps.finetune.objective import Objective
@@ -25,8 +24,12 @@ class FinetuneTrainer(ZOTrainer):
         objective: on that model.
         settings: of the fine-tune.
         rows: to train on.
-        evaluation: rows to score in front of the first step, in between and at the end.
+        evaluation: rows to score before the first step, in between and at the end; may be none.
         progress: shows the steps.
+
+    Attributes:
+        reports: of the steps.
+        evaluations: step, loss and accuracy of each evaluation.
     """
 
     def __init__(
@@ -38,20 +41,20 @@ class FinetuneTrainer(ZOTrainer):
         evaluation: list[Row],
         progress: Progress,
     ) -> None:
-        self.steps = _Steps(progress, settings.steps)
+        self.reports: list[StepReport] = []
         self.evaluations: list[dict[str, Any]] = []
         self._objective = objective
-        super().__init__(
-            model,
-            _arguments(settings, len(rows), bool(evaluation)),
-            lambda chosen: {"batch": objective.encode(chosen)},
-            rows,
-            evaluation,
-            callbacks=[self.steps],
-        )
+        self._evaluation = evaluation
+        self._progress = progress
+        self._bar = progress.add_task("fine-tune", total=settings.steps, note="")
+        arguments = _arguments(settings, len(rows), bool(evaluation))
+        super().__init__(model, arguments, self._collate, rows, evaluation)
         self.remove_callback(PrinterCallback)
         # Offloaded blocks must stay on the host, and batches are already in place.
         self.accelerator.device_placement = False
+
+    def _collate(self, rows: list[Row]) -> dict[str, Any]:
+        return {"batch": self._objective.encode(rows)}
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return inputs
@@ -61,61 +64,50 @@ class FinetuneTrainer(ZOTrainer):
         return 0
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
-        """Returns the objective's loss of a batch."""
+        """Returns the objective's loss of a batch: float32 []."""
         # No dropout, as in MeZO: it would add noise to differences of losses.
         model.eval()
         return self._objective.loss(inputs["batch"])
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Takes a step, keeps its report and moves the bar."""
+        loss = super().training_step(*args, **kwargs)
+        report = self.zo_optimizer.last_step
+        assert report is not None
+        self.reports.append(report)
+        self._progress.update(self._bar, advance=1, note=f"loss {report.loss:.3f}")
+        return loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Scores the evaluation rows, and keeps the score."""
         assert self.model is not None
         self.control.should_evaluate = False  # or the end of an epoch would evaluate again
         self.model.eval()
-        rows: Sequence[Row] = self.eval_dataset
-        score = self._objective.score(rows, 4 * self.args.per_device_train_batch_size)
-        self.evaluations.append({"step": self.state.global_step, **score._asdict()})
+        size = 4 * self.args.per_device_train_batch_size  # no perturbed losses beside it
+        score, step = self._objective.score(self._evaluation, size), self.state.global_step
+        self.evaluations.append({"step": step, **score._asdict()})
         accuracy = "" if score.accuracy is None else f", accuracy {score.accuracy:.3f}"
-        self.steps.say(f"step {self.state.global_step}: evaluation loss {score.loss:.4f}{accuracy}")
+        self._progress.console.print(f"step {step}: evaluation loss {score.loss:.4f}{accuracy}")
         return {"eval_loss": score.loss}
-
-
-class _Steps(TrainerCallback):
-    """Keeps the report of each step, and moves the bar."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self.reports: list[StepReport] = []
-        self._progress = progress
-        self._bar = progress.add_task("fine-tune", total=total, note="")
-
-    def say(self, line: str) -> None:
-        self._progress.console.print(line)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        report = kwargs["optimizer"].optimizer.last_step
-        self.reports.append(report)
-        self._progress.update(self._bar, advance=1, note=f"loss {report.loss:.3f}")
-        # The last step may not be a multiple of eval_every.
-        control.should_evaluate |= bool(
-            args.eval_strategy != "no" and state.global_step == state.max_steps
-        )
 
 
 def _arguments(settings: FinetuneSettings, rows: int, evaluate: bool) -> ZOArguments:
     """Returns the trainer's arguments: it writes nothing but the trajectory, and prints nothing."""
     # An option of a step has the name of a setting behind its prefix.
+    knobs = {field.name: field.name.removeprefix("zo_") for field in fields(ZOArguments)}
     options = {
-        field.name: getattr(settings, field.name.removeprefix("zo_"))
-        for field in fields(ZOArguments)
-        if field.name.startswith("zo_") and hasattr(settings, field.name.removeprefix("zo_"))
+        name: getattr(settings, knob)
+        for name, knob in knobs.items()
+        if name != knob and hasattr(settings, knob)
     }
     arguments = ZOArguments(
         output_dir=str(settings.out),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         dataloader_drop_last=rows >= settings.batch_size,
+        dataloader_pin_memory=False,
         remove_unused_columns=False,  # the fields of rows are the template's, not the model's
         learning_rate=settings.lr,
-        lr_scheduler_type="linear",
         weight_decay=settings.weight_decay,
         seed=settings.seed,
         eval_strategy="steps" if evaluate else "no",
@@ -124,7 +116,6 @@ def _arguments(settings: FinetuneSettings, rows: int, evaluate: bool) -> ZOArgum
         logging_strategy="no",
         save_strategy="no",
         report_to="none",
-        dataloader_pin_memory=False,  # rows are no tensors
         disable_tqdm=True,
         use_cpu=settings.device == "cpu",
         zo_trajectory=None if settings.save == "model" else str(settings.out / "trajectory.zot"),

@@ -4,35 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Positional
-from tyro.constructors import PrimitiveConstructorSpec
 
-from zorba.apps.needs import check_at_least
+from zorba.apps.options import by_commas, check_at_least
 from zorba.apps.plan.budgets import read_budgets
 from zorba.defaults import ESTIMATOR, NUM_PERTURBATIONS, Estimator
 
-Budgets = Annotated[
-    dict[str, int],
-    PrimitiveConstructorSpec[Any](
-        nargs=1,
-        metavar="NAME=SIZE,NAME=SIZE",
-        instance_from_str=lambda arguments: read_budgets(arguments[0]),
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [",".join(f"{k}={v}" for k, v in value.items())],
-    ),
-]
-Priorities = Annotated[
-    tuple[float, ...],
-    PrimitiveConstructorSpec[Any](
-        nargs=1,
-        metavar="FLOAT,FLOAT",
-        instance_from_str=lambda arguments: tuple(map(float, arguments[0].split(","))),
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [",".join(map(str, value))],
-    ),
-]
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split(",")))
 
 
 @dataclass(frozen=True)
@@ -46,7 +28,7 @@ class PlanSettings:
     # The comment of a field is its help on the command line.
     model: Positional[str]  # Folder or hub name of a language model, or its config.json.
     # phone=300MB,laptop=2GiB, or a file with one a line, or JSON.
-    budgets: Budgets
+    budgets: Annotated[dict[str, int], by_commas(read_budgets, "NAME=SIZE,NAME=SIZE")]
     batch_size: int = 16  # Sequences in a batch.
     length: int = 64  # Tokens of the longest sequence.
     perturbations: int = NUM_PERTURBATIONS  # P: directions a step.
@@ -55,7 +37,8 @@ class PlanSettings:
     # Of the weights; auto for the model's.
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     idle: Literal["offload", "resident"] = "offload"  # Where idle blocks live.
-    priorities: Priorities = ()  # Weight of each block in F1; all alike by default.
+    # Weight of each block in F1, by commas; all alike by default.
+    priorities: Annotated[tuple[float, ...], by_commas(_numbers, "FLOAT,FLOAT")] = ()
     min_coverage: int = 1  # Clients that must have each block active.
     min_active: int = 1  # Least active blocks of a client.
     max_active: int | None = None  # Most active blocks of a client.
@@ -67,3 +50,4 @@ class PlanSettings:
 
     def __post_init__(self) -> None:
         check_at_least(self, batch_size=1, length=1, perturbations=1, min_coverage=1, min_active=0)
+        check_at_least(self, max_active=1)

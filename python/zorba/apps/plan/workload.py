@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from zorba.optim.estimator import ESTIMATORS, Estimator
+from zorba.defaults import ESTIMATOR, ESTIMATORS, NUM_PERTURBATIONS, Estimator
 from zorba.planning.memory import IdlePolicy
 from zorba_kernels.program import check_choice
 
@@ -30,8 +30,8 @@ class Workload:
 
     batch_size: int = 16
     length: int = 64
-    num_perturbations: int = 5
-    estimator: Estimator = "central"
+    num_perturbations: int = NUM_PERTURBATIONS
+    estimator: Estimator = ESTIMATOR
     loss: LossKind = "label-words"
     dtype: str = "float32"
     idle: IdlePolicy = "offload"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nvflare.apis.controller_spec import Task
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
@@ -25,13 +24,14 @@ _CHECK_SECONDS = 0.05  # how often the engine clears tasks that are done
 class FederationController(Controller):  # type: ignore[misc]
     """Runs the rounds that are left of a job.
 
-    It takes no arguments from the job that brought it here: all that it does stands in
-    ``server.yaml``, in the folder above the engine's. The log is in that folder as well, so it does
-    not matter which of the engine's jobs wrote a round.
+    It takes no arguments from the engine's job: its settings are in ``server.yaml``, in the folder
+    above the engine's. The log is in that folder as well, so it does not matter which of the
+    engine's jobs wrote a round.
     """
 
     def __init__(self) -> None:
         super().__init__(task_check_period=_CHECK_SECONDS)
+        # Set while rounds run: sites ask for work before and after that as well.
         self._transport: TaskTransport | None = None
 
     def start_controller(self, fl_ctx: FLContext) -> None:
@@ -61,30 +61,24 @@ class FederationController(Controller):  # type: ignore[misc]
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
         """Runs the rounds; called by the engine in a thread of its own."""
         folder = Path(fl_ctx.get_engine().get_workspace().get_root_dir()).resolve().parent
+        # Read anew by every job of the engine: an edited file counts from the next start on.
         config = ServerConfig.read(folder)
         run = RunFolder(folder / "run")
         server = build_server(config, run)
+        quorum = config.quorum or len(config.sites)
         try:
-            self._transport = TaskTransport(
-                send=lambda task, site: self.send(task, fl_ctx, [site]),
-                cancel=self._cancel,
-                sites=config.sites,
-                quorum=config.quorum or len(config.sites),
-                stopped=lambda: bool(abort_signal.triggered),
-            )
-            rounds = max(0, config.rounds - server.log.last_round)
+            self._transport = TaskTransport(self, fl_ctx, abort_signal, config.sites, quorum)
+            # A server that was killed after the last round has only the last exchange to do.
+            rounds = max(0, config.rounds - server.log.last)
             with RunRecorder(run, server, rounds) as recorder:
                 result = run_federation(
                     server, self._transport, rounds, recorder.round, timeout=config.timeout
                 )
                 recorder.end(result)
+            # The supervisor waits for this file: by now every site has the whole log.
             run.write_summary(summarise(Follower(run.events).update()))
         except RunStoppedError:
             self.log_info(fl_ctx, "the run was stopped; it continues where the log ends")
         finally:
             self._transport = None
             server.close()
-
-    def _cancel(self, task: Task) -> None:
-        if task.completion_status is None:
-            self.cancel_task(task)

@@ -21,10 +21,9 @@ _MAX_TEXT = 500
 class SiteExecutor(Executor):  # type: ignore[misc]
     """Answers the server's messages with those of the site's client.
 
-    It takes no arguments from the job: model, data and prompt stand in ``site.yaml``, in the folder
-    above the engine's. A site whose files are wrong stays in the job, and says what is wrong to
-    every message, so that the others go on. Of an error that is not the federation's own only the
-    kind is told to the server: its text might quote the site's data. The site's log has it all.
+    It takes no arguments from the engine's job: model, data and prompt are in ``site.yaml``, in the
+    folder above the engine's. A site whose files are wrong stays in the job, and answers every
+    message with the problem, so that the others go on.
     """
 
     def __init__(self) -> None:
@@ -35,9 +34,13 @@ class SiteExecutor(Executor):  # type: ignore[misc]
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Loads the client at the start, and saves its replica at the end."""
         if event_type == EventType.START_RUN:
+            # Before the first message: loading a model may take longer than a round waits.
             self._start(fl_ctx)
         elif event_type == EventType.END_RUN and self._client is not None:
-            self._save(self._client, fl_ctx)
+            try:
+                self._client.save()
+            except (FederationError, OSError) as error:
+                self.log_error(fl_ctx, f"the last checkpoint was not written: {error}")
 
     def execute(
         self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal
@@ -45,20 +48,19 @@ class SiteExecutor(Executor):  # type: ignore[misc]
         """Answers one message; called by the engine."""
         frame = shareable.get(FRAME)
         if self._client is None:
-            return self._refuse(self._problem)
+            return _reply(PROBLEM, self._problem)
         if not isinstance(frame, bytes):
-            return self._refuse("the task holds no message")
+            return _reply(PROBLEM, "the task holds no message")
         try:
-            answer = self._client.handle(frame)
+            return _reply(FRAME, self._client.handle(frame))
         except FederationError as error:
             self.log_warning(fl_ctx, str(error))
-            return self._refuse(str(error))
+            return _reply(PROBLEM, str(error))
         except Exception as error:
+            # The text of any other error might quote the site's data: the server is told its kind
+            # alone, and the site's own log has the rest.
             self.log_exception(fl_ctx, f"the message was not answered: {error}")
-            return self._refuse(f"{type(error).__name__}; the site's log tells more")
-        reply = make_reply(ReturnCode.OK)
-        reply[FRAME] = answer
-        return reply
+            return _reply(PROBLEM, f"{type(error).__name__}; the site's log tells more")
 
     def _start(self, fl_ctx: FLContext) -> None:
         folder = Path(fl_ctx.get_engine().get_workspace().get_root_dir()).resolve().parent
@@ -67,18 +69,12 @@ class SiteExecutor(Executor):  # type: ignore[misc]
         except FederationError as error:
             self._problem = str(error)
             self.log_error(fl_ctx, self._problem)
-        except Exception as error:
+        except Exception as error:  # as above
             self._problem = f"the site cannot start: {type(error).__name__}; its log tells more"
             self.log_exception(fl_ctx, f"the site cannot start: {error}")
 
-    def _save(self, client: Client, fl_ctx: FLContext) -> None:
-        try:
-            client.save()
-        except (FederationError, OSError) as error:
-            self.log_error(fl_ctx, f"the last checkpoint was not written: {error}")
 
-    @staticmethod
-    def _refuse(problem: str) -> Shareable:
-        reply = make_reply(ReturnCode.OK)  # the engine's codes may end its job
-        reply[PROBLEM] = problem[:_MAX_TEXT]
-        return reply
+def _reply(key: str, value: bytes | str) -> Shareable:
+    reply = make_reply(ReturnCode.OK)  # for a problem too: other codes may end the engine's job
+    reply[key] = value[:_MAX_TEXT] if isinstance(value, str) else value
+    return reply

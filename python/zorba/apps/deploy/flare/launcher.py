@@ -17,17 +17,16 @@ from nvflare.apis.job_launcher_spec import JobHandleSpec
 from nvflare.app_common.job_launcher.client_process_launcher import ClientProcessJobLauncher
 from nvflare.app_common.job_launcher.server_process_launcher import ServerProcessJobLauncher
 
+from zorba.apps.deploy.backoff import Backoff
+
 _FIRST_PAUSE = 0.5
-_LONGEST_PAUSE = 60.0
 _log = logging.getLogger(__name__)
 
 
 class RestartingHandle(JobHandleSpec):  # type: ignore[misc]
     """A job process that is started again whenever a signal ended it.
 
-    A process that exits by itself, with whatever code, has ended. Pauses between starts double up
-    to a minute, so that a process which dies at once does not take the machine; one that ran for
-    longer than that starts anew with the shortest.
+    A process that exits by itself, with whatever code, has ended.
 
     Args:
         start: starts the process and returns the engine's handle of it.
@@ -42,6 +41,7 @@ class RestartingHandle(JobHandleSpec):  # type: ignore[misc]
 
     def terminate(self) -> None:
         """Kills the process for good."""
+        # In this order, so that ``wait`` does not start the process again.
         self._terminated.set()
         with self._lock:
             self._handle.terminate()
@@ -52,20 +52,19 @@ class RestartingHandle(JobHandleSpec):  # type: ignore[misc]
 
     def wait(self) -> None:
         """Returns when the process has ended for good."""
-        pause = _FIRST_PAUSE
+        backoff = Backoff(_FIRST_PAUSE)
         while True:
             started = time.monotonic()
             self._handle.wait()
+            # The engine's own code does not tell a signal from a failure: this is the process's.
             code = self._handle.adapter.poll()
             if code is None or code >= 0:
                 return
-            if time.monotonic() - started > _LONGEST_PAUSE:
-                pause = _FIRST_PAUSE
             _log.warning("the job process was ended by signal %d; starting it again", -code)
-            if self._terminated.wait(pause):
+            if self._terminated.wait(backoff.pause(time.monotonic() - started)):
                 return
-            pause = min(2 * pause, _LONGEST_PAUSE)
             with self._lock:
+                # ``terminate`` may have come in between, and has the old process only.
                 if self._terminated.is_set():
                     return
                 self._handle = self._start()

@@ -29,37 +29,32 @@ class TaskTransport:
     """A ``Transport`` over a controller of the engine.
 
     A site can be reached once it asks for work, and until it misses a deadline; when it asks
-    again, it can be reached again. Deadlines are counted on this machine's monotonic clock, so
-    that no clock that jumps, here or on a site, ends a round.
+    again, it can be reached again.
 
     Args:
-        send: gives the engine a task for a site: ``Controller.send`` with its context.
-        cancel: takes a task back.
+        controller: of the engine; its ``send`` and ``cancel_task`` are called.
+        context: of the engine, for the controller.
+        abort: the engine's signal that the run is to stop.
         sites: names to reach; others that ask are ignored.
         quorum: how many sites ``nodes`` waits for.
-        stopped: whether the engine wants the run to stop.
     """
 
     def __init__(
-        self,
-        send: Callable[[Task, str], None],
-        cancel: Callable[[Task], None],
-        sites: Collection[str],
-        quorum: int,
-        stopped: Callable[[], bool],
+        self, controller: Any, context: Any, abort: Any, sites: Collection[str], quorum: int
     ) -> None:
-        self._send = send
-        self._cancel = cancel
+        self._controller = controller
+        self._context = context
+        self._abort = abort
         self._sites = frozenset(sites)
         self._quorum = quorum
-        self._stopped = stopped
         self._here: set[str] = set()
+        # Guards all that the engine's threads change, and wakes the thread of the rounds.
         self._changed = threading.Condition()
 
     def heard(self, site: str) -> None:
         """Notes that a site asked for work; called from the engine's threads."""
         if site in self._here or site not in self._sites:
-            return
+            return  # twenty times a second for each site: not worth the lock
         with self._changed:
             self._here.add(site)
             self._changed.notify_all()
@@ -77,6 +72,7 @@ class TaskTransport:
             RunStoppedError: the engine wants the run to stop.
         """
         with self._changed:
+            # No deadline: a round with too few sites would only be spent.
             self._wait_for(lambda: len(self._here) >= self._quorum, None)
             return sorted(self._here)
 
@@ -95,6 +91,7 @@ class TaskTransport:
             site = client_task.client.name
             answer, problem = _read(client_task.result)
             with self._changed:
+                # The first answer counts: after the deadline its site is among the failures.
                 if site in plans and site not in replies and site not in failures:
                     if answer is None:
                         failures[site] = problem
@@ -102,12 +99,13 @@ class TaskTransport:
                         replies[site] = answer
                     self._changed.notify_all()
 
-        tasks = {}
+        tasks = []
         for site, frame in plans.items():
             data = Shareable()
             data[FRAME] = bytes(frame)
-            tasks[site] = Task(TASK, data=data, result_received_cb=received)
-            self._send(tasks[site], site)
+            tasks.append(Task(TASK, data=data, result_received_cb=received))
+            self._controller.send(tasks[-1], self._context, [site])
+        # This machine's monotonic clock: no clock that jumps, here or on a site, ends a round.
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             with self._changed:
@@ -117,13 +115,14 @@ class TaskTransport:
                     self._here.discard(site)
                 return dict(replies), dict(failures)
         finally:
-            for task in tasks.values():
-                self._cancel(task)
+            for task in tasks:
+                if task.completion_status is None:
+                    self._controller.cancel_task(task)
 
     def _wait_for(self, reached: Callable[[], bool], deadline: float | None) -> None:
         """Waits, with the lock held, until something is reached or the deadline has passed."""
         while not reached():
-            if self._stopped():
+            if self._abort.triggered:
                 raise RunStoppedError("the run was stopped")
             left = _WAKE_SECONDS if deadline is None else deadline - time.monotonic()
             if left <= 0:

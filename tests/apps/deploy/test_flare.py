@@ -1,0 +1,235 @@
+"""Transport, executor and launcher inside the engine, whose side the tests play.
+
+``test_deployed.py`` runs them in the real one. Here are answers that are late or none, which the
+real one gives by chance.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from nvflare.apis.shareable import Shareable, make_reply
+from zorba.apps.deploy.flare import launcher
+from zorba.apps.deploy.flare.executor import SiteExecutor
+from zorba.apps.deploy.flare.launcher import RestartingHandle
+from zorba.apps.deploy.flare.transport import FRAME, PROBLEM, RunStoppedError, TaskTransport
+from zorba.federated import Greeting, Hello, decode
+
+from tests.apps.deploy.conftest import SITES
+
+
+class Engine:
+    """The engine's controller, with sites that answer a task as soon as it is sent.
+
+    Attributes:
+        answers: of each site to a message; None where it keeps silent.
+        sent: (site, task) of each message.
+        cancelled: tasks that were taken back.
+        triggered: whether the run is to stop.
+    """
+
+    def __init__(self, quorum: int = 3) -> None:
+        self.answers: dict[str, Any] = {site: lambda frame: frame[::-1] for site in SITES}
+        self.sent: list[tuple[str, Any]] = []
+        self.cancelled: list[Any] = []
+        self.triggered = False
+        self.transport = TaskTransport(self, None, self, SITES, quorum)
+
+    def send(self, task: Any, context: Any, targets: list[str]) -> None:
+        (site,) = targets
+        self.sent.append((site, task))
+        if self.answers[site] is not None:
+            self.answer(task, site, self.answers[site](task.data[FRAME]))
+
+    def cancel_task(self, task: Any) -> None:
+        self.cancelled.append(task)
+
+    def answer(self, task: Any, site: str, result: Any) -> None:
+        """Gives a task its result, by the names of arguments that the engine uses."""
+        if isinstance(result, bytes):
+            reply = make_reply("OK")
+            reply[FRAME] = result
+            result = reply
+        client = SimpleNamespace(name=site)
+        task.result_received_cb(
+            client_task=SimpleNamespace(client=client, result=result), fl_ctx=None
+        )
+
+    def arrive(self, *sites: str) -> None:
+        for site in sites or SITES:
+            self.transport.heard(site)
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+def test_site_that_misses_the_deadline_is_away_until_it_asks_again(engine: Engine) -> None:
+    engine.arrive()
+    engine.answers["bob"] = None
+    replies, failures = engine.transport.exchange(dict.fromkeys(SITES, b"xy"), 0.01)
+    assert replies == {"ada": b"yx", "cleo": b"yx"}
+    assert len(engine.cancelled) == 3, "no task stays with the engine"
+    assert failures == {"bob": "no answer within 0.01 s"}
+    engine.transport._quorum = 2
+    assert list(engine.transport.nodes()) == ["ada", "cleo"]
+    late = next(task for site, task in engine.sent if site == "bob")
+    engine.answer(late, "bob", b"x")
+    assert (len(replies), len(failures)) == (2, 1), "its late answer changes nothing"
+    engine.arrive("bob")
+    assert list(engine.transport.nodes()) == sorted(SITES)
+
+
+def test_nodes_wait_for_the_quorum(engine: Engine) -> None:
+    engine.arrive("ada", "eve")
+    later = threading.Thread(target=engine.arrive, args=("bob", "cleo"))
+    later.start()
+    assert list(engine.transport.nodes()) == sorted(SITES), "and eve is no site"
+    later.join()
+    engine.transport.lost("bob")
+    engine.triggered = True
+    with pytest.raises(RunStoppedError):
+        engine.transport.nodes()
+
+
+def test_exchange_ends_when_the_engine_stops(engine: Engine) -> None:
+    engine.arrive()
+    engine.answers["ada"] = None
+    stop = threading.Thread(target=setattr, args=(engine, "triggered", True))
+    stop.start()
+    with pytest.raises(RunStoppedError):
+        engine.transport.exchange(dict.fromkeys(SITES, b"x"), None)
+    stop.join()
+    assert len(engine.cancelled) == 3
+
+
+@pytest.mark.parametrize(
+    ("result", "sentence"),
+    [
+        (None, "none of ours"),
+        ({"frame": "text"}, "engine answered"),
+        ({"problem": "no data"}, "no data"),
+        ({"problem": ["a"]}, "engine answered"),
+        ({}, "engine answered OK"),
+    ],
+)
+def test_result_without_a_message_is_a_failure(
+    engine: Engine, result: dict[str, Any] | None, sentence: str
+) -> None:
+    engine.arrive()
+    made = None if result is None else make_reply("OK")
+    for key, value in (result or {}).items():
+        made[key] = value
+    engine.answers["bob"] = lambda frame: made
+    replies, failures = engine.transport.exchange(dict.fromkeys(SITES, b"x"), 30.0)
+    assert replies.keys() == {"ada", "cleo"}
+    assert sentence in failures["bob"]
+
+
+# --- The site's executor --------------------------------------------------------------------------
+
+
+class Site:
+    """An executor in an engine that knows where its folder is."""
+
+    def __init__(self, folder: Path) -> None:
+        workspace = SimpleNamespace(get_root_dir=lambda: str(folder / "engine"))
+        engine = SimpleNamespace(get_workspace=lambda: workspace)
+        self.context: Any = SimpleNamespace(get_engine=lambda: engine)
+        self.executor = SiteExecutor()
+        for name in ("log_warning", "log_error", "log_exception"):
+            setattr(self.executor, name, lambda *_: None)
+
+    def ask(self, frame: Any) -> Shareable:
+        task = Shareable()
+        task[FRAME] = frame
+        return self.executor.execute("zorba", task, self.context, None)
+
+
+def test_executor_answers_with_the_messages_of_its_client(project: Path) -> None:
+    site = Site(project / "sites" / "bob")
+    assert site.ask(b"x")[PROBLEM] == "the site has not started"
+    site.executor.handle_event("_start_run", site.context)
+    hello = decode(site.ask(Greeting(7).encode())[FRAME])
+    assert isinstance(hello, Hello)
+    assert hello.client == "bob"
+    assert "a message has at least 16 bytes" in site.ask(b"x")[PROBLEM]
+    assert site.ask("text")[PROBLEM] == "the task holds no message"
+    site.executor.handle_event("_end_run", site.context)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("bob.jsonl", "gone.jsonl", "the site cannot start: FileNotFoundError"),
+        ("{sentence}", "{secret}", "the site cannot start: ValueError"),
+        ("batch_size: 4", "batch_size: few", "the site cannot start: ConfigError"),
+    ],
+)
+def test_site_whose_files_are_wrong_says_so_and_tells_nothing_of_its_data(
+    project: Path, old: str, new: str, told: str
+) -> None:
+    folder = project / "sites" / "bob"
+    text = (folder / "site.yaml").read_text()
+    (folder / "site.yaml").write_text(text.replace(old, new))
+    site = Site(folder)
+    site.executor.handle_event("_start_run", site.context)
+    problem = site.ask(Greeting(7).encode())[PROBLEM]
+    assert told in problem
+    assert "film" not in problem
+
+
+# --- The launcher ---------------------------------------------------------------------------------
+
+
+class Process:
+    """The engine's handle of a process that ends as it is told."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+        self.killed = False
+        self.adapter = SimpleNamespace(poll=lambda: self.code)
+
+    def wait(self) -> None: ...
+
+    def poll(self) -> int:
+        return self.code
+
+    def terminate(self) -> None:
+        self.killed = True
+
+
+def test_process_that_was_killed_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "_FIRST_PAUSE", 0.01)
+    started: list[Process] = []
+    codes = iter((-9, -9, 0))
+
+    def start() -> Process:
+        started.append(Process(next(codes)))
+        return started[-1]
+
+    handle = RestartingHandle(start)
+    handle.wait()
+    assert [process.code for process in started] == [-9, -9, 0]
+    assert handle.poll() == 0
+
+
+def test_process_that_failed_or_was_terminated_is_not() -> None:
+    started: list[Process] = []
+
+    def start(code: int) -> Process:
+        started.append(Process(code))
+        return started[-1]
+
+    RestartingHandle(lambda: start(101)).wait()
+    assert len(started) == 1
+    handle = RestartingHandle(lambda: start(-9))
+    handle.terminate()
+    handle.wait()
+    assert len(started) == 2
+    assert started[1].killed

@@ -1,0 +1,149 @@
+"""Server and clients of a project's files, in one process: plain, offloaded and private sites."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from zorba.apps.deploy.build import build_client, build_server
+from zorba.apps.deploy.config import PrivacySection, ServerConfig
+from zorba.apps.deploy.summary import rows, show_summary, summarise
+from zorba.apps.watch import Follower
+from zorba.apps.watch.state import RunState
+from zorba.federated import (
+    Client,
+    FederationResult,
+    LocalTransport,
+    Privacy,
+    PrivacyAccountant,
+    ReplicaError,
+    RunFolder,
+    RunRecorder,
+    run_federation,
+)
+from zorba.offload import Offload
+
+from tests.apps.deploy.conftest import SITES, change_site
+
+ROUNDS = 3
+POLICIES: dict[str, dict[str, Any]] = {
+    "ada": {"unit": "example", "clip": 1.0, "noise_multiplier": 4.0, "delta": 1e-5},
+    "bob": {"unit": "client", "clip": 2.0, "noise_multiplier": 8.0, "delta": 1e-6},
+}
+
+
+def make_private(project: Path, site: str, **changes: Any) -> None:
+    privacy = PrivacySection(**(POLICIES[site] | changes))
+    change_site(project / "sites" / site, privacy=privacy, balanced=site != "ada")
+
+
+def run(
+    project: Path, rounds: int = ROUNDS, config: ServerConfig | None = None
+) -> tuple[FederationResult, dict[str, Client]]:
+    """Runs a project in this process, with a run folder as over the engine."""
+    folder = RunFolder(project / "server" / "run")
+    server = build_server(config or ServerConfig.read(project / "server"), folder)
+    clients = {site: build_client(project / "sites" / site) for site in SITES}
+    with RunRecorder(folder, server, rounds) as recorder:
+        result = run_federation(server, LocalTransport(clients), rounds, recorder.round)
+        recorder.end(result)
+    server.close()
+    return result, clients
+
+
+def test_files_make_a_server_and_clients_that_run(project: Path) -> None:
+    result, clients = run(project)
+    assert result.replicas_identical
+    assert result.fingerprints.keys() == set(SITES)
+    assert all(report.clients == SITES for report in result.reports)
+    assert clients["ada"].privacy is None
+    assert not (project / "sites" / "ada" / "run" / "privacy.json").exists()
+    for client in clients.values():
+        client.save()
+    again = build_client(project / "sites" / "bob")
+    assert again.replica.applied_round == ROUNDS
+    assert again.replica.fingerprint() == result.fingerprints["bob"]
+
+
+def test_checkpoint_of_another_model_is_refused_with_what_to_do(project: Path) -> None:
+    site = project / "sites" / "ada"
+    client = build_client(site)
+    client.replica.applied_round = 1
+    client.save()
+    change_site(site, blocks="last:1")
+    with pytest.raises(ReplicaError, match="to start from the model, remove the file"):
+        build_client(site)
+
+
+def test_offloaded_sites_come_to_the_bits_of_resident_ones(project: Path) -> None:
+    config = ServerConfig.read(project / "server")
+    few = {
+        site: entry.model_copy(update={"active": entry.active[n % len(entry.active) :][:1]})
+        for n, (site, entry) in enumerate(config.sites.items())
+    }
+    config = config.model_copy(update={"sites": few})
+    fingerprints = []
+    for offload in (False, True):
+        for site in SITES:
+            change_site(project / "sites" / site, offload=offload)
+        RunFolder(project / "server" / "run").clear()
+        result, clients = run(project, 4, config)
+        model: Any = clients["ada"].objective
+        assert (Offload.of(model._model) is not None) == offload
+        assert not any(report.failures or report.refusals for report in result.reports)
+        assert result.replicas_identical
+        fingerprints.append(set(result.fingerprints.values()))
+    assert fingerprints[0] == fingerprints[1]
+
+
+# --- Private sites --------------------------------------------------------------------------------
+
+
+def test_epsilon_of_each_private_site_is_in_the_summary(project: Path) -> None:
+    for site in POLICIES:
+        make_private(project, site)
+    result, _ = run(project)
+    assert result.replicas_identical
+    state = Follower(project / "server" / "run" / "events.jsonl").update()
+    content = summarise(state)
+    assert content["privacy"].keys() == POLICIES.keys()
+    told = {name: (figure, note) for name, figure, note in rows(state)}
+    for site, policy in POLICIES.items():
+        spent = PrivacyAccountant(Privacy(**policy)).spent(ROUNDS)
+        expected = {"unit": spent.unit, "epsilon": spent.epsilon, "delta": spent.delta}
+        assert content["privacy"][site] == expected
+        assert told[f"{site} has told"] == (
+            f"epsilon {spent.epsilon:.3g}",
+            f"at delta {policy['delta']:g}, of each {spent.unit}",
+        )
+    assert "cleo has told" not in told
+
+
+def test_what_was_spent_counts_after_a_restart(project: Path) -> None:
+    make_private(project, "ada")
+    client = build_client(project / "sites" / "ada")
+    assert client.privacy is not None
+    client.privacy.note(50, b"question", b"answer")
+    make_private(project, "ada", noise_multiplier=8.0)
+    again = build_client(project / "sites" / "ada")
+    assert again.privacy is not None
+    assert again.privacy.last == (b"question", b"answer")
+    assert again.privacy.spent().epsilon == client.privacy.spent().epsilon > 0
+
+
+def test_budget_that_is_spent_is_told_and_the_others_go_on(project: Path) -> None:
+    make_private(project, "ada", max_epsilon=0.5)
+    result, _ = run(project)
+    assert result.replicas_identical
+    for report in result.reports:
+        assert report.clients == ("bob", "cleo")
+        assert "the privacy budget is spent" in report.failures["ada"]
+
+
+def test_summary_of_a_run_without_events_is_shown() -> None:
+    state = RunState()
+    assert summarise(state)["final_round"] == 0
+    assert rows(state)[0] == ("rounds", "0 of 0", "")
+    show_summary(state, Console(quiet=True))

@@ -152,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = {kind: (name, run) for name, (kind, run) in COMMANDS.items()}
     runs |= {kind: (f"federate {name}", run) for name, (kind, run) in FEDERATE.items()}
     name, run = runs[type(settings)]
+    # Expected failures are sentences; other exceptions are defects and keep their traceback.
     try:
         run(settings)
     except (RuntimeError, ValueError, OSError) as error:

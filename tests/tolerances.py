@@ -47,6 +47,28 @@ TOLERANCES = {
     "perturbed in place": Tolerance(
         2e-6, "float32 weights near 1, some dozen additions, each rounding by 6e-8 at most"
     ),
+    "restored in place": Tolerance(
+        1e-6, "float32 weights below 2 round by 1.2e-7 at most in each of a step's few passes"
+    ),
+    "steps in place": Tolerance(
+        1e-5, "the same over the passes of a few steps; a perturbation is a thousand times as large"
+    ),
+    "scalar in place": Tolerance(
+        1e-2,
+        "relative; the other loss is taken at weights that rounded twice, and eps divides by 1e-2",
+    ),
+    "decay of bfloat16": Tolerance(
+        3e-3, "4,096 stochastically rounded weights over 1,000 steps leave a ratio below 1e-3 off"
+    ),
+    "other placement": Tolerance(
+        1e-4, "relative; a float32 loss at w + eps z, in place from one rounding more"
+    ),
+    "autocast": Tolerance(1e-2, "relative; bfloat16 products, cast inside or around the closure"),
+    "padded logits": Tolerance(1e-4, "padding changes the order of a product's float32 sums"),
+    "two passes in Trainer": Tolerance(
+        1e-3, "a few steps with eps 0.1 that start from other roundings, which scalars amplify"
+    ),
+    "micro-batches": Tolerance(1e-5, "a sum of float32 losses of parts, and lr / eps on top"),
     "difference of losses": Tolerance(
         1e-3, "relative; float32 losses near 5 round by 5e-7, divided by a distance of 1e-2"
     ),

@@ -73,6 +73,8 @@ def find_blocks(model: nn.Module) -> list[Block]:
             f"no transformer blocks found in {_name(model)}: it has no ModuleList of equally built "
             "modules with a substantial part of the parameters. Fine-tune it as a whole"
         )
+    # named_parameters tells a tied parameter once, under its first name: so do blocks, or a mask
+    # would count it twice.
     names = {id(p): canonical_name(n) for n, p in model.named_parameters()}
     blocks = [
         Block(
@@ -102,13 +104,16 @@ def _stacks(model: nn.Module) -> list[_Stack]:
     for _, stack in lists:
         alike[_classes(stack)] += _numel(stack)
     total = _numel(model)
-
-    def signs(stack: nn.ModuleList) -> tuple[bool, bool, bool]:
-        return len(stack) in depths, _is_marked(stack), 10 * alike[_classes(stack)] >= total
-
-    found = [item for item in lists if sum(signs(item[1])) >= 2]
-    found = found or [item for item in lists if signs(item[1])[0]]
-    found = found or [i for i in lists if signs(i[1])[2] and len(_classes(i[1])) == 1]
+    # One sign alone may be an accident: norms are as many as layers, a vision stem is marked, a
+    # list of experts holds most parameters. No tested model shows two by accident.
+    signs = {
+        name: (len(stack) in depths, _is_marked(stack), 10 * alike[_classes(stack)] >= total)
+        for name, stack in lists
+    }
+    found = [item for item in lists if sum(signs[item[0]]) >= 2]
+    # Models of no config, or with a config that is not transformers', show fewer.
+    found = found or [item for item in lists if signs[item[0]][0]]
+    found = found or [i for i in lists if signs[i[0]][2] and len(_classes(i[1])) == 1]
     found = _outermost(found)
     if not any(_is_marked(stack) for _, stack in found):
         _refuse_parallel_lists(model, found)
@@ -117,6 +122,7 @@ def _stacks(model: nn.Module) -> list[_Stack]:
 
 def _configs(model: nn.Module) -> Iterator[Any]:
     """The model's config, also inside wrappers, and those nested in it."""
+    # Wrappers (DDP, PEFT) may have none of their own: the first one inside is the model's.
     found = next((m.config for m in model.modules() if hasattr(m, "config")), None)
     waiting, seen = [found], set()
     while waiting:
@@ -141,13 +147,10 @@ def _depths(model: nn.Module) -> tuple[set[int], list[tuple[int, ...]]]:
 
 def _is_stages(stack: nn.ModuleList, stages: list[tuple[int, ...]]) -> bool:
     """Whether the members are stages, each with a list of its blocks."""
-
-    def lengths(stage: nn.Module) -> set[int]:
-        return {len(m) for m in stage.modules() if isinstance(m, nn.ModuleList)}
-
+    # Swin's list of stages is as long as ``depths``; its blocks are one level below.
+    lengths = [{len(m) for m in s.modules() if isinstance(m, nn.ModuleList)} for s in stack]
     return any(
-        len(depths) == len(stack)
-        and all(d in lengths(stage) for d, stage in zip(depths, stack, strict=True))
+        len(depths) == len(stack) and all(d in n for d, n in zip(depths, lengths, strict=True))
         for depths in stages
     )
 
@@ -161,6 +164,7 @@ def _classes(stack: nn.ModuleList) -> frozenset[type]:
 
 
 def _outermost(stacks: list[_Stack]) -> list[_Stack]:
+    # Experts of a block are a list in a member of a list: named_modules tells the outer one first.
     kept: list[_Stack] = []
     for name, stack in stacks:
         if not any(not outer or name.startswith(outer + ".") for outer, _ in kept):
@@ -169,7 +173,8 @@ def _outermost(stacks: list[_Stack]) -> list[_Stack]:
 
 
 def _refuse_parallel_lists(model: nn.Module, stacks: list[_Stack]) -> None:
-    """XLM keeps the attentions of all blocks in one list, their feed-forwards in another."""
+    # XLM keeps the attentions of all blocks in one list, their feed-forwards in another: each list
+    # looks like blocks, and a mask would move half of one.
     places = Counter((name.rpartition(".")[0], len(stack)) for name, stack in stacks)
     together = [
         name
@@ -185,7 +190,6 @@ def _refuse_parallel_lists(model: nn.Module, stacks: list[_Stack]) -> None:
 
 
 def _refuse_shared_parameters(model: nn.Module, blocks: list[Block]) -> None:
-    """A mask that moves one block must not move another."""
     owner: dict[str, Block] = {}
     for block in blocks:
         for name in block.parameters:

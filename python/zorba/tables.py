@@ -38,6 +38,7 @@ class DeviceTables:
             by_device: dict[torch.device, dict[str, Tensor]] = {}
             for name, tensor in self._tensors.items():
                 by_device.setdefault(tensor.device, {})[name] = tensor
+            # Every table has all groups, so that one matrix of coefficients serves each of them.
             self._tables = tuple(
                 zk.ParamTable(
                     part, groups={n: self._groups[n] for n in part}, num_groups=self.num_groups
@@ -67,13 +68,32 @@ Tables = zk.ParamTable | DeviceTables
 TableLike = Tables | Sequence[zk.ParamTable]
 """The same, or plain tables of different devices."""
 
-
-_ALIGN = 64  # bytes, as torch aligns tensors on a CPU: the bits of a product may depend on it
+# Bytes between tensors of one buffer, as torch aligns tensors on a CPU: vector code takes other
+# paths at other addresses, so the bits of a product may depend on the alignment.
+_ALIGN = 64
 
 
 def padded_bytes(tensor: Tensor) -> int:
     """Returns the bytes that a tensor takes in a buffer which holds several, each aligned."""
-    return -(-tensor.numel() * tensor.element_size() // _ALIGN) * _ALIGN
+    return -(-tensor.nbytes // _ALIGN) * _ALIGN
+
+
+def views_in(buffer: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Lays tensors out in a buffer, one behind the other and each aligned.
+
+    Args:
+        buffer: Tensor  # uint8, of the sum of ``padded_bytes`` at least
+        tensors: whose shapes and dtypes to take; they are not read.
+
+    Returns:
+        Contiguous views of the buffer by the same names.
+    """
+    views, start = {}, 0
+    for name, tensor in tensors.items():
+        piece = buffer[start : start + tensor.nbytes]
+        views[name] = piece.view(tensor.dtype).view(tensor.shape)
+        start += padded_bytes(tensor)
+    return views
 
 
 def each_table(tables: TableLike) -> Sequence[zk.ParamTable]:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from zorba.federated.aggregate import aggregate, fold
-from zorba.federated.entry import UNCOVERED
 
 from tests.conftest import Random
 
@@ -60,11 +59,11 @@ def test_equals_the_rule_on_copies(
 ) -> None:
     given = measured(numbers, 9, 12)
     trim = float(numbers.uniform(0, 0.5))
-    coefs, columns = aggregate(*given, 0.1, weighting, clip, rule, trim)
+    coefs = aggregate(*given, 0.1, weighting, clip, rule, trim)
     for block in range(12):
         covering = given.masks[:, block]
         if not covering.any():
-            assert columns[block] == UNCOVERED
+            assert not coefs[block].any()
             continue
         g = given.scalars[covering].astype(np.float64)
         g = g if clip is None else np.clip(g, -clip, clip)
@@ -72,7 +71,7 @@ def test_equals_the_rule_on_copies(
         expected = -0.1 * of_copies(rule, np.repeat(g, counts, axis=0), trim) / 3
         # float64 sums of up to 450 terms, then one rounding to float32 (6e-8 relative). Sums that
         # cancel keep the error of their terms, which are below 6.
-        np.testing.assert_allclose(coefs[:, :, columns[block]], expected, rtol=1e-6, atol=1e-14)
+        np.testing.assert_allclose(coefs[block], expected, rtol=1e-6, atol=1e-14)
 
 
 def folded(terms: list[float]) -> float:
@@ -102,7 +101,7 @@ def test_robust_sums_have_a_term_of_every_client(
         if values is not None:
             g = numbers.choice(np.array(values, np.float32), g.shape)
         trim = float(numbers.uniform(0, 0.5))
-        coefs, columns = aggregate(g, masks, examples, 1.0, "examples", 1.5, rule, trim)
+        coefs = aggregate(g, masks, examples, 1.0, "examples", 1.5, rule, trim)
         for block, k, p in np.argwhere(np.ones((9, 2, 3))):
             rows = np.flatnonzero(masks[:, block])
             if not len(rows):
@@ -118,7 +117,7 @@ def test_robust_sums_have_a_term_of_every_client(
                 terms.append(float(np.clip(np.float64(g[n, k, p]), -1.5, 1.5)) * kept)
                 before = after
             expected = np.float32(-(folded(terms) / (total - 2 * cut)) / 3)
-            assert coefs[k, p, columns[block]].tobytes() == expected.tobytes()
+            assert coefs[block, k, p].tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -126,43 +125,41 @@ def test_bits_depend_on_the_clients_of_a_block_alone(
     numbers: np.random.Generator, rule: Any
 ) -> None:
     given = measured(numbers, 40, 7)
-    coefs, columns = aggregate(*given, 0.3, aggregation=rule)
+    coefs = aggregate(*given, 0.3, aggregation=rule)
     for block in range(7):
         clients = given.masks[:, block]
         alone = given.scalars[clients], given.masks[clients, block : block + 1]
-        one, _ = aggregate(*alone, given.examples[clients], 0.3, aggregation=rule)
-        assert one[:, :, 0].tobytes() == coefs[:, :, columns[block]].tobytes()
+        one = aggregate(*alone, given.examples[clients], 0.3, aggregation=rule)
+        assert one[0].tobytes() == coefs[block].tobytes()
 
 
-def test_blocks_of_the_same_coverage_share_a_column() -> None:
+def test_each_block_has_the_clients_that_covered_it() -> None:
     masks = np.array([[1, 1, 0, 0, 1], [0, 1, 0, 0, 0]], bool)
-    coefs, columns = aggregate(np.ones((2, 1, 2), np.float32), masks, np.ones(2, int), 1.0)
-    assert columns.tolist() == [0, 1, UNCOVERED, UNCOVERED, 0]
-    assert coefs.shape == (1, 2, 2)
+    scalars = np.array([[[1.0, 2.0]], [[3.0, 4.0]]], np.float32)
+    coefs = aggregate(scalars, masks, np.ones(2, int), 1.0)
+    assert coefs.tolist() == [[[-b, -c]] for b, c in [(0.5, 1), (1, 1.5), (0, 0), (0, 0), (0.5, 1)]]
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_one_client_keeps_its_scalars(numbers: np.random.Generator, rule: Any) -> None:
     scalars = measured(numbers, 1, 1).scalars
-    coefs, _ = aggregate(scalars, np.array([[True]]), np.array([17]), 0.5, aggregation=rule)
+    coefs = aggregate(scalars, np.array([[True]]), np.array([17]), 0.5, aggregation=rule)
     expected = (-0.5 * scalars[0].astype(np.float64) / 3).astype(np.float32)
-    assert coefs[:, :, 0].tobytes() == expected.tobytes()
+    assert coefs[0].tobytes() == expected.tobytes()
 
 
 def test_nobody_covers_anything() -> None:
     scalars, masks = np.ones((1, 1, 2), np.float32), np.zeros((1, 3), bool)
-    coefs, columns = aggregate(scalars, masks, np.array([5]), 1.0)
-    assert coefs.shape == (1, 2, 0)
-    assert (columns == UNCOVERED).all()
+    coefs = aggregate(scalars, masks, np.array([5]), 1.0)
+    assert coefs.tolist() == [[[0.0, 0.0]]] * 3
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_client_without_examples_covers_nothing(rule: Any) -> None:
     masks = np.array([[1, 1, 0], [0, 1, 1]], bool)
     scalars = np.array([[[1.0]], [[50.0]]], np.float32)
-    coefs, columns = aggregate(scalars, masks, np.array([5, 0]), 1.0, aggregation=rule)
-    assert columns.tolist() == [0, 0, UNCOVERED]
-    assert coefs.tolist() == [[[-1.0]]]
+    coefs = aggregate(scalars, masks, np.array([5, 0]), 1.0, aggregation=rule)
+    assert coefs.tolist() == [[[-1.0]], [[-1.0]], [[0.0]]]
 
 
 # --- Liars ---------------------------------------------------------------------------------------
@@ -176,9 +173,9 @@ def test_liars_below_the_share_move_nothing_out_of_the_others_range(
     honest = numbers.normal(size=6)
     given = np.append(honest, [lie, lie])[numbers.permutation(8)]
     scalars, masks = one_block(*given)
-    coefs, _ = aggregate(scalars, masks, np.ones(8, int), 1.0, "uniform", None, rule, 0.25)
+    coefs = aggregate(scalars, masks, np.ones(8, int), 1.0, "uniform", None, rule, 0.25)
     assert honest.min() <= -coefs.item() <= honest.max()
-    mean, _ = aggregate(scalars, masks, np.ones(8, int), 1.0, "uniform")
+    mean = aggregate(scalars, masks, np.ones(8, int), 1.0, "uniform")
     assert not honest.min() <= -mean.item() <= honest.max()
 
 
@@ -186,14 +183,10 @@ def test_as_many_are_cut_as_the_share_asks_for_and_no_fewer() -> None:
     scalars, masks = one_block(*range(100))
     for trim in (0.07, 0.29, 0.291):  # 0.29 * 100 is a little below 29 in doubles
         kept = range(int(np.ceil(trim * 100)), 100 - int(np.ceil(trim * 100)))
-        coefs, _ = aggregate(
-            scalars, masks, np.ones(100, int), 1.0, "uniform", None, "trimmed", trim
-        )
+        coefs = aggregate(scalars, masks, np.ones(100, int), 1.0, "uniform", None, "trimmed", trim)
         assert -coefs.item() == pytest.approx(np.mean(kept))
     huge = np.where(np.arange(100) >= 71, 3e38, 1.0)
-    coefs, _ = aggregate(
-        *one_block(*huge), np.ones(100, int), 1.0, "uniform", None, "trimmed", 0.29
-    )
+    coefs = aggregate(*one_block(*huge), np.ones(100, int), 1.0, "uniform", None, "trimmed", 0.29)
     assert coefs.item() == -1.0, "not a trace of what was cut"
 
 
@@ -202,7 +195,7 @@ def test_examples_are_votes() -> None:
     scalars, masks = one_block(0.1, 0.2, 0.3, 99.0)
     claimed = np.array([8, 8, 8, 4_000_000_000])
     told = [
-        -aggregate(scalars, masks, claimed, 1.0, weighting, None, "median")[0].item()  # type: ignore[arg-type]
+        -aggregate(scalars, masks, claimed, 1.0, weighting, None, "median").item()  # type: ignore[arg-type]
         for weighting in ("examples", "uniform")
     ]
     assert told == pytest.approx([99.0, 0.25])

@@ -93,10 +93,10 @@ def test_missing_entries_are_asked_for(world: World) -> None:
     plan = plan_of(world.server.begin_round()["ada"])
     fresh = World(world.path.with_name("other")).clients["cleo"]
     # A plan that starts at round 3 reaches a replica at theta_0.
-    answer = decode(fresh.handle(replace(plan, base_round=3, entries=()).encode()))
+    answer = decode(fresh.handle(replace(plan, base_round=3, num_entries=0, frames=b"").encode()))
     assert isinstance(answer, Hello)
     assert answer.applied_round == 0
-    flush = replace(plan, base_round=3, entries=(), seeds=())
+    flush = replace(plan, base_round=3, num_entries=0, frames=b"", seeds=())
     assert isinstance(decode(fresh.handle(flush.encode())), Hello)
     assert fresh.replica.fingerprint(fresh=True) == fresh.replica.identity.start
 
@@ -172,16 +172,15 @@ def test_pending_steps_are_the_round_of_a_single_client(tmp_path: Path, distribu
     start = copy_table(replica.table)
     run_federation(world.server, world.transport, 1)
     entry = world.server.log.entry(1)
+    terms = entry.terms
     # The last evaluation saw two pending steps of P = 3 terms, and its own perturbation.
-    assert seen[-1].seeds == (entry.seeds[0],) * 3 + (entry.seeds[1],) * 3 + (entry.seeds[2],)
+    assert seen[-1].seeds == terms.seeds[:7]
+    assert terms.seeds[::3] == tuple(world.settings.seed_of(1, k) for k in range(3))
     assert seen[-1].samples == (0, 1, 2, 0, 1, 2, 2)
-    assert torch.equal(seen[-1].coefs[:, :6], torch.from_numpy(entry.block_coefs()[:, :6]))
+    assert torch.equal(seen[-1].coefs[:, :6], terms.coefs[:, :6])
 
-    rows = torch.from_numpy(entry.block_coefs())
-    samples = (0, 1, 2) * 3
-    seeds = [s for s in entry.seeds for _ in range(3)]
     written = copy_table(start)
-    zk.add_noise_(written, seeds, rows, distribution, samples=samples)
+    zk.add_noise_(written, terms.seeds, terms.coefs, distribution, samples=terms.samples)
     assert zk.fingerprint(written) == replica.fingerprint(fresh=True)
     world.server.close()
 
@@ -244,7 +243,7 @@ def test_clip_holds_for_pending_steps_too(tmp_path: Path) -> None:
     pending = seen[-1].coefs[:, :-1]
     assert 0 < float(pending.abs().max()) <= np.float32(0.05 * 1e-3 / 3)
     run_federation(world.server, world.transport, 1)
-    assert np.abs(world.server.log.entry(1).coefs).max() <= np.float32(0.05 * 1e-3 / 3)
+    assert float(world.server.log.entry(1).terms.coefs.abs().max()) <= np.float32(0.05 * 1e-3 / 3)
     world.server.close()
 
 

@@ -230,7 +230,7 @@ def test_events_of_a_run(folder: RunFolder) -> None:
     assert rounds[2]["uncovered"] == list(range(BLOCKS))
     assert rounds[2]["loss"] is None
     last = world.server.log.entry(2)
-    assert rounds[1]["base_fingerprint"] == f"{last.base_fingerprint:016x}"
+    assert rounds[1]["base_fingerprint"] == f"{last.base:016x}"
     assert (evaluation["accuracy"], evaluation["auc"]) == (0.5, None)
     assert end["replicas_identical"]
     told = {f"{r.fingerprint(fresh=True):016x}" for r in world.replicas.values()}
@@ -242,7 +242,7 @@ def test_a_server_that_starts_again_continues(folder: RunFolder) -> None:
     world = World(folder.log)
     record(world, folder, 2)
     world.server.close()
-    folder.log.write_bytes(folder.log.read_bytes() + b"ZRLEtorn")
+    folder.log.write_bytes(folder.log.read_bytes() + b"\1torn...")
     world.server = world.start()
     record(world, folder, 1)
     kinds = [event["event"] for event in read(folder.events)]

@@ -15,7 +15,8 @@ from zorba.federated.events import EventReader
 from tests.conftest import Random
 from tests.federated.faults import disguises
 from tests.federated.faults.kills import SERVER_POINTS, SITE_POINTS, Kill, Schedule
-from tests.federated.faults.run import Job, Outcome, run
+from tests.federated.faults.lives import Job
+from tests.federated.faults.run import Outcome, run
 from tests.federated.faults.schedules import one
 from tests.federated.world import NAMES, make_replica, make_settings
 
@@ -60,28 +61,29 @@ def test_killed_server_goes_on(
     assert_same(outcome, undisturbed)
 
 
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("number", range(5))
 def test_random_kill_schedule(tmp_path: Path, number: int, rng: Random) -> None:
-    wrong, _ = one(tmp_path, rng.integer(32), rounds=20)
+    """``python -m tests.federated.faults`` runs a hundred longer ones."""
+    wrong, _ = one(tmp_path, rng.integer(32), rounds=12)
     assert not wrong
 
 
-def test_site_away_for_50_rounds_catches_up_in_one_pass(tmp_path: Path) -> None:
-    job = Job(tmp_path, make_settings(), 60, quorum=2, late_sites={"cleo": 50})
+def test_site_away_for_20_rounds_catches_up_in_one_pass(tmp_path: Path) -> None:
+    job = Job(tmp_path, make_settings(), 24, quorum=2, late_sites={"cleo": 20})
     outcome = run(job)
     assert outcome.identical
     assert outcome.fingerprints.keys() == set(NAMES)
     caught_up = [note for note in outcome.notes if note.get("site") == "cleo"]
     assert [note["passes"] for note in caught_up] == [1]
-    assert caught_up[0]["caught_up"] >= 50
+    assert caught_up[0]["caught_up"] >= 20
 
 
 def test_late_reply_is_refused(tmp_path: Path) -> None:
-    job = Job(tmp_path, make_settings(), 6, timeout=2.0, held_round={"bob": 3})
+    job = Job(tmp_path, make_settings(), 6, held_round={"bob": 3})
     outcome = run(job)
     rounds = {note["round"]: note for note in outcome.notes if "round" in note}
     assert "bob" not in rounds[3]["clients"]
-    assert rounds[3]["failures"] == {"bob": "no answer within 2.0 s"}
+    assert rounds[3]["failures"] == {"bob": "no answer in time"}
     (late,) = [note for note in outcome.notes if "late" in note]
     assert (late["late"], late["accepted"]) == ("bob", False)
     assert "replies to round 3" in late["reason"]
@@ -93,17 +95,17 @@ def test_full_disk_stops_the_server_and_room_lets_it_go_on(
 ) -> None:
     job = Job(tmp_path, make_settings(), ROUNDS)
     job.disguise = {"server": disguises.small_disk}
-    with pytest.raises(RuntimeError, match=r"LogError: round \d was not written to the log"):
+    with pytest.raises(RuntimeError, match=r"LogError: entry \d was not written to "):
         run(job)
     with RoundLog(job.run_folder.log) as log:
-        assert 0 < log.last_round < ROUNDS
+        assert 0 < log.last < ROUNDS
         assert log.cut_bytes == 0, "the log was cut back to what it was"
     job.disguise = {}
     assert_same(run(job), undisturbed)
 
 
 def test_jumping_clocks_change_nothing(tmp_path: Path, undisturbed: Outcome) -> None:
-    job = Job(tmp_path, make_settings(), ROUNDS, timeout=60.0)
+    job = Job(tmp_path, make_settings(), ROUNDS)
     job.disguise = dict.fromkeys(("server", *NAMES), disguises.jumping_clock)
     assert_same(run(job), undisturbed)
     moments = [event["time"] for event in EventReader(job.run_folder.events).poll()]

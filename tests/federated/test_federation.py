@@ -13,9 +13,15 @@ from zorba.federated import Client, Greeting, LocalTransport, RoundLog, run_fede
 from tests.federated.world import NAMES, World, loss_of, make_objective, make_replica, make_settings
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize(
+    ("dtype", "distribution", "rounding"),
+    [  # every pair of values comes up; the kernels' own tests have every triple
+        (torch.float32, "gaussian", "nearest"),
+        (torch.float32, "rademacher", "stochastic"),
+        (torch.bfloat16, "gaussian", "stochastic"),
+        (torch.bfloat16, "rademacher", "nearest"),
+    ],
+)
 def test_replicas_are_identical_after_random_participation(
     tmp_path: Path, dtype: torch.dtype, distribution: Any, rounding: Any
 ) -> None:
@@ -84,9 +90,9 @@ def test_server_restarts_as_if_nothing_had_happened(tmp_path: Path) -> None:
     # killed in the middle of an append
     disturbed.server.close()
     torn = disturbed.path.read_bytes()
-    disturbed.path.write_bytes(torn + torn[-200:-50])
+    disturbed.path.write_bytes(torn + torn[-30:-10])
     disturbed.server = disturbed.start()
-    assert disturbed.server.log.cut_bytes == 150
+    assert disturbed.server.log.cut_bytes == 20
     run_federation(disturbed.server, disturbed.transport, 1)
     assert undisturbed.fingerprints() == disturbed.fingerprints()
     undisturbed.server.close()
@@ -157,7 +163,7 @@ def test_hello_after_a_reply_takes_nothing_back(world: World) -> None:
     hello = world.clients["bob"].handle(Greeting(world.settings.job_id).encode())
     assert world.server.receive("bob", hello).accepted
     assert world.server.ask_again() == {}
-    assert world.server.end_round().replies.keys() == set(NAMES)
+    assert set(world.server.end_round().clients) == set(NAMES)
 
 
 def test_masks_can_change_between_rounds(world: World) -> None:
@@ -167,7 +173,7 @@ def test_masks_can_change_between_rounds(world: World) -> None:
     result = run_federation(world.server, world.transport, 2)
     assert result.replicas_identical
     entry = result.reports[-1].entry
-    assert entry.columns.tolist() == [-1, -1, 0, -1], "uncovered blocks are left alone"
+    assert entry.uncovered() == [0, 1, 3], "these blocks are left alone"
     assert entry.mask_version != old
 
 
@@ -194,7 +200,7 @@ def test_ctrl_c_passes_and_the_run_goes_on_later(world: World) -> None:
     world.clients["cleo"].objective = interrupted
     with pytest.raises(KeyboardInterrupt):
         run_federation(world.server, world.transport, 5)
-    assert world.server.log.last_round == 2
+    assert world.server.log.last == 2
     world.clients["cleo"].objective = inner
     assert run_federation(world.server, world.transport, 3).replicas_identical
 

@@ -212,7 +212,7 @@ def test_the_same_question_has_one_answer_also_after_a_restart(tmp_path: Path) -
 
     make_private(world, "ada", PrivacyAccountant(POLICY, path))  # nothing is left but the file
     assert world.clients["ada"].handle(data) == answer
-    again = replace(plan_of(data), base_round=1, entries=())
+    again = replace(plan_of(data), base_round=1, num_entries=0, frames=b"")
     assert world.clients["ada"].handle(again.encode()) == answer, "other entries ask nothing new"
     assert PrivacyAccountant(POLICY, path).spent().epsilon == spent
 

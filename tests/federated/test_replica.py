@@ -10,38 +10,28 @@ import numpy as np
 import pytest
 import torch
 from zorba.federated import DivergedError, GapError, LogEntry, Replica, ReplicaError
-from zorba.federated.entry import UNCOVERED
 from zorba.federated.settings import FederationSettings
+from zorba.optim import NoiseTerms
 
 import zorba_kernels as zk
-from tests.federated.world import BLOCKS, make_replica, weights_of
+from tests.federated.world import BLOCKS, make_entry, make_replica, weights_of
 
 SETTINGS = FederationSettings(job="replica", seed=3, lr=0.1)
 
 
-def make_log(
-    rounds: int, distribution: Any = "gaussian", rounding: Any = "stochastic", steps: int = 2
-) -> list[LogEntry]:
+def make_log(rounds: int, steps: int = 2) -> list[LogEntry]:
     """Entries of random coefficients; every fifth is empty, every block is uncovered at times."""
     rng = np.random.default_rng(0)
     entries = []
     for t in range(1, rounds + 1):
-        width = 0 if t % 5 == 0 else 2
-        coefs = rng.normal(size=(steps, 3, width)).astype(np.float32) * 0.01
-        columns = rng.integers(UNCOVERED, width, BLOCKS).astype(np.int32)
-        entries.append(
-            LogEntry(
-                round=t,
-                seeds=tuple(SETTINGS.seed_of(t, k) for k in range(steps)),
-                coefs=coefs,
-                columns=columns if width else np.full(BLOCKS, UNCOVERED, np.int32),
-                rounding_seed=SETTINGS.rounding_seed_of(t),
-                mask_version=0,
-                base_fingerprint=None,
-                distribution=distribution,
-                rounding=rounding,
-            )
+        seeds = [SETTINGS.seed_of(t, k) for k in range(steps) for _ in range(3)]
+        coefs = rng.normal(size=(BLOCKS, 3 * steps)) * 0.01 * (rng.random((BLOCKS, 1)) < 0.7)
+        terms = NoiseTerms(
+            tuple(seeds), tuple(range(3)) * steps, torch.from_numpy(coefs.astype(np.float32))
         )
+        if t % 5 == 0:
+            terms = NoiseTerms.none(BLOCKS)
+        entries.append(LogEntry(t, terms, SETTINGS.rounding_seed_of(t)))
     return entries
 
 
@@ -59,7 +49,7 @@ def assert_same(one: Replica, other: Replica) -> None:
 def test_catching_up_in_one_pass_equals_round_by_round(
     dtype: torch.dtype, rounding: str, distribution: str
 ) -> None:
-    log = make_log(23, distribution, rounding)
+    log = make_log(23)
     at_once, one_by_one, in_parts = (make_replica(dtype, distribution, rounding) for _ in range(3))
     assert at_once.apply(log) == 23
     for entry in log:
@@ -77,12 +67,12 @@ def test_update_is_the_one_of_the_entry() -> None:
     (entry,) = make_log(1)
     replica, before = make_replica(), make_replica()
     replica.apply([entry])
-    rows = entry.block_coefs()
+    terms = entry.terms
     for new, old in zip(replica.table.entries, before.table.entries, strict=True):
         expected = old.tensor.double()
-        for term, seed in enumerate(np.repeat(entry.seeds, 3)):
-            z = zk.noise(old.tensor.shape, seed=int(seed), stream=old.stream, sample=term % 3)
-            expected += float(rows[old.group, term]) * z.double()
+        for term, (seed, sample) in enumerate(zip(terms.seeds, terms.samples, strict=True)):
+            z = zk.noise(old.tensor.shape, seed=seed, stream=old.stream, sample=sample)
+            expected += float(terms.coefs[old.group, term]) * z.double()
         # one float32 sum of 6 terms of size 0.01 and weights of size 1: a few 6e-8
         torch.testing.assert_close(new.tensor.double(), expected, rtol=0, atol=5e-7)
 
@@ -91,10 +81,9 @@ def test_rounding_follows_the_seed_of_the_entry() -> None:
     (entry,) = make_log(1)
     replica, table = make_replica(torch.bfloat16), make_replica(torch.bfloat16).table
     replica.apply([entry])
-    seeds = [s for s in entry.seeds for _ in range(3)]
-    rows = torch.from_numpy(entry.block_coefs())
+    terms, seed = entry.terms, entry.rounding_seed
     zk.add_noise_(
-        table, seeds, rows, "gaussian", "stochastic", entry.rounding_seed, samples=[0, 1, 2] * 2
+        table, terms.seeds, terms.coefs, "gaussian", "stochastic", seed, samples=terms.samples
     )
     assert zk.fingerprint(table) == replica.fingerprint(fresh=True)
 
@@ -123,14 +112,11 @@ def test_a_gap_is_refused_and_says_what_is_missing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, weights_of(replica), strict=True))
 
 
-def test_entries_for_another_replica_are_refused() -> None:
-    for replica, told in (
-        (make_replica(distribution="rademacher"), "distribution"),
-        (make_replica(rounding="nearest"), "rounding"),
-    ):
-        with pytest.raises(ReplicaError, match=told):
-            replica.apply(make_log(2))
-        assert replica.fingerprint(fresh=True) == replica.identity.start
+def test_entries_of_another_model_are_refused() -> None:
+    replica = make_replica()
+    with pytest.raises(ReplicaError, match=f"{BLOCKS + 1} blocks, this replica has {BLOCKS}"):
+        replica.apply([make_entry(1, blocks=BLOCKS + 1)])
+    assert replica.fingerprint(fresh=True) == replica.identity.start
 
 
 def test_weights_changed_from_outside_are_noticed() -> None:
@@ -142,7 +128,7 @@ def test_weights_changed_from_outside_are_noticed() -> None:
         replica.table.entries[0].tensor[3] += 1
     replica.fingerprint(fresh=True)
     with pytest.raises(DivergedError, match="changed from outside"):
-        replica.apply([replace(log[1], base_fingerprint=good)])
+        replica.apply([replace(log[1], base=good)])
     assert replica.applied_round == 1
 
 

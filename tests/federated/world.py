@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from zorba.federated import (
     Client,
     FederationSettings,
     LocalTransport,
+    LogEntry,
     Replica,
     Server,
     model_fingerprint,
@@ -87,6 +89,36 @@ def make_settings(**changes: Any) -> FederationSettings:
     """Settings of a small job."""
     defaults: dict[str, Any] = {"job": "test", "seed": 7, "lr": 0.05, "num_perturbations": 3}
     return FederationSettings(**(defaults | changes))
+
+
+def make_entry(number: int, blocks: int = BLOCKS, columns: int = 2, steps: int = 1) -> LogEntry:
+    """A round of P = 5 that left the last block alone; an empty one without columns.
+
+    Args:
+        number: of the round.
+        blocks: of the model.
+        columns: how many sets of blocks got coefficients of their own.
+        steps: local steps, K.
+    """
+    rng = np.random.default_rng(number)
+    terms = NoiseTerms.none(blocks)
+    if columns:
+        seeds = [int(seed) for seed in rng.integers(0, 1 << 63, steps)]
+        coefs = rng.normal(size=(columns, 5 * steps)).astype(np.float32) * np.float32(0.01)
+        rows = coefs[np.arange(blocks) % columns]
+        rows[-1] = 0
+        terms = NoiseTerms(
+            tuple(seed for seed in seeds for _ in range(5)),
+            tuple(range(5)) * steps,
+            torch.from_numpy(rows),
+        )
+    return LogEntry(
+        number,
+        terms,
+        rounding_seed=(1 << 64) - number,
+        base=123456789 + number if columns else None,
+        mask_version=0xFFFFFFFF,
+    )
 
 
 def weights_of(replica: Replica) -> list[Tensor]:

@@ -298,7 +298,7 @@ def test_a_mask_stands_for_one_token(tokenizer: PreTrainedTokenizerFast) -> None
 
 
 def test_a_model_that_looks_ahead_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(HeadError, match=r"model type bert.*stands behind"):
+    with pytest.raises(HeadError, match=r"model type bert.*later ones"):
         LabelWordLoss(build(of("bert")), tokenizer, TEMPLATE, WORDS)
 
 

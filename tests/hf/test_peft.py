@@ -59,23 +59,20 @@ def loss_of(model: nn.Module) -> Tensor:
     return nn.functional.cross_entropy(logits[:, -6:].flatten(0, 1), ids.flatten())
 
 
-def skip_what_peft_refuses(model: nn.Module) -> None:
-    """PEFT 0.21 looks for an argument that transformers 5.24 renamed, and refuses encoders."""
-    try:
-        model(input_ids=batch()[0])
-    except ValueError as error:
-        if "Model does not support past key values" not in str(error):
-            raise
-        pytest.skip(f"not with these versions of PEFT and transformers: {error}")
+# PEFT 0.21 looks for an argument that transformers 5.24 renamed, and refuses prefixes of encoders.
+SERVED = [
+    (task, adapter)
+    for task in TASKS
+    for adapter in ADAPTERS
+    if task == "CAUSAL_LM" or not adapter.startswith("prefix")
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("task", "adapter"), SERVED)
 def test_a_step_moves_the_adapter_alone(task: str, adapter: str, dtype: torch.dtype) -> None:
     """``check_step`` compares every weight and buffer: only those that require a gradient move."""
     model = adapted(task, adapter, dtype)
-    skip_what_peft_refuses(model)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert 0 < len(trained) < len(list(model.parameters()))
     check_step(model, loss_of, lr=1e-2, eps=EPS)

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, Trainin
 from zorba import ZerothOrderSGD, ZOArguments, ZOTrainer
 from zorba.log import Log, LogError, replay
 
-from tests.optim.models import same_bits, snapshot
+from tests.optim.models import assert_close, same_bits, snapshot
 
 
 def tiny(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM:
@@ -75,8 +75,7 @@ def test_steps_are_those_of_the_optimizer(tmp_path: Path, micro: int) -> None:
                 float(other(**b, num_items_in_batch=items).loss) for b in parts
             )
         )
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p, other.get_parameter(name), rtol=0, atol=1e-5)
+    assert_close(model, snapshot(other), "micro-batches")
 
 
 @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="auto would spread the model over them")
@@ -144,17 +143,15 @@ def test_evaluation_metrics_and_callbacks(tmp_path: Path) -> None:
     assert trainer.predict(rows(3)).predictions.shape == (3, 8, 50)
 
 
-def test_two_passes_in_place_leave_settled_weights(tmp_path: Path) -> None:
+def test_two_passes_in_place_leave_restored_weights(tmp_path: Path) -> None:
     """Evaluation, checkpoints and the end see weights without a perturbation."""
     options = {"zo_placement": "inplace", "lr_scheduler_type": "constant", "zo_eps": 0.1}
     plain = train(tmp_path / "a", tiny(), **options).model
     saved = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     trainer = train(tmp_path / "b", tiny(), zo_two_pass=True, **saved, **options)
-    for name, p in trainer.model.named_parameters():
-        torch.testing.assert_close(p, plain.get_parameter(name), rtol=0, atol=1e-3)
+    assert_close(trainer.model, snapshot(plain), "two passes in Trainer")
     stored = LlamaForCausalLM.from_pretrained(tmp_path / "b" / "checkpoint-4")
-    for name, p in stored.named_parameters():
-        torch.testing.assert_close(p, plain.get_parameter(name), rtol=0, atol=1e-3)
+    assert_close(stored, snapshot(plain), "two passes in Trainer")
 
 
 def test_weight_decay_spares_norms(tmp_path: Path) -> None:

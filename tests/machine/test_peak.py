@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from zorba.machine import PeakAnonymous, anonymous_memory, run_apart
+from zorba.machine import PeakAnonymous, anonymous_memory, peak, run_apart
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 
@@ -74,13 +74,16 @@ def test_environment_is_the_other_processs_alone() -> None:
     assert "ZORBA_ANY" not in os.environ
 
 
-def test_watches_this_process_too() -> None:
+def test_watches_this_process_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = threading.Event()
+    plain = peak._anonymous
+    monkeypatch.setattr(peak, "_anonymous", lambda statm: (plain(statm), looked.set())[0])
     before = anonymous_memory(os.getpid())
     with PeakAnonymous(os.getpid()) as watch:
         kept = torch.ones(64 * MIB, dtype=torch.uint8)
-        patience = time.monotonic() + 30  # a busy machine lets the watching thread wait
-        while watch.above <= 56 * MIB and time.monotonic() < patience:
-            time.sleep(0.001)
+        for _ in range(2):  # the first look may have begun before
+            looked.clear()
+            looked.wait()
         del kept
     assert watch.baseline >= before - 8 * MIB
     assert watch.above > 56 * MIB

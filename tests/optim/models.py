@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
+from zorba.optim import Placement
+
+from tests.tolerances import bound
 
 
 class Tied(nn.Module):
@@ -55,3 +59,17 @@ def same_bits(model: nn.Module, before: dict[str, Tensor]) -> bool:
         return t.detach().view(torch.int32 if t.element_size() == 4 else torch.int16)
 
     return all(torch.equal(bits(p), bits(before[n])) for n, p in model.named_parameters())
+
+
+def assert_close(model: nn.Module, expected: dict[str, Tensor], tolerance: str) -> None:
+    """Weights within a row of ``tests/tolerances.py``, absolute."""
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), expected[name], rtol=0, atol=bound(tolerance))
+
+
+def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Returns a list that grows by one with each pass that a placement makes from here on."""
+    passes: list[int] = []
+    plain = Placement._run
+    monkeypatch.setattr(Placement, "_run", lambda *a: (passes.append(1), plain(*a))[1])
+    return passes

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from zorba import ZerothOrderSGD
 from zorba.optim import NoiseTerms, ScratchPlacement, UnreachedParameterError, active_table
+from zorba.optim.owners import find_owners
 from zorba.optim.probe import Probe
 
 import zorba_kernels as zk
 from tests.optim.models import same_bits, snapshot
+from tests.tolerances import bound
 
 
 class Functional(nn.Module):
@@ -48,7 +50,8 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
 def test_a_probe_tells_uses_apart() -> None:
     model = Functional()
     model.unused = nn.Linear(3, 3)
-    probe = Probe(model, active_table(model))
+    table = active_table(model)
+    probe = Probe(find_owners(model, table), table)
     with torch.no_grad(), probe.watch():
         model(torch.arange(5))
     assert probe.functional == {"embed.weight", "layer.weight"}
@@ -266,7 +269,7 @@ def test_hooks_that_compute_with_the_weights() -> None:
         optimizer.step(lambda model=model, x=x: model(x).square().mean())
         assert optimizer.last_step is not None
         scalars.append(optimizer.last_step.scalars[0])
-    assert scalars[0] == pytest.approx(scalars[1], rel=1e-4)
+    assert scalars[0] == pytest.approx(scalars[1], rel=bound("other placement"))
 
 
 def test_a_module_that_returns_its_weight() -> None:
@@ -298,7 +301,7 @@ def test_a_module_that_returns_its_weight() -> None:
         optimizer.step(lambda model=model, x=x: model(x))
         assert optimizer.last_step is not None
         scalars.append(optimizer.last_step.scalars[0])
-    assert scalars[0] == pytest.approx(scalars[1], rel=1e-4)
+    assert scalars[0] == pytest.approx(scalars[1], rel=bound("other placement"))
 
 
 @pytest.mark.parametrize("placement", ["scratch", "inplace"])
@@ -319,4 +322,6 @@ def test_autocast_around_a_step(placement: str) -> None:
     assert optimizer.last_step is not None
     assert outside.last_step is not None
     assert optimizer.last_step.scalars[0] != 0.0
-    assert optimizer.last_step.scalars[0] == pytest.approx(outside.last_step.scalars[0], rel=1e-2)
+    assert optimizer.last_step.scalars[0] == pytest.approx(
+        outside.last_step.scalars[0], rel=bound("autocast")
+    )

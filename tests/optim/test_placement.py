@@ -18,7 +18,16 @@ from zorba.optim import (
 )
 
 import zorba_kernels as zk
-from tests.optim.models import Adapter, Tied, batch, loss_of, same_bits, snapshot
+from tests.optim.models import (
+    Adapter,
+    Tied,
+    assert_close,
+    batch,
+    count_passes,
+    loss_of,
+    same_bits,
+    snapshot,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -109,8 +118,7 @@ def test_a_closure_that_raises_leaves_the_weights(
         optimizer.step(lambda: model(x).sum())
     if placement == "scratch":
         assert same_bits(model, before)
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.detach(), before[name], rtol=0, atol=1e-6)
+    assert_close(model, before, "restored in place")
     step = optimizer.param_groups[0]["step"]
     assert step == 0, "a step that failed is no step"
     optimizer.step(lambda: model(x).sum())
@@ -129,8 +137,7 @@ def test_ctrl_c_in_the_middle_of_a_step(placement: str, generator: torch.Generat
 
     with pytest.raises(KeyboardInterrupt):
         ZerothOrderSGD(model, lr=0.1, placement=placement).step(closure)
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.detach(), before[name], rtol=0, atol=1e-6)
+    assert_close(model, before, "restored in place")
 
 
 def test_an_interrupt_during_a_pass_is_delivered_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,17 +161,14 @@ def test_an_interrupt_during_a_pass_is_delivered_after_it(monkeypatch: pytest.Mo
 
     with pytest.raises(KeyboardInterrupt):
         perturb()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.detach(), before[name], rtol=0, atol=1e-6)
+    assert_close(model, before, "restored in place")
 
 
 def test_inplace_costs_three_passes_a_central_difference(
     monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
 ) -> None:
     model, (ids, labels) = Tied(), batch(generator)
-    passes = []
-    plain = zk.add_noise_
-    monkeypatch.setattr(zk, "add_noise_", lambda *a, **k: (passes.append(1), plain(*a, **k)))
+    passes = count_passes(monkeypatch)
     ZerothOrderSGD(model, lr=0.1, placement="inplace").step(lambda: loss_of(model, ids, labels))
     assert len(passes) == 3
 
@@ -221,5 +225,4 @@ def test_inplace_decay_acts_on_the_unperturbed_weights() -> None:
     before = model.weight.detach().clone()
     optimizer = ZerothOrderSGD(model, lr=0.5, eps=0.1, weight_decay=0.5, placement="inplace")
     optimizer.step(lambda: 0.0)
-    # Perturbing and restoring rounds weights below 1 by at most a few units of 2^-24.
-    torch.testing.assert_close(model.weight.detach(), 0.75 * before, rtol=0, atol=1e-6)
+    assert_close(model, {"weight": 0.75 * before}, "restored in place")

@@ -13,6 +13,7 @@ from zorba.hf import find_blocks
 
 from tests.hf.tiny import tiny_config
 from tests.optim.models import same_bits, snapshot
+from tests.tolerances import bound
 
 TEXT = (
     "llama qwen3 gemma3_text phi gpt_neox bloom falcon opt gpt2 mixtral mamba olmo2".split()  # noqa: SIM905
@@ -64,12 +65,15 @@ def run(model: nn.Module, steps: int, batch: dict[str, Tensor], **options: Any) 
     return reports
 
 
-@pytest.mark.parametrize("placement", ["scratch", "inplace"])
+# Reuse does not know the placement: one of each kind of model is enough in place.
+ARCHITECTURES = [(name, "scratch") for name in TEXT + MASKED + PAIRS] + [
+    (name, "inplace") for name in ("llama", "bert", "t5")
+]
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "dropout"])
-@pytest.mark.parametrize("name", TEXT + MASKED + PAIRS)
+@pytest.mark.parametrize(("name", "placement"), ARCHITECTURES)
 def test_same_bits_and_fewer_forwards(name: str, training: bool, placement: str, rng: Any) -> None:
-    if placement == "inplace" and name not in ("llama", "bert", "t5"):
-        pytest.skip("one of each kind is enough: reuse does not know the placement")
     ids = torch.randint(1, 100, (3, 7), generator=rng.generator)
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
@@ -137,7 +141,7 @@ def test_weights_used_directly_leave_no_prefix(rng: Any) -> None:
         optimizer = ZerothOrderSGD(model, lr=0.0, eps=0.1, placement=placement)
         optimizer.step(lambda model=model: model(ids))
         results.append(optimizer.last_step.scalars)
-    assert results[0] == pytest.approx(results[1], rel=1e-4)
+    assert results[0] == pytest.approx(results[1], rel=bound("other placement"))
 
 
 def test_several_forwards_in_one_closure(rng: Any) -> None:
@@ -343,47 +347,3 @@ def test_nothing_is_left_behind(at: int, rng: Any) -> None:
     assert same_bits(model, before)
     assert all("forward" not in m.__dict__ for m in model.modules())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def test_a_key_value_cache_of_the_caller_is_no_prefix(rng: Any) -> None:
-    """Positions in a cache were made by earlier forwards, which reuse knows nothing of."""
-    from transformers import DynamicCache
-
-    ids = torch.randint(1, 100, (2, 6), generator=rng.generator)
-
-    def scalars(reuse: bool) -> Any:
-        model = tiny("llama", rng).eval()
-        optimizer = ZerothOrderSGD(model, lr=1e-2, blocks="last:1", prefix_reuse=reuse)
-
-        def closure() -> Tensor:
-            cache = DynamicCache(config=model.config)
-            model(input_ids=ids[:, :3], past_key_values=cache)
-            out = model(input_ids=ids[:, 3:], past_key_values=cache)
-            return out.logits.square().mean()
-
-        optimizer.step(closure)
-        return optimizer.last_step.scalars
-
-    with pytest.warns(UserWarning, match="prefix reuse is switched off"):
-        reused = scalars(reuse=True)
-    assert reused == scalars(reuse=False)
-
-
-def test_generation_in_a_closure(rng: Any) -> None:
-    """An objective of generated text: its key-value cache must hold every block's positions."""
-    ids = torch.randint(1, 100, (2, 6), generator=rng.generator)
-
-    def scalars(reuse: bool) -> Any:
-        model = tiny("llama", rng).eval()
-        optimizer = ZerothOrderSGD(model, lr=1e-2, eps=1.0, blocks="last:1", prefix_reuse=reuse)
-
-        def closure() -> Tensor:
-            out = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=-1)
-            return out[:, 6:].float().mean()
-
-        optimizer.step(closure)
-        return optimizer.last_step.scalars
-
-    with pytest.warns(UserWarning, match="prefix reuse is switched off"):
-        reused = scalars(reuse=True)
-    assert reused == scalars(reuse=False)

@@ -1,4 +1,4 @@
-"""In place with two passes a step: what is left between steps, and what settles it."""
+"""In place with two passes a step: what is left between steps, and what restores it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from zorba import ZerothOrderSGD
 from zorba.optim import step_seed
 
 import zorba_kernels as zk
-from tests.optim.models import Tied, batch, loss_of, snapshot
+from tests.optim.models import Tied, batch, count_passes, loss_of, snapshot
+from tests.tolerances import bound
 
 EPS = 1e-2
 
@@ -23,7 +24,7 @@ EPS = 1e-2
 def close(model: nn.Module, expected: dict[str, Tensor]) -> bool:
     """Equal up to the rounding of a few passes, which is far below a perturbation."""
     return all(
-        torch.allclose(p.detach(), expected[n], rtol=0, atol=1e-5)
+        torch.allclose(p.detach(), expected[n], rtol=0, atol=bound("steps in place"))
         for n, p in model.named_parameters()
     )
 
@@ -44,10 +45,6 @@ def stepped(generator: torch.Generator) -> tuple[nn.Module, ZerothOrderSGD, dict
     return model, optimizers[0], snapshot(other)
 
 
-def raw(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
 def test_weights_are_ahead_until_flush(stepped: Any) -> None:
     model, optimizer, expected = stepped
     assert not close(model, expected), "they carry the next perturbation"
@@ -56,12 +53,12 @@ def test_weights_are_ahead_until_flush(stepped: Any) -> None:
     zk.add_noise_(optimizer.placement.table, step_seed(0, 3), EPS)
     optimizer.flush()
     assert close(model, expected)
-    settled = raw(model)
+    restored = snapshot(model)
     optimizer.flush()
-    assert all(torch.equal(p, settled[n]) for n, p in model.named_parameters())
+    assert all(torch.equal(p, restored[n]) for n, p in model.named_parameters())
 
 
-SETTLED_BY: dict[str, Callable[[nn.Module, ZerothOrderSGD], object]] = {
+RESTORED_BY: dict[str, Callable[[nn.Module, ZerothOrderSGD], object]] = {
     "a forward": lambda model, optimizer: model(torch.zeros(1, 2, dtype=torch.long)),
     "a forward of a part": lambda model, optimizer: model.norm(torch.zeros(1, 16)),
     "state_dict of the model": lambda model, optimizer: model.state_dict(),
@@ -71,10 +68,10 @@ SETTLED_BY: dict[str, Callable[[nn.Module, ZerothOrderSGD], object]] = {
 }
 
 
-@pytest.mark.parametrize("event", SETTLED_BY)
-def test_settled_by(event: str, stepped: Any) -> None:
+@pytest.mark.parametrize("event", RESTORED_BY)
+def test_restored_by(event: str, stepped: Any) -> None:
     model, optimizer, expected = stepped
-    SETTLED_BY[event](model, optimizer)
+    RESTORED_BY[event](model, optimizer)
     assert close(model, expected)
 
 
@@ -87,7 +84,7 @@ def test_weights_that_are_loaded_stay_as_loaded(stepped: Any) -> None:
 
 
 @pytest.mark.parametrize("event", ["flush", "forward", "state_dict"])
-def test_a_model_that_moved_is_settled(event: str, stepped: Any) -> None:
+def test_a_model_that_moved_is_restored(event: str, stepped: Any) -> None:
     model, optimizer, expected = stepped
     model.double().float()
     if event == "flush":
@@ -107,13 +104,16 @@ def test_a_model_with_hooks_can_be_copied_and_pickled(stepped: Any) -> None:
         twin(torch.zeros(1, 2, dtype=torch.long))
 
 
-def test_what_is_read_is_settled(stepped: Any) -> None:
+def test_what_is_read_is_restored(stepped: Any) -> None:
     model, _, expected = stepped
     state = model.state_dict()
-    assert all(torch.allclose(state[n], w, rtol=0, atol=1e-5) for n, w in expected.items())
+    assert all(
+        torch.allclose(state[n], w, rtol=0, atol=bound("steps in place"))
+        for n, w in expected.items()
+    )
 
 
-def test_the_end_of_the_optimizer_settles(stepped: Any, generator: torch.Generator) -> None:
+def test_the_end_of_the_optimizer_restores(stepped: Any, generator: torch.Generator) -> None:
     ids, labels = batch(generator)
     model = Tied()
     before = snapshot(model)
@@ -129,9 +129,7 @@ def test_the_end_of_the_optimizer_settles(stepped: Any, generator: torch.Generat
 
 def test_two_passes_a_step(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
     model, (ids, labels) = Tied(), batch(generator)
-    passes: list[int] = []
-    plain = zk.add_noise_
-    monkeypatch.setattr(zk, "add_noise_", lambda *a, **k: (passes.append(1), plain(*a, **k)))
+    passes = count_passes(monkeypatch)
     optimizer = ZerothOrderSGD(model, lr=0.1, placement="inplace", two_pass=True)
     counts = []
     for _ in range(3):
@@ -143,7 +141,7 @@ def test_two_passes_a_step(monkeypatch: pytest.MonkeyPatch, generator: torch.Gen
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("at", [1, 2])
-def test_a_closure_that_raises_leaves_settled_weights(
+def test_a_closure_that_raises_leaves_restored_weights(
     at: int, error: type[BaseException], stepped: Any, generator: torch.Generator
 ) -> None:
     model, optimizer, expected = stepped
@@ -160,7 +158,7 @@ def test_a_closure_that_raises_leaves_settled_weights(
     assert close(model, expected)
 
 
-def test_a_loss_that_is_not_finite_settles(stepped: Any) -> None:
+def test_a_loss_that_is_not_finite_restores(stepped: Any) -> None:
     model, optimizer, expected = stepped
     optimizer.step(lambda: float("nan"))
     assert optimizer.last_step.skipped
@@ -174,7 +172,7 @@ def test_a_change_of_eps_between_steps(stepped: Any, generator: torch.Generator)
     seen: list[dict[str, Tensor]] = []
 
     def closure() -> float:
-        seen.append(raw(model))
+        seen.append(snapshot(model))
         return 0.0
 
     optimizer.step(closure)

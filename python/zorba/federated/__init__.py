@@ -4,29 +4,28 @@ See ``docs/protocol.md``.
 """
 
 from zorba.federated.client import Client, Objective
-from zorba.federated.entry import LogEntry
 from zorba.federated.errors import (
     DivergedError,
     FederationError,
     GapError,
-    LogError,
     MessageError,
     ReplicaError,
     RunFolderError,
 )
 from zorba.federated.events import EventReader, EventWriter
-from zorba.federated.identity import ModelIdentity
-from zorba.federated.log import LogHeader, RoundLog
-from zorba.federated.loop import FederationResult, RoundReport, run_federation
+from zorba.federated.loop import FederationResult, run_federation
 from zorba.federated.messages import Greeting, Hello, Plan, Reply, decode
 from zorba.federated.objective import Batches, ModelObjective
 from zorba.federated.privacy import Privacy, PrivacyAccountant, PrivacySpent
 from zorba.federated.replica import Replica
+from zorba.federated.round import Receipt, Round, RoundReport
 from zorba.federated.run_folder import RunFolder, RunRecorder
-from zorba.federated.server import Receipt, RoundOutcome, Server
+from zorba.federated.server import Server
 from zorba.federated.settings import FederationSettings
 from zorba.federated.transport import LocalTransport, Transport
-from zorba.identity import model_fingerprint
+from zorba.identity import ModelIdentity, model_fingerprint
+from zorba.log import LogEntry, LogError, LogHeader
+from zorba.log import LogFile as RoundLog
 
 __all__ = [
     "Batches",
@@ -56,8 +55,8 @@ __all__ = [
     "Replica",
     "ReplicaError",
     "Reply",
+    "Round",
     "RoundLog",
-    "RoundOutcome",
     "RoundReport",
     "RunFolder",
     "RunFolderError",

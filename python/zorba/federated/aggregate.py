@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from zorba.federated.entry import UNCOVERED
 from zorba.federated.settings import Aggregation, Weighting
 
 _Floats = npt.NDArray[np.float64]
@@ -22,11 +21,9 @@ def clip_scalars(scalars: npt.NDArray[np.float32], clip: float | None) -> _Float
 
 
 def update_coefs(scalars: _Floats, lr: float) -> npt.NDArray[np.float32]:
-    """Returns ``-lr * g / P`` in float32, for g of shape [K, P] or [K, P, columns].
-
-    Server and clients use this one function, so that a local step that rides along unwritten has
-    the coefficients which the log would give it.
-    """
+    """Returns ``-lr * g / P`` in float32, for g of shape [K, P] or [K, P, columns]."""
+    # Server and clients use this one function, so that a local step that rides along unwritten has
+    # the coefficients which the log would give it. In float64 up to here: one rounding, at the end.
     with np.errstate(over="ignore"):  # whoever uses them checks that they are finite
         coefs: npt.NDArray[np.float32] = (-lr * scalars / scalars.shape[1]).astype(np.float32)
     return coefs
@@ -41,12 +38,11 @@ def aggregate(
     clip: float | None = None,
     aggregation: Aggregation = "mean",
     trim: float = 0.25,
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
+) -> npt.NDArray[np.float32]:
     """Makes one scalar of those of all clients that had a block active, for each block.
 
-    Client n counts as p[n] equal copies of its scalars: its number of examples, or 1 with
-    "uniform". For each block, step and perturbation, over the W copies of the clients that had the
-    block active:
+    Client n counts as p[n] equal copies: its number of examples, or 1 with "uniform". For each
+    block, step and perturbation, over the W copies of the clients that had the block active:
 
     - "mean" of all: ``G[k, b, p] = sum_n p[n] a[n, b] g[n, k, p] / sum_n p[n] a[n, b]``.
     - "trimmed": the ceil(trim * W) lowest and as many of the highest are left out, and the rest
@@ -56,9 +52,6 @@ def aggregate(
     The last two are the coordinate-wise rules of Yin et al., arXiv 1803.01498 (definitions 1 and
     2), a block at a time. They withstand less than that share of copies, so with "examples" a
     client that claims many examples is many clients.
-
-    Sums are exact in no order, so theirs is fixed: see ``fold``. Every server that is given the
-    clients in the order of their names makes the same bits.
 
     Args:
         scalars: g, finite, float32 [clients, K, P], in the order of the clients' names.
@@ -71,35 +64,40 @@ def aggregate(
         trim: share of the copies that "trimmed" leaves out at each end, below 0.5.
 
     Returns:
-        Coefficients ``-lr G / P``, float32 [K, P, columns], and the column of each block, int32
-        [blocks]: blocks that the same clients covered share one, ``UNCOVERED`` where there were
-        none.
+        Coefficients ``-lr G / P``, float32 [blocks, K, P]; zeros where nobody covered the block.
     """
     count, *shape = scalars.shape
+    # Integers: a sum of weights is exact, whatever its order.
     copies = np.ones(count, np.int64) if weighting == "uniform" else examples.astype(np.int64)
     flat = scalars.reshape(count, -1)
     covering = np.ascontiguousarray((masks & (copies > 0)[:, None]).T)  # [blocks, clients]
-    columns = np.full(len(covering), UNCOVERED, dtype=np.int32)
-    known: dict[bytes, int] = {}
-    for block, clients in enumerate(covering):
-        if clients.any():
-            columns[block] = known.setdefault(clients.tobytes(), len(known))
-    of_columns = covering[[int(np.argmax(columns == column)) for column in range(len(known))]]
+    # Blocks that the same clients covered get the same coefficients: each such set of clients, a
+    # column, is summed once. With transformers there are far fewer columns than blocks.
+    columns: dict[bytes, list[int]] = {}
+    for block in np.flatnonzero(covering.any(axis=1)).tolist():
+        columns.setdefault(covering[block].tobytes(), []).append(block)
+    of_columns = covering[[blocks[0] for blocks in columns.values()]]
     if aggregation == "mean":
         combined = _means(clip_scalars(flat, clip), copies, of_columns)
     else:
         share = 0.5 if aggregation == "median" else trim
         combined = _trimmed_means(flat, copies, of_columns, clip, share)
-    return update_coefs(combined.reshape(*shape, len(known)), lr), columns
+    coefs = update_coefs(combined.reshape(*shape, len(columns)), lr)
+    out = np.zeros((len(covering), *shape), np.float32)
+    for column, blocks in enumerate(columns.values()):
+        out[blocks] = coefs[:, :, column]
+    return out
 
 
 def fold(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Returns the sum over the first axis; overwrites ``values``.
 
-    The second half is added on to the first until one row is left (the first half keeps the odd
-    one), so the order of additions follows from the number of rows alone: unlike ``numpy.sum``
-    this has the same bits on every machine. Its error grows with the logarithm of that number.
+    The second half is added on to the first until one row is left; the first half keeps the odd
+    one. The error grows with the logarithm of the number of rows.
     """
+    # numpy.sum splits a sum as its SIMD width suggests, so its bits depend on the machine. Here the
+    # order of additions follows from the number of rows alone, and adding whole rows is
+    # elementwise, where IEEE arithmetic leaves no choice: every server makes the same bits.
     rows = len(values)
     while rows > 1:
         half = (rows + 1) // 2
@@ -129,6 +127,7 @@ def _trimmed_means(
     trim: float,
 ) -> _Floats:
     """Of the clients that covered each column, bool [columns, clients]: [K * P, columns]."""
+    # Each row is sorted once for all columns: a column's clients, taken in that order, are sorted.
     rows = np.ascontiguousarray(scalars.T)
     packed = np.packbits(covering, axis=0, bitorder="little")  # [columns / 8, clients]
     means = np.empty((len(rows), len(covering)))
@@ -170,11 +169,10 @@ def _middle(
 
 
 def _order(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    """Returns what sorts each row of finite numbers [rows, clients]; equal ones stay in order.
-
-    The bits of a number, made to sort as an integer does, stand above the client's place in one
-    uint64: these are all different, so numpy's fastest sort has no choice.
-    """
+    """Returns the order that sorts each row [rows, clients]; equal numbers stay in order."""
+    # A stable sort of floats is slow. The bits of a number, made to sort as an integer does, are
+    # put above the client's place in one uint64: these are all different, so numpy's fastest sort,
+    # which is not stable, has no choice. -0 sorts below 0.
     bits = rows.view(np.uint32)
     rising = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)).astype(np.uint64)
     keys = np.sort(rising << np.uint64(32) | np.arange(rows.shape[1], dtype=np.uint64), axis=1)

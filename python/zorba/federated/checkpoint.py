@@ -10,8 +10,8 @@ from torch import Tensor
 
 import zorba_kernels as zk
 from zorba.federated.errors import ReplicaError
-from zorba.federated.identity import ModelIdentity
 from zorba.files import write_whole
+from zorba.identity import ModelIdentity
 from zorba.tables import Tables
 from zorba_kernels.noise import NOISE_VERSION, Distribution, Rounding
 
@@ -21,18 +21,7 @@ _KEY = "zorba_replica"
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint tells besides its tensors.
-
-    Attributes:
-        job: uint64; 0 for none.
-        applied_round: last round that is in the weights.
-        fingerprint: of the weights.
-        identity: of the model at theta_0.
-        distribution: of the noise.
-        rounding: of 16-bit weights.
-        noise_version: of the noise contract.
-        schema: of this record.
-    """
+    """A replica beside its weights; see ``Replica`` for the fields. ``job`` is 0 for none."""
 
     job: int
     applied_round: int
@@ -54,44 +43,28 @@ def save_checkpoint(path: Path, table: Tables, info: CheckpointInfo) -> None:
         for e in table.entries
         for t in [e.tensor.contiguous()]
     }
+    # Weights and round in one file, in one step: two files could be of two rounds after a kill.
     metadata = {_KEY: json.dumps(asdict(info), sort_keys=True)}
     write_whole(path, lambda draft: save_file(tensors, draft, metadata=metadata))
 
 
 def load_checkpoint(path: Path, table: Tables) -> tuple[CheckpointInfo, dict[str, Tensor]]:
-    """Reads a checkpoint and checks that it is whole and fits the table.
-
-    Args:
-        path: of the file.
-        table: whose names, shapes and dtypes it must have; not modified.
-
-    Returns:
-        What it tells, and its tensors by name.
+    """Reads a checkpoint: its info, and its tensors by name. The table is not modified.
 
     Raises:
-        ReplicaError: it is damaged or does not fit.
+        ReplicaError: it is damaged, or its names, shapes or dtypes are not those of the table.
     """
     from safetensors import SafetensorError, safe_open  # optional: only checkpoints need it
 
+    # Everything is read and checked before the caller changes a weight: a bad file costs nothing.
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            fields = json.loads(file.metadata()[_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        identity = ModelIdentity(**fields.pop("identity"))
+        info = CheckpointInfo(identity=identity, **fields)
     except (OSError, SafetensorError) as error:
         raise ReplicaError(f"checkpoint {path} cannot be read: {error}") from None
-    info = _read_info(path, metadata)
-    _check_fit(path, table, tensors)
-    loaded = zk.ParamTable(tensors, offsets={e.name: e.offset for e in table.entries})
-    if zk.fingerprint(loaded) != info.fingerprint:
-        raise ReplicaError(f"checkpoint {path} is damaged: its fingerprint does not match")
-    return info, tensors
-
-
-def _read_info(path: Path, metadata: dict[str, str]) -> CheckpointInfo:
-    try:
-        fields = json.loads(metadata[_KEY])
-        fields["identity"] = ModelIdentity(**fields["identity"])
-        info = CheckpointInfo(**fields)
     except (KeyError, TypeError, ValueError) as error:
         raise ReplicaError(f"{path} is no replica checkpoint: {error!r}") from None
     if (info.schema, info.noise_version) != (CHECKPOINT_SCHEMA, NOISE_VERSION):
@@ -99,10 +72,7 @@ def _read_info(path: Path, metadata: dict[str, str]) -> CheckpointInfo:
             f"checkpoint {path} has schema {info.schema} and noise version {info.noise_version}; "
             f"this package reads schema {CHECKPOINT_SCHEMA} and noise version {NOISE_VERSION}"
         )
-    return info
-
-
-def _check_fit(path: Path, table: Tables, tensors: dict[str, Tensor]) -> None:
+    # The dtype as well: the same numbers in another dtype are other bits, and another replica.
     mine = {e.name: (tuple(e.tensor.shape), e.tensor.dtype) for e in table.entries}
     theirs = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
     for name in sorted(mine.keys() | theirs.keys()):
@@ -110,3 +80,8 @@ def _check_fit(path: Path, table: Tables, tensors: dict[str, Tensor]) -> None:
             raise ReplicaError(
                 f"checkpoint {path} has {name!r} as {theirs.get(name)}, expected {mine.get(name)}"
             )
+    # A slice of a parameter has the noise, and the fingerprint, of its place in the whole.
+    loaded = zk.ParamTable(tensors, offsets={e.name: e.offset for e in table.entries})
+    if zk.fingerprint(loaded) != info.fingerprint:
+        raise ReplicaError(f"checkpoint {path} is damaged: its fingerprint does not match")
+    return info, tensors

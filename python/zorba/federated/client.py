@@ -70,12 +70,6 @@ class Client:
         tells how far it is; a greeting with a Hello. A plan that asks the same again, whatever log
         entries come with it, gets the same bytes again.
 
-        Args:
-            data: the message.
-
-        Returns:
-            The answer.
-
         Raises:
             MessageError: the message is malformed, of another job, or of a round that is over.
             ReplicaError: the replica is of another job, or was interrupted while it was written.
@@ -85,21 +79,26 @@ class Client:
         message = decode(data)
         if isinstance(message, Greeting):
             self.replica.bind(message.job)
-            return self._hello(message.job).encode()
+            return self._hello(message.job)
         if not isinstance(message, Plan):
             raise MessageError(f"a server sends no {type(message).__name__.lower()}")
-        asked = hashlib.sha256(replace(message, base_round=0, entries=()).encode()).digest()
+        # Entries are left out of the digest: a server that starts again may send more of the log
+        # with the same question, and new noise on the same scalars would spend privacy twice.
+        question = replace(message, base_round=0, num_entries=0, frames=b"")
+        asked = hashlib.sha256(question.encode()).digest()
         if message.seeds and self._last is not None and self._last[0] == asked:
             return self._last[1]
+        # Before anything is applied: what this client cannot serve must not touch its weights.
         self._check(message)
         try:
             self.replica.bind(message.job)
             self.replica.apply(message.entries)
         except (GapError, DivergedError):  # the server judges, and knows what to send
-            return self._hello(message.job).encode()
-        reached = message.base_round + len(message.entries)
-        if self.replica.applied_round < (message.round - 1 if message.seeds else reached):
-            return self._hello(message.job).encode()
+            return self._hello(message.job)
+        # Scalars of older weights would be worse than none: the server is asked for the rest.
+        needed = message.round - 1 if message.seeds else message.reached
+        if self.replica.applied_round < needed:
+            return self._hello(message.job)
         if self.replica.applied_round >= message.round:
             raise MessageError(
                 f"{self.name} got a plan of round {message.round} but has applied round "
@@ -107,24 +106,39 @@ class Client:
             )
         answer = self._measure(message).encode()
         if message.seeds:
+            # Counted on disk before the answer leaves: what others saw is never forgotten.
             if self.privacy is not None:
                 self.privacy.note(len(message.seeds), asked, answer)
             self._last = (asked, answer)
-        self._save_if_due()
+        # After the answer was made: a checkpoint costs time, never a round. One that is too old
+        # only means more of the log to catch up with.
+        if self.replica.applied_round >= self._saved_round + self.checkpoint_every:
+            self.save()
         return answer
 
-    def _hello(self, job: int) -> Hello:
+    def save(self) -> None:
+        """Writes the checkpoint now, where there is one to keep and rounds that it lacks.
+
+        Raises ReplicaError, or OSError where the file cannot be written; the old one stays.
+        """
+        if self.checkpoint is not None and self.replica.applied_round > self._saved_round:
+            self.replica.save(self.checkpoint)
+            self._saved_round = self.replica.applied_round
+
+    def _hello(self, job: int) -> bytes:
         replica = self.replica
-        return Hello(
+        hello = Hello(
             client=self.name,
             job=job,
             identity=replica.identity,
             distribution=replica.distribution,
             rounding=replica.rounding,
             applied_round=replica.applied_round,
+            # Read from the weights: so a replica that was changed from outside is found.
             fingerprint=replica.fingerprint(fresh=True),
             package=package_version(),
         )
+        return hello.encode()
 
     def _check(self, plan: Plan) -> None:
         """Refuses a plan that this client cannot serve, before anything is applied."""
@@ -138,35 +152,36 @@ class Client:
                 raise MessageError(f"the plan is for {what} {theirs}, {self.name} has {mine}")
 
     def _measure(self, plan: Plan) -> Reply:
-        """Runs the local steps; steps after the first see the earlier ones as pending noise."""
+        """Runs the local steps."""
         mask = torch.tensor(plan.mask, dtype=torch.float32)
         clip = plan.clip if math.isfinite(plan.clip) else None
-        pending = NoiseTerms.none(len(mask))
-        scalars = np.zeros((len(plan.seeds), plan.num_perturbations), dtype=np.float32)
+        samples = tuple(range(plan.num_perturbations))
+        scalars = np.zeros((len(plan.seeds), len(samples)), dtype=np.float32)
+        # Asked first: a budget that is spent must not be found out after the measurement.
         spent = None if self.privacy is None else self.privacy.afford(len(plan.seeds))
+        # Steps after the first see the earlier ones as noise that rides along with theirs: the
+        # weights are never written, so a crash, or clients that share a replica, cost nothing.
+        pending = NoiseTerms.none(len(mask))
         losses: list[float] = []
         examples = 0
         for step, seed in enumerate(plan.seeds):
             evaluate, count = self.objective(plan.round, step)
             noises = evaluation_noises(
-                seed, plan.eps, plan.num_perturbations, plan.estimator, plan.mask, pending
+                seed, plan.eps, len(samples), plan.estimator, plan.mask, pending
             )
             scalars[step], loss = self._scalars(plan, step, list(evaluate(noises)), count)
             losses.append(loss)
             examples += count
+            # Cut and scaled as the server does it: these are the coefficients that the log would
+            # have if the client were alone, bit for bit.
             coefs = update_coefs(clip_scalars(scalars[step : step + 1], clip), plan.local_lr)
             if not np.isfinite(coefs).all():
                 raise FederationError(
-                    f"{self.name}, round {plan.round}, step {step}: the step along scalars "
-                    f"{scalars[step].tolist()} overflows; this client sits the round out"
+                    f"{self.name}, round {plan.round}, step {step}: the step along its scalars "
+                    "overflows; this client sits the round out"
                 )
-            pending = pending.plus(
-                NoiseTerms(
-                    (seed,) * plan.num_perturbations,
-                    tuple(range(plan.num_perturbations)),
-                    mask[:, None] * torch.from_numpy(coefs),
-                )
-            )
+            masked = mask[:, None] * torch.from_numpy(coefs)
+            pending = pending.plus(NoiseTerms((seed,) * len(samples), samples, masked))
         loss = math.fsum(losses) / len(losses) if losses else 0.0
         return Reply(
             job=plan.job,
@@ -187,10 +202,11 @@ class Client:
         if self.privacy is not None:  # finite or not: whether it is would tell something
             measured = differences(losses, plan.eps, plan.estimator)
             return self.privacy.release(measured, examples), math.nan
+        # Sums of a few losses with fsum: exact, so that their order does not show in a scalar.
         means = [float(np.mean(loss)) for loss in losses]
         mean = math.fsum(means) / len(means) if all(map(math.isfinite, means)) else math.nan
         measured = differences(means, plan.eps, plan.estimator)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"):  # checked below
             scalars: npt.NDArray[np.float32] = np.array(measured, np.float64).astype(np.float32)
         if not (np.isfinite(scalars).all() and math.isfinite(mean)):
             raise FederationError(
@@ -198,18 +214,3 @@ class Client:
                 f"{measured} is not finite; this client sits the round out"
             )
         return scalars, mean
-
-    def save(self) -> None:
-        """Writes the checkpoint now, where there is one to keep and rounds that it lacks.
-
-        Raises:
-            ReplicaError: the replica was interrupted while it was written.
-            OSError: the file cannot be written; the one before it stays.
-        """
-        if self.checkpoint is not None and self.replica.applied_round > self._saved_round:
-            self.replica.save(self.checkpoint)
-            self._saved_round = self.replica.applied_round
-
-    def _save_if_due(self) -> None:
-        if self.replica.applied_round >= self._saved_round + self.checkpoint_every:
-            self.save()

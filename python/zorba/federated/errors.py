@@ -1,4 +1,7 @@
-"""What can go wrong in a federation, by what must be looked at."""
+"""Errors of a federation, by what must be looked at.
+
+Those of the log itself are ``zorba.log.LogError``.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,6 @@ class FederationError(Exception):
 
 class MessageError(FederationError, ValueError):
     """A message is malformed, of another version, or not for the one who got it."""
-
-
-class DamagedError(MessageError):
-    """Bytes were cut or changed on their way, or on disk."""
-
-
-class LogError(FederationError, RuntimeError):
-    """The log is damaged, belongs to another job, or could not be written."""
 
 
 class ReplicaError(FederationError, RuntimeError):

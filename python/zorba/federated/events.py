@@ -22,13 +22,7 @@ EVENT_SCHEMA = 1
 class EventWriter:
     """Appends events to a file, each a line that is with the system when ``write`` returns.
 
-    Events are telemetry: the log is the state. So a disk that is full loses events and does not
-    end the run; the next event that can be written is preceded by one that says how many were
-    lost. A line is there as a whole or not at all; the torn last line that a kill leaves is cut
-    when the file is opened. Threads may share a writer, processes must not share a file.
-
-    Args:
-        path: of the file; an existing one is continued.
+    An existing file is continued. Threads may share a writer, processes must not.
 
     Raises:
         RunFolderError: the file is there and holds no events of this schema.
@@ -39,21 +33,21 @@ class EventWriter:
         self._lock = threading.Lock()
         self._lost = 0
         existing = self.path.read_bytes() if self.path.exists() else b""
+        # What follows the last end of a line is the torn line of a kill: nobody can use it, and the
+        # next event must not be glued to it.
         self._end = existing.rfind(b"\n") + 1
         if self._end:
             _check_first(_parse(existing[: existing.index(b"\n")]), self.path)
         elif existing[:1] not in (b"", b"{"):
             raise RunFolderError(f"{self.path} holds no events: it is left as it is")
+        # Unbuffered, and one write a line: a kill between two events loses neither.
         self._file = self.path.open("ab", buffering=0)
         self._file.truncate(self._end)
 
     def write(self, event: str, fields: Mapping[str, Any] | None = None) -> None:
-        """Appends an event.
-
-        Args:
-            event: its kind.
-            fields: what JSON can hold; numbers that are not finite become null.
-        """
+        """Appends an event of a kind; numbers that are not finite become null."""
+        # Events are telemetry, the log is the state: a full disk loses events and does not end the
+        # run. The next event that can be written is preceded by one that says how many were lost.
         with self._lock:
             if self._lost and self._append("lost", {"events": self._lost}):
                 self._lost = 0
@@ -73,7 +67,7 @@ class EventWriter:
         try:
             if self._file.write(line) != len(line):
                 raise OSError("the line was written in part")
-        except OSError:
+        except OSError:  # a part of a line would spoil the next one
             self._file.truncate(self._end)
             return False
         self._end += len(line)
@@ -81,13 +75,9 @@ class EventWriter:
 
 
 class EventReader:
-    """Reads events, also of a file that grows.
+    """Reads events, also of a file that grows or does not exist yet.
 
-    Args:
-        path: of the file; it need not exist yet.
-
-    Attributes:
-        damaged: whole lines so far that hold no event; they are passed over.
+    Whole lines that hold no event are passed over, and counted by ``damaged``.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -99,9 +89,7 @@ class EventReader:
     def poll(self) -> list[dict[str, Any]]:
         """Returns the events since the last call; none where there is no file.
 
-        A last line without its end is left for the next call. When another file has taken the
-        place of the first, its events follow from the start; the first line of a file is known by
-        its ``schema``.
+        When another file has taken the place of the first, its events follow from the start.
 
         Raises:
             RunFolderError: the file holds no events of this schema.
@@ -111,11 +99,14 @@ class EventReader:
         except FileNotFoundError:
             return []
         with file:
+            # Another inode, or a file that became shorter, is another run's: a position in the
+            # old one means nothing there.
             status = os.fstat(file.fileno())
             if status.st_ino != self._file_id or status.st_size < self._offset:
                 self._file_id, self._offset, self.damaged = status.st_ino, 0, 0
             file.seek(self._offset)
             data = file.read()
+        # A last line without its end is still being written: it is left for the next call.
         whole = data[: data.rfind(b"\n") + 1]
         lines = [_parse(line) for line in whole.split(b"\n")[:-1]]
         if self._offset == 0 and lines:
@@ -130,7 +121,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     """Returns the event of a line; None where it holds none."""
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # deep brackets are a line like any other damaged one
         return None
     return record if isinstance(record, dict) and isinstance(record.get("event"), str) else None
 
@@ -156,6 +147,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
+    # Plain JSON has no nan: with it, strict readers would refuse the whole line.
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, str | int | bool) else str(value)

@@ -22,10 +22,9 @@ class Masks:
 
     Attributes:
         names: in the order given.
-        rows: place of each client in the sorted order of names.
-        array: masks in that order, bool [clients, blocks].
-        version: uint32 hash of names and masks: the same masks have the same version after a
-            restart.
+        rows: row of each client in ``array``, in the order of names.
+        array: bool [clients, blocks].
+        version: uint32 hash of names and masks.
 
     Raises:
         ValueError: shapes or names do not fit.
@@ -41,25 +40,26 @@ class Masks:
         if len(set(names)) != len(names) or not names:
             raise ValueError("there must be clients, and their names must differ")
         self.names = tuple(check_name(name, "client name") for name in names)
+        # A client without blocks would measure noise that is not there, and count as one of N.
         idle = np.flatnonzero(~array.any(axis=1))
         if len(idle):
             name = self.names[idle[0]]
             raise ValueError(f"client {name} activates no block: leave it out or give it one")
+        # The order of names is the order of every sum over clients: it must not depend on how a
+        # caller lists them.
         order = sorted(range(len(names)), key=self.names.__getitem__)
         self.rows = {self.names[at]: row for row, at in enumerate(order)}
         self.array: npt.NDArray[np.bool_] = array[order]
-        text = b"".join(
-            name.encode() + b"\0" + mask.tobytes()
-            for name, mask in zip(self.rows, self.array, strict=True)
-        )
+        # A hash, not a counter: a server that starts again knows no counter, and entries of the
+        # same masks should have the same number.
+        pairs = zip(self.rows, self.array, strict=True)
+        text = b"".join(name.encode() + b"\0" + mask.tobytes() for name, mask in pairs)
         self.version = int.from_bytes(hashlib.sha256(text).digest()[:4], "little")
 
     def present(self, available: Iterable[str] | None) -> list[str]:
         """Returns the clients that are also in ``available`` (None: all), sorted."""
-        if available is None:
-            return list(self.rows)
-        there = available if isinstance(available, set | frozenset) else set(available)
-        return [name for name in self.rows if name in there]
+        wanted = self.rows.keys() if available is None else set(available)
+        return [name for name in self.rows if name in wanted]
 
     def of(self, names: Iterable[str]) -> npt.NDArray[np.bool_]:
         """Returns the masks of these clients, bool [names, blocks]."""

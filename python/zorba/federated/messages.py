@@ -1,44 +1,41 @@
-"""What server and clients say to each other: four messages, one schema, no code in any of them."""
+"""The four messages between server and clients: one schema, plain data, no code in any of them."""
 
 from __future__ import annotations
 
 import math
-import struct
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from zorba.federated.codec import (
-    ESTIMATOR_CODES,
-    Reader,
-    check_name,
-    decode_choice,
-    frame,
-    pack_checked,
-    pack_name,
-    unframe,
-)
-from zorba.federated.entry import LogEntry, split_records
+from zorba.federated.codec import Layout, Reader, check_name, frame, pack_name, unframe
 from zorba.federated.errors import MessageError
-from zorba.federated.identity import MAX_BLOCKS, ModelIdentity
 from zorba.federated.privacy import PrivacySpent
 from zorba.federated.settings import MAX_STEPS, positive_in_float32
-from zorba.log.binary import DISTRIBUTION_CODES, ROUNDING_CODES
+from zorba.identity import MAX_BLOCKS, ModelIdentity
+from zorba.log import LogEntry, LogError, decode_entries
 from zorba.optim.estimator import Estimator
 from zorba_kernels.noise import NOISE_VERSION, Distribution, Rounding
 
-_GREETING = struct.Struct("<Q")
-# job, origin, start, layout, weights, blocks, noise, distribution, rounding, applied, fingerprint
-_HELLO = struct.Struct("<QQQQQHBBBIQ")
-# job, round, base round, mask version, noise, estimator, distribution, rounding, K, P, blocks,
-# eps, local lr, clip, log entries
-_PLAN = struct.Struct("<QIIIBBBBHHHdddI")
-# job, round, applied, K, P, examples, loss, fingerprint
-_REPLY = struct.Struct("<QIIHHIfQ")
-_PRIVACY = struct.Struct("<dd")  # epsilon, delta; after a unit, where it is not 0
-UNIT_CODES = {"example": 1, "client": 2}
+# A field of fixed size is named here and in its message's class, and nowhere else. The codes are
+# those of the module struct: Q is a uint64, I a uint32, H a uint16, B a uint8, d and f are floats.
+_IDENTITY = Layout("model", "origin:Q start:Q layout:Q num_weights:Q num_blocks:H")
+_GREETING = Layout("greeting", "job:Q")
+_HELLO = Layout(
+    "hello", "job:Q noise_version:B distribution:B rounding:B applied_round:I fingerprint:Q"
+)
+_PLAN = Layout(
+    "plan",
+    "job:Q round:I base_round:I mask_version:I noise_version:B estimator:B distribution:B "
+    "rounding:B steps:H num_perturbations:H blocks:H eps:d local_lr:d clip:d num_entries:I",
+)
+_REPLY = Layout(
+    "reply",
+    "job:Q round:I applied_round:I steps:H samples:H num_examples:I loss:f fingerprint:Q unit:B",
+)
+_PRIVACY = Layout("privacy", "epsilon:d delta:d")
 
 
 @dataclass(frozen=True)
@@ -51,13 +48,12 @@ class Greeting:
 
     def encode(self) -> bytes:
         """Returns the message."""
-        return frame(self.KIND, pack_checked(_GREETING, "greeting", self.job))
+        return frame(self.KIND, _GREETING.pack(vars(self)))
 
     @staticmethod
     def read(reader: Reader) -> Greeting:
         """Returns the greeting of a payload."""
-        (job,) = reader.unpack(_GREETING, "greeting")
-        return Greeting(job)
+        return Greeting(**_GREETING.unpack(reader))
 
 
 @dataclass(frozen=True)
@@ -90,41 +86,19 @@ class Hello:
 
     def encode(self) -> bytes:
         """Returns the message."""
-        fixed = pack_checked(
-            _HELLO,
-            "hello",
-            self.job,
-            self.identity.origin,
-            self.identity.start,
-            self.identity.layout,
-            self.identity.num_weights,
-            self.identity.num_blocks,
-            self.noise_version,
-            DISTRIBUTION_CODES[self.distribution],
-            ROUNDING_CODES[self.rounding],
-            self.applied_round,
-            self.fingerprint,
-        )
+        # Names last: everything in front of them has a fixed place.
         names = pack_name(self.client, "client name") + pack_name(self.package, "package version")
-        return frame(self.KIND, fixed + names)
+        return frame(
+            self.KIND, _HELLO.pack(vars(self)) + _IDENTITY.pack(vars(self.identity)) + names
+        )
 
     @staticmethod
     def read(reader: Reader) -> Hello:
         """Returns the hello of a payload."""
-        job, origin, start, layout, weights, blocks, noise, law, rounding, applied, now = (
-            reader.unpack(_HELLO, "hello")
-        )
-        return Hello(
-            client=reader.text("client name"),
-            job=job,
-            identity=ModelIdentity(origin, start, layout, weights, blocks),
-            distribution=decode_choice(DISTRIBUTION_CODES, law, "distribution"),
-            rounding=decode_choice(ROUNDING_CODES, rounding, "rounding"),
-            applied_round=applied,
-            fingerprint=now,
-            package=reader.text("package version"),
-            noise_version=noise,
-        )
+        fixed = _HELLO.unpack(reader)
+        identity = ModelIdentity(**_IDENTITY.unpack(reader))
+        client, package = reader.text("client name"), reader.text("package version")
+        return Hello(client=client, identity=identity, package=package, **fixed)
 
 
 @dataclass(frozen=True)
@@ -135,17 +109,18 @@ class Plan:
         job: uint64.
         round: the round that is measured, at the weights that round - 1 left.
         base_round: that the server knows the client to have applied; entries start after it.
-        entries: of the log, without a gap.
         seeds: uint64 of each local step, [K]; the same for all clients. None at all: only apply.
         num_perturbations: P.
         eps: distance of the evaluations.
         estimator: of the scalars.
-        distribution: of the noise.
+        distribution: of the noise, in the log entries too.
         rounding: of 16-bit weights in entries.
         mask: which blocks this client perturbs, [blocks].
         mask_version: of the masks of all clients.
         local_lr: learning rate of the local steps that ride along unwritten.
         clip: largest absolute scalar in those local steps; infinite for no limit.
+        num_entries: log entries that the plan carries.
+        frames: their bytes, one after the other, as they are in the log.
         noise_version: of the noise contract.
     """
 
@@ -154,7 +129,6 @@ class Plan:
     job: int
     round: int
     base_round: int
-    entries: tuple[LogEntry, ...]
     seeds: tuple[int, ...]
     num_perturbations: int
     eps: float
@@ -165,102 +139,81 @@ class Plan:
     mask_version: int
     local_lr: float
     clip: float = math.inf
+    num_entries: int = 0
+    frames: bytes = b""
     noise_version: int = NOISE_VERSION
 
     def __post_init__(self) -> None:
         """Raises MessageError where the parts do not belong together."""
-        if len(self.seeds) > MAX_STEPS or not 1 <= self.num_perturbations <= MAX_STEPS:
-            raise MessageError(
-                f"a plan has up to {MAX_STEPS} local steps and 1 to {MAX_STEPS} perturbations, got "
-                f"{len(self.seeds)} and {self.num_perturbations}"
+        steps, samples = len(self.seeds), self.num_perturbations
+        for fits, wrong in (
+            (steps <= MAX_STEPS, f"at most {MAX_STEPS} local steps, got {steps}"),
+            (1 <= samples <= MAX_STEPS, f"1 to {MAX_STEPS} perturbations, got {samples}"),
+            (1 <= len(self.mask) <= MAX_BLOCKS, f"1 to {MAX_BLOCKS} blocks, got {len(self.mask)}"),
+            (positive_in_float32(self.eps), f"a positive, finite eps in float32, got {self.eps}"),
+            (0 <= self.local_lr < math.inf, f"a finite local_lr from 0 on, got {self.local_lr}"),
+            (self.clip > 0, f"a positive clip, got {self.clip}"),
+            (
+                self.reached < self.round,
+                f"the log of rounds before {self.round}, got {self.reached}",
+            ),
+        ):
+            if not fits:
+                raise MessageError(f"a plan has {wrong}")
+
+    @property
+    def reached(self) -> int:
+        """The last round that a client has applied once it followed the plan."""
+        return self.base_round + self.num_entries
+
+    @cached_property
+    def entries(self) -> list[LogEntry]:
+        """The log entries, of rounds ``base_round + 1`` to ``reached``."""
+        # The log checks that they are of this job, without a gap, and undamaged. Their CRCs were
+        # made by the server that wrote them, so a change on the way to the plan is found, too.
+        try:
+            return decode_entries(
+                self.frames, self.num_entries, self.base_round + 1, len(self.mask), self.job
             )
-        if not 1 <= len(self.mask) <= MAX_BLOCKS:
-            raise MessageError(f"a mask has 1 to {MAX_BLOCKS} blocks, got {len(self.mask)}")
-        if not positive_in_float32(self.eps):
-            raise MessageError(f"eps must be positive and finite in float32, got {self.eps}")
-        if not (math.isfinite(self.local_lr) and self.local_lr >= 0):
-            raise MessageError(f"local_lr must be finite and not negative, got {self.local_lr}")
-        if not self.clip > 0:
-            raise MessageError(f"clip must be positive, got {self.clip}")
-        for at, entry in enumerate(self.entries):
-            if entry.round != self.base_round + 1 + at:
-                raise MessageError(
-                    f"log entry {at} of the plan is of round {entry.round}, expected "
-                    f"{self.base_round + 1 + at}"
-                )
-        if self.base_round + len(self.entries) >= self.round:
-            raise MessageError(
-                f"a plan of round {self.round} carries the log up to round "
-                f"{self.base_round + len(self.entries)}; it must end before"
-            )
+        except LogError as error:
+            raise MessageError(f"log entries of a plan: {error}") from None
 
     def encode(self) -> bytes:
         """Returns the message."""
-        records = b"".join(entry.record for entry in self.entries)
-        return self.encode_each(np.array([self.mask]), len(self.entries), records)[0]
+        return self.encode_each(np.array([self.mask]))[0]
 
-    def encode_each(
-        self, masks: npt.NDArray[np.bool_], num_entries: int, records: bytes
-    ) -> list[bytes]:
-        """Returns this plan for many clients, each with its own mask.
+    def encode_each(self, masks: npt.NDArray[np.bool_]) -> list[bytes]:
+        """Returns this plan for many clients, each with its own mask in the place of ``mask``.
 
         Args:
-            masks: bool [clients, blocks], in the place of ``mask``.
-            num_entries: how many log entries the plans carry, in the place of ``entries``.
-            records: bytes of these entries, as in the log.
+            masks: bool [clients, blocks].
         """
-        fixed = pack_checked(
-            _PLAN,
-            "plan",
-            self.job,
-            self.round,
-            self.base_round,
-            self.mask_version,
-            self.noise_version,
-            ESTIMATOR_CODES[self.estimator],
-            DISTRIBUTION_CODES[self.distribution],
-            ROUNDING_CODES[self.rounding],
-            len(self.seeds),
-            self.num_perturbations,
-            masks.shape[1],
-            self.eps,
-            self.local_lr,
-            self.clip,
-            num_entries,
-        )
-        head = fixed + pack_checked(struct.Struct(f"<{len(self.seeds)}Q"), "seeds", *self.seeds)
+        fixed = vars(self) | {"steps": len(self.seeds), "blocks": masks.shape[1]}
+        head = _PLAN.pack(fixed) + np.array(self.seeds, "<u8").tobytes()
         packed = [row.tobytes() for row in np.packbits(masks, axis=1, bitorder="little")]
-        made = {bits: frame(self.KIND, head + bits + records) for bits in set(packed)}
+        # Clients with the same mask share one message: with thousands of them, each would take its
+        # own copy of the log entries.
+        made = {bits: frame(self.KIND, head + bits + self.frames) for bits in set(packed)}
         return [made[bits] for bits in packed]
 
     @staticmethod
     def read(reader: Reader) -> Plan:
-        """Returns the plan of a payload."""
-        fields = reader.unpack(_PLAN, "plan")
-        job, round_number, base, version, noise, estimator, law, rounding = fields[:8]
-        steps, samples, blocks, eps, local_lr, clip, count = fields[8:]
-        seeds = reader.array("<u8", steps, "seeds")
-        packed = reader.array("u1", (blocks + 7) // 8, "mask")
-        bits = np.unpackbits(packed, bitorder="little")
+        """Returns the plan of a payload; its entries are checked too."""
+        fixed = _PLAN.unpack(reader)
+        blocks = fixed.pop("blocks")
+        seeds = reader.array("<u8", fixed.pop("steps"), "seeds")
+        bits = np.unpackbits(reader.array("u1", (blocks + 7) // 8, "mask"), bitorder="little")
+        # One plan, one form: a client knows by its bytes whether it was asked the same before.
         if bits[blocks:].any():
             raise MessageError(f"the mask has bits after its {blocks} blocks")
-        return Plan(
-            job=job,
-            round=round_number,
-            base_round=base,
-            entries=tuple(split_records(reader.rest(), count)),
-            seeds=tuple(int(s) for s in seeds),
-            num_perturbations=samples,
-            eps=eps,
-            estimator=decode_choice(ESTIMATOR_CODES, estimator, "estimator"),
-            distribution=decode_choice(DISTRIBUTION_CODES, law, "distribution"),
-            rounding=decode_choice(ROUNDING_CODES, rounding, "rounding"),
-            mask=tuple(bool(b) for b in bits[:blocks]),
-            mask_version=version,
-            local_lr=local_lr,
-            clip=clip,
-            noise_version=noise,
+        plan = Plan(
+            seeds=tuple(seeds.tolist()),
+            mask=tuple(bits[:blocks].astype(bool).tolist()),
+            frames=bytes(reader.rest()),
+            **fixed,
         )
+        len(plan.entries)  # decoded now, so that a plan that was accepted can be followed
+        return plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,18 +249,21 @@ class Reply:
         check_name(self.client, "client name")
         if self.scalars.ndim != 2 or self.scalars.dtype != np.float32:
             raise MessageError(f"scalars must be float32 [K, P], got {self.scalars.shape}")
+        # Checked here, so that neither side can make or take such a message: one nan in a sum of
+        # thousands would be all that is left of it.
         if not np.isfinite(self.scalars).all():
             raise MessageError(
                 f"scalars of {self.client} in round {self.round} must be finite: its loss "
                 "overflowed or was no number"
             )
+        if self.privacy is None and not math.isfinite(self.loss):
+            raise MessageError(f"loss of {self.client} must be finite, got {self.loss}")
         if self.privacy is not None:
+            # The accountant counts the scalars alone: an exact loss beside them would undo them.
             if not math.isnan(self.loss):
                 raise MessageError(f"{self.client} tells a loss, though its scalars are private")
             if not (0 <= self.privacy.epsilon < math.inf and 0 < self.privacy.delta < 1):
                 raise MessageError(f"{self.client} tells no privacy: {self.privacy}")
-        elif not math.isfinite(self.loss):
-            raise MessageError(f"loss of {self.client} must be finite, got {self.loss}")
 
     @property
     def scalar_bytes(self) -> int:
@@ -316,49 +272,23 @@ class Reply:
 
     def encode(self) -> bytes:
         """Returns the message."""
-        fixed = pack_checked(
-            _REPLY,
-            "reply",
-            self.job,
-            self.round,
-            self.applied_round,
-            *self.scalars.shape,
-            self.num_examples,
-            self.loss,
-            self.fingerprint,
-        )
+        steps, samples = self.scalars.shape
+        unit = None if self.privacy is None else self.privacy.unit
+        head = _REPLY.pack(vars(self) | {"steps": steps, "samples": samples, "unit": unit})
+        spent = b"" if self.privacy is None else _PRIVACY.pack(vars(self.privacy))
         name = pack_name(self.client, "client name")
-        told = b"\0"
-        if self.privacy is not None:
-            p = self.privacy
-            unit = bytes([UNIT_CODES[p.unit]])
-            told = unit + pack_checked(_PRIVACY, "privacy", p.epsilon, p.delta)
-        return frame(self.KIND, fixed + self.scalars.astype("<f4").tobytes() + name + told)
+        return frame(self.KIND, head + self.scalars.astype("<f4").tobytes() + name + spent)
 
     @staticmethod
     def read(reader: Reader) -> Reply:
         """Returns the reply of a payload."""
-        job, round_number, applied, steps, samples, examples, loss, now = reader.unpack(
-            _REPLY, "reply"
-        )
-        scalars = reader.array("<f4", steps * samples, "scalars").astype(np.float32)
-        name = reader.text("client name")
-        (unit,) = reader.raw(1, "unit of privacy")
-        privacy = None
-        if unit:
-            chosen = decode_choice(UNIT_CODES, unit, "unit of privacy")
-            privacy = PrivacySpent(chosen, *reader.unpack(_PRIVACY, "privacy"))
-        return Reply(
-            job=job,
-            round=round_number,
-            client=name,
-            applied_round=applied,
-            fingerprint=now,
-            scalars=scalars.reshape(steps, samples),
-            num_examples=examples,
-            loss=loss,
-            privacy=privacy,
-        )
+        fixed = _REPLY.unpack(reader)
+        shape, unit = (fixed.pop("steps"), fixed.pop("samples")), fixed.pop("unit")
+        # The reader compares the size with what is left before it takes anything.
+        scalars = reader.array("<f4", shape[0] * shape[1], "scalars").astype(np.float32)
+        client = reader.text("client name")
+        spent = None if unit is None else PrivacySpent(unit, **_PRIVACY.unpack(reader))
+        return Reply(client=client, scalars=scalars.reshape(shape), privacy=spent, **fixed)
 
 
 Message = Greeting | Hello | Plan | Reply
@@ -373,6 +303,7 @@ def decode(data: bytes) -> Message:
     Raises:
         MessageError: they are none; the error names what was wrong and what was expected.
     """
+    # Plain fields and no pickle: bytes of a stranger can become one of four classes and no code.
     kind, reader = unframe(data, tuple(_KINDS))
     message = _KINDS[kind].read(reader)
     reader.end()

@@ -14,7 +14,6 @@ import zorba_kernels as zk
 from zorba.offload import Offload
 from zorba.optim.estimator import Evaluate
 from zorba.optim.evaluation import Evaluator
-from zorba.optim.interrupt import deferred_interrupts
 from zorba.optim.scratch import ScratchPlacement
 from zorba.optim.terms import NoiseTerms
 from zorba.tables import DeviceTables, Tables
@@ -27,9 +26,8 @@ Batches = Callable[[int, int], tuple[Any, int]]
 class ModelObjective:
     """An ``Objective`` of ``Client``: the loss of a model, perturbed exactly (placement "scratch").
 
-    Only the blocks that a plan's mask activates are perturbed; those in front of the first one run
-    once a step. Where the model is offloaded (``zorba.offload.Offload``), blocks move between host
-    and device as the mask says, and all evaluations of a step run side by side.
+    Only the blocks that a plan's mask activates are perturbed. Where the model is offloaded
+    (``zorba.offload.Offload``), blocks move between host and device as the mask says.
 
     Args:
         model: what ``loss`` runs.
@@ -57,6 +55,7 @@ class ModelObjective:
         prefix_reuse: bool = True,
         per_example: bool = False,
     ) -> None:
+        # A ParamTable holds addresses, which a block that moves leaves behind.
         if Offload.of(model) is not None and not isinstance(table, DeviceTables):
             raise ValueError(
                 "the blocks of an offloaded model move: give DeviceTables of its parameters as the "
@@ -79,9 +78,8 @@ class ModelObjective:
 
         @torch.no_grad()
         def evaluate(noises: Sequence[NoiseTerms]) -> Sequence[Any]:
-            evaluator = self._evaluator_of(noises)
-            with deferred_interrupts() as gate, evaluator.session():
-                return evaluator.of(lambda: self._loss(batch), gate)(noises)
+            with self._evaluator_of(noises).step(lambda: self._loss(batch)) as evaluation:
+                return evaluation.losses(noises)
 
         return evaluate, count
 
@@ -89,9 +87,12 @@ class ModelObjective:
         """Returns what evaluates at these noises; a new one where other blocks are active."""
         groups = range(self._table.num_groups)
         active = tuple(g for g in groups if any(terms.active(g) for terms in noises))
+        # Placement and evaluator stay from round to round: they are made again only where other
+        # blocks are active. Parameters may have moved between host and device in the meantime.
         if self._placement is not None:
             self._placement.refresh()
         if self._evaluator is None or self._placement is None or active != self._active:
+            # Blocks move before the tables are made: a table holds addresses.
             self._place(set(active))
             self._placement = ScratchPlacement(
                 self._model, self._table_of(set(active)), self._distribution
@@ -108,10 +109,12 @@ class ModelObjective:
         offload = Offload.of(self._model)
         if offload is None:
             return
+        # By parameters, not by numbers: an offload may know more blocks than are trained.
         names = {entry.name for entry in self._table.entries if entry.group in active}
         offload.set_active([b.name for b in offload.blocks if names & set(b.parameters)])
 
     def _table_of(self, active: set[int]) -> zk.ParamTable:
+        # Of active blocks alone: scratch is made for each parameter of a table, perturbed or not.
         entries = [entry for entry in self._table.entries if entry.group in active]
         return zk.ParamTable(
             {entry.name: entry.source for entry in entries},

@@ -30,13 +30,7 @@ _Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class PrivacySpent:
-    """What a client says that its scalars have told so far.
-
-    Attributes:
-        unit: whom it protects.
-        epsilon: of all that it has sent.
-        delta: at which.
-    """
+    """What a client says that all of its scalars have told so far: epsilon at delta, of a unit."""
 
     unit: Unit
     epsilon: float
@@ -46,40 +40,37 @@ class PrivacySpent:
 class PrivacyAccountant:
     """Makes a client's scalars private, and keeps count of what they told.
 
-    The count, and the answer to the last plan, stand in a file that is written before the answer
-    leaves: a client that is killed and started again neither forgets what it spent nor answers the
-    same plan with new noise. Needs the package dp-accounting (``zorba-kernels[privacy]``).
+    Needs the package dp-accounting (``zorba-kernels[privacy]``).
 
     Args:
-        privacy: what is done to the scalars. It may differ from that of an earlier start, but for
-            the unit: what was spent then still counts.
-        path: of the file, one a client and data set, whatever the job; its folder must exist.
-            None keeps the count in memory, for simulations.
+        privacy: what is done to the scalars; all but its unit may change between starts.
+        path: of the file with the count, one a client and data set, whatever the job; its folder
+            must exist. None keeps the count in memory, for simulations.
 
     Attributes:
-        privacy: as given.
         last: digest of the last plan that was measured, and the answer to it.
 
     Raises:
         FederationError: the file is damaged or of another unit.
     """
 
+    # The count and the last answer are in a file that is written before the answer leaves: a client
+    # that is killed and started again neither forgets what it spent, nor answers the same plan with
+    # new noise, from which two answers together would tell more than was counted.
+
     def __init__(self, privacy: Privacy, path: str | Path | None = None) -> None:
         self.privacy = privacy
         self.path = None if path is None else Path(path)
         self.last: tuple[bytes, bytes] | None = None
         self._releases: dict[float, int] = {}  # by noise multiplier
-        self._random: random.Random = random.SystemRandom()  # the operating system's, no seed
+        # The operating system's: noise that follows from a seed can be taken off again.
+        self._random: random.Random = random.SystemRandom()
         if self.path is not None and self.path.exists():
             self._load(self.path)
         self.spent()  # a missing package is told here, not after the first round
 
     def spent(self, further: int = 0) -> PrivacySpent:
-        """Returns what all releases so far, and this many more, come to.
-
-        Each local step is one Gaussian mechanism; they compose by Renyi differential privacy
-        (Mironov, arXiv 1702.07476). No amplification by sampling is counted.
-        """
+        """Returns what all releases so far, and this many more, come to."""
         try:
             from dp_accounting import GaussianDpEvent
             from dp_accounting.rdp import RdpAccountant
@@ -87,6 +78,10 @@ class PrivacyAccountant:
             raise ImportError(
                 "privacy is counted with dp-accounting: pip install zorba-kernels[privacy]"
             ) from error
+        # Each local step is one Gaussian mechanism; they compose by Renyi differential privacy
+        # (Mironov, arXiv 1702.07476). No amplification by sampling is counted, since nothing here
+        # knows how an objective picks its batches. Counts are kept by noise multiplier: a site may
+        # change its noise, and what it sent before still counts as it was.
         counts = dict(self._releases)
         noise = self.privacy.noise_multiplier
         counts[noise] = counts.get(noise, 0) + further
@@ -98,11 +93,7 @@ class PrivacyAccountant:
         return PrivacySpent(self.privacy.unit, epsilon, self.privacy.delta)
 
     def afford(self, steps: int) -> PrivacySpent:
-        """Returns what is spent after so many more local steps.
-
-        Raises:
-            FederationError: that is more than ``max_epsilon``.
-        """
+        """Returns what is spent after more local steps; raises where that is over the limit."""
         after = self.spent(steps)
         if steps and after.epsilon > self.privacy.max_epsilon:
             raise FederationError(
@@ -113,19 +104,14 @@ class PrivacyAccountant:
         return after
 
     def release(self, differences: Sequence[Any], examples: int) -> npt.NDArray[np.float32]:
-        """Clips, averages and adds noise.
+        """Clips, averages and adds noise: private scalars, float32 [P].
 
         Args:
             differences: finite differences of each of P perturbations: numbers, or arrays
-                [examples].
+                [examples], which the unit "example" needs.
             examples: of the batch.
-
-        Returns:
-            Private scalars, float32 [P].
-
-        Raises:
-            FederationError: unit "example" without a difference for each example.
         """
+        # In float64: rounding to float32 comes last, after the noise, and so tells nothing more.
         rows = np.array([np.asarray(d, dtype=np.float64) for d in differences])
         if self.privacy.unit == "client":
             rows = rows.reshape(len(rows), -1).mean(axis=1, keepdims=True)
@@ -145,6 +131,8 @@ class PrivacyAccountant:
     def note(self, steps: int, digest: bytes, answer: bytes) -> None:
         """Counts what an answer tells; it is on disk on return, so the answer may leave."""
         noise = self.privacy.noise_multiplier
+        # In memory first: where the disk is full the answer stays here, but the count must not
+        # be lower than what was measured.
         self._releases[noise] = self._releases.get(noise, 0) + steps
         if self.path is not None:
             record = {
@@ -153,16 +141,13 @@ class PrivacyAccountant:
                 "releases": [[noise, count] for noise, count in self._releases.items()],
                 "last": [base64.b64encode(part).decode() for part in (digest, answer)],
             }
-            text = json.dumps(record) + "\n"
-            write_whole(self.path, text)
+            write_whole(self.path, json.dumps(record) + "\n")
         self.last = (digest, answer)
 
     def _gaussian(self) -> float:
-        """A standard normal out of four.
-
-        One sampled in doubles can give away what it was added to (Mironov 2012); summing several
-        hides that (Holohan and Braghin, arXiv 2107.10138).
-        """
+        """Returns a standard normal."""
+        # The lowest bits of one sampled in doubles can give away what it was added to (Mironov
+        # 2012); a sum of several hides that (Holohan and Braghin, arXiv 2107.10138).
         return math.fsum(self._random.gauss(0.0, 1.0) for _ in range(4)) / 2
 
     def _load(self, path: Path) -> None:
@@ -173,6 +158,7 @@ class PrivacyAccountant:
             digest, answer = (base64.b64decode(part, validate=True) for part in record["last"])
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise FederationError(f"{path} is no privacy ledger: {error!r}") from None
+        # Releases of one unit say nothing of the other: they cannot be added up.
         if (schema, unit) != (LEDGER_SCHEMA, self.privacy.unit):
             raise FederationError(
                 f"{path} counts for the unit {unit!r} (schema {schema}), not for "
@@ -182,10 +168,8 @@ class PrivacyAccountant:
 
 
 def _clipped_mean(rows: _Floats, clip: float) -> _Floats:
-    """Mean of rows [n, P], each cut to the L2 norm; one that is not finite counts as zeros.
-
-    Leaving such a row out, or giving up, would tell of it.
-    """
+    """Returns the mean of rows [n, P], each cut to the L2 norm."""
+    # A row that is not finite counts as zeros: to leave it out, or to give up, would tell of it.
     rows = np.where(np.isfinite(rows).all(axis=1, keepdims=True), rows, 0.0)
     with np.errstate(over="ignore"):  # an infinite norm cuts the row to zeros
         norm = np.linalg.norm(rows, axis=1, keepdims=True)

@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import zorba_kernels as zk
 from zorba.federated.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
-from zorba.federated.entry import LogEntry
 from zorba.federated.errors import DivergedError, GapError, ReplicaError
-from zorba.federated.identity import identity_of
+from zorba.identity import identity_of
+from zorba.log import LogEntry, apply_entries
+from zorba.optim import defaults
 from zorba.tables import Tables, each_table, fingerprint
-from zorba_kernels.noise import NOISE_VERSION, Distribution, Rounding
+from zorba_kernels.noise import Distribution, Rounding
 
 
 class Replica:
     """Weights in a ParamTable, and the round up to which the log was applied to them.
 
     Make it while the weights are theta_0: it takes the model's identity from them. Several clients
-    of one process may hold the same replica, since applying what was applied already does nothing.
+    of one process may share one.
 
     Args:
         table: the trainable weights; group b of it is block b. ``apply`` and ``load`` modify them.
@@ -41,7 +41,7 @@ class Replica:
         self,
         table: Tables,
         origin: int,
-        distribution: Distribution = "gaussian",
+        distribution: Distribution = defaults.DISTRIBUTION,
         rounding: Rounding = "stochastic",
     ) -> None:
         self.table = table
@@ -56,6 +56,7 @@ class Replica:
 
     def bind(self, job: int) -> None:
         """Ties the replica to a job, or raises ReplicaError when it holds rounds of another."""
+        # At theta_0 any job will do. Later the rounds of another one are in the weights for good.
         if self.job is not None and self.job != job and self.applied_round:
             raise ReplicaError(
                 f"the replica has {self.applied_round} rounds of job {self.job:#018x} applied and "
@@ -66,9 +67,7 @@ class Replica:
     def fingerprint(self, *, fresh: bool = False) -> int:
         """Returns the uint64 fingerprint of the weights.
 
-        Args:
-            fresh: read the weights; otherwise they are read once after every change that this
-                object knows of.
+        They are read with ``fresh``, and otherwise once after a change that this object knows of.
         """
         self._check_whole()
         if fresh or self._fingerprint is None:
@@ -76,48 +75,50 @@ class Replica:
         return self._fingerprint
 
     def apply(self, entries: Iterable[LogEntry]) -> int:
-        """Applies log entries in one pass over the weights.
+        """Applies log entries in one pass over the weights, and returns how many were new.
 
-        Entries that were applied before are left out. R entries in one call leave the bits of R
-        calls.
+        R entries in one call leave the bits of R calls.
 
         Args:
-            entries: in the order of rounds, without a gap among them.
-
-        Returns:
-            How many rounds were new.
+            entries: of a log of the replica's noise and rounding, in the order of rounds, without
+                a gap among them.
 
         Raises:
             GapError: entries are missing after ``applied_round``.
             DivergedError: the weights are not those that the entries were measured at.
-            ReplicaError: an entry is for other noise, rounding or number of blocks.
+            ReplicaError: an entry is for another number of blocks.
             In all cases the weights are as before.
         """
         self._check_whole()
-        new = [entry for entry in entries if entry.round > self.applied_round]
+        # Rounds that were applied before are left out, so that a repeated message, or a client
+        # that shares the replica, does no harm.
+        new = [entry for entry in entries if entry.number > self.applied_round]
         for at, entry in enumerate(new):
-            if entry.round != self.applied_round + 1 + at:
-                raise GapError(self.applied_round + at, entry.round)
-            self._check_entry(entry)
+            if entry.number != self.applied_round + 1 + at:
+                raise GapError(self.applied_round + at, entry.number)
+            blocks = entry.terms.coefs.shape[0]
+            if blocks != self.identity.num_blocks:
+                raise ReplicaError(
+                    f"log entry of round {entry.number} is for {blocks} blocks, this replica has "
+                    f"{self.identity.num_blocks}"
+                )
         if not new:
             return 0
-        base = new[0].base_fingerprint
+        # Entries say what they were measured at. To build on other weights would make a difference
+        # that nobody could ever find the start of.
+        base = new[0].base
         if base is not None and base != self.fingerprint():
             raise DivergedError(
                 f"after round {self.applied_round} this replica has fingerprint "
                 f"{self.fingerprint():#018x}, the others have {base:#018x}: its weights were "
                 "changed from outside; load a checkpoint, or start again from the original model"
             )
-        self._add(new)
-        self.applied_round = new[-1].round
+        self._write(new)
         return len(new)
 
     def save(self, path: str | Path) -> None:
-        """Writes a checkpoint in one step: a file that was there stays until the new one is whole.
-
-        Args:
-            path: of a safetensors file; its folder must exist.
-        """
+        """Writes a safetensors file in one step: one that was there stays until it is whole."""
+        # Read from the weights: where they were changed from outside, the next entry finds it.
         info = CheckpointInfo(
             job=self.job or 0,
             applied_round=self.applied_round,
@@ -129,11 +130,10 @@ class Replica:
         save_checkpoint(Path(path), self.table, info)
 
     def load(self, path: str | Path) -> None:
-        """Puts the weights of a checkpoint in the place of the present ones.
+        """Replaces the weights by those of a checkpoint.
 
         Raises:
-            ReplicaError: the file is damaged or of another model, noise or rounding; nothing was
-                changed.
+            ReplicaError: it is damaged or of another model, noise or rounding; nothing changed.
         """
         info, tensors = load_checkpoint(Path(path), self.table)
         for what in ("distribution", "rounding"):
@@ -143,64 +143,36 @@ class Replica:
         wrong = self.identity.difference(info.identity)
         if wrong:
             raise ReplicaError(f"{path} is of {wrong}")
+        # Everything was checked; from here on only an interrupt can leave the weights half copied.
         self._interrupted = True
         with torch.no_grad():
             for entry in self.table.entries:
                 entry.tensor.copy_(tensors[entry.name])
-        self._interrupted = False
         self.applied_round = info.applied_round
         self.job = info.job or None
         self._fingerprint = info.fingerprint
+        self._interrupted = False
 
-    def _check_entry(self, entry: LogEntry) -> None:
-        for what, mine, theirs in (
-            ("noise version", NOISE_VERSION, entry.noise_version),
-            ("distribution", self.distribution, entry.distribution),
-            ("rounding", self.rounding, entry.rounding),
-            ("number of blocks", self.identity.num_blocks, entry.num_blocks),
-        ):
-            if mine != theirs:
-                raise ReplicaError(
-                    f"log entry of round {entry.round} is for {what} {theirs}, this replica is for "
-                    f"{mine}"
-                )
-
-    def _add(self, entries: list[LogEntry]) -> None:
-        """One call for all entries; a round without terms needs no part in it."""
-        entries = [entry for entry in entries if not entry.empty]
-        if not entries:
+    def _write(self, entries: list[LogEntry]) -> None:
+        if all(entry.empty for entry in entries):
+            self.applied_round = entries[-1].number
             return
-        seeds: list[int] = []
-        samples: list[int] = []
-        for entry in entries:
-            for seed in entry.seeds:
-                seeds += [seed] * entry.num_perturbations
-                samples += range(entry.num_perturbations)
-        # Set while weights are written: a Ctrl-C then leaves a replica that says so, not one that
-        # applies the same rounds a second time.
+        # Set while weights are written, until the round is noted: a Ctrl-C then leaves a replica
+        # that says so, not one that applies the same rounds a second time.
         before, self._fingerprint = self._fingerprint, None
         self._interrupted = True
-        coefs = torch.from_numpy(np.concatenate([e.block_coefs() for e in entries], axis=1))
         written = False
         try:
             for table in each_table(self.table):
-                zk.add_noise_(
-                    table,
-                    seeds,
-                    coefs,
-                    self.distribution,
-                    self.rounding,
-                    [entry.rounding_seed for entry in entries],
-                    samples=samples,
-                    rounds=[len(e.seeds) * e.num_perturbations for e in entries],
-                )
+                apply_entries(table, entries, self.distribution, self.rounding)
                 written = True
         except (TypeError, ValueError, zk.BackendUnavailableError):
-            if not written:  # refused: the weights are as before
+            if not written:  # refused by the checks, which come before the first write
                 self._interrupted, self._fingerprint = False, before
             raise
-        self._interrupted = False
+        self.applied_round = entries[-1].number
         self.passes += 1
+        self._interrupted = False
 
     def _check_whole(self) -> None:
         if self._interrupted:

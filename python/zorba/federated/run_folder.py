@@ -11,12 +11,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from zorba import machine
-from zorba.federated.entry import UNCOVERED
 from zorba.federated.events import EventWriter
-from zorba.federated.loop import FederationResult, RoundReport
+from zorba.federated.loop import FederationResult
+from zorba.federated.round import RoundReport
 from zorba.federated.server import Server
 from zorba.federated.settings import FederationSettings
 from zorba.files import write_whole
+from zorba.log import encode_entry
 
 if TYPE_CHECKING:
     from zorba.planning import BlockPlan
@@ -26,16 +27,7 @@ MAX_TEXT = 500
 
 
 class RunFolder:
-    """Paths of a run.
-
-    Attributes:
-        path: of the folder.
-        log: ``federation.log``, the server's log.
-        events: ``events.jsonl``, see ``docs/watching.md``.
-        plan: ``plan.json``, the plan in force.
-        summary: ``summary.json``, what the run came to.
-        report: ``report.html``, see ``zorba report``.
-    """
+    """Paths of a run: its folder, and the files in it that ``docs/watching.md`` lists."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -48,6 +40,7 @@ class RunFolder:
     def clear(self) -> None:
         """Removes what an earlier run left; makes the folder where there is none."""
         self.path.mkdir(parents=True, exist_ok=True)
+        # Only files of a run: whatever else somebody put into the folder stays.
         for file in (self.log, self.events, self.plan, self.summary, self.report):
             file.unlink(missing_ok=True)
 
@@ -56,6 +49,8 @@ class RunFolder:
         _write_json(self.summary, summary)
 
 
+# The log is the state; everything else in the folder is for people and for programs that watch. So
+# nothing here is read back, and a disk that is too full for it does not end the run.
 class RunRecorder:
     """Writes the events of a run; its ``round`` is the ``on_round`` of ``run_federation``.
 
@@ -69,7 +64,6 @@ class RunRecorder:
 
     Leaving the block through an exception is written as the run's end, with the reason. A server
     that was killed leaves no end; the next one on the same folder goes on with a start of its own.
-    The server's log must be in the folder: its lock is what keeps a second writer away.
 
     Args:
         folder: of the run; made where there is none.
@@ -92,57 +86,41 @@ class RunRecorder:
         self._plan = plan
         self._ended = False
         folder.path.mkdir(parents=True, exist_ok=True)
+        # The lock of the server's log, which is in the folder, keeps a second writer away.
         self._events = EventWriter(folder.events)
         record = _plan_record(server, plan)
         self._events.write(
             "start",
             {
                 "job": server.settings.job,
-                "round": server.log.last_round,
-                "last_round": server.log.last_round + rounds,
+                "round": server.log.last,
+                "last_round": server.log.last + rounds,
                 "settings": {**_settings_record(server, rounds), **(settings or {})},
                 "plan": record,
                 "machine": machine.describe(),
             },
         )
         self._write_plan(record)
-        if server.log.cut_bytes:
-            cut = server.log.cut_bytes
+        # An entry that was cut was never told to anyone; still, a crash happened, and is shown.
+        if cut := server.log.cut_bytes:
             self.fault(f"the log ended with a torn entry of {cut} bytes, which was cut")
 
     def round(self, report: RoundReport) -> None:
         """Writes what a round did."""
         entry = report.entry
-        base = entry.base_fingerprint
-        self._events.write(
-            "round",
-            {
-                "round": report.round,
-                "loss": report.loss,
-                "seconds": report.seconds,
-                "clients": report.clients,
-                "losses": report.losses,
-                "bytes_up": report.bytes_up,
-                "bytes_down": report.bytes_down,
-                "scalar_bytes_up": report.scalar_bytes_up,
-                "scalar_bytes_down": report.scalar_bytes_down,
-                "entry_bytes": len(entry.record),
-                "uncovered": [b for b, c in enumerate(entry.columns.tolist()) if c == UNCOVERED],
-                "failures": _cut(report.failures),
-                "refusals": _cut(report.refusals),
-                "problem": report.problem,
-                "fingerprints_equal": report.fingerprints_equal,
-                "base_fingerprint": None if base is None else f"{base:016x}",
-            },
-        )
+        record = {f.name: getattr(report, f.name) for f in fields(report) if f.name != "entry"}
+        # Fingerprints as text: numbers above 2**53 lose bits in many readers of JSON.
+        record |= {
+            "failures": _cut(report.failures),
+            "refusals": _cut(report.refusals),
+            "entry_bytes": len(encode_entry(entry, self._server.settings.job_id)),
+            "uncovered": entry.uncovered(),
+            "base_fingerprint": None if entry.base is None else f"{entry.base:016x}",
+        }
+        self._events.write("round", record)
 
     def evaluation(self, round_number: int, **scores: float | None) -> None:
-        """Writes the scores of the weights after a round.
-
-        Args:
-            round_number: 0 for the weights that the run started from.
-            scores: ``accuracy``, ``auc``, ``loss``, or others by their name.
-        """
+        """Writes scores of the weights after a round, by name; round 0 is the run's start."""
         self._events.write("evaluation", {"round": round_number, **scores})
 
     def memory(self, measured: Mapping[str, int]) -> None:
@@ -155,15 +133,13 @@ class RunRecorder:
         self._events.write("fault", fields)
 
     def replan(self, plan: BlockPlan | None, reason: str) -> None:
-        """Writes the masks that the server has from the next round on.
+        """Writes the masks that the server has from the next round on, and why.
 
-        Args:
-            plan: that they come from; None where they were given by hand.
-            reason: for them.
+        ``plan`` is the one that they come from; None where they were given by hand.
         """
         self._plan = plan or self._plan
         record = _plan_record(self._server, self._plan)
-        fields = {"round": self._server.log.last_round, "reason": reason, "plan": record}
+        fields = {"round": self._server.log.last, "reason": reason, "plan": record}
         self._events.write("replan", fields)
         self._write_plan(record)
 
@@ -193,13 +169,14 @@ class RunRecorder:
         trace: TracebackType | None,
     ) -> None:
         """Closes the file; tells the exception that ended the run, if one did."""
+        # An exception after the end, in whatever follows the run, did not end it.
         if error is not None and not self._ended:
             reason = f"{type(error).__name__}: {error}".rstrip(": ")
             self._events.write("end", {"problem": reason[:MAX_TEXT]})
         self._events.close()
 
     def _write_plan(self, record: Mapping[str, Any]) -> None:
-        # The events have it too: a full disk must not end the run.
+        # The events have it too.
         with contextlib.suppress(OSError):
             _write_json(self.folder.plan, record)
 
@@ -210,15 +187,14 @@ def _plan_record(server: Server, plan: BlockPlan | None) -> dict[str, Any]:
     Of a plan that they are not, or no longer, only names of blocks and budgets are told.
     """
     masks = server.masks
-    record: dict[str, Any] = {
-        "clients": list(masks),
-        "blocks": [f"block-{b}" for b in range(server.identity.num_blocks)],
-        "mask": _rows(masks),
-    }
+    rows = ["".join("1" if active else "0" for active in row) for row in masks.values()]
+    blocks = [f"block-{b}" for b in range(server.identity.num_blocks)]
+    record: dict[str, Any] = {"clients": list(masks), "blocks": blocks, "mask": rows}
     if plan is None:
         return record
     budgets = dict(zip(plan.clients, plan.budgets, strict=True))
     record |= {"blocks": plan.blocks, "budgets": [budgets.get(name) for name in masks]}
+    # Memory and front belong to the plan's own masks; beside others they would be wrong numbers.
     if dict(zip(plan.clients, map(tuple, plan.mask.tolist()), strict=True)) == masks:
         memory = dict(zip(plan.clients, plan.memory, strict=True))
         record |= {
@@ -230,25 +206,22 @@ def _plan_record(server: Server, plan: BlockPlan | None) -> dict[str, Any]:
     return record
 
 
-def _rows(masks: Mapping[str, Any]) -> list[str]:
-    return ["".join("1" if active else "0" for active in row) for row in masks.values()]
-
-
 def _settings_record(server: Server, rounds: int) -> dict[str, Any]:
     """Settings by name; a schedule is told by its rates at the ends of the run."""
     settings: FederationSettings = server.settings
+    # A schedule is a function, which JSON has not: its ends say most of it.
     record = {f.name: getattr(settings, f.name) for f in fields(settings)}
     if callable(settings.lr):
-        first, last = server.round, server.log.last_round + max(1, rounds)
+        first, last = server.round, server.log.last + max(1, rounds)
         ends = [f"{settings.lr_at(r):.4g} in round {r}" for r in dict.fromkeys((first, last))]
         record["lr"] = ", ".join(ends)
     return record
 
 
 def _cut(texts: Mapping[str, str]) -> dict[str, str]:
+    # A client writes these texts: without a bound it could fill the server's disk with them.
     return {name: text[:MAX_TEXT] for name, text in texts.items()}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=2, default=str) + "\n"
-    write_whole(path, text)
+    write_whole(path, json.dumps(content, indent=2, default=str) + "\n")

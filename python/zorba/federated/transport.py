@@ -22,9 +22,7 @@ class Transport(Protocol):
     ) -> tuple[dict[str, bytes], dict[str, str]]:
         """Sends each client its message and waits for the answers.
 
-        Args:
-            plans: message of each client.
-            timeout: seconds after which clients that have not answered have failed; None to wait.
+        Clients that have not answered after ``timeout`` seconds have failed; None waits.
 
         Returns:
             Answers, and why there is none, by client; each client is in one of the two.
@@ -33,14 +31,9 @@ class Transport(Protocol):
 
 
 class LocalTransport:
-    """Clients in this process, asked one after the other.
+    """Clients in this process, by name, asked one after the other.
 
-    Args:
-        clients: by name.
-
-    Attributes:
-        bytes_down: bytes sent to each client so far.
-        bytes_up: bytes that each client answered so far.
+    ``bytes_down`` and ``bytes_up`` count the messages to and from each client so far.
     """
 
     def __init__(self, clients: Mapping[str, Client]) -> None:
@@ -58,20 +51,18 @@ class LocalTransport:
     def exchange(
         self, plans: Mapping[str, bytes], timeout: float | None = None
     ) -> tuple[dict[str, bytes], dict[str, str]]:
-        """See ``Transport``. A client that raises has failed; Ctrl-C is not caught.
-
-        ``timeout`` is each client's own, and looked at when it is done: an answer that took longer
-        is dropped as an engine would.
-        """
+        """See ``Transport``. A client that raises has failed; Ctrl-C is not caught."""
         replies: dict[str, bytes] = {}
         failures: dict[str, str] = {}
         for name, data in plans.items():
+            # A failure of this client, as with an engine that lost it: the others go on.
             if name not in self._clients:
                 failures[name] = "there is no such client"
                 continue
             self.bytes_down[name] += len(data)
             started = time.monotonic()
             try:
+                # Bytes in and out, also in one process: messages are tested by every run.
                 answer = self._clients[name].handle(data)
             except FederationError as error:
                 failures[name] = str(error)
@@ -79,6 +70,8 @@ class LocalTransport:
             except Exception as error:  # the objective's; the others go on
                 failures[name] = f"{type(error).__name__}: {error}"
                 continue
+            # Looked at when the answer is there: nothing interrupts a client of this process. An
+            # engine drops what comes late, and so is this.
             seconds = time.monotonic() - started
             self.bytes_up[name] += len(answer)
             if timeout is not None and seconds > timeout:

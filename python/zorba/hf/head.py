@@ -20,8 +20,8 @@ class HeadError(ValueError):
 def check_head(model: nn.Module, ids: list[int], causal: bool) -> None:
     """Compares narrowed logits with the model's own, once, for a sequence of two tokens.
 
-    What comes behind the output embedding must treat each logit by itself (a scale, a softcap), and
-    positions of a causal model must not see what stands behind them.
+    A model may only change each logit by itself behind the output embedding (a scale, a softcap),
+    and positions of a causal model must not see later ones.
 
     Raises:
         HeadError: it is not so.
@@ -39,7 +39,8 @@ def check_head(model: nn.Module, ids: list[int], causal: bool) -> None:
         model.eval()
         options = {"use_cache": False} if causal else {}
         mine = narrow_logits(model, {"input_ids": both, **options}, first, first, both[0])[0]
-        # The whole forward of a causal model gets the first token alone.
+        # The whole forward of a causal model gets the first token alone: if its logits are others
+        # with the second one behind it, positions see what follows them.
         whole = model(input_ids=both[:, :1] if causal else both).logits[0, -1 if causal else -2]
     except (IndexError, RuntimeError, TypeError) as error:
         raise HeadError(
@@ -50,13 +51,15 @@ def check_head(model: nn.Module, ids: list[int], causal: bool) -> None:
         for module, mode in modes:
             module.training = mode
     wanted = whole[both[0]].float()
+    # Products of other shapes add in another order: about 1e-6 relative in float32, 1e-2 in 16
+    # bits. A factor or an offset on the logits that is missed is far larger.
     exact = next(model.parameters()).dtype == torch.float32
     limit = (1e-3 if exact else 3e-2) * (1.0 + float(wanted.abs().max()))
     off = float((mine - wanted).abs().max())
     if not off <= limit:
         raise HeadError(
             f"{_name(model)} gives other logits (by {off:.2g}) when only those that are read are "
-            f"computed{', or its positions see what stands behind them' if causal else ''}. Use "
+            f"computed{', or its positions see later ones' if causal else ''}. Use "
             "its full logits instead"
         )
 
@@ -70,8 +73,9 @@ def narrow_logits(
 ) -> Tensor:
     """Runs a language model whose head sees some positions, and of the vocabulary some columns.
 
-    The model's own forward runs, its output embedding narrowed: what it does with the logits behind
-    that (a scale, a softcap) is done here too, and the head's weights are read in its own forward.
+    The model's own forward runs with its output embedding narrowed. So whatever it does with the
+    logits behind that (a scale, a softcap) is done here too, and a placement still finds that the
+    head's weights are read in the forward of the head.
 
     Args:
         model: has ``get_output_embeddings``.
@@ -130,11 +134,13 @@ class _Narrow:
         if reads is None:
             return self._whole(hidden)
         reads.calls += 1
+        # On the head's device, which accelerate may have chosen: not that of the ids.
         ahead = hidden.shape[1] - reads.length  # virtual tokens of a soft prompt
         at = (reads.rows.to(hidden.device), reads.positions.to(hidden.device) + ahead)
         read = hidden[at][None]  # [1, n, width]
         if reads.columns is None:
             return self._whole(read)
+        # A head of another class may do more than multiply: all columns, and then some of them.
         if not self._plain:
             logits = self._whole(read)
             return logits[..., reads.columns.to(logits.device)]
@@ -156,6 +162,7 @@ def _narrowed(model: nn.Module, reads: _Reads) -> Iterator[None]:
     head: Any = find() if find is not None else None
     if head is None:
         raise HeadError(f"{_name(model)} has no output embedding: is it a language model?")
+    # One narrowed forward for all that run side by side: whoever comes last takes it off.
     there = vars(head).get("forward")
     narrow = there if isinstance(there, _Narrow) else _Narrow(head)
     narrow.users += 1

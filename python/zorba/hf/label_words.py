@@ -26,7 +26,7 @@ class LabelWordBatch:
         positions: Tensor  # int64 [reads], its index in the sequence
         targets: Tensor  # int64 [reads], the token that is scored there, where scores are sums of
             log-probabilities; None where every label word is one token
-        slots: Tensor  # int64 [reads], where the read stands in [examples, choices, longest]; ditto
+        slots: Tensor  # int64 [reads], place of the read in [examples, choices, longest]; ditto
         lengths: Tensor  # int64 [examples, choices], tokens; 0 where an example has fewer choices
         longest: tokens of the longest candidate.
         labels: Tensor  # int64 [examples], or None
@@ -61,8 +61,8 @@ class LabelWordLoss:
     Logits are computed only where they are read: for label words of one token, the position behind
     the prompt and the words' rows of the output embedding. Otherwise each candidate is a sequence
     of its own, scored by the log-probabilities of its tokens, which need the whole vocabulary at
-    their positions alone. Causal models get no attention mask: what stands behind a position, as
-    the padding, does not matter to it.
+    their positions alone. Causal models get no attention mask: the padding comes last, where no
+    position that is read sees it.
 
     Args:
         model: a causal language model of transformers, or a masked one for a template with
@@ -112,6 +112,7 @@ class LabelWordLoss:
                 raise ValueError(f"label words must be two or more, all different: {self.words}")
             tail = "" if self.masked else tail
             self._tokens = [self._continuation(tail, word) for word in self.words]
+        # One token a word is the cheap case: one forward an example, and a few logits of it.
         single = self._tokens is not None and all(len(ids) == 1 for ids in self._tokens)
         if self.masked and not single:
             raise ValueError(
@@ -123,6 +124,7 @@ class LabelWordLoss:
         )
         if self._columns is not None and len(set(self._columns.tolist())) < len(self._columns):
             raise ValueError(f"two of the label words {self.words} are the same token")
+        # Once, here: a head that cannot be narrowed would give wrong losses without an error.
         probe = self._columns.tolist() if self._columns is not None else [0, 1]
         check_head(model, probe, causal=not self.masked)
 
@@ -153,6 +155,7 @@ class LabelWordLoss:
                 for k, token in enumerate(ids):
                     slot = (e * width + c) * longest + k
                     reads.append((len(sequences), len(prompt) - 1 + k, token, slot))
+                # The last token is predicted, never read.
                 sequences.append(prompt + ids[:-1])
         at = [torch.tensor(column) for column in zip(*reads, strict=True)]
         summed = self._columns is None
@@ -176,6 +179,7 @@ class LabelWordLoss:
         Logits of the label words, or log-probabilities of the candidates.
         """
         columns = self._columns.to(batch.rows.device) if self._columns is not None else None
+        # A cache of keys and values would be filled for nothing, and blocks could not be reused.
         inputs = batch.inputs if self.masked else {**batch.inputs, "use_cache": False}
         logits = narrow_logits(self.model, inputs, batch.rows, batch.positions, columns)
         if batch.targets is None or batch.slots is None:
@@ -215,6 +219,7 @@ class LabelWordLoss:
         if not self.masked and ids and ids[-1] in self._enders():
             ids = ids[:-1]  # a prompt goes on
         if self.max_length is not None and len(ids) > self.max_length:
+            # The end is kept, where the question is; a special token in front as well.
             start = int(ids[0] in self.tokenizer.all_special_ids)
             ids = ids[:start] + ids[len(ids) - self.max_length + start :]
         if not ids:
@@ -244,6 +249,7 @@ class LabelWordLoss:
 
     def _continuation(self, prompt: str, word: str) -> list[int]:
         """Tokens that a word adds to a prompt."""
+        # Of the text with and without it: a tokenizer may merge a word with the text before it.
         before, after = (
             list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
             for text in (prompt, prompt + word)

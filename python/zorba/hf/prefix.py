@@ -66,6 +66,7 @@ def run_prefix(
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long, device=device)
     for target, row in zip(ids, rows, strict=True):
         target[: len(row)] = torch.tensor(row, device=device)
+    # Padded on the right: positions of a causal model do not see it, so none of them needs a mask.
     caught: dict[str, Any] = {}
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -83,6 +84,7 @@ def run_prefix(
         handle.remove()
     if not caught:
         raise ValueError("the forward of the model never reached the block")
+    # A copy: a buffer of the model's may be behind it, which the next forward writes.
     return Prefix(
         caught["hidden"].clone(),
         caught["kwargs"],
@@ -112,6 +114,7 @@ def run_suffix(
         Tensor  # float32 [batch, answers], logits at each row's last position
     """
     hidden = _run(prefix, blocks)
+    # One position a row and a few rows of the head: the vocabulary is most of a small model's work.
     rows = torch.arange(hidden.shape[0], device=hidden.device)
     return nn.functional.linear(norm(hidden[rows, prefix.last]), head).float()
 

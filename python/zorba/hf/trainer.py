@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from zorba.defaults import DISTRIBUTION, EPS, ESTIMATOR, NUM_PERTURBATIONS
 from zorba.log import TrajectoryWriter
 from zorba.optim import ZerothOrderSGD, active_parameters
-from zorba.optim.defaults import DISTRIBUTION, EPS, ESTIMATOR, NUM_PERTURBATIONS
 
 
 @dataclass
@@ -95,12 +95,13 @@ class ZOTrainer(Trainer):
                 f"ZOTrainer uses one GPU a process and sees {self.args.n_gpu}: start one process "
                 "a GPU (torchrun), or set CUDA_VISIBLE_DEVICES"
             )
-        if self._option("trajectory") and self._option("placement") != "scratch":
+        if self._option("zo_trajectory") and self._option("zo_placement") != "scratch":
             raise ValueError(
                 "zo_trajectory needs zo_placement='scratch': restoring in place rounds, which no "
                 "record tells"
             )
-        self.accelerator.scaler = None  # it scales gradients, of which there are none
+        # It scales gradients, and would skip steps whose gradients it has not seen.
+        self.accelerator.scaler = None
         self._micro_batches: list[dict[str, Any]] = []
         self._skipped_steps = 0
         self._writer: TrajectoryWriter | None = None
@@ -117,33 +118,32 @@ class ZOTrainer(Trainer):
         if self.optimizer is None:
             target = self.model if model is None else model
             assert target is not None
-            blocks = self._option("blocks")
+            options = self._options()
             groups = None
             if self.args.weight_decay:
-                groups = _spared(target, set(self.get_decay_parameter_names(target)), blocks)
+                decaying = set(self.get_decay_parameter_names(target))
+                groups = _spared(target, decaying, options["blocks"])
             self.optimizer = _SteppedByTrainer(
                 target,
                 lr=self.args.learning_rate,
-                eps=self._option("eps"),
-                num_perturbations=self._option("perturbations"),
-                estimator=self._option("estimator"),
-                distribution=self._option("distribution"),
-                placement=self._option("placement"),
-                rounding=self._option("rounding"),
                 weight_decay=self.args.weight_decay,
-                momentum=self._option("momentum"),
-                clip=self._option("clip"),
-                blocks=blocks,
-                groups=groups,
-                prefix_reuse=self._option("prefix_reuse"),
-                two_pass=self._option("two_pass"),
                 seed=self.args.seed,
+                groups=groups,
+                **options,
             )
         return self.optimizer
 
+    def _options(self) -> dict[str, Any]:
+        """Options of ``ZerothOrderSGD`` that ``ZOArguments`` adds, by the optimizer's names."""
+        names = [name for name in ZOArguments.__dataclass_fields__ if name.startswith("zo_")]
+        options = {name.removeprefix("zo_"): self._option(name) for name in names}
+        options["num_perturbations"] = options.pop("perturbations")
+        del options["trajectory"]  # the trainer's own
+        return options
+
     def _option(self, name: str) -> Any:
-        default = ZOArguments.__dataclass_fields__[f"zo_{name}"].default
-        return getattr(self.args, f"zo_{name}", default)
+        # Plain TrainingArguments have none of them: then it is the default.
+        return getattr(self.args, name, ZOArguments.__dataclass_fields__[name].default)
 
     def training_step(
         self,
@@ -159,10 +159,13 @@ class ZOTrainer(Trainer):
         self._micro_batches.append(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
+        # Forgotten before the step: if it fails, its batches must not be part of the next one.
         batches, self._micro_batches = self._micro_batches, []
+        # Here, not in train(): a checkpoint has been loaded by now, and tells the step.
         self._start_recording()
         model.train()
 
+        # Reduced in the closure: every process sees the same losses, and so takes the same step.
         def closure() -> float:
             losses = [
                 self._loss(model, batch, num_items_in_batch, len(batches)) for batch in batches
@@ -179,6 +182,9 @@ class ZOTrainer(Trainer):
     ) -> Tensor:
         with self.compute_loss_context_manager():
             loss: Any = self.compute_loss(model, dict(batch), num_items_in_batch=num_items)
+        # A loss that is divided by the batch's items sums up over micro-batches; a mean of its
+        # micro-batch is to be divided by their number. transformers decides in the same way, by a
+        # switch of the trainer or else by the model's signature.
         shared = getattr(self, "loss_is_scaled_for_ga", None)
         if shared is None:
             by_items = self.model_accepts_loss_kwargs and num_items is not None
@@ -194,7 +200,7 @@ class ZOTrainer(Trainer):
         return 0.0
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Logs what a zeroth-order step has to tell in place of the norm of a gradient."""
+        """Logs the scalar and the skipped steps in place of the norm of a gradient."""
         if logs.pop("grad_norm", None) is not None:
             report = self.zo_optimizer.last_step
             if report is not None:
@@ -203,7 +209,7 @@ class ZOTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains as ``Trainer.train``; the weights are settled when it ends, however it ends."""
+        """Trains as ``Trainer.train``; the weights are restored when it ends, however it ends."""
         try:
             result = super().train(*args, **kwargs)
             if self._writer is not None:
@@ -217,13 +223,13 @@ class ZOTrainer(Trainer):
                 self.zo_optimizer.flush()
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """A loop that is entered again after an out-of-memory error starts with no batch."""
+        """Runs the loop; one that is entered again after running out of memory has no batch."""
         self._micro_batches.clear()
         return super()._inner_training_loop(*args, **kwargs)
 
     def _start_recording(self) -> None:
-        """In front of the first step: by now a checkpoint has been loaded."""
-        path = self._option("trajectory")
+        """Opens the trajectory, in front of the first step."""
+        path = self._option("zo_trajectory")
         if not path or self._writer is not None or not self.is_world_process_zero():
             return
         optimizer = self.zo_optimizer
@@ -243,7 +249,8 @@ class ZOTrainer(Trainer):
         self._writer = optimizer.recorder = writer
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """A checkpoint must not outlive the record of the steps that led to it."""
+        """Saves a checkpoint, and the record of the steps before it first."""
+        # In this order: a run that resumes from a checkpoint needs the record up to it.
         if self._writer is not None:
             self._writer.sync()
         super()._save_checkpoint(*args, **kwargs)

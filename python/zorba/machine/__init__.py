@@ -1,25 +1,13 @@
-"""What a run ran on, and how much memory it took."""
+"""Which machine a run ran on, and how much memory it took."""
 
-from zorba.machine.allocations import peak_bytes
-from zorba.machine.apart import GIVING_BACK, Apart, Ready, run_apart
-from zorba.machine.description import describe, version_of
-from zorba.machine.peak import (
-    PeakAnonymous,
-    anonymous_memory,
-    peak_memory,
-    reset_peak_memory,
-)
-
-__all__ = [
-    "GIVING_BACK",
-    "Apart",
-    "PeakAnonymous",
-    "Ready",
-    "anonymous_memory",
-    "describe",
-    "peak_bytes",
-    "peak_memory",
-    "reset_peak_memory",
-    "run_apart",
-    "version_of",
-]
+from zorba.machine.allocations import peak_bytes as peak_bytes
+from zorba.machine.apart import GIVING_BACK as GIVING_BACK
+from zorba.machine.apart import Apart as Apart
+from zorba.machine.apart import Ready as Ready
+from zorba.machine.apart import run_apart as run_apart
+from zorba.machine.description import describe as describe
+from zorba.machine.description import version_of as version_of
+from zorba.machine.peak import PeakAnonymous as PeakAnonymous
+from zorba.machine.peak import anonymous_memory as anonymous_memory
+from zorba.machine.peak import peak_memory as peak_memory
+from zorba.machine.peak import reset_peak_memory as reset_peak_memory

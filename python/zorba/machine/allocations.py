@@ -17,6 +17,7 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
     """
     call()
     if device != "cpu":
+        # torch works behind the host: what is still running belongs to neither figure.
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -25,6 +26,7 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         call()
+    # Every allocation and release, in order: the profiler's tables only have totals by operation.
     results: Any = record.profiler
     events = sorted(results.kineto_results.events(), key=lambda event: event.start_ns())
     sizes = [int(event.nbytes()) for event in events if event.name() == "[memory]"]

@@ -1,4 +1,4 @@
-"""Calls a function in a process of its own and watches the memory that it takes."""
+"""Calls a function in a separate process and watches the memory that it takes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import gc
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
@@ -27,10 +27,10 @@ pieces between live ones, from some MiB to hundreds of them, by chance."""
 
 @dataclass(frozen=True)
 class Apart(Generic[T]):
-    """What a call in a process of its own came to.
+    """The result of a call in a separate process, and its memory.
 
     Attributes:
-        result: what it returned.
+        result: the value that the function returned.
         baseline: bytes of anonymous memory when it said that it was ready.
         peak: the most bytes of anonymous memory since.
         device_peak: the most bytes that torch's allocator held on a GPU since; 0 without one.
@@ -70,15 +70,24 @@ def run_apart(
         RuntimeError: the function raised (the message has its traceback), never called ``ready``,
             or its process died.
     """
+    # Spawned: a forked process would share, and so not count, the pages of this one.
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, function, args), daemon=True)
-    with _environment(environment or {}):
+    # glibc reads its variables at the start of a process, which inherits them from this one.
+    before = dict(os.environ)
+    os.environ.update(environment or {})
+    try:
         process.start()
-    theirs.close()
+    finally:
+        for name in environment or {}:
+            os.environ.pop(name)
+            os.environ.update({name: before[name]} if name in before else {})
+    theirs.close()  # or the end of the process would not be noticed
     try:
         _receive(ours, process, "ready")
         assert process.pid is not None
+        # It waits while the baseline is read.
         with PeakAnonymous(process.pid, interval) as watch:
             ours.send("go")
             result, device_peak = _receive(ours, process, "done")
@@ -89,21 +98,6 @@ def run_apart(
         if process.is_alive():
             process.kill()
             process.join()
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Sets variables of this process, which a new one inherits."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _receive(connection: Connection, process: Any, wanted: str) -> Any:
@@ -125,7 +119,8 @@ def _receive(connection: Connection, process: Any, wanted: str) -> Any:
 def _serve(connection: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     def ready() -> None:
         gc.collect()
-        _give_back_free_memory()
+        with contextlib.suppress(OSError, AttributeError):  # glibc only
+            ctypes.CDLL(None).malloc_trim(0)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         connection.send(("ready", None))
@@ -137,8 +132,3 @@ def _serve(connection: Connection, function: Callable[..., Any], args: tuple[Any
         connection.send(("done", (result, device_peak)))
     except BaseException:
         connection.send(("error", traceback.format_exc()))
-
-
-def _give_back_free_memory() -> None:
-    with contextlib.suppress(OSError, AttributeError):  # glibc only
-        ctypes.CDLL(None).malloc_trim(0)

@@ -15,6 +15,7 @@ import zorba_kernels as zk
 
 def describe() -> dict[str, Any]:
     """Returns processor, threads, versions and instruction set."""
+    # On Linux platform.processor() is "x86_64" or empty.
     cpu = platform.processor()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

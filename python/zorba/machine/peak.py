@@ -8,9 +8,6 @@ import resource
 import sys
 import threading
 from pathlib import Path
-from types import TracebackType
-
-_STATUS = Path("/proc/self/status")
 
 
 def reset_peak_memory() -> None:
@@ -24,8 +21,9 @@ def peak_memory() -> int:
 
     Pages of mapped files count, those of libraries among them; ``PeakAnonymous`` leaves them out.
     """
+    # Linux's own line first: getrusage's figure cannot be reset.
     with contextlib.suppress(OSError, StopIteration):
-        lines = _STATUS.read_text().splitlines()
+        lines = Path("/proc/self/status").read_text().splitlines()
         line = next(line for line in lines if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
@@ -35,20 +33,20 @@ def peak_memory() -> int:
 def anonymous_memory(pid: int) -> int:
     """Returns the bytes of anonymous memory that a process has resident now (Linux).
 
-    Anonymous is what belongs to no file: heap, stacks, tensors. Weights that are mapped from a file
-    are not, since the system can drop their pages and read them again.
+    Anonymous is memory that belongs to no file: heap, stacks, tensors. Weights that are mapped from
+    a file are not, since the system can drop their pages and read them again.
 
     Raises:
         OSError: there is no such process, or no /proc.
     """
-    return _pages(Path(f"/proc/{pid}/statm").read_bytes()) * os.sysconf("SC_PAGE_SIZE")
+    return _anonymous(Path(f"/proc/{pid}/statm").read_bytes())
 
 
 class PeakAnonymous:
-    """Watches the anonymous memory of another process, while the ``with`` block runs.
+    """Watches the anonymous memory of a process, while the ``with`` block runs.
 
-    A thread of this process reads ``/proc/PID/statm`` every ``interval`` seconds, so the watched
-    process is not disturbed; what is held for less than that may be missed. The kernel's own
+    A thread of this process reads ``/proc/PID/statm`` every ``interval`` seconds, so a watched
+    process is not disturbed; memory that is held for less than that may be missed. The kernel's own
     counter lags behind by up to some hundred KiB.
 
     Args:
@@ -68,7 +66,7 @@ class PeakAnonymous:
         self.interval = interval
         self.baseline = self.peak = 0
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._watch, name="peak-anonymous", daemon=True)
 
     @property
     def above(self) -> int:
@@ -78,36 +76,27 @@ class PeakAnonymous:
     def __enter__(self) -> PeakAnonymous:
         """Reads the baseline and begins to watch."""
         self.baseline = self.peak = anonymous_memory(self.pid)
-        self._stop.clear()
-        self._thread = threading.Thread(target=self._watch, name="peak-anonymous", daemon=True)
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Stops watching."""
-        assert self._thread is not None
         self._stop.set()
         self._thread.join()
 
     def _watch(self) -> None:
-        page = os.sysconf("SC_PAGE_SIZE")
-        with contextlib.suppress(OSError):  # the process has ended
-            file = os.open(f"/proc/{self.pid}/statm", os.O_RDONLY)
-            try:
-                while True:
-                    self.peak = max(self.peak, _pages(os.pread(file, 256, 0)) * page)
-                    if self._stop.wait(self.interval):
-                        return
-            finally:
-                os.close(file)
+        # The file stays open: a thousand looks a second must cost the watching process little.
+        path = f"/proc/{self.pid}/statm"
+        with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:  # it has ended
+            while True:
+                file.seek(0)
+                self.peak = max(self.peak, _anonymous(file.read()))
+                if self._stop.wait(self.interval):
+                    return
 
 
-def _pages(statm: bytes) -> int:
-    """Resident pages that are not shared (with a file or another process)."""
+def _anonymous(statm: bytes) -> int:
+    """Bytes of resident pages that are not shared (with a file or another process)."""
     fields = statm.split()
-    return int(fields[1]) - int(fields[2]) if fields else 0
+    pages = int(fields[1]) - int(fields[2]) if fields else 0
+    return pages * os.sysconf("SC_PAGE_SIZE")

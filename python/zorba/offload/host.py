@@ -16,8 +16,8 @@ _LENGTH_BYTES = 8  # of a safetensors file: length of the JSON header, little-en
 def to_file(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Writes tensors to a safetensors file and maps them from there.
 
-    The mapping is shared: what is written to the tensors is in the file, and their pages are the
-    system's to evict, no memory of the process's own.
+    The mapping is shared: writes to the tensors go to the file, and the system may drop their pages
+    and read them again. They take no memory of the process's own.
 
     Args:
         path: of the file; an existing one is replaced.
@@ -29,11 +29,14 @@ def to_file(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     from safetensors.torch import save_file  # optional: offloading needs it, and nothing else here
 
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    path.unlink(missing_ok=True)  # whoever has the old file mapped keeps it as it is
+    # A new file, not the old one rewritten: another process may have that mapped.
+    path.unlink(missing_ok=True)
     save_file(kept, path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         header = json.loads(file.read(length))
+    # Not by safetensors' own loader: it maps privately, so that writes would become memory of the
+    # process, page by page.
     mapped: dict[str, Tensor] = {}
     for name, tensor in kept.items():
         start, end = header[name]["data_offsets"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zorba.blocks import Block, find_blocks
+from zorba.forward import replaced_forward
 from zorba.offload.host import to_file, to_pinned
 from zorba.offload.stream import BlockStream
 
@@ -60,7 +62,7 @@ class Offload:
                 "system that lives in memory"
             )
         self._host: dict[str, dict[str, Tensor]] = {}
-        self._forwards: dict[str, Any] = {}
+        self._forwards: dict[str, ExitStack] = {}
         self._stream = BlockStream(self._device, {})
         self._check(active)
         if self._folder is not None:
@@ -112,7 +114,8 @@ class Offload:
             with self._stream.streaming():
                 yield
         finally:
-            for name in self._host:  # Ctrl-C may have kept a block from doing it
+            # Ctrl-C in a forward may have come before the block pointed back by itself.
+            for name in self._host:
                 self._point(name, self._host[name])
 
     def set_active(self, active: Collection[str]) -> None:
@@ -129,9 +132,10 @@ class Offload:
         wanted = set(active)
         if set(self.active) == wanted:
             return
+        # The old buffers are freed before blocks arrive; the new ones fit the blocks idle then.
         self._stream = BlockStream(self._device, {})
         try:
-            # Arriving blocks need memory that leaving ones free.
+            # Leaving ones first: arriving blocks need the memory that they free.
             for name in [n for n in self._blocks if n not in wanted and n not in self._host]:
                 self._leave(name)
             for name in [n for n in self._blocks if n in wanted and n in self._host]:
@@ -162,6 +166,7 @@ class Offload:
                 f"the model has no blocks named {', '.join(map(str, unknown[:5]))}; it has "
                 f"{next(iter(self._blocks))} to {next(reversed(self._blocks))}"
             )
+        # A module that shares an idle block's weights would read them on the host.
         for name, block in self._blocks.items():
             if name in active:
                 continue
@@ -195,17 +200,14 @@ class Offload:
         host = to_pinned(weights) if self._folder is None else to_file(self._path(name), weights)
         self._host[name] = host
         self._point(name, host)
-        self._forwards[name] = block.module.__dict__.get("forward")
-        block.module.forward = self._forward(name, block.module.forward)
+        # A forward of its own, not hooks: hooks of others (a placement's) must run inside of it.
+        self._forwards[name] = ExitStack()
+        forward = partial(self._forward, name, block.module.forward)
+        self._forwards[name].enter_context(replaced_forward(block.module, forward))
 
     def _arrive(self, name: str) -> None:
         """Moves a block to the device."""
-        module = self._blocks[name].module
-        before = self._forwards.pop(name)
-        if before is None:
-            module.__dict__.pop("forward", None)
-        else:
-            module.forward = before
+        self._forwards.pop(name).close()
         self._bring(name)
         del self._host[name]
         if self._folder is not None:
@@ -219,16 +221,14 @@ class Offload:
         assert self._folder is not None
         return self._folder / f"{name}.safetensors"
 
-    def _forward(self, name: str, original: Any) -> Any:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            with self._stream.use(name) as weights:
-                try:
-                    self._point(name, weights)
-                    return original(*args, **kwargs)
-                finally:
-                    self._point(name, self._host[name])
-
-        return forward
+    def _forward(self, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """The forward of an idle block."""
+        with self._stream.use(name) as weights:
+            try:
+                self._point(name, weights)
+                return original(*args, **kwargs)
+            finally:
+                self._point(name, self._host[name])
 
     def _point(self, name: str, weights: Mapping[str, Tensor]) -> None:
         """Lets a block's parameters read these weights."""
@@ -238,6 +238,5 @@ class Offload:
 
 def _own(weights: Tensor, device: torch.device) -> Tensor:
     """Weights on the device, in memory of their own rather than a mapped file's."""
-    if weights.device != device:
-        return weights.to(device)
-    return weights.clone() if device.type == "cpu" else weights
+    # On a CPU always a copy: tensors of a mapped file would keep the removed file on the disk.
+    return weights.to(device, copy=device.type == "cpu")

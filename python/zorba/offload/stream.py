@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zorba.tables import padded_bytes
+from zorba.tables import padded_bytes, views_in
 
-BUFFERS = 2
+BUFFERS = 2  # one block computes while the next one arrives: more would only wait
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
@@ -36,7 +36,7 @@ class _Copies(Protocol):
 
 
 class _HostCopies:
-    """A thread that copies within the host: numpy's copies hold no lock and start no threads."""
+    """A thread that copies within the host."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="zorba-offload")
@@ -48,10 +48,12 @@ class _HostCopies:
         ticket.result()
 
     def freed(self) -> None:
-        """Whoever released a buffer is done with it: there is one thread that computes."""
+        """Nothing to wait for: whoever released a buffer is the one thread that computes."""
 
     @staticmethod
     def _copy(pairs: Pairs) -> None:
+        # By numpy: torch's copy_ would start threads that compete with those of the forward. It
+        # lets go of the interpreter, also while a page of a mapped file comes from the disk.
         for target, source in pairs:
             np.copyto(_bytes(target), _bytes(source))
 
@@ -65,13 +67,12 @@ class _DeviceCopies:
 
     def start(self, pairs: Pairs, freed: torch.cuda.Event | None) -> torch.cuda.Event:
         with torch.cuda.stream(self._stream):
+            # Kernels that read the buffer may still run: the host is ahead of the device.
             if freed is not None:
                 self._stream.wait_event(freed)
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record(self._stream)
-        return done
+            return self._mark(self._stream)
 
     def wait(self, ticket: torch.cuda.Event, *, host: bool = False) -> None:
         if host:
@@ -80,8 +81,12 @@ class _DeviceCopies:
             torch.cuda.current_stream(self._device).wait_event(ticket)
 
     def freed(self) -> torch.cuda.Event:
+        return self._mark(torch.cuda.current_stream(self._device))
+
+    @staticmethod
+    def _mark(stream: Any) -> torch.cuda.Event:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
+        event.record(stream)
         return event
 
 
@@ -158,6 +163,7 @@ class BlockStream:
             buffer.users -= 1
             if not buffer.users:
                 buffer.freed = self._copies.freed()
+                # Outside of ``streaming`` weights may change between two uses: fetch them again.
                 if not self._streaming:
                     self._drop(buffer)
 
@@ -172,9 +178,12 @@ class BlockStream:
                 f"block {name} is needed while {len(self._buffers)} other idle blocks run: blocks "
                 "within blocks cannot be offloaded"
             )
+        # The one that was used last holds the block that a nested or repeated forward wants again.
         buffer = min(free, key=lambda b: (b.block is not None, b.last_use))
-        views = self._views(buffer, name)
         source = self._blocks[name]
+        if name not in buffer.views:
+            buffer.views[name] = views_in(buffer.memory, source)
+        views = buffer.views[name]
         buffer.ticket = self._copies.start([(views[p], source[p]) for p in source], buffer.freed)
         buffer.block = name
         self.loads += 1
@@ -187,19 +196,10 @@ class BlockStream:
             self._fetch(self._order[at])
 
     def _drop(self, buffer: _Buffer) -> None:
+        # The host waits: it may change the weights as soon as they count as not fetched.
         if buffer.ticket is not None:
             self._copies.wait(buffer.ticket, host=True)
         buffer.block = buffer.ticket = None
-
-    def _views(self, buffer: _Buffer, name: str) -> dict[str, Tensor]:
-        if name not in buffer.views:
-            views, at = {}, 0
-            for parameter, tensor in self._blocks[name].items():
-                piece = buffer.memory[at : at + tensor.numel() * tensor.element_size()]
-                views[parameter] = piece.view(tensor.dtype).view(tensor.shape)
-                at += padded_bytes(tensor)
-            buffer.views[name] = views
-        return buffer.views[name]
 
 
 def _bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -16,11 +16,15 @@ class GeneratorState:
     speech models).
     """
 
+    # Both losses of a difference need the same dropout masks. With others the difference would be
+    # that of two subnetworks, divided by a small eps: noise a hundred times the signal.
+
     def __init__(self, device: torch.device) -> None:
         self._cpu = torch.get_rng_state()
         self._device = device if device.type == "cuda" else None
         self._cuda = torch.cuda.get_rng_state(device) if self._device else None
         self._python = random.getstate()
+        # Not imported for this: where nobody has imported it, nobody draws from it.
         self._numpy: Any = sys.modules.get("numpy")
         self._numpy_state = None if self._numpy is None else self._numpy.random.get_state()
 

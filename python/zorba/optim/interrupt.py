@@ -25,7 +25,7 @@ class Gate:
         """Gives the handler the last signal that was held, if there was one."""
         if self.held and self.handler is not None:
             last = self.held[-1]
-            self.held.clear()
+            self.held.clear()  # first: the handler mostly raises
             self.handler(*last)
 
     @contextmanager
@@ -45,13 +45,13 @@ class Gate:
 
 @contextmanager
 def deferred_interrupts() -> Iterator[Gate]:
-    """Delivers SIGINT at the end of the block instead of inside it.
-
-    A pass over the weights and the note that it was made must happen together, or an interrupt
-    between them would leave weights perturbed. Only the main thread receives signals; elsewhere
-    this does nothing.
-    """
+    """Delivers SIGINT at the end of the block instead of inside it; in the main thread alone."""
+    # A pass over the weights and the note that it was made must happen together: an interrupt
+    # between them would leave weights perturbed, and nobody would know. Python runs handlers in
+    # the main thread only, so elsewhere there is nothing to hold back.
     handler = signal.getsignal(signal.SIGINT)
+    # SIG_IGN and SIG_DFL are no callables: an ignored signal must stay ignored, and one that kills
+    # the process leaves no weights to care for.
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield Gate(None)
         return
@@ -60,5 +60,6 @@ def deferred_interrupts() -> Iterator[Gate]:
         signal.signal(signal.SIGINT, gate.hold)
         yield gate
     finally:
+        # The handler first: a signal between the two lines raises here, as a held one would.
         signal.signal(signal.SIGINT, handler)
         gate.deliver()

@@ -10,29 +10,18 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-import zorba_kernels as zk
+from zorba.forward import replaced_forward
 from zorba.optim.generators import GeneratorState
-
-
-class Parking(Protocol):
-    """What evaluations share and must not see of each other: a placement's perturbed weights."""
-
-    table: zk.ParamTable
-
-    def park(self) -> Any:
-        """Takes it away when an evaluation waits; returns what brings it back."""
-        ...
-
-    def resume(self, parked: Any) -> None:
-        """Brings it back when the evaluation goes on."""
-        ...
+from zorba.optim.placement import Placement
 
 
 class Lockstep:
@@ -40,14 +29,14 @@ class Lockstep:
 
     Args:
         blocks: modules before whose forward an evaluation waits for the others.
-        parking: parts the evaluations' perturbed weights.
+        placement: whose perturbed weights the evaluations must not see of each other.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], parking: Parking) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], placement: Placement) -> None:
         self._blocks = list(blocks)
-        self._parking = parking
-        self._device = parking.table.device
-        self._streams: dict[Any, _Stream] = {}
+        self._placement = placement
+        self._device = placement.table.device
+        self._evaluations: dict[Any, _Evaluation] = {}
 
     def run(self, evaluations: Sequence[Callable[[], float]], draws: bool) -> list[float]:
         """Returns the result of each evaluation.
@@ -67,82 +56,75 @@ class Lockstep:
                 "steps with idle blocks off the device need the package greenlet: pip install "
                 "'zorba-kernels[offload]'"
             ) from error
-        streams = [_Stream(greenlet(call)) for call in evaluations]
-        self._streams = {stream.greenlet: stream for stream in streams}
+        # Greenlets, not threads: one evaluation runs at a time and always stops at a block, so
+        # that hooks, generators and ``.data`` need no locks; and not generators, as the wait is
+        # deep in a forward that is not ours.
+        running = [_Evaluation(greenlet(call)) for call in evaluations]
+        self._evaluations = {evaluation.greenlet: evaluation for evaluation in running}
         try:
-            with self._waiting():
-                while waiting := [s for s in streams if not s.greenlet.dead]:
-                    stream = min(waiting, key=lambda s: s.waits)
-                    self._advance(stream, draws)
+            with ExitStack() as stack:
+                for block in self._blocks:
+                    forward = partial(self._forward, block.forward)
+                    stack.enter_context(replaced_forward(block, forward))
+                # The one that is furthest behind goes on: all pass a block before one enters the
+                # next, also where an evaluation calls a block more often than another one.
+                while waiting := [e for e in running if not e.greenlet.dead]:
+                    self._advance(min(waiting, key=lambda e: e.waits), draws)
         finally:
-            for stream in streams:
-                if not stream.greenlet.dead:
-                    stream.greenlet.throw()  # GreenletExit
-            self._streams = {}
-        return [stream.result for stream in streams]
+            for evaluation in running:
+                # Its ``with`` blocks and hooks must be left here, not when it is collected.
+                if not evaluation.greenlet.dead:
+                    evaluation.greenlet.throw()  # GreenletExit
+            self._evaluations = {}
+        return [evaluation.result for evaluation in running]
 
-    def _advance(self, stream: _Stream, draws: bool) -> None:
+    def _advance(self, evaluation: _Evaluation, draws: bool) -> None:
         """Lets an evaluation run to its next wait, or to its end."""
+        # Everything that an evaluation set up is put away while it waits, and brought back when it
+        # goes on: generators, weights that read scratch, modes of the thread.
         outer = _Modes(self._device)
-        if stream.kept is not None:
-            self._parking.resume(stream.kept)
-            if stream.generators is not None:
-                stream.generators.rewind()
-            stream.modes.restore()
+        if evaluation.modes is not None:
+            self._placement.resume(evaluation.parked)
+            if evaluation.generators is not None:
+                evaluation.generators.rewind()
+            evaluation.modes.restore()
         try:
-            stream.result = stream.greenlet.switch()  # of an evaluation that waits: None
-            stream.modes = _Modes(self._device)
+            evaluation.result = evaluation.greenlet.switch()  # of one that waits: None
+            evaluation.modes = _Modes(self._device)
         finally:
             outer.restore()
-        stream.waits += 1
-        if not all(s.greenlet.dead for s in self._streams.values()):
-            stream.generators = GeneratorState(self._device) if draws else None
-            stream.kept = self._parking.park()
+        evaluation.waits += 1
+        if not all(e.greenlet.dead for e in self._evaluations.values()):
+            evaluation.generators = GeneratorState(self._device) if draws else None
+            evaluation.parked = self._placement.park()
 
-    @contextmanager
-    def _waiting(self) -> Iterator[None]:
-        """Makes the blocks wait; they are as before on leaving."""
-        before = [(module, module.__dict__.get("forward")) for module in self._blocks]
-        try:
-            for module in self._blocks:
-                module.forward = self._forward(module.forward)
-            yield
-        finally:
-            for module, forward in before:
-                if forward is None:
-                    module.__dict__.pop("forward", None)
-                else:
-                    module.forward = forward
-
-    def _forward(self, original: Any) -> Any:
+    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The forward of a block: waits until the other evaluations are here too."""
         from greenlet import getcurrent
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            current = getcurrent()
-            if current in self._streams:
-                current.parent.switch()
-            return original(*args, **kwargs)
-
-        return forward
+        current = getcurrent()
+        if current in self._evaluations:
+            current.parent.switch()
+        return original(*args, **kwargs)
 
 
-class _Stream:
-    """An evaluation, and where it stands."""
+@dataclass
+class _Evaluation:
+    """An evaluation, and its state while it waits."""
 
-    def __init__(self, green: Any) -> None:
-        self.greenlet = green
-        self.waits = 0
-        self.result: Any = None
-        self.kept: Any = None
-        self.modes: Any = None
-        self.generators: GeneratorState | None = None
+    greenlet: Any
+    waits: int = 0
+    result: Any = None
+    parked: Any = None
+    modes: _Modes | None = None
+    generators: GeneratorState | None = None
 
 
 class _Modes:
-    """Modes of the thread, which evaluations in one thread would else leave to each other.
+    """Modes of the thread: torch's of autograd and autocast, and the handler of Ctrl-C."""
 
-    Torch's of autograd and autocast, and who gets Ctrl-C: the closure does, and nothing between.
-    """
+    # A greenlet switches the stack of calls, not the state of the thread. Without this, one
+    # evaluation's ``with torch.autocast(...)`` would hold for those that go on while it waits.
 
     def __init__(self, device: torch.device) -> None:
         self._grad = torch.is_grad_enabled()
@@ -161,4 +143,5 @@ class _Modes:
         for kind, (enabled, dtype) in self._autocast.items():
             torch.set_autocast_enabled(kind, enabled)
             torch.set_autocast_dtype(kind, dtype)
+        # Its copies are of the weights that the last evaluation saw.
         torch.clear_autocast_cache()

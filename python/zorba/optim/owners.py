@@ -2,124 +2,110 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from functools import cached_property
 
 from torch import Tensor, nn
 
 import zorba_kernels as zk
-from zorba.tables import padded_bytes
+from zorba.tables import padded_bytes, views_in
 
 
 class Owner:
-    """Active parameters that are shown perturbed together, for the length of a module's forward.
+    """Active parameters that a module holds itself, and the scratch that they may read.
 
     Attributes:
-        module: whose forward it is; None for parameters that are held during a whole evaluation.
-        level: owners that the module is nested in; those held have a level of their own.
+        module: whose forward reads them.
+        held: whether they read scratch during whole evaluations, not in that forward alone.
         parameters: by canonical name; several where equal weights are tied by their storage alone.
-        table: the same, for passes over them.
+        level: how many owners the module is nested in.
         groups: groups of the parameters.
         nbytes: scratch that they take.
+        depth: how many forwards of the module are running: it may call itself.
+        reached: whether an evaluation has used it.
+        shown: the part that reads scratch now (itself, or what no other owner shows), and where.
     """
 
     def __init__(
         self,
-        module: nn.Module | None,
-        parameters: dict[str, list[nn.Parameter]],
-        main: zk.ParamTable,
+        module: nn.Module,
+        parameters: Mapping[str, list[nn.Parameter]],
+        whole: zk.ParamTable,
         level: int,
+        held: bool = False,
     ) -> None:
-        groups = {entry.name: entry.group for entry in main.entries}
         self.module = module
+        self.held = held
+        self.parameters = dict(parameters)
         self.level = level
-        self.parameters = parameters
-        self.table = zk.ParamTable(
-            {name: same[0] for name, same in parameters.items()},
-            groups={name: groups[name] for name in parameters},
-            num_groups=main.num_groups,
-        )
-        self.groups = frozenset(groups[name] for name in parameters)
-        self.nbytes = sum(padded_bytes(same[0]) for same in parameters.values())
-        self.depth = 0  # how many of its forwards are running
-        self.buffer: Tensor | None = None
-        self.showing: Owner | None = None  # itself, or the part that no other one shows
-        self.reached = module is None
-        self._main = main
+        self.depth = 0
+        self.reached = held
+        self.shown: tuple[Owner, Tensor] | None = None
+        self._whole = whole
+        # Entries, not the parameters: these may read scratch when a part of an owner is made.
+        entries = {entry.name: entry for entry in whole.entries}
+        self._weights = {name: entries[name].tensor for name in parameters}
+        self._groups = {name: entries[name].group for name in parameters}
+        self.groups = frozenset(self._groups.values())
+        self.nbytes = sum(map(padded_bytes, self._weights.values()))
         self._targets: dict[int, zk.ParamTable] = {}
-        self._parts: dict[frozenset[str], Owner | None] = {}
+        self._parts: dict[frozenset[str], Owner | None] = {frozenset(): self}
+
+    @cached_property
+    def table(self) -> zk.ParamTable:
+        """The parameters' weights; made when asked for: not every placement needs it."""
+        return self._table_of(self._weights)
 
     def without(self, names: Collection[str]) -> Owner | None:
         """Returns an owner of the other parameters of this module; None if there are none."""
-        if not names:
-            return self
-        mine = frozenset(name for name in names if name in self.parameters)
-        if not mine:
-            return self
-        if mine not in self._parts:
-            rest = {n: same for n, same in self.parameters.items() if n not in mine}
-            part = Owner(self.module, rest, self._main, self.level) if rest else None
-            self._parts[mine] = part
-        return self._parts[mine]
+        left_out = frozenset(name for name in names if name in self.parameters)
+        if left_out not in self._parts:
+            rest = {n: same for n, same in self.parameters.items() if n not in left_out}
+            part = Owner(self.module, rest, self._whole, self.level) if rest else None
+            self._parts[left_out] = part
+        return self._parts[left_out]
 
     def target(self, buffer: Tensor) -> zk.ParamTable:
         """Returns a table of views of the buffer with the shapes and dtypes of the parameters."""
+        # Kept: making a table costs more than the pass over a small module. Buffers live as long
+        # as their placement, so that an address means one buffer.
         key = buffer.data_ptr()
         if key not in self._targets:
-            views, at = {}, 0
-            for name, (p, *_) in self.parameters.items():
-                size = p.numel() * p.element_size()
-                views[name] = buffer[at : at + size].view(p.dtype).view(p.shape)
-                at += padded_bytes(p)
-            groups = {entry.name: entry.group for entry in self.table.entries}
-            self._targets[key] = zk.ParamTable(
-                views, groups=groups, num_groups=self.table.num_groups
-            )
+            self._targets[key] = self._table_of(views_in(buffer, self._weights))
         return self._targets[key]
 
-    def show(self) -> None:
-        """Lets the parameters read from ``buffer``."""
-        assert self.buffer is not None
-        self._point(self.target(self.buffer))
-
-    def put_back(self) -> Tensor | None:
-        """Lets the parameters read the weights again; returns the buffer, if there was one."""
-        buffer = self.buffer
-        if buffer is not None:
-            self._point(self.table)
-            self.buffer = None
-        return buffer
-
-    def _point(self, table: zk.ParamTable) -> None:
+    def point_to(self, table: zk.ParamTable) -> None:
+        """Lets the parameters read the tensors of a table."""
+        # ``.data`` is exchanged, not the parameter: whoever holds the parameter (the module, tied
+        # modules, optimizers) sees the exchange.
         for same, entry in zip(self.parameters.values(), table.entries, strict=True):
             for p in same:
                 p.data = entry.tensor
 
+    def _table_of(self, tensors: Mapping[str, Tensor]) -> zk.ParamTable:
+        return zk.ParamTable(tensors, self._groups, num_groups=self._whole.num_groups)
 
-def find_owners(model: nn.Module, table: zk.ParamTable, held: Collection[str] = ()) -> list[Owner]:
+
+def find_owners(model: nn.Module, table: zk.ParamTable) -> list[Owner]:
     """Returns every module that holds an active parameter itself; a tied one has several owners.
-
-    Parameters are told by their storage: two of them may be views of the same weights.
 
     Args:
         model: the model.
         table: its active parameters.
-        held: names of those that go to an owner without a module.
 
     Raises:
         ValueError: a parameter of the table is in no module, or twice in one.
     """
+    # Parameters are told apart by their storage, not their identity: two of them may be views of
+    # the same weights (``b.weight.data = a.weight.data``), and both must show the noise.
     wanted = {key_of(entry.source): entry.name for entry in table.entries}
     owners: list[Owner] = []
-    owner_names: set[str] = set()
-    whole: dict[str, list[nn.Parameter]] = {}
+    paths: set[str] = set()
     for path, module in model.named_modules():
         mine: dict[str, list[nn.Parameter]] = {}
         for p in module._parameters.values():
             name = wanted.get(key_of(p)) if p is not None else None
             if p is None or name is None:
-                continue
-            if name in held:
-                whole.setdefault(name, []).append(p)
                 continue
             if name in mine:
                 raise ValueError(
@@ -129,19 +115,18 @@ def find_owners(model: nn.Module, table: zk.ParamTable, held: Collection[str] = 
         if mine:
             parts = path.split(".") if path else []
             above = {".".join(parts[:i]) for i in range(len(parts))}
-            owners.append(Owner(module, mine, table, len(above & owner_names)))
-            owner_names.add(path)
-    found = {name for owner in owners for name in owner.parameters} | set(whole)
-    lost = [entry.name for entry in table.entries if entry.name not in found]
+            owners.append(Owner(module, mine, table, len(above & paths)))
+            paths.add(path)
+    found = {name for owner in owners for name in owner.parameters}
+    lost = [name for name in table.names if name not in found]
     if lost:
         raise ValueError(
             f"these parameters belong to no module of the model: {', '.join(lost[:5])}"
         )
-    if whole:
-        owners.append(Owner(None, whole, table, 1 + max((o.level for o in owners), default=-1)))
     return owners
 
 
 def key_of(p: Tensor) -> object:
-    """Returns what tells parameters apart: where their weights are."""
+    """Returns a key that is the same for parameters with the same weights: where these are."""
+    # An empty tensor has no address, and nothing in it could be tied.
     return (p.data_ptr(), p.dtype, p.shape, p.stride()) if p.numel() else id(p)

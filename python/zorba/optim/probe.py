@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,15 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import zorba_kernels as zk
-from zorba.optim.owners import Owner, find_owners
+from zorba.optim.owners import Owner
 
 
 class Probe(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches one evaluation.
 
     Args:
-        model: what the closure runs.
-        table: its active parameters.
+        owners: modules that hold the active parameters.
+        table: the active parameters.
         on_functional: called at every use that is none of a module's own.
 
     Attributes:
@@ -30,7 +31,7 @@ class Probe(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(
         self,
-        model: nn.Module,
+        owners: Sequence[Owner],
         table: zk.ParamTable,
         on_functional: Callable[[], None] = lambda: None,
     ) -> None:
@@ -38,8 +39,9 @@ class Probe(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.reached: set[str] = set()
         self.functional: set[str] = set()
         self._on_functional = on_functional
-        self._owners = find_owners(model, table)
+        self._owners = owners
         self._inside: dict[str, int] = dict.fromkeys(table.names, 0)
+        # By storage, so that an operation costs one look-up, not one comparison a parameter.
         self._spans: dict[int, list[tuple[int, int, str]]] = {}
         for entry in table.entries:
             if entry.tensor.numel():
@@ -54,19 +56,15 @@ class Probe(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Watches what runs inside."""
-        handles = []
-        try:
+        with ExitStack() as stack:
             for owner in self._owners:
-                assert owner.module is not None
                 # In front of other hooks: what these read is no use by the model.
-                enter = owner.module.register_forward_pre_hook(self._enter(owner), prepend=True)
-                leave = owner.module.register_forward_hook(self._leave(owner), always_call=True)
-                handles += [enter, leave]
-            with self:
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+                enter, leave = partial(self._enter, owner), partial(self._leave, owner)
+                register = stack.enter_context
+                register(owner.module.register_forward_pre_hook(enter, prepend=True))
+                register(owner.module.register_forward_hook(leave, always_call=True))
+            stack.enter_context(self)
+            yield
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -81,28 +79,23 @@ class Probe(TorchDispatchMode):  # type: ignore[no-untyped-call]
         spans = self._spans.get(value.untyped_storage().data_ptr())
         if not spans:
             return
+        # Several parameters may be slices of one storage: the addresses tell which is read.
         start, end = _span(value)
         for first, last, name in spans:
             if first < end and start < last and not self._inside[name]:
                 self.functional.add(name)
                 self._on_functional()
 
-    def _enter(self, owner: Owner) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            del module, args
-            for name in owner.parameters:
-                self._inside[name] += 1
-                self.reached.add(name)
+    def _enter(self, owner: Owner, module: nn.Module, args: tuple[Any, ...]) -> None:
+        del module, args
+        for name in owner.parameters:
+            self._inside[name] += 1
+            self.reached.add(name)
 
-        return hook
-
-    def _leave(self, owner: Owner) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            del module, args, output
-            for name in owner.parameters:
-                self._inside[name] -= 1
-
-        return hook
+    def _leave(self, owner: Owner, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        del module, args, output
+        for name in owner.parameters:
+            self._inside[name] -= 1
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

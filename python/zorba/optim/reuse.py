@@ -3,20 +3,17 @@
 Where the first blocks of a stack hold no active parameter and nothing active runs in front of
 them, their output is the same in every evaluation of a step. The first evaluation keeps it; in the
 others these blocks hand through what they get, and the last of them returns what was kept (or each
-its own output, where the model reads them). The model's own forward runs as always, so its masks,
-positions and heads are its own affair.
-
-What makes this exact: a block is skipped only while all tensors that the stack was given are equal
-to those of the first evaluation, bit for bit, and random generators continue where they stood
-behind each block.
+its own output, where the model reads them). The model's own forward runs as always, with its masks,
+positions and heads.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,15 +21,15 @@ from torch import Tensor, nn
 
 import zorba_kernels as zk
 from zorba.blocks import find_blocks
+from zorba.forward import replaced_forward
 from zorba.optim.generators import GeneratorState
-from zorba.optim.owners import find_owners, key_of
+from zorba.optim.owners import Owner, key_of
 
 
 class ReuseError(BaseException):
-    """Blocks were skipped that should have run: the evaluation must be repeated without reuse.
+    """Blocks were skipped that should have run: the evaluation must be repeated without reuse."""
 
-    No Exception: a closure that catches these would hide it.
-    """
+    # Not an Exception: a closure that catches those would hide it, and return a wrong loss.
 
 
 @dataclass
@@ -43,7 +40,7 @@ class _Call:
     hidden_in: list[Tensor]  # of the first block
     hidden_out: Tensor | None  # kept for the last block of the prefix alone
     rest: Any  # other members of its output; None where it is a plain tensor
-    generators: GeneratorState | None
+    generators: GeneratorState | None  # behind it; in training mode alone
 
 
 @dataclass
@@ -56,6 +53,10 @@ class _Stack:
     at: int = -1  # the running call of the stack
     skipping: bool = False
 
+    def rewind(self) -> None:
+        """To in front of its first call in an evaluation."""
+        self.at, self.skipping = -1, False
+
 
 class PrefixReuse:
     """Skips, for the length of a session, what one evaluation of a step has computed already.
@@ -63,6 +64,7 @@ class PrefixReuse:
     Args:
         model: a model with transformer blocks; without any, nothing is reused.
         table: its active parameters.
+        owners: modules that hold them.
 
     Attributes:
         enabled: whether there is anything to reuse.
@@ -70,12 +72,12 @@ class PrefixReuse:
             of the last one: hidden states of several layers, skips between blocks.
     """
 
-    def __init__(self, model: nn.Module, table: zk.ParamTable) -> None:
+    def __init__(self, model: nn.Module, table: zk.ParamTable, owners: Sequence[Owner]) -> None:
         self._model = model
         self._device = table.device
         self.everything = False
         self._stacks = _prefixes(model, table)
-        self._owners = [o.module for o in find_owners(model, table) if o.module is not None]
+        self._owners = owners
         self.enabled = bool(self._stacks)
         self._recording = False
         self._open: _Stack | None = None  # the stack that is being recorded
@@ -86,29 +88,18 @@ class PrefixReuse:
     def session(self, device: torch.device) -> Iterator[None]:
         """Context of a step; the model, whose generators are the device's, is as it was after."""
         self._device = device
-        if not self.enabled:
-            yield
-            return
         self._evaluations = 0
-        changed: list[tuple[nn.Module, Any]] = []
-        handles = []
-        try:
-            for stack in self._stacks:
-                for number, module in enumerate(stack.modules):
-                    changed.append((module, module.__dict__.get("forward")))
-                    module.forward = self._forward(stack, number, module.forward)
-            for owner in self._owners:
-                handles.append(owner.register_forward_pre_hook(self.close))
+        with ExitStack() as stack:
+            stack.callback(self._forget)
+            if self.enabled:
+                for prefix in self._stacks:
+                    for number, module in enumerate(prefix.modules):
+                        forward = partial(self._forward, prefix, number, module.forward)
+                        stack.enter_context(replaced_forward(module, forward))
+                # Hooks, not the stack's order: an active module may run between frozen blocks.
+                for owner in self._owners:
+                    stack.enter_context(owner.module.register_forward_pre_hook(self.close))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for module, before in changed:
-                if before is None:
-                    module.__dict__.pop("forward", None)
-                else:
-                    module.forward = before
-            self._forget()
 
     def begin(self) -> None:
         """Marks the start of an evaluation."""
@@ -117,7 +108,7 @@ class PrefixReuse:
         self._open = None
         self._unfilled.clear()
         for stack in self._stacks:
-            stack.at, stack.skipping = -1, False
+            stack.rewind()
 
     @property
     def modules(self) -> set[nn.Module]:
@@ -143,39 +134,42 @@ class PrefixReuse:
         self._unfilled.clear()
         for stack in self._stacks:
             stack.calls.clear()
-            stack.at, stack.skipping = -1, False
+            stack.rewind()
 
     def close(self, *arguments: Any) -> None:
         """Says that active parameters are used now: what runs from here on is no prefix."""
         self._open = None
 
     def limit(self) -> None:
-        """Reuses no more blocks than the first evaluation has kept, in later steps as well.
-
-        For uses of active parameters that later steps do not tell of by ``close``.
-        """
+        """Reuses no more blocks than the first evaluation has kept, in later steps as well."""
+        # Later steps are not watched: a use of an active parameter without its module, which ended
+        # the prefix in the first evaluation, would not ``close`` it there.
         for stack in self._stacks:
+            # A stack that is called several times must have kept as much in each of its calls.
             lengths = {len(call) for call in stack.calls}
             stack.limit = lengths.pop() if len(lengths) == 1 else 0
             if not stack.limit:
                 stack.calls.clear()
 
-    def _forward(self, stack: _Stack, number: int, original: Any) -> Any:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if not self.enabled:
-                return original(*args, **kwargs)
-            hidden, others = _inputs(args, kwargs)
+    def _forward(
+        self, stack: _Stack, number: int, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """The forward of a block within a session."""
+        if not self.enabled:
+            return original(*args, **kwargs)
+        # Exact: a block is skipped only while all tensors that the stack was given are equal to
+        # those of the first evaluation, bit for bit, and random generators continue from their
+        # state behind it.
+        hidden, others = _inputs(args, kwargs)
+        if number == 0:
             caches = [v for v in (*args, *kwargs.values()) if hasattr(v, "get_seq_length")]
-            if number == 0:
-                self._enter(stack, hidden, others, caches)
-            if stack.skipping and number in stack.calls[stack.at]:
-                return _replay(stack.calls[stack.at][number], hidden, others)
-            output = original(*args, **kwargs)
-            if self._recording and self._open is stack:
-                self._record(stack, number, hidden, others, output)
-            return output
-
-        return forward
+            self._enter(stack, hidden, others, caches)
+        if stack.skipping and number in stack.calls[stack.at]:
+            return _replay(stack.calls[stack.at][number], hidden, others)
+        output = original(*args, **kwargs)
+        if self._recording and self._open is stack:
+            self._record(stack, number, hidden, others, output)
+        return output
 
     def _enter(
         self, stack: _Stack, hidden: Tensor | None, others: list[Tensor], caches: list[Any]
@@ -183,6 +177,7 @@ class PrefixReuse:
         """The first block of a stack is called: does what was kept fit?"""
         if any(cache is unfilled for cache in caches for unfilled in self._unfilled):
             raise ReuseError  # skipped blocks have put nothing into it, and now it is read
+        # Positions that earlier forwards left in a cache are inputs that nothing here compares.
         continues = any(_length(cache) > 0 for cache in caches)
         stack.at += 1
         stack.skipping = False
@@ -191,7 +186,9 @@ class PrefixReuse:
             self._open = None if continues else stack
         elif stack.at < len(stack.calls) and stack.calls[stack.at] and not continues:
             kept = stack.calls[stack.at][0]
-            stack.skipping = _equal([*kept.hidden_in, *kept.inputs], [*_listed(hidden), *others])
+            given = others if hidden is None else [hidden, *others]
+            stack.skipping = _equal([*kept.hidden_in, *kept.inputs], given)
+            # They hold no positions of skipped blocks: fine, unless somebody goes on from there.
             if stack.skipping:
                 self._unfilled += caches
 
@@ -199,23 +196,23 @@ class PrefixReuse:
         self, stack: _Stack, number: int, hidden: Tensor | None, others: list[Tensor], output: Any
     ) -> None:
         call = stack.calls[stack.at]
-        result = output if isinstance(output, Tensor) else None
-        rest = None
-        if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+        result, rest = output, None
+        if isinstance(output, tuple) and output:
             result, rest = output[0], output[1:]
-        passes_through = (
-            hidden is not None
-            and result is not None
-            and result.shape == hidden.shape
-            and result.dtype == hidden.dtype
-        )
-        if not passes_through or number >= stack.limit or (number and number - 1 not in call):
+        if (
+            not isinstance(hidden, Tensor)
+            or not isinstance(result, Tensor)
+            or (result.shape, result.dtype) != (hidden.shape, hidden.dtype)
+            or number >= stack.limit
+            or (number and number - 1 not in call)
+        ):
+            # Not handed through from block to block, or one in front of it was not kept.
             self._open = None
             return
-        assert hidden is not None
-        assert result is not None
+        # Only the last block of a prefix is read, so only its output is kept: one hidden state.
         if number and not self.everything:
             call[number - 1].hidden_out = None
+        # Copies: models write to hidden states in place.
         call[number] = _Call(
             others,
             [hidden.clone()] if number == 0 else [],
@@ -251,10 +248,6 @@ def _tensors(value: Any) -> list[Tensor]:
     return [t for v in value for t in _tensors(v)] if isinstance(value, (tuple, list)) else []
 
 
-def _listed(value: Tensor | None) -> list[Tensor]:
-    return [] if value is None else [value]
-
-
 def _length(cache: Any) -> int:
     """Positions in a key-value cache; 0 for one of states alone, which cannot tell."""
     try:
@@ -264,6 +257,7 @@ def _length(cache: Any) -> int:
 
 
 def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    # The same tensor needs no look: models hand one mask to all blocks.
     return len(a) == len(b) and all(
         x is y or (x.shape == y.shape and x.dtype == y.dtype and torch.equal(x, y))
         for x, y in zip(a, b, strict=True)
@@ -282,6 +276,7 @@ def _prefixes(model: nn.Module, table: zk.ParamTable) -> list[_Stack]:
     ended: set[str] = set()
     for block in blocks:
         name = block.name.rpartition(".")[0]
+        # By storage: a frozen block may share its weights with an active module.
         if any(key_of(p) in active for p in block.module.parameters()):
             ended.add(name)
         if name not in ended:

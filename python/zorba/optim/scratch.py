@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,8 +27,8 @@ class ScratchPlacement(Placement):
     The module reads the scratch through its own parameters (their ``.data`` is exchanged for the
     length of the forward), so any module works, tied weights and modules called twice among them.
     The weights themselves are written by ``update`` alone: an evaluation leaves every bit of them
-    as it was. Extra memory: the largest module's own active parameters; where owners are nested,
-    the largest of each level; and all parameters that ``hold`` names.
+    as it was. Extra memory: the largest module's own active parameters; where modules with active
+    parameters are nested, the largest of each level; and all parameters that ``hold`` names.
 
     Args:
         model: whose modules are hooked during a session.
@@ -36,25 +36,39 @@ class ScratchPlacement(Placement):
         distribution: of the noise.
     """
 
+    by_module = True
+    side_by_side = True
+
     def __init__(self, model: nn.Module, table: zk.ParamTable, distribution: str) -> None:
-        super().__init__(table, distribution)
+        super().__init__(table, distribution, find_owners(model, table))
         self._model = model
-        self._handles: list[Any] = []
-        self._program: zk.Program | None = None
+        self._hooks = ExitStack()
+        self._in_session = False
+        self._program: zk.Program | None = None  # of the evaluation that runs
         self._moving: frozenset[int] = frozenset()  # groups that it changes
-        self._shown: set[str] = set()
+        self._shown: set[str] = set()  # names of parameters that read scratch now
         self._held: set[str] = set()
         self._excused: set[str] = set()
         self._checked = False
-        self._set_owners(find_owners(model, table))
+        self._make_sites()
 
-    def _set_owners(self, owners: list[Owner]) -> None:
-        self._owners = owners
-        levels = range(1 + max(owner.level for owner in owners))
-        self._level_bytes = [
-            max((o.nbytes for o in owners if o.level == level), default=0) for level in levels
-        ]
-        self._free: list[list[Tensor]] = [[] for _ in levels]
+    def _make_sites(self) -> None:
+        """Places where parameters read scratch: the owners, and one for those that are held."""
+        parts = [owner.without(self._held) for owner in self.owners]
+        self._sites = [part for part in parts if part is not None]
+        # Siblings run one after the other and share a buffer; a module that runs inside of another
+        # one's forward needs its own beside it. So there is one size a level.
+        whole: dict[str, list[nn.Parameter]] = {}
+        for owner in self.owners:
+            for name in owner.parameters.keys() & self._held:
+                whole.setdefault(name, []).extend(owner.parameters[name])
+        if whole:
+            level = 1 + max((site.level for site in self._sites), default=-1)
+            self._sites.append(Owner(self._model, whole, self.table, level, held=True))
+        self._level_bytes = [0] * (1 + max(site.level for site in self._sites))
+        for site in self._sites:
+            self._level_bytes[site.level] = max(self._level_bytes[site.level], site.nbytes)
+        self._free: list[list[Tensor]] = [[] for _ in self._level_bytes]
 
     @property
     def scratch_bytes(self) -> int:
@@ -73,19 +87,13 @@ class ScratchPlacement(Placement):
         unknown = sorted(set(names) - set(self.table.names))
         if unknown:
             raise ValueError(f"the table has no parameters named {unknown}")
-        in_session = bool(self._handles)
+        in_session = self._in_session
         self._leave()
         self._program = None
         self._held |= set(names)
-        self._set_owners(find_owners(self._model, self.table, self._held))
+        self._make_sites()
         if in_session:
             self._enter()
-
-    def rebase(self, table: zk.ParamTable) -> None:
-        """See ``Placement.rebase``; outside of a session."""
-        self.table = table
-        self._checked = False
-        self._set_owners(find_owners(self._model, table, self._held))
 
     def excuse(self, names: Collection[str]) -> None:
         """Says that an evaluation may pass without these parameters: it does not read them.
@@ -93,6 +101,20 @@ class ScratchPlacement(Placement):
         Experts of a mixture that no token reaches, for example.
         """
         self._excused |= set(names)
+
+    def learn(self, functional: Collection[str], unread: Collection[str]) -> bool:
+        """See ``Placement.learn``: ``hold`` what is functional, ``excuse`` what is unread."""
+        self.excuse(unread)
+        if functional:
+            self.hold(functional)
+        return bool(functional)
+
+    def rebase(self, table: zk.ParamTable) -> None:
+        """See ``Placement.rebase``; outside of a session."""
+        super().rebase(table)
+        self.owners = find_owners(self._model, table)
+        self._checked = False
+        self._make_sites()
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -108,61 +130,62 @@ class ScratchPlacement(Placement):
                 self._leave()
 
     def _enter(self) -> None:
-        for owner in self._owners:
-            if owner.module is not None:
-                # In front of hooks that compute with the weights, as weight_norm's.
-                before = owner.module.register_forward_pre_hook(self._before(owner), prepend=True)
-                self._handles.append(before)
-                self._handles.append(
-                    owner.module.register_forward_hook(self._after(owner), always_call=True)
-                )
+        self._in_session = True
+        for site in self._sites:
+            if site.held:
+                continue
+            # In front of hooks that compute with the weights, as weight_norm's: they must find
+            # perturbed ones. Behind a forward that raises too, or its parameters would keep
+            # reading scratch.
+            before, after = partial(self._before, site), partial(self._after, site)
+            register = self._hooks.enter_context
+            register(site.module.register_forward_pre_hook(before, prepend=True))
+            register(site.module.register_forward_hook(after, always_call=True))
 
     def _leave(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for owner in self._owners:
-            owner.depth = 0
-            self._put_back(owner)
+        self._hooks.close()
+        self._in_session = False
+        self._put_all_back()
+
+    def _put_all_back(self) -> None:
+        for site in self._sites:
+            site.depth = 0  # an evaluation that was cut short has not left its modules
+            self._put_back(site)
 
     def move_to(self, terms: NoiseTerms) -> None:
         """See ``Placement.move_to``; costs nothing until a forward runs."""
         self._check_reached()
         self._moving = frozenset(g for g in range(self.table.num_groups) if terms.active(g))
-        # One program for all owners' tables: it is packed, and its backend chosen, once.
+        # Made once for all modules: checking and packing the terms costs more than a small pass.
         self._program = zk.Program(
             terms.seeds, terms.coefs, self.distribution, samples=terms.samples
         )
-        for owner in self._owners:
-            owner.depth = 0  # an evaluation that was cut short has not left its modules
-            self._put_back(owner)
-            if owner.module is None:
-                self._show(owner)
+        self._put_all_back()
+        for site in self._sites:
+            if site.held:
+                self._show(site)
 
     def park(self) -> Any:
-        """Takes the perturbed weights away in the middle of an evaluation.
-
-        Returns:
-            What ``resume`` needs to go on with it.
-        """
-        running = [(o, o.depth, o.showing) for o in self._owners if o.depth or o.showing]
-        buffers = [None if part is None else part.buffer for _, _, part in running]
-        for owner, _, _ in running:
-            owner.depth = 0
-            self._put_back(owner)
-        depths = [(owner, depth) for owner, depth, _ in running]
+        """See ``Placement.park``."""
+        parked = [
+            (site, site.depth, site.shown) for site in self._sites if site.depth or site.shown
+        ]
+        self._put_all_back()
         program, self._program = self._program, None  # whose evaluation has not reached all yet
-        return program, self._moving, depths, buffers
+        return program, self._moving, parked
 
     def resume(self, parked: Any) -> None:
-        """Goes on with an evaluation where ``park`` left it, in the same memory."""
-        self._program, self._moving, depths, buffers = parked
-        for (owner, depth), buffer in zip(depths, buffers, strict=True):
-            owner.depth = depth
-            if buffer is not None:
-                free = self._free[owner.level]
-                free.append(free.pop(next(i for i, b in enumerate(free) if b is buffer)))
-                self._show(owner)
+        """See ``Placement.resume``; in the same memory."""
+        self._program, self._moving, sites = parked
+        for site, depth, shown in sites:
+            site.depth = depth
+            if shown is not None:
+                # The values are made again, others may have used the buffer. But it must be the
+                # same one: the forward that waits may hold a view of it.
+                part, buffer = shown
+                free = self._free[site.level]
+                free[:] = [other for other in free if other is not buffer]
+                self._show_part(site, part, buffer)
 
     def update(
         self,
@@ -174,25 +197,20 @@ class ScratchPlacement(Placement):
     ) -> None:
         """See ``Placement.update``; one pass. ``then`` costs nothing here, and changes nothing."""
         self._check_reached()
-        for owner in self._owners:
-            if owner.module is None:
-                self._put_back(owner)
+        # Parameters that are held read scratch until here, and would be refused as moved.
+        self._put_all_back()
         self._add(terms, rounding, rounding_seed, decay)
 
-    def settle(self) -> None:
-        """See ``Placement.settle``; there is never anything to do."""
-
     def _check_reached(self) -> None:
-        """Once, after the first perturbed evaluation: did every active module run?
-
-        A parameter that is used without its module's forward would be updated along a direction
-        that the losses never saw.
-        """
+        """Once, after the first perturbed evaluation: did every active module run?"""
+        # A parameter that is used without its module's forward would be updated along a direction
+        # that the losses never saw: worse than an error, a random walk.
         if self._checked or self._program is None or not self._moving:
             return
-        active = [o for o in self._owners if not self._moving.isdisjoint(o.groups)]
-        reached = {name for o in active if o.reached for name in o.parameters} | self._excused
-        missed = [n for o in active for n in o.parameters if n not in reached]
+        active = [s for s in self._sites if not self._moving.isdisjoint(s.groups)]
+        # By name, not by site: a tied weight is seen if one of its modules ran.
+        reached = {name for s in active if s.reached for name in s.parameters} | self._excused
+        missed = [n for s in active for n in s.parameters if n not in reached]
         if missed:
             raise UnreachedParameterError(
                 f"the forward of these parameters' modules never ran: {', '.join(missed[:5])}"
@@ -202,74 +220,74 @@ class ScratchPlacement(Placement):
             )
         self._checked = True
 
-    def _before(self, owner: Owner) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            del module, args
-            owner.depth += 1
-            if owner.depth == 1:
-                self._show(owner)
+    def _before(self, site: Owner, module: nn.Module, args: tuple[Any, ...]) -> None:
+        del module, args
+        site.depth += 1
+        if site.depth == 1:
+            self._show(site)
 
-        return hook
+    def _after(self, site: Owner, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        del module, args
+        site.depth = max(0, site.depth - 1)
+        if site.depth or site.shown is None:
+            return None
+        kept = _outside(output, site.shown[1])
+        self._put_back(site)
+        return kept
 
-    def _after(self, owner: Owner) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            del module, args
-            owner.depth = max(0, owner.depth - 1)
-            if owner.depth or owner.showing is None:
-                return None
-            kept = _own(output, owner.showing.buffer)
-            self._put_back(owner)
-            return kept
-
-        return hook
-
-    def _show(self, owner: Owner) -> None:
-        if self._moving.isdisjoint(owner.groups):
+    def _show(self, site: Owner) -> None:
+        if self._moving.isdisjoint(site.groups):
             return
-        assert self._program is not None
-        owner.reached = True
+        site.reached = True
         # A module around this one may show some of its parameters already: tied weights.
-        part = owner.without(self._shown)
-        if part is None:
-            return
-        started = time.perf_counter()
-        owner.showing = part
-        part.buffer = self._take(owner.level)
-        part.table.run(self._program, part.target(part.buffer))
-        part.show()
+        part = site.without(self._shown)
+        if part is not None:
+            free = self._free[site.level]
+            size = self._level_bytes[site.level]
+            buffer = (
+                free.pop()
+                if free
+                else torch.empty(size, dtype=torch.uint8, device=self.table.device)
+            )
+            self._show_part(site, part, buffer)
+
+    def _show_part(self, site: Owner, part: Owner, buffer: Tensor) -> None:
+        assert self._program is not None
+        target = part.target(buffer)
+        # Noted before the pass: if it raises, ``_leave`` gives the buffer back.
+        site.shown = part, buffer
+        self._run(part.table, self._program, target)
+        part.point_to(target)
         self._shown |= part.parameters.keys()
-        self.kernel_seconds += time.perf_counter() - started
 
-    def _take(self, level: int) -> Tensor:
-        if self._free[level]:
-            return self._free[level].pop()
-        size = self._level_bytes[level]
-        return torch.empty(size, dtype=torch.uint8, device=self.table.device)
-
-    def _put_back(self, owner: Owner) -> None:
-        part = owner.showing
-        buffer = None if part is None else part.put_back()
-        if part is not None and buffer is not None:
-            self._shown -= part.parameters.keys()
-            self._free[owner.level].append(buffer)
-        owner.showing = None
+    def _put_back(self, site: Owner) -> None:
+        if site.shown is None:
+            return
+        part, buffer = site.shown
+        # Ctrl-C may stop a closure anywhere in here, and ``_leave`` does it again: it may cost a
+        # buffer, and must not put one back twice or leave a parameter pointing to it.
+        part.point_to(part.table)
+        self._shown -= part.parameters.keys()
+        site.shown = None
+        self._free[site.level].append(buffer)
 
 
-def _own(output: Any, buffer: Tensor | None) -> Any:
-    """The output of a forward, with copies of what are views of its perturbed weights."""
+def _outside(output: Any, buffer: Tensor) -> Any:
+    """The output of a forward, with copies of views of its perturbed weights."""
+    # The next module's weights will be written to the buffer while such a view is still in use.
     if isinstance(output, Tensor):
         inside = (
-            buffer is not None
-            and output.layout == torch.strided
+            output.layout == torch.strided
             and output.device == buffer.device
             and 0 <= output.data_ptr() - buffer.data_ptr() < buffer.nbytes
         )
         return output.clone() if inside else output
     if type(output) in (tuple, list):
-        return type(output)(_own(value, buffer) for value in output)
+        return type(output)(_outside(value, buffer) for value in output)
     if isinstance(output, dict):
+        # In place, for subclasses: a ModelOutput is a dict whose attributes follow its items.
         for name, value in output.items():
-            kept = _own(value, buffer)
+            kept = _outside(value, buffer)
             if kept is not value:
                 output[name] = kept
     return output

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 import zorba_kernels as zk
@@ -14,8 +12,6 @@ from zorba.offload import Offload
 from zorba_kernels.noise import canonical_name
 
 Blocks = str | Sequence[bool] | Tensor
-GROUP_OPTIONS = ("lr", "eps", "weight_decay")
-"""Options that groups of parameters may differ in."""
 
 
 def active_table(
@@ -51,16 +47,16 @@ def active_parameters(model: nn.Module, blocks: Blocks = "all") -> dict[str, nn.
             are off the device (``zorba.offload``).
     """
     wanted = {n: p for n, p in _named(model).items() if p.requires_grad}
-    if not (isinstance(blocks, str) and blocks == "all"):
+    everything = isinstance(blocks, str) and blocks == "all"
+    if not everything:
         found = find_blocks(model)
         mask = block_mask(blocks, len(found))
-        inside = {
-            name for block, on in zip(found, mask, strict=True) if on for name in block.parameters
-        }
+        inside = {n for block, on in zip(found, mask, strict=True) if on for n in block.parameters}
         wanted = {n: p for n, p in wanted.items() if n in inside}
     if not wanted:
-        where = "" if isinstance(blocks, str) and blocks == "all" else f" in blocks={blocks!r}"
+        where = "" if everything else f" in blocks={blocks!r}"
         raise ValueError(f"the model has no parameter with requires_grad=True{where}")
+    # Perturbed weights are made on the device: idle blocks, on the host, cannot be active.
     offload = Offload.of(model)
     away = [b for b in offload.blocks if b.name in offload.idle] if offload else []
     off = [block.name for block in away if wanted.keys() & set(block.parameters)]
@@ -70,55 +66,6 @@ def active_parameters(model: nn.Module, blocks: Blocks = "all") -> dict[str, nn.
             "give the mask of the blocks that Offload.active names, or make them active there"
         )
     return wanted
-
-
-def param_groups(
-    parameters: Mapping[str, nn.Parameter], groups: Sequence[Mapping[str, Any]] | None
-) -> list[dict[str, Any]]:
-    """Returns groups as ``torch.optim`` has them; the first holds what ``groups`` does not name.
-
-    Args:
-        parameters: active ones, by canonical name.
-        groups: dicts of "params" (names or parameters) and any of lr, eps and weight_decay.
-
-    Raises:
-        ValueError: an option that groups cannot differ in, a parameter that is not active or is in
-            two groups, or a group without parameters.
-    """
-    left = dict(parameters)
-    names = {id(p): name for name, p in parameters.items()}
-    made: list[dict[str, Any]] = []
-    for number, group in enumerate(groups or ()):
-        unknown = sorted(set(group) - {"params", *GROUP_OPTIONS})
-        if unknown or "params" not in group:
-            raise ValueError(
-                f"group {number} has the keys {sorted(group)}; expected params and any of "
-                f"{', '.join(GROUP_OPTIONS)}"
-            )
-        given = group["params"]
-        listed = [given] if isinstance(given, (str, Tensor)) else list(given)
-        mine = []
-        for item in listed:
-            name = canonical_name(item) if isinstance(item, str) else names.get(id(item))
-            if name is None or name not in left:
-                what = item if isinstance(item, str) else (name or "a parameter")
-                raise ValueError(f"group {number}: {what} is not active, or in a group already")
-            mine.append(left.pop(name))
-        if not mine:
-            raise ValueError(f"group {number} has no parameters")
-        made.append({**group, "params": mine})
-    rest = [{"params": list(left.values())}] if left else []
-    return rest + made
-
-
-def _named(model: nn.Module) -> dict[str, nn.Parameter]:
-    named: dict[str, nn.Parameter] = {}
-    for full_name, p in model.named_parameters():
-        name = canonical_name(full_name)
-        if name in named:
-            raise ValueError(f"two parameters are called {name!r} once wrapper prefixes are off")
-        named[name] = p
-    return named
 
 
 def block_mask(blocks: Blocks, count: int) -> list[bool]:
@@ -131,7 +78,18 @@ def block_mask(blocks: Blocks, count: int) -> list[bool]:
                 f"mask of {count} booleans"
             )
         return [b >= count - int(number) for b in range(count)]
-    values = blocks.tolist() if isinstance(blocks, torch.Tensor) else list(blocks)
+    values = blocks.tolist() if isinstance(blocks, Tensor) else list(blocks)
     if len(values) != count or any(v not in (0, 1) for v in values):
         raise ValueError(f"blocks must be {count} booleans, one a block; got {values}")
     return [bool(v) for v in values]
+
+
+def _named(model: nn.Module) -> dict[str, nn.Parameter]:
+    named: dict[str, nn.Parameter] = {}
+    for full_name, p in model.named_parameters():
+        # Noise is keyed by this name: a wrapper (DDP, torch.compile) must not change the run.
+        name = canonical_name(full_name)
+        if name in named:
+            raise ValueError(f"two parameters are called {name!r} once wrapper prefixes are off")
+        named[name] = p
+    return named

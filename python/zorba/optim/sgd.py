@@ -12,34 +12,28 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from zorba.optim.defaults import (
-    DISTRIBUTION,
-    EPS,
-    ESTIMATOR,
-    ESTIMATORS,
-    NUM_PERTURBATIONS,
-    Estimator,
-)
-from zorba.optim.estimator import finite_differences
+from zorba.defaults import DISTRIBUTION, EPS, ESTIMATOR, NUM_PERTURBATIONS, Distribution, Estimator
+from zorba.optim.estimator import differences, evaluation_noises, mean_loss
 from zorba.optim.evaluation import Evaluator
 from zorba.optim.guard import guard
-from zorba.optim.interrupt import deferred_interrupts
 from zorba.optim.momentum import Step, velocity, window
+from zorba.optim.options import StepOptions, check_group, param_groups
+from zorba.optim.owners import find_owners
 from zorba.optim.placement import PLACEMENTS, InplacePlacement, Placement, PlacementName
 from zorba.optim.scratch import ScratchPlacement
-from zorba.optim.select import Blocks, active_parameters, active_table, param_groups
+from zorba.optim.select import Blocks, active_parameters, active_table
 from zorba.optim.terms import NoiseTerms, step_seed
-from zorba_kernels.noise import DISTRIBUTIONS, NOISE_VERSION, ROUNDINGS, Distribution, Rounding
-from zorba_kernels.program import check_choice, check_uint64
+from zorba_kernels.noise import Rounding
+from zorba_kernels.program import check_choice
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What the last step did.
+    """The outcome of a step.
 
     Attributes:
         seed: uint64 of the step.
-        scalars: g of each perturbation, clipped.
+        scalars: g of each perturbation, clipped; MeZO calls it the projected gradient.
         loss: mean of the losses seen.
         skipped: whether a loss was not finite, so that the weights were left alone.
         seconds: of the whole step.
@@ -55,15 +49,15 @@ class StepReport:
 
 
 class Recorder(Protocol):
-    """Is told every step, for example to write a trajectory."""
+    """Gets every step, for example to write a trajectory."""
 
     def append(
         self, step: int, terms: NoiseTerms, rounding_seed: int, decay: Tensor | None
     ) -> None:
-        """Takes what was added to the weights in a step; see ``Placement.update``."""
+        """Takes the noise that a step added to the weights; see ``Placement.update``."""
 
     def skip(self, step: int) -> None:
-        """Is told of a step that left the weights alone."""
+        """Takes note of a step that left the weights alone."""
 
 
 class ZerothOrderSGD(torch.optim.Optimizer):
@@ -96,15 +90,16 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         prefix_reuse: whether to keep the output of blocks that no perturbation can reach.
         two_pass: for placement "inplace" and "central": the update also perturbs for the next
             step, so that a step costs two passes over the weights instead of three. Between steps
-            the weights are then perturbed; a forward of the model or of a module of it outside of
-            a step, ``state_dict`` of either, ``eval()`` and ``flush()`` of the optimizer, and its
-            end settle that. Call ``flush()`` before you read weights in another way.
+            the weights are then perturbed. They are restored by a forward of the model or of a
+            module of it outside of a step, by ``state_dict`` of either, by ``eval()`` and
+            ``flush()`` of the optimizer, and at its end. Call ``flush()`` before you read weights
+            in another way.
         seed: uint64; the run is a function of it, the data and the initial weights.
 
     Attributes:
         placement: where perturbed weights live.
         last_step: a ``StepReport``, or None.
-        recorder: is told every step, unless None; a ``zorba.log.TrajectoryWriter``, say.
+        recorder: gets every step, unless None; a ``zorba.log.TrajectoryWriter``, for example.
 
     Raises:
         TypeError, ValueError: bad arguments, or nothing to train.
@@ -134,15 +129,11 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 f"the first argument is the model (an nn.Module), not {type(model).__name__}: "
                 "perturbing needs its modules, not only its parameters"
             )
-        _check_count("num_perturbations", num_perturbations)
-        if not 0.0 <= momentum < 1.0:
-            raise ValueError(f"momentum must be at least 0 and below 1, got {momentum!r}")
-        if clip is not None:
-            _check_number("clip", clip, torch.finfo(torch.float32).tiny)
-        check_choice("estimator", estimator, ESTIMATORS)
-        check_choice("distribution", distribution, DISTRIBUTIONS)
+        options = StepOptions(
+            lr, eps, num_perturbations, estimator, distribution, rounding, weight_decay, momentum,
+            clip, seed,
+        )  # fmt: skip
         check_choice("placement", placement, PLACEMENTS)
-        check_choice("rounding", rounding, ROUNDINGS)
         if two_pass and (placement, estimator) != ("inplace", "central"):
             raise ValueError(
                 "two_pass is for placement='inplace' with estimator='central'; got "
@@ -150,44 +141,28 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             )
         parameters = active_parameters(model, blocks)
         self._built = False
-        defaults = {
-            "lr": lr,
-            "eps": eps,
-            "num_perturbations": num_perturbations,
-            "estimator": estimator,
-            "rounding": rounding,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "clip": clip,
-            "distribution": distribution,
-            "noise_version": NOISE_VERSION,
-            "seed": check_uint64(seed, "seed"),
-            "step": 0,
-        }
-        super().__init__(param_groups(parameters, groups), defaults)
+        super().__init__(param_groups(parameters, groups), vars(options))
         self._built = True
-        for group in self.param_groups:
-            _check_number("lr", group["lr"], 0.0)
-            _check_number("eps", group["eps"], torch.finfo(torch.float32).tiny)
-            _check_number("weight_decay", group["weight_decay"], 0.0)
-        self._model = model
+        group_of: dict[str, int] = {}
         names = {id(p): name for name, p in parameters.items()}
-        table = active_table(
-            model,
-            {names[id(p)]: g for g, group in enumerate(self.param_groups) for p in group["params"]},
-        )
-        self.placement: Placement = (
-            ScratchPlacement(model, table, distribution)
-            if placement == "scratch"
-            else InplacePlacement(table, distribution)
-        )
-        group_of = {entry.name: entry.group for entry in table.entries}
+        for g, group in enumerate(self.param_groups):
+            check_group(group)
+            group_of.update({names[id(p)]: g for p in group["params"]})
+        table = active_table(model, group_of)
+        self.placement: Placement
+        if placement == "scratch":
+            self.placement = ScratchPlacement(model, table, distribution)
+        else:
+            self.placement = InplacePlacement(table, distribution, find_owners(model, table))
+        # Models move after construction: ``accelerator.prepare`` does, and ``model.to``.
         self.placement.remake = lambda: active_table(model, group_of)
         self._evaluator = Evaluator(model, self.placement, prefix_reuse)
         self._two_pass = two_pass
         if two_pass:
-            unguard = guard(model, self.placement)
-            weakref.finalize(self, unguard).atexit = False
+            # The weights are restored when the optimizer is collected, which the hooks, as they
+            # know the placement alone, do not prevent. At exit nobody needs them any more.
+            assert isinstance(self.placement, InplacePlacement)
+            weakref.finalize(self, guard(model, self.placement)).atexit = False
         self.last_step: StepReport | None = None
         self.recorder: Recorder | None = None
 
@@ -201,7 +176,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns options, step number and, with momentum, recent scalars; settles the weights."""
+        """Returns options, step number and, with momentum, recent scalars; restores the weights."""
         self.flush()
         return super().state_dict()
 
@@ -212,19 +187,20 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             ValueError: it made other noise (distribution or version of the contract).
         """
         options = state_dict["param_groups"][0]
-        for what in ("distribution", "noise_version"):
-            mine = self.param_groups[0][what]
-            if options.get(what) != mine:
+        for name in ("distribution", "noise_version"):
+            mine = self.param_groups[0][name]
+            if options.get(name) != mine:
                 raise ValueError(
-                    f"the state is of {what} {options.get(what)!r}, this optimizer of {mine!r}: "
+                    f"the state is of {name} {options.get(name)!r}, this optimizer of {mine!r}: "
                     "make the optimizer with the same one"
                 )
+        # A perturbation that was left ahead is of this state's seed, not of the one that comes.
         self.flush()
         super().load_state_dict(state_dict)
 
     def flush(self) -> None:
         """Takes the next step's perturbation off the weights, where ``two_pass`` left one there."""
-        self.placement.settle()
+        self.placement.restore()
 
     def train(self) -> None:
         """Does nothing; the counterpart of ``eval``."""
@@ -260,35 +236,44 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         self.placement.refresh()
         kernel_before = self.placement.kernel_seconds
         options = self.param_groups[0]
-        seed = step_seed(options["seed"], options["step"])
-        # Ctrl-C is for the closure: elsewhere it waits, at most until the step is done.
-        with deferred_interrupts() as gate, self._evaluator.session():
-            scalars, loss = finite_differences(
-                self._evaluator.of(closure, gate),
-                seed,
-                options["eps"],
-                options["num_perturbations"],
-                options["estimator"],
-                active=self._shares(),
-            )
-            finite = all(map(math.isfinite, scalars))
-            if options["clip"] is not None:
-                scalars = [min(max(g, -options["clip"]), options["clip"]) for g in scalars]
-            update = self._update(seed, scalars) if finite else None
+        step, clip = options["step"], options["clip"]
+        seed = step_seed(options["seed"], step)
+        with self._evaluator.step(closure) as evaluation:
+            losses = evaluation.losses(self._noises(step))
+            scalars = differences(losses, options["eps"], options["estimator"])
+            # One bad batch must not end a run, nor move the weights in a direction of no meaning.
+            skipped = not all(map(math.isfinite, scalars))
+            if clip is not None:
+                scalars = [min(max(g, -clip), clip) for g in scalars]
+            # Ctrl-C waits until here: weights, step number and record change together.
+            update = None if skipped else self._update(seed, scalars)
             options["step"] += 1
-            if self.recorder is not None and update is not None:
-                self.recorder.append(options["step"] - 1, *update)
-            elif self.recorder is not None:
-                self.recorder.skip(options["step"] - 1)
+            if self.recorder is not None:
+                if update is None:
+                    self.recorder.skip(step)
+                else:
+                    self.recorder.append(step, *update)
+        loss = mean_loss(losses)
         self.last_step = StepReport(
             seed,
             tuple(scalars),
             loss,
-            not finite,
+            skipped,
             time.perf_counter() - started,
             self.placement.kernel_seconds - kernel_before,
         )
         return torch.tensor(loss)
+
+    def _noises(self, step: int) -> list[NoiseTerms]:
+        """Where a step evaluates."""
+        options = self.param_groups[0]
+        return evaluation_noises(
+            step_seed(options["seed"], step),
+            options["eps"],
+            options["num_perturbations"],
+            options["estimator"],
+            active=self._shares(),
+        )
 
     def _shares(self) -> list[float]:
         """Distance of each group in units of the first one's."""
@@ -296,46 +281,28 @@ class ZerothOrderSGD(torch.optim.Optimizer):
 
     def _update(self, seed: int, scalars: list[float]) -> tuple[NoiseTerms, int, Tensor | None]:
         """Writes the weights; returns what was written, as a recorder takes it."""
-        options = self.param_groups[0]
-        steps: list[Step] = [(seed, tuple(scalars), options["momentum"])]
-        if options["momentum"]:
-            steps = [*self._recent(), *steps][-window(options["momentum"]) :]
-        rates = [float(group["lr"]) for group in self.param_groups]
-        scale = [-lr / share for lr, share in zip(rates, self._shares(), strict=True)]
-        terms = velocity(steps, scale)
-        decays = [
-            lr * group["weight_decay"] for lr, group in zip(rates, self.param_groups, strict=True)
-        ]
+        options, groups = self.param_groups[0], self.param_groups
+        momentum = options["momentum"]
+        steps: list[Step] = [(seed, tuple(scalars), momentum)]
+        if momentum:
+            # A few bytes a step stand for a buffer as large as the model.
+            steps = [*self._recent(), *steps][-window(momentum) :]
+        rates = [float(group["lr"]) for group in groups]
+        # A scalar is a difference over the first group's eps; a group's own is that over its share.
+        terms = velocity(steps, [-lr / s for lr, s in zip(rates, self._shares(), strict=True)])
+        decays = [lr * group["weight_decay"] for lr, group in zip(rates, groups, strict=True)]
         decay = torch.tensor(decays) if any(decays) else None
-        self.placement.update(terms, options["rounding"], seed, decay, self._next_move())
-        if options["momentum"]:
-            cast(dict[str, Any], self.state)["momentum"] = {"steps": steps}
+        # Its seed is known by now, so the pass that updates can also perturb for the next step.
+        then = self._noises(options["step"] + 1)[0] if self._two_pass else None
+        self.placement.update(terms, options["rounding"], seed, decay, then)
+        if momentum:
+            self._kept()["momentum"] = {"steps": steps}
         return terms, seed, decay
 
     def _recent(self) -> list[Step]:
         """Steps that the velocity is made of."""
-        return list(cast(dict[str, Any], self.state)["momentum"].get("steps", []))
+        return list(self._kept()["momentum"].get("steps", []))
 
-    def _next_move(self) -> NoiseTerms | None:
-        """What the next step's first evaluation will add to the weights."""
-        if not self._two_pass:
-            return None
-        options = self.param_groups[0]
-        seed = step_seed(options["seed"], options["step"] + 1)
-        shares = torch.tensor(self._shares(), dtype=torch.float32)
-        return NoiseTerms.single(seed, 0, options["eps"] * shares)
-
-
-def _check_number(what: str, value: float, least: float) -> None:
-    if isinstance(value, Tensor):
-        value = value.item()
-    if not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
-        bound = "positive" if least > 0 else "at least 0"
-        raise ValueError(f"{what} must be a finite number, {bound}, got {value!r}")
-
-
-def _check_count(what: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{what} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{what} must be at least 1, got {value}")
+    def _kept(self) -> dict[str, Any]:
+        # torch keys its state by parameters, and saves entries with other keys as they are.
+        return cast(dict[str, Any], self.state)

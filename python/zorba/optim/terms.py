@@ -46,6 +46,7 @@ class NoiseTerms:
 
     def plus(self, other: NoiseTerms) -> NoiseTerms:
         """This combination followed by another, in that order."""
+        # Equal noises are not merged: kernels add in the order of terms, and bits depend on it.
         return NoiseTerms(
             self.seeds + other.seeds,
             self.samples + other.samples,
@@ -59,5 +60,6 @@ class NoiseTerms:
 
 def step_seed(seed: int, step: int) -> int:
     """Returns the uint64 seed of a step: SHA-256 of (seed, step), first 8 bytes."""
+    # Hashed, not seed + step: runs of neighbouring seeds would share all directions but one.
     digest = hashlib.sha256(f"zorba step {seed} {step}".encode()).digest()
     return int.from_bytes(digest[:8], "little")

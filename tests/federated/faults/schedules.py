@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from tests.federated.faults.kills import draw_schedule
-from tests.federated.faults.run import Job, run
+from tests.federated.faults.lives import Job
+from tests.federated.faults.run import run
 from tests.federated.world import NAMES, make_settings
 
 

@@ -18,8 +18,9 @@ _RETRY_SECONDS = 0.005
 class SocketTransport:
     """A ``Transport``: sites connect, tell their name, and answer numbered messages.
 
-    A site that comes back while its message waits for an answer gets the message again. An answer
-    to a message that is no longer waited for is late.
+    A site that comes back while its message waits for an answer gets the message again. A site
+    that holds its answer back sends an empty one: for the exchange it has failed, as if a deadline
+    had passed, and no clock decides. An answer to a message that is no longer waited for is late.
 
     Args:
         path: of the socket; one that a killed server left is replaced.
@@ -48,19 +49,15 @@ class SocketTransport:
     def exchange(
         self, plans: Mapping[str, bytes], timeout: float | None = None
     ) -> tuple[dict[str, bytes], dict[str, str]]:
-        """See ``Transport``."""
+        """See ``Transport``; there is no timeout."""
         self._pending = {name: (next(self._numbers), data) for name, data in plans.items()}
         for connection, name in list(self._names.items()):
             self._send(connection, name)
-        deadline = None if timeout is None else time.monotonic() + timeout
-        replies: dict[str, bytes] = {}
+        answers: dict[str, bytes] = {}
         while self._pending:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not self._pump(left, replies) and left is not None:
-                break
-        failures = dict.fromkeys(self._pending, f"no answer within {timeout} s")
-        self._pending = {}
-        return replies, failures
+            self._pump(None, answers)
+        replies = {name: answer for name, answer in answers.items() if answer}
+        return replies, {name: "no answer in time" for name in answers if name not in replies}
 
     def close(self) -> None:
         """Tells the sites that the run is over."""
@@ -69,10 +66,9 @@ class SocketTransport:
             self._send(connection, name)
             connection.close()
 
-    def _pump(self, timeout: float | None, replies: dict[str, bytes] | None = None) -> bool:
-        """Takes what is there or comes within the timeout; returns whether there was anything."""
-        ready = wait([self._listener, *self._names], timeout)
-        for source in ready:
+    def _pump(self, timeout: float | None, answers: dict[str, bytes] | None = None) -> None:
+        """Takes what is there or comes within the timeout."""
+        for source in wait([self._listener, *self._names], timeout):
             if source is self._listener:
                 connection = Connection(self._listener.accept()[0].detach())
                 try:
@@ -91,12 +87,11 @@ class SocketTransport:
                 del self._names[source]
                 continue
             (number,) = _NUMBER.unpack_from(answer)
-            if replies is not None and self._pending.get(name, (0,))[0] == number:
+            if answers is not None and self._pending.get(name, (0,))[0] == number:
                 del self._pending[name]
-                replies[name] = answer[_NUMBER.size :]
+                answers[name] = answer[_NUMBER.size :]
             else:
                 self._late(name, answer[_NUMBER.size :])
-        return bool(ready)
 
     def _send(self, connection: Connection, name: str) -> None:
         if name in self._pending:

@@ -1,0 +1,243 @@
+"""What the processes of a run do, and where they may die."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from zorba.federated import (
+    Client,
+    FederationSettings,
+    ReplicaError,
+    RunFolder,
+    RunRecorder,
+    Server,
+    run_federation,
+)
+
+from tests.federated.faults.kills import Reaper
+from tests.federated.faults.wire import SiteLink, SocketTransport
+from tests.federated.world import MASKS, NAMES, make_objective, make_replica
+
+SERVER = "server"
+
+
+@dataclass
+class Job:
+    """One run, and how its processes differ from the plain ones.
+
+    Attributes:
+        folder: for everything that it writes.
+        settings: of the job.
+        rounds: to run.
+        dtype: of the weights.
+        checkpoint_every: rounds between checkpoints of a site; None for no checkpoints.
+        quorum: sites that the server waits for.
+        late_sites: by name, the round whose end lets a site start; the next one waits for it.
+        disguise: by process, called in it before it does anything; importable by name.
+        held_round: by site, the round whose reply comes late: when it was asked the next thing.
+        frozen: by site, the value of its model's frozen head; 1 is that of the job.
+    """
+
+    folder: Path
+    settings: FederationSettings
+    rounds: int = 20
+    dtype: torch.dtype = torch.float32
+    checkpoint_every: int | None = 3
+    quorum: int = len(NAMES)
+    late_sites: dict[str, int] = field(default_factory=dict)
+    disguise: dict[str, Callable[[], None]] = field(default_factory=dict)
+    held_round: dict[str, int] = field(default_factory=dict)
+    frozen: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def socket(self) -> Path:
+        return self.folder / "socket"
+
+    @property
+    def run_folder(self) -> RunFolder:
+        return RunFolder(self.folder / "run")
+
+    def replica(self, name: str = "") -> Any:
+        """A replica at theta_0."""
+        law = (self.settings.distribution, self.settings.rounding)
+        return make_replica(self.dtype, *law, frozen=self.frozen.get(name, 1.0))
+
+
+def live(job: Job, name: str, reaper: Reaper) -> None:
+    """The whole life of a forked process."""
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        job.disguise.get(name, lambda: None)()
+        reaper.reach("starting")
+        if name == SERVER:
+            _serve(job, reaper)
+        else:
+            _measure(job, name, reaper)
+        code = 0
+    except BaseException as error:
+        _note(job, error=f"{type(error).__name__}: {error}", process=name)
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _note(job: Job, **what: Any) -> None:
+    """Appends a line for the test, in one write, which a limit of the disk does not hold for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    file = os.open(job.folder / "notes", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(file, (json.dumps(what) + "\n").encode())
+    os.close(file)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def _serve(job: Job, reaper: Reaper) -> None:
+    folder = job.run_folder
+    folder.path.mkdir(parents=True, exist_ok=True)
+    server = Server(job.settings, job.replica().identity, list(NAMES), MASKS, folder.log)
+    server.log._file = _DoomedFile(server.log._file, reaper)  # type: ignore[assignment]
+
+    def late(name: str, data: bytes) -> None:
+        size = server.log.size
+        receipt = server.receive(name, data)
+        _note(job, late=name, accepted=receipt.accepted, reason=receipt.reason)
+        assert server.log.size == size
+
+    transport = SocketTransport(job.socket, job.quorum, late)
+    exchange, end_round = transport.exchange, server.end_round
+
+    def doomed_exchange(plans: Any, timeout: Any = None) -> Any:
+        send = transport._send
+
+        def doomed_send(connection: Any, name: str) -> None:
+            send(connection, name)
+            reaper.reach("sent")
+
+        transport._send = doomed_send  # type: ignore[method-assign]
+        answers = exchange(plans, timeout)
+        transport._send = send  # type: ignore[method-assign]
+        reaper.reach("replied")
+        return answers
+
+    def doomed_end() -> Any:
+        outcome = end_round()
+        reaper.reach("ended")
+        return outcome
+
+    transport.exchange = doomed_exchange  # type: ignore[method-assign]
+    server.end_round = doomed_end  # type: ignore[method-assign]
+    rounds = max(0, job.rounds - server.log.last)
+    with RunRecorder(folder, server, rounds) as recorder:
+
+        def on_round(report: Any) -> None:
+            recorder.round(report)
+            _note(job, round=report.round, clients=report.clients, failures=report.failures)
+            for name, reason in report.refusals.items():
+                _note(job, refused=name, reason=reason)
+            # Who is late may not come too late: the next round waits for it.
+            transport.quorum += list(job.late_sites.values()).count(report.round)
+
+        result = run_federation(server, transport, rounds, on_round)
+        recorder.end(result)
+    _note(job, fingerprints=result.fingerprints, identical=result.replicas_identical)
+    transport.close()
+
+
+class _DoomedFile:
+    """The log's file, in which a process may die."""
+
+    def __init__(self, file: Any, reaper: Reaper) -> None:
+        self._file, self._reaper = file, reaper
+        sync = os.fsync
+
+        def doomed_sync(handle: int) -> None:
+            sync(handle)
+            if not file.closed and handle == file.fileno():
+                reaper.reach("synced")
+
+        os.fsync = doomed_sync
+
+    def write(self, data: bytes) -> int:
+        if self._reaper.due("torn"):
+            self._file.write(data[: len(data) * 2 // 3])
+            self._reaper.die()
+        count: int = self._file.write(data)
+        self._reaper.reach("written")
+        return count
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def _measure(job: Job, name: str, reaper: Reaper) -> None:
+    number = NAMES.index(name)
+    replica = job.replica(name)
+    checkpoint = job.folder / f"{name}.safetensors"
+    if checkpoint.exists():
+        try:
+            replica.load(checkpoint)
+        except ReplicaError as error:  # written as a whole or not at all: this must not happen
+            _note(job, damaged=name, error=str(error))
+    inner = make_objective(replica, 0.1 * number, 10 + number)
+
+    def doomed_objective(round_number: int, step: int) -> Any:
+        evaluate, count = inner(round_number, step)
+
+        def doomed(noises: Any) -> Any:
+            losses = evaluate(noises)
+            reaper.reach("during")
+            return losses
+
+        return doomed, count
+
+    replace = os.replace
+
+    def doomed_replace(draft: Any, path: Any) -> None:
+        reaper.reach("drafted")
+        replace(draft, path)
+        reaper.reach("saved")
+
+    os.replace = doomed_replace
+    every = job.checkpoint_every
+    client = Client(
+        name,
+        replica,
+        doomed_objective,
+        None if every is None else checkpoint,
+        checkpoint_every=every or 1,
+    )
+    link = SiteLink(job.socket, name)
+    held: list[tuple[int, bytes]] = []
+    for message_number, data in _messages(link):
+        reaper.reach("before")
+        before = replica.applied_round, replica.passes
+        answer = client.handle(data)
+        applied = replica.applied_round - before[0]
+        if applied > 1:
+            _note(job, site=name, caught_up=applied, passes=replica.passes - before[1])
+        reaper.reach("measured")
+        while held:
+            link.send(*held.pop())
+        if replica.applied_round + 1 == job.held_round.get(name):
+            held.append((message_number, answer))
+            link.send(message_number, b"")
+            continue
+        link.send(message_number, answer)
+        reaper.reach("after")
+
+
+def _messages(link: SiteLink) -> Iterator[tuple[int, bytes]]:
+    while True:
+        number, data = link.receive()
+        if not data:
+            return
+        yield number, data

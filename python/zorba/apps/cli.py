@@ -96,14 +96,14 @@ def plan(settings: PlanSettings) -> None:
 def watch(settings: WatchSettings) -> None:
     """See ``WatchSettings``."""
     check_needs("watch", ["rich"], "watch")
-    from zorba.apps.watch.command import watch_run
+    from zorba.apps.watch.live import watch_run
 
     watch_run(settings.run, once=settings.once)
 
 
 def report(settings: ReportSettings) -> None:
     """See ``ReportSettings``."""
-    check_needs("report", ["jinja2", "rich"], "watch")
+    check_needs("report", ["jinja2", "matplotlib", "rich"], "watch")
     from zorba.apps.watch.page import write_report
 
     print(f"wrote {write_report(settings.run, settings.out)}")
@@ -152,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = {kind: (name, run) for name, (kind, run) in COMMANDS.items()}
     runs |= {kind: (f"federate {name}", run) for name, (kind, run) in FEDERATE.items()}
     name, run = runs[type(settings)]
+    # Expected failures are sentences; other exceptions are defects and keep their traceback.
     try:
         run(settings)
     except (RuntimeError, ValueError, OSError) as error:

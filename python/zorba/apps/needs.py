@@ -23,6 +23,7 @@ def check_needs(command: str, packages: Iterable[str], extras: str) -> None:
         packages: that it imports, by the names of their modules.
         extras: of this package that bring them, by commas.
     """
+    # Looked up, not imported: the command imports what it needs once, and torch takes seconds.
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         fail(command, f"it needs {', '.join(missing)}: pip install 'zorba-kernels[{extras}]'")

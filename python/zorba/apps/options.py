@@ -15,6 +15,7 @@ def by_commas(parse: Callable[[str], Any], metavar: str) -> PrimitiveConstructor
         parse: makes the value of the text; a ValueError ends the command with its message.
         metavar: shown in the help in place of the value.
     """
+    # tyro itself takes an argument for each value, as --words a b.
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,

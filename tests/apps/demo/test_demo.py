@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from zorba.apps.demo.report import write_files
-from zorba.apps.demo.run import Run
+from zorba.apps.demo.report import lines, write_files
+from zorba.apps.demo.run import Training, summarise
 from zorba.apps.demo.settings import DemoSettings
 from zorba.apps.reviews import data, packages
 from zorba.apps.reviews.federation import build
@@ -116,21 +116,25 @@ def test_a_whole_demo_on_a_tiny_random_model(
     federation = build(settings, model, parts, [examples(10)], [5, 9], lambda: seen.append(1))
     assert len(seen) == 1 + len(CLIENTS) * 2
     output = io.StringIO()
-    run = Run(settings, federation, Console(file=output, width=200))
-    result = run.train()
+    training = Training(settings, federation)
+    result = training.run(Console(file=output, width=200))
     assert result.replicas_identical
     assert len(set(result.fingerprints.values())) == 1
     assert federation.replicas[OWN_REPLICA].passes < federation.replicas["shared"].passes
     assert all(n <= 20 for report in result.reports for n in report.scalar_bytes_up.values())
     score = federation.score()
     assert score == federation.score(OWN_REPLICA)
-    assert run.curves.scores[-1] == (8, score)
-    summary = run.summary(result, model, 1.0)
-    paths = write_files(tmp_path, summary, run.curves, federation.plan)
-    assert json.loads(paths[0].read_text())["accuracy_after"] == score.accuracy
+    assert training.scores[8] == score
+    summary = summarise(training, result, model)
+    paths = write_files(training.folder, summary, federation.plan)
+    told = json.loads(paths[0].read_text())
+    assert told["accuracy_after"] == score.accuracy
+    assert told["conditions"].startswith("2 of 3 blocks trained; 7 of 8 clients share one replica")
+    assert told["catch_up"].startswith(f"{OWN_REPLICA} applied 5 rounds at once")
+    assert ("conditions", told["conditions"]) in lines(summary)
     assert all(path.stat().st_size > 0 for path in paths)
     state = Follower(tmp_path / "events.jsonl").update()
-    assert [r.loss for r in state.rounds] == run.curves.losses
+    assert [r.loss for r in state.rounds] == training.losses
     assert state.clients[OWN_REPLICA].history.count(Status.SITS_OUT) == 4
     assert [at for at, _ in state.evaluations] == list(range(9))
     assert "round 8: accuracy" in output.getvalue()

@@ -44,6 +44,24 @@ def test_losses_are_those_of_the_rows_alone(kind: str, parts: tuple[Any, Any]) -
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["words", "text"])
+def test_score_is_that_of_one_batch_however_it_is_cut(kind: str, parts: tuple[Any, Any]) -> None:
+    objective = make(kind, parts)
+    rows = [*LONG[:5], {"sentence": "a fine film", "label": 1}]
+    whole = float(objective.loss(objective.encode(rows)))
+    for size in (1, 4, 6):
+        score = objective.score(rows, size)
+        assert score.loss == pytest.approx(whole, rel=1e-5)
+        if isinstance(objective, LabelWords):
+            right = objective.predict(objective.encode(rows)).tolist()
+            labels = [row["label"] for row in rows]
+            hits = sum(a == b for a, b in zip(right, labels, strict=True))
+            assert score.accuracy == hits / len(rows)
+        else:
+            assert score.accuracy is None
+
+
+@torch.no_grad()
 def test_row_with_nothing_to_learn_loses_nothing(parts: tuple[Any, Any]) -> None:
     objective = make("text", parts)
     losses = objective.losses(objective.encode([{"sentence": "a"}, {"sentence": "a film"}]))

@@ -12,13 +12,17 @@ from xml.etree import ElementTree
 
 import pytest
 from zorba.apps.watch.fields import clean
+from zorba.apps.watch.figures import short
 from zorba.apps.watch.page import write_report
-from zorba.apps.watch.svg import short, stretches, ticks
 
 from tests.apps.watch.runs import HOSTILE, Run
 from tests.command import zorba
 
 VOID = ("meta", "br", "link", "img", "input")
+TAGS = """
+    html head meta title style body header main section footer h1 h2 h3 p dl div dt dd small table
+    thead tbody tr th td figure figcaption svg g defs path clippath use text tspan rect image
+"""
 
 
 class Page(HTMLParser):
@@ -27,13 +31,16 @@ class Page(HTMLParser):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.open: list[str] = []
-        self.tags: list[tuple[str, tuple[str, ...]]] = []
-        self.values: list[str] = []
+        self.attributes: list[tuple[str, list[tuple[str, str | None]]]] = []
         self.text = ""
         self.source = path.read_text(encoding="utf-8")
         self.feed(self.source)
         self.close()
         assert self.open == []
+
+    @property
+    def tags(self) -> list[tuple[str, tuple[str, ...]]]:
+        return [(tag, tuple(name for name, _ in attrs)) for tag, attrs in self.attributes]
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.handle_startendtag(tag, attrs)
@@ -41,8 +48,7 @@ class Page(HTMLParser):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, tuple(name for name, _ in attrs)))
-        self.values += [value or "" for _, value in attrs]
+        self.attributes.append((tag, attrs))
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open
@@ -53,15 +59,22 @@ class Page(HTMLParser):
 
     def check(self) -> None:
         """Asserts that it needs nothing else, runs nothing, and that its pictures are whole."""
-        names = {tag for tag, _ in self.tags}
-        assert not names & {"script", "img", "iframe", "object", "link", "base", "foreignobject"}
-        attributes = {name for _, names in self.tags for name in names}
-        assert not {a for a in attributes if a.startswith("on") or a in ("href", "src")}
-        assert "default-src 'none'" in self.source
-        assert not re.search(r"url\(|@import|https?:", self.source)
+        assert {tag for tag, _ in self.tags} <= set(TAGS.split())
+        attributes = [(name, value or "") for _, found in self.attributes for name, value in found]
+        assert not [name for name, _ in attributes if name.startswith("on") or name == "src"]
+        links = [value for name, value in attributes if name.endswith("href")]
+        links += re.findall(r"url\((.*?)\)", self.source)
+        assert all(re.match("#|data:image/png;base64,", link) for link in links), links
+        ids = [value for name, value in attributes if name == "id"]
+        assert len(ids) == len(set(ids))
+        assert {link[1:] for link in links if link[0] == "#"} <= set(ids)
+        assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:\"" in self.source
+        assert not re.search(r"@import|https?:", self.source)
         for picture in re.findall(r"<svg.*?</svg>", self.source, re.DOTALL):
             ElementTree.fromstring(picture)
-        assert not re.search(r"nan|inf\b|None", re.sub(r"<style>.*?</style>", "", self.source))
+        assert not re.search(
+            r"\b(nan|inf|None)\b", re.sub(r"(?s)<style>.*?</style>", "", self.source)
+        )
 
 
 def page_of(folder: Path) -> Page:
@@ -87,13 +100,14 @@ def test_a_whole_run(tmp_path: Path, draw: random.Random) -> None:
         "00ab00ab00ab00ab",
         "OSError: gone",
         "21 to 30",
-        "4.0 GiB, 200%",
-        "ada: measured in 30 of 30 rounds, failed or refused in 0",
+        "512.0 MiB",
+        "4.0 GiB",
+        "% of budget",
         "a processor",
         "step_seconds",
     ):
         assert words in page.text, words
-    assert [tag for tag, _ in page.tags].count("svg") == 8
+    assert [tag for tag, _ in page.tags].count("svg") == 6
     assert "losses" not in page.text, "lists of rounds are pictures, not text"
 
 
@@ -125,23 +139,19 @@ def started_again(run: Run) -> None:
 
 
 RUNS: dict[str, tuple[Callable[[Run], None], str]] = {
-    "no round": (nothing_happened, "Round 0 of 9 is done, and no end was written"),
+    "no round": (nothing_happened, "Round 0 of 9, under way."),
     "nobody": (nobody_replied, "Stopped after round 2: RuntimeError: nobody is there"),
-    "killed": (killed, "no end was written"),
+    "killed": (killed, "Round 0 of 9, under way."),
     "diverged": (diverged, "the replicas are not all identical"),
     "started again": (started_again, "the server started again, after no end was written"),
 }
 
 
-@pytest.mark.parametrize("clients", [1, 3])
-@pytest.mark.parametrize("budgets", [True, False])
 @pytest.mark.parametrize("name", RUNS)
-def test_partial_runs(
-    tmp_path: Path, draw: random.Random, name: str, clients: int, budgets: bool
-) -> None:
+def test_partial_runs(tmp_path: Path, draw: random.Random, name: str) -> None:
     happens, words = RUNS[name]
-    names = [f"client-{n}" for n in range(clients)]
-    happens(Run(tmp_path, names, draw.randint(1, 30), 9, draw, budgets))
+    names = [f"client-{n}" for n in range(draw.choice((1, 3)))]
+    happens(Run(tmp_path, names, draw.randint(1, 30), 9, draw, budgets=draw.random() < 0.5))
     assert words in page_of(tmp_path).text
 
 
@@ -234,22 +244,3 @@ def test_command(tmp_path: Path, draw: random.Random) -> None:
         assert refused.exit_code == 1
         assert words in refused.output
     assert zorba("report", run.path, "--out", out / "x").exit_code == 1
-
-
-def test_ticks_are_round_and_inside(draw: random.Random) -> None:
-    assert ticks(0, 1, 5) == [0, 0.2, 0.4, 0.6, 0.8, 1]
-    assert ticks(0.52, 0.77, 5) == [0.55, 0.6, 0.65, 0.7, 0.75]
-    for _ in range(500):
-        low = draw.uniform(-1, 1) * 10 ** draw.randint(-6, 9)
-        high = low + draw.uniform(0.01, 1) * 10 ** draw.randint(-3, 9)
-        found = ticks(low, high, 5)
-        assert 2 <= len(found) <= 8
-        slack = 1e-6 * (high - low) + 1e-9 * abs(low)
-        assert all(low - slack <= value <= high + slack for value in found)
-
-
-def test_stretches_cover_everything_once() -> None:
-    for count, most in ((1, 5), (5, 5), (6, 5), (1001, 300)):
-        parts = stretches(count, most)
-        assert len(parts) == min(count, most)
-        assert [i for a, b in parts for i in range(a, b)] == list(range(count))

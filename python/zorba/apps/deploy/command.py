@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tyro.conf import Positional, UseAppendAction
 
 from zorba.apps.needs import check_needs
-from zorba.defaults import DISTRIBUTION, EPS, NUM_PERTURBATIONS
+from zorba.defaults import DISTRIBUTION, EPS, NUM_PERTURBATIONS, Distribution
 
 _NEEDS = (
     "greenlet",
@@ -58,11 +58,13 @@ class InitSettings:
     perturbations: int = NUM_PERTURBATIONS  # P: finite differences a site measures in a step.
     local_steps: int = 1  # K: local steps in a round.
     clip: float | None = None  # Largest absolute value of a scalar.
-    distribution: str = DISTRIBUTION  # gaussian or rademacher noise.
-    weighting: str = "examples"  # Sites weigh by their examples, or all alike: uniform.
+    distribution: Distribution = DISTRIBUTION  # Distribution of the noise.
+    # Whether sites weigh by their examples or all alike.
+    weighting: Literal["examples", "uniform"] = "examples"
     batch_size: int = 16  # Rows in a batch.
     max_length: int = 256  # Tokens of a row at most.
-    dtype: str = "auto"  # auto, float32, bfloat16 or float16.
+    # Of the weights; auto for the checkpoint's.
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str | None = None  # cpu, cuda or cuda:1; a GPU where there is one by default.
     offload: bool = False  # Keep blocks that a site does not activate off its device.
     timeout: float = 600.0  # Seconds that a round waits for an answer.

@@ -92,6 +92,7 @@ class Text:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         logits = self._model(**inputs, use_cache=False).logits[:, :-1].float()
         targets = batch["labels"][:, 1:]
+        # In float32, and by row: the model's own loss is one mean over all tokens of the batch.
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         return losses.sum(dim=1) / _predicted(batch).clamp(min=1)
 

@@ -30,6 +30,7 @@ def run_finetune(settings: FinetuneSettings, console: Console | None = None) -> 
     """
     console = console or plain_console()
     hide_library_bars()
+    # A run takes hours: it neither overwrites another one nor finds out at its end that it would.
     taken = [settings.out / name for name in ("model", "trajectory.zot", "metrics.json")]
     there = [str(path) for path in taken if path.exists()]
     if there:

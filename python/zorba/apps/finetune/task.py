@@ -27,6 +27,7 @@ def read_data(settings: FinetuneSettings) -> tuple[list[data.Row], list[data.Row
     evaluation = data.read_rows(settings.eval_data, needed) if settings.eval_data else []
     if not settings.words:
         return rows, evaluation, []
+    # Without an order from the user the sorted values have one, the same on every machine.
     labels = list(settings.labels) or data.values_of(rows, settings.label)
     if len(labels) != len(settings.words):
         raise ValueError(
@@ -52,6 +53,7 @@ def load_model(settings: FinetuneSettings) -> tuple[Any, Any]:
     masked = any("MaskedLM" in name for name in getattr(config, "architectures", None) or [])
     kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     model: Any = kind.from_pretrained(settings.model, dtype=dtype)
+    # With offload a model that fills the host must not pass through the device as a whole.
     if settings.offload is None:
         model = model.to(device_of(settings))
     return model.eval(), AutoTokenizer.from_pretrained(settings.model)

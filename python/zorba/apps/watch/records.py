@@ -1,17 +1,15 @@
-"""What is known of a run's clients, plan, rounds and faults."""
+"""The parts of a run's state: clients, plan, rounds and faults."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import IntEnum
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from zorba.apps.watch.fields import clean, is_count, sequence
+from zorba.apps.watch.fields import Event, is_count, items, names
 
 
 class Status(IntEnum):
@@ -20,41 +18,29 @@ class Status(IntEnum):
     SITS_OUT = 0
     MEASURED = 1
     JOINED = 2
-    UNUSED = 3
+    NOT_USED = 3
     FAILED = 4
     REFUSED = 5
 
     @property
     def words(self) -> str:
         """How it is shown."""
-        return ("sits out", "measured", "joined", "not used", "failed", "refused")[self]
+        return self.name.lower().replace("_", " ")
 
 
 @dataclass
 class ClientState:
-    """One client.
+    """One client."""
 
-    Attributes:
-        status: in the last round.
-        reason: of a failure or a refusal in it.
-        history: status in each round of ``RunState.rounds``, one byte each.
-        last_round: whose scalars were used; 0 before the first.
-        last_seen: time of its last answer.
-        loss: of the last round that it measured.
-        bytes_up: total of its answers.
-        bytes_down: total of what it was sent.
-        measured_bytes: memory as measured there; None where unknown.
-    """
-
-    status: Status = Status.SITS_OUT
-    reason: str = ""
-    history: bytearray = field(default_factory=bytearray)
-    last_round: int = 0
-    last_seen: datetime | None = None
-    loss: float | None = None
-    bytes_up: int = 0
-    bytes_down: int = 0
-    measured_bytes: int | None = None
+    status: Status = Status.SITS_OUT  # in the last round
+    reason: str = ""  # of a failure or a refusal in it
+    history: bytearray = field(default_factory=bytearray)  # status in each of RunState.rounds
+    last_round: int = 0  # whose scalars were used; 0 before the first
+    last_seen: datetime | None = None  # time of its last answer
+    loss: float | None = None  # of the last round that it measured
+    bytes_up: int = 0  # total of its answers
+    bytes_down: int = 0  # total of what it was sent
+    measured_bytes: int | None = None  # memory as measured there
 
     @property
     def rounds_measured(self) -> int:
@@ -69,90 +55,54 @@ class ClientState:
 
 @dataclass(frozen=True)
 class PlanState:
-    """The plan in force.
+    """The plan in force; bytes are by client, and empty where they are unknown."""
 
-    Attributes:
-        clients: names.
-        blocks: names.
-        mask: bool [clients, blocks].
-        budgets: bytes by client; empty where unknown.
-        memory: predicted bytes by client; empty where unknown.
-    """
-
-    clients: tuple[str, ...] = ()
-    blocks: tuple[str, ...] = ()
+    clients: list[str] = field(default_factory=list)
+    blocks: list[str] = field(default_factory=list)
     mask: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros((0, 0), dtype=bool))
     budgets: dict[str, int] = field(default_factory=dict)
-    memory: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)  # predicted
 
     @staticmethod
-    def read(record: Mapping[str, Any]) -> PlanState:
+    def read(record: Event) -> PlanState:
         """Reads ``plan.json``; a plan whose parts do not fit together is an empty one."""
-        clients = tuple(clean(name) for name in sequence(record, "clients"))
-        blocks = tuple(clean(name) for name in sequence(record, "blocks"))
-        rows = [str(row) for row in sequence(record, "mask")]
+        clients, blocks = names(record, "clients"), names(record, "blocks")
+        rows = [str(row) for row in items(record, "mask")]
         if len(rows) != len(clients) or any(len(row) != len(blocks) for row in rows):
             return PlanState()
         mask = np.array([[c == "1" for c in row] for row in rows], dtype=bool)
-        by_client = {
-            key: {n: v for n, v in zip(clients, sequence(record, key), strict=False) if is_count(v)}
+        known = {
+            key: {n: v for n, v in zip(clients, items(record, key), strict=False) if is_count(v)}
             for key in ("budgets", "memory")
         }
-        return PlanState(clients, blocks, mask.reshape(len(clients), len(blocks)), **by_client)
-
-    @property
-    def coverage(self) -> npt.NDArray[np.int64]:
-        """How many clients have each block active, [blocks]."""
-        return np.asarray(self.mask.sum(axis=0), dtype=np.int64)
-
-    def row(self, client: str) -> npt.NDArray[np.bool_] | None:
-        """Returns a client's mask, bool [blocks]."""
-        return self.mask[self.clients.index(client)] if client in self.clients else None
+        return PlanState(clients, blocks, mask.reshape(len(clients), len(blocks)), **known)
 
 
 @dataclass(frozen=True)
 class Round:
-    """One round.
+    """One round; bytes are of all clients."""
 
-    Attributes:
-        number: from 1.
-        time: of its event.
-        seconds: that it took.
-        loss: None when nobody replied.
-        measured: how many clients' scalars were used.
-        asked: how many clients were sent a message.
-        bytes_up: of all clients.
-        bytes_down: of all clients.
-        coverage: clients that covered each block, int32 [blocks].
-    """
-
-    number: int
+    number: int  # from 1
     time: datetime | None
     seconds: float
-    loss: float | None
-    measured: int
-    asked: int
+    loss: float | None  # None when nobody replied
+    asked: int  # clients that were sent a message
     bytes_up: int
     bytes_down: int
-    coverage: npt.NDArray[np.int32]
+    coverage: npt.NDArray[np.int64]  # clients that covered each block, [blocks]
 
 
 @dataclass
 class Fault:
-    """Faults that are alike but for numbers in their text.
+    """Faults that are alike except for numbers in their text."""
 
-    Attributes:
-        client: name; empty for one of the server.
-        kind: "failed", "refused", "not used", "server", or "fault".
-        text: of the last one.
-        rounds: in which they came.
-        first: time.
-        last: time.
-    """
+    client: str  # empty for one of the server
+    kind: str  # failed, refused, not used, server, or fault
+    text: str = ""  # of the last one
+    rounds: list[int] = field(default_factory=list)
+    last: datetime | None = None
 
-    client: str
-    kind: str
-    text: str
-    rounds: list[int]
-    first: datetime | None
-    last: datetime | None
+    @property
+    def words(self) -> str:
+        """Who, what and why, in one line."""
+        return f"{self.client} {self.kind}: {self.text}".lstrip()

@@ -3,55 +3,53 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from zorba.apps.watch.fields import clean, counts, moment, number, sequence, table, whole
+from zorba.apps.watch.fields import (
+    Event,
+    clean,
+    counts,
+    moment,
+    names,
+    number,
+    table,
+    text,
+    texts,
+    whole,
+)
 from zorba.apps.watch.records import ClientState, Fault, PlanState, Round, Status
 from zorba.federated.events import EventReader
 
 _PACE_ROUNDS = 20
 _SILENT_SECONDS = 30.0
+_NO_SCORES = ("event", "time", "schema", "round")
+_NUMBERS = re.compile(r"0x[0-9a-f]+|-?\d+(\.\d+)?")
 
 
+@dataclass
 class RunState:
-    """Folds events.
+    """Folds the events of a run."""
 
-    Attributes:
-        job: name.
-        settings: by name.
-        machine: of the server.
-        plan: in force.
-        clients: by name, in the order of the plan.
-        rounds: that were done, in the order of their events.
-        evaluations: (round, scores by name).
-        faults: in the order of their first occurrence.
-        starts: (time, last round in the log) of every start of the server.
-        last_round: where the last start is to end.
-        end: the end's event; None while the run goes on, or when the server was killed.
-        last_event: time.
-        damaged: lines of the file that held no event.
-    """
-
-    def __init__(self) -> None:
-        self.job = ""
-        self.settings: dict[str, Any] = {}
-        self.machine: dict[str, Any] = {}
-        self.plan = PlanState()
-        self.clients: dict[str, ClientState] = {}
-        self.rounds: list[Round] = []
-        self.evaluations: list[tuple[int, dict[str, float]]] = []
-        self.starts: list[tuple[datetime | None, int]] = []
-        self.last_round = 0
-        self.end: dict[str, Any] | None = None
-        self.last_event: datetime | None = None
-        self.damaged = 0
-        self._faults: dict[tuple[str, str, str], Fault] = {}
-        self._rounds_before_start = 0
+    job: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)  # of the server
+    plan: PlanState = field(default_factory=PlanState)  # in force
+    clients: dict[str, ClientState] = field(default_factory=dict)  # in the order of the plan
+    rounds: list[Round] = field(default_factory=list)  # in the order of their events
+    evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # round, scores
+    starts: list[tuple[datetime | None, int]] = field(default_factory=list)  # time, round in log
+    last_round: int = 0  # where the last start is to end
+    end: Event | None = None  # None while the run goes on, or when the server was killed
+    last_event: datetime | None = None
+    damaged: int = 0  # lines of the file that held no event
+    _faults: dict[tuple[str, str, str], Fault] = field(default_factory=dict)
+    _rounds_before_start: int = 0
 
     @property
     def faults(self) -> list[Fault]:
@@ -65,7 +63,7 @@ class RunState:
 
     @property
     def pace(self) -> float | None:
-        """Seconds from one round to the next, of the last rounds since the last start."""
+        """Seconds from one round to the next, over the last rounds since the last start."""
         times = [r.time for r in self.rounds[self._rounds_before_start :][-_PACE_ROUNDS:]]
         if len(times) < 2 or times[0] is None or times[-1] is None:
             return None
@@ -73,8 +71,23 @@ class RunState:
 
     @property
     def problem(self) -> str:
-        """What ended the run, where it did not end well; else empty."""
-        return clean(self.end["problem"]) if self.end and self.end.get("problem") else ""
+        """Why the run ended, where it did not end well; else empty."""
+        return text(self.end or {}, "problem")
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """The different fingerprints that the end told of the replicas."""
+        return sorted(set(texts(self.end or {}, "fingerprints").values()))
+
+    @property
+    def identical(self) -> bool:
+        """Whether the run ended with all replicas identical."""
+        return bool(self.end and self.end.get("replicas_identical")) and len(self.fingerprints) == 1
+
+    def memory(self, client: str) -> int | None:
+        """Returns the bytes that a client takes: as measured there, else as predicted."""
+        measured = self.clients[client].measured_bytes
+        return self.plan.memory.get(client) if measured is None else measured
 
     def silence(self, now: datetime) -> float | None:
         """Returns the seconds since the last event of a run that has not ended, if they are many.
@@ -84,30 +97,45 @@ class RunState:
         if self.end is not None or self.last_event is None:
             return None
         seconds = (now - self.last_event).total_seconds()
+        # A run may have rounds of an hour, so a pause is measured in rounds, not in seconds alone.
         return seconds if seconds >= max(_SILENT_SECONDS, 5 * (self.pace or 0.0)) else None
 
-    def apply(self, event: Mapping[str, Any]) -> None:
+    def apply(self, event: Event) -> None:
         """Takes the next event; kinds that are not known change nothing."""
         self.last_event = moment(event) or self.last_event
-        handler = {
-            "start": self._start,
-            "round": self._round,
-            "evaluation": self._evaluation,
-            "memory": self._memory,
-            "fault": self._fault,
-            "lost": self._lost,
-            "replan": self._replan,
-            "end": self._end,
-        }.get(event["event"])
-        if handler is not None:
-            handler(event)
+        match event["event"]:
+            case "start":
+                self._start(event)
+            case "round":
+                self._round(event)
+            case "evaluation":
+                self._evaluation(event)
+            case "memory":
+                for name, count in counts(event, "bytes").items():
+                    self._client(name).measured_bytes = count
+            case "fault":
+                at = whole(event, "round", self.round)
+                self._add_fault(event, text(event, "client"), "fault", text(event, "text"), at)
+            case "lost":
+                words = f"{whole(event, 'events')} events could not be written: the disk was full"
+                self._add_fault(event, "", "server", words)
+            case "replan":
+                self._take_plan(event)
+                words = f"new plan: {text(event, 'reason')}"
+                self._add_fault(event, "", "server", words, whole(event, "round"))
+            case "end":
+                self.end = event
+                if self.problem:
+                    self._add_fault(event, "", "server", f"ended: {self.problem}")
+                for name, reason in texts(event, "failures").items():
+                    self._add_fault(event, name, "failed", f"at the end: {reason}")
 
-    def _start(self, event: Mapping[str, Any]) -> None:
+    def _start(self, event: Event) -> None:
         log_round = whole(event, "round")
         if self.starts:
             how = "went on" if self.end is not None else "started again, after no end was written"
-            self._add_fault("", "server", f"the server {how}", log_round, event)
-        self.job = clean(event.get("job", ""))
+            self._add_fault(event, "", "server", f"the server {how}", log_round)
+        self.job = text(event, "job")
         self.settings = table(event, "settings")
         self.machine = table(event, "machine")
         self.starts.append((moment(event), log_round))
@@ -116,101 +144,77 @@ class RunState:
         self._rounds_before_start = len(self.rounds)
         self._take_plan(event)
 
-    def _take_plan(self, event: Mapping[str, Any]) -> None:
+    def _take_plan(self, event: Event) -> None:
         self.plan = PlanState.read(table(event, "plan"))
         for name in self.plan.clients:
             self._client(name)
 
     def _client(self, name: str) -> ClientState:
         if name not in self.clients:
+            # Histories are as long as the rounds, so that they can be drawn side by side.
             self.clients[name] = ClientState(history=bytearray(len(self.rounds)))
         return self.clients[name]
 
-    def _round(self, event: Mapping[str, Any]) -> None:
-        round_number, time = whole(event, "round"), moment(event)
+    def _round(self, event: Event) -> None:
+        this, time = whole(event, "round"), moment(event)
         up, down = counts(event, "bytes_up"), counts(event, "bytes_down")
-        failures, refusals = table(event, "failures"), table(event, "refusals")
-        measured = {clean(name) for name in sequence(event, "clients")}
-        losses, problem = table(event, "losses"), clean(event.get("problem") or "")
+        failures, refusals = texts(event, "failures"), texts(event, "refusals")
+        measured, problem = set(names(event, "clients")), text(event, "problem")
+        losses = table(event, "losses")
         for name in sorted({*up, *down, *failures, *refusals, *measured}):
             self._client(name)
         for name, client in self.clients.items():
-            status, reason = Status.SITS_OUT, ""
+            # A client can be in several lists; the worst is what people must see.
             if name in refusals:
-                status, reason = Status.REFUSED, clean(refusals[name])
+                client.status = Status.REFUSED
             elif name in failures:
-                status, reason = Status.FAILED, clean(failures[name])
+                client.status = Status.FAILED
             elif name in measured:
-                status = Status.MEASURED
-                client.last_round = round_number
-                client.loss = number(losses, name)
+                client.status = Status.MEASURED
+                client.last_round, client.loss = this, number(losses, name)
             elif name in up:
-                status = Status.UNUSED if problem else Status.JOINED
-            if reason:
-                self._add_fault(name, status.words, reason, round_number, event)
-            client.status, client.reason = status, reason
-            client.history.append(status)
+                client.status = Status.NOT_USED if problem else Status.JOINED
+            else:
+                client.status = Status.SITS_OUT
+            client.reason = refusals.get(name) or failures.get(name) or ""
+            if client.reason:
+                self._add_fault(event, name, client.status.words, client.reason, this)
+            client.history.append(client.status)
             client.bytes_up += up.get(name, 0)
             client.bytes_down += down.get(name, 0)
             if name in up:
                 client.last_seen = time or client.last_seen
         if problem:
-            self._add_fault("", Status.UNUSED.words, problem, round_number, event)
+            self._add_fault(event, "", Status.NOT_USED.words, problem, this)
         rows = [n for n, name in enumerate(self.plan.clients) if name in measured]
         self.rounds.append(
             Round(
-                number=round_number,
+                number=this,
                 time=time,
                 seconds=number(event, "seconds") or 0.0,
                 loss=number(event, "loss"),
-                measured=len(measured),
                 asked=len(down),
                 bytes_up=sum(up.values()),
                 bytes_down=sum(down.values()),
-                coverage=self.plan.mask[rows].sum(axis=0).astype(np.int32),
+                coverage=self.plan.mask[rows].sum(axis=0, dtype=np.int64),
             )
         )
 
-    def _evaluation(self, event: Mapping[str, Any]) -> None:
+    def _evaluation(self, event: Event) -> None:
         scores = {clean(key): number(event, key) for key in event if key not in _NO_SCORES}
         found = {key: value for key, value in scores.items() if value is not None}
         if found:
             self.evaluations.append((whole(event, "round"), found))
 
-    def _memory(self, event: Mapping[str, Any]) -> None:
-        for name, count in counts(event, "bytes").items():
-            self._client(name).measured_bytes = count
-
-    def _fault(self, event: Mapping[str, Any]) -> None:
-        client = clean(event.get("client") or "")
-        round_number = whole(event, "round", self.round)
-        self._add_fault(client, "fault", clean(event.get("text", "")), round_number, event)
-
-    def _lost(self, event: Mapping[str, Any]) -> None:
-        text = f"{whole(event, 'events')} events could not be written: the disk was full"
-        self._add_fault("", "server", text, self.round, event)
-
-    def _replan(self, event: Mapping[str, Any]) -> None:
-        self._take_plan(event)
-        reason = clean(event.get("reason", ""))
-        self._add_fault("", "server", f"new plan: {reason}", whole(event, "round"), event)
-
-    def _end(self, event: Mapping[str, Any]) -> None:
-        self.end = dict(event)
-        if self.problem:
-            self._add_fault("", "server", f"ended: {self.problem}", self.round, event)
-        for name, text in table(event, "failures").items():
-            self._add_fault(name, "failed", f"at the end: {clean(text)}", self.round, event)
-
     def _add_fault(
-        self, client: str, kind: str, text: str, round_number: int, event: Mapping[str, Any]
+        self, event: Event, client: str, kind: str, words: str, at: int | None = None
     ) -> None:
-        alike = (client, kind, _NUMBERS.sub("#", text))
-        fault = self._faults.setdefault(
-            alike, Fault(client, kind, text, [], moment(event), moment(event))
-        )
-        fault.text, fault.last = text, moment(event)
-        fault.rounds.append(round_number)
+        """Adds a fault of a round; None for the last one done."""
+        # "answered after 31.2 s" a thousand times is one fault with a count, not a thousand.
+        alike = (client, kind, _NUMBERS.sub("#", words))
+        fault = self._faults.setdefault(alike, Fault(client, kind))
+        fault.text, fault.last = words, moment(event)
+        fault.rounds.append(self.round if at is None else at)
 
 
 class Follower:
@@ -228,7 +232,7 @@ class Follower:
         self.reader = EventReader(events)
         self.state = RunState()
 
-    def events(self) -> Iterator[dict[str, Any]]:
+    def events(self) -> Iterator[Event]:
         """Yields each new event, after ``state`` took it.
 
         Raises:
@@ -250,7 +254,3 @@ class Follower:
             pass
         self.state.damaged = self.reader.damaged
         return self.state
-
-
-_NO_SCORES = ("event", "time", "schema", "round")
-_NUMBERS = re.compile(r"0x[0-9a-f]+|-?\d+(\.\d+)?")

@@ -10,7 +10,6 @@ position are read. Rademacher noise, central differences; active blocks are spre
 from __future__ import annotations
 
 import copy
-import random
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,20 +25,19 @@ from zorba.hf.head import narrow_logits
 from zorba.offload import Offload
 
 import zorba_kernels as zk
-from benchmarks.findings import Findings
-from benchmarks.sizes import Sizes, random_llama
-from benchmarks.timing import InTurn
+from benchmarks.bench import Bench
+from benchmarks.sizes import random_llama
 
 STEPS = 3
 SLOWER, MEMORY = 1.3, 0.6  # targets: time and device memory over those of a resident step
 
 
-def model_of(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> tuple[Any, list[bool]]:
+def model_of(bench: Bench, dtype: torch.dtype) -> tuple[Any, list[bool]]:
     """Returns a model and its mask, bool [blocks]."""
-    config = sizes.offload()
-    layers, active = config.num_hidden_layers, sizes.offload_active
+    config = bench.sizes.offload()
+    layers, active = config.num_hidden_layers, bench.sizes.offload_active
     chosen = {(2 * i + 1) * layers // (2 * active) for i in range(active)}
-    return random_llama(config, dtype, device), [b in chosen for b in range(layers)]
+    return random_llama(config, dtype, bench.device), [b in chosen for b in range(layers)]
 
 
 def closure_of(model: Any, device: torch.device) -> Callable[[], Tensor]:
@@ -85,10 +83,10 @@ def greenlet() -> None:
     pytest.importorskip("greenlet")
 
 
-def bench_bits(findings: Findings, device: torch.device, sizes: Sizes, rng: random.Random) -> None:
-    model, mask = model_of(sizes, torch.bfloat16, device)
-    closure, seed = closure_of(model, device), rng.getrandbits(64)
-    findings.facts.update(blocks=len(mask), active=sum(mask))
+def bench_bits(bench: Bench) -> None:
+    model, mask = model_of(bench, torch.bfloat16)
+    closure, seed = closure_of(model, bench.device), bench.rng.getrandbits(64)
+    bench.facts.update(blocks=len(mask), active=sum(mask))
 
     def steps() -> tuple[list[tuple[float, ...]], int]:
         optimizer = optimizer_of(model, mask, seed, num_perturbations=2)
@@ -101,44 +99,42 @@ def bench_bits(findings: Findings, device: torch.device, sizes: Sizes, rng: rand
     start = copy.deepcopy(model.state_dict())
     resident = steps()
     model.load_state_dict(start)
-    with offloaded(model, mask, device):
+    with offloaded(model, mask, bench.device):
         assert steps() == resident
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def bench_step(
-    findings: Findings, in_turn: InTurn, device: torch.device, sizes: Sizes, dtype: torch.dtype
-) -> None:
+def bench_step(bench: Bench, dtype: torch.dtype) -> None:
     """Each step beside a resident one: the median of their ratios is what counts."""
-    model, mask = model_of(sizes, dtype, device)
+    model, mask = model_of(bench, dtype)
     other = copy.deepcopy(model)
-    with offloaded(other, mask, device):
+    with offloaded(other, mask, bench.device):
         models = {"resident": model, "offload": other}
-        times = in_turn({name: step_of(m, mask, device) for name, m in models.items()})
+        times = bench.in_turn({name: step_of(m, mask, bench.device) for name, m in models.items()})
     group = f"a step, {dtype}, {sum(mask)} of {len(mask)} blocks active"
     for name, t in times.items():
         ratio = t.over(times["resident"])
-        findings.measure(group, name, ms=t.median * 1e3, least_ms=min(t.each) * 1e3, x=ratio)
+        bench.measure(group, name, ms=t.median * 1e3, least_ms=min(t.each) * 1e3, x=ratio)
     ratio = times["offload"].over(times["resident"])
-    findings.target(group, ratio, "x resident", most=SLOWER)
+    bench.target(group, ratio, "x resident", most=SLOWER)
 
 
 @pytest.mark.gpu
-def bench_memory(findings: Findings, device: torch.device, sizes: Sizes) -> None:
+def bench_memory(bench: Bench) -> None:
     """The most that is held on the device, weights and scratch among it; each model alone."""
-    if device.type != "cuda":
+    if bench.device.type != "cuda":
         pytest.skip("the allocator of a CPU keeps no count")
 
     def peak(idle_on_host: bool) -> float:
-        model, mask = model_of(sizes, torch.bfloat16, device)
-        with offloaded(model, mask, device) if idle_on_host else nullcontext():
+        model, mask = model_of(bench, torch.bfloat16)
+        with offloaded(model, mask, bench.device) if idle_on_host else nullcontext():
             torch.cuda.reset_peak_memory_stats()  # what making the model took does not count
-            step = step_of(model, mask, device)
+            step = step_of(model, mask, bench.device)
             for _ in range(STEPS):
                 step()
             return torch.cuda.max_memory_allocated() / 2**20
 
     resident, host = peak(False), peak(True)
     for name, mib in (("resident", resident), ("offload", host)):
-        findings.measure("device memory of a step", name, peak_mib=mib)
-    findings.target("its device memory", host / resident, "x resident", most=MEMORY)
+        bench.measure("device memory of a step", name, peak_mib=mib)
+    bench.target("its device memory", host / resident, "x resident", most=MEMORY)

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 import zorba_kernels as zk
-from benchmarks.findings import Findings
-from benchmarks.sizes import Sizes
-from benchmarks.timing import Call, InTurn, count_of, flat_weights, host_seconds
+from benchmarks.bench import Bench
+from benchmarks.timing import Call, count_of, flat_weights, host_seconds
 from zorba_kernels.noise import DISTRIBUTIONS, ROUNDINGS
 
 EPS = 1e-3
@@ -34,64 +33,44 @@ def limits(weights: dict[str, Tensor], flat: Tensor, out: Tensor) -> dict[str, C
     }
 
 
-def limit_of(device: torch.device) -> str:
-    """Returns the name of the one that bounds a device's passes."""
-    return "copy" if device.type == "cuda" else "plain"
-
-
-def bench_pass(
-    findings: Findings,
-    in_turn: InTurn,
-    device: torch.device,
-    backends: list[str],
-    sizes: Sizes,
-    title: str,
-) -> None:
+def bench_pass(bench: Bench, title: str) -> None:
     """In place, and to another table."""
-    shapes = sizes.tables[title]()
-    flat, weights = flat_weights(shapes, device)
-    flat_out, outputs = flat_weights(shapes, device, like=flat)
+    shapes = bench.sizes.tables[title]()
+    flat, weights = flat_weights(shapes, bench.device)
+    flat_out, outputs = flat_weights(shapes, bench.device, like=flat)
     table, out = zk.ParamTable(weights), zk.ParamTable(outputs)
     calls = limits(weights, flat, flat_out)
-    for b, d, r in itertools.product(backends, DISTRIBUTIONS, ROUNDINGS):
+    for b, d, r in itertools.product(bench.backends, DISTRIBUTIONS, ROUNDINGS):
         calls[f"{b}, {d}, {r}, in place"] = lambda b=b, d=d, r=r: zk.add_noise_(
             table, 1, EPS, d, r, backend=b
         )
         calls[f"{b}, {d}, {r}, out of place"] = lambda b=b, d=d, r=r: zk.add_noise(
             table, out, 1, EPS, d, r, backend=b
         )
-    times = in_turn(calls)
-    limit = limit_of(device)
-    group = f"one pass over {count_of(table.numel)} bf16 weights, {title}; limit: {limit}"
-    findings.passes(group, times, table.numel, 2 * table.nbytes, limit, device)
-    for b, d in itertools.product(backends, OF_LIMIT):
-        share = times[limit].median / times[f"{b}, {d}, nearest, in place"].median
+    times = bench.in_turn(calls)
+    group = f"one pass over {count_of(table.numel)} bf16 weights, {title}"
+    bench.passes(group, times, table.numel, 2 * table.nbytes)
+    for b, d in itertools.product(bench.backends, OF_LIMIT):
+        share = times[bench.limit].median / times[f"{b}, {d}, nearest, in place"].median
         name = f"{b}, {d}, nearest, in place, {title}"
-        findings.target(name, share, f"of the {limit}'s speed", least=OF_LIMIT[d])
+        bench.target(name, share, f"of the {bench.limit}'s speed", least=OF_LIMIT[d])
 
 
-def bench_fingerprint(
-    findings: Findings,
-    in_turn: InTurn,
-    device: torch.device,
-    backends: list[str],
-    sizes: Sizes,
-    title: str,
-) -> None:
-    _, weights = flat_weights(sizes.tables[title](), device)
+def bench_fingerprint(bench: Bench, title: str) -> None:
+    _, weights = flat_weights(bench.sizes.tables[title](), bench.device)
     table = zk.ParamTable(weights)
-    calls: dict[str, Call] = {b: lambda b=b: zk.fingerprint(table, backend=b) for b in backends}
-    for b, t in in_turn(calls).items():
+    calls: dict[str, Call] = {
+        b: lambda b=b: zk.fingerprint(table, backend=b) for b in bench.backends
+    }
+    for b, t in bench.in_turn(calls).items():
         gb = table.nbytes / t.median / 1e9
         group = f"fingerprint of {count_of(table.numel)} bf16 weights, {title}"
-        findings.measure(group, b, ms=t.median * 1e3, gb_per_s=gb)
+        bench.measure(group, b, ms=t.median * 1e3, gb_per_s=gb)
 
 
-def bench_passes_of_a_step(
-    findings: Findings, in_turn: InTurn, device: torch.device, backends: list[str], sizes: Sizes
-) -> None:
+def bench_passes_of_a_step(bench: Bench) -> None:
     """All that a step of central differences does besides its forward passes."""
-    flat, weights = flat_weights(sizes.step(), device)
+    flat, weights = flat_weights(bench.sizes.step(), bench.device)
     table = zk.ParamTable(weights)
     half = flat.numel() // 2
 
@@ -109,34 +88,34 @@ def bench_passes_of_a_step(
         "copy": copies,
         "plain": lambda: [w.add_(EPS) for _ in range(3) for w in weights.values()],
     }
-    for b, d in itertools.product(backends, DISTRIBUTIONS):
+    for b, d in itertools.product(bench.backends, DISTRIBUTIONS):
         calls[f"{b}, {d}"] = lambda b=b, d=d: passes(d, b)
-    times = in_turn(calls)
-    limit = limit_of(device)
-    group = f"perturb, flip, restore and update {sizes.step_title}, bf16; limit: {limit}"
-    findings.passes(group, times, table.numel, 3 * 2 * table.nbytes, limit, device)
+    times = bench.in_turn(calls)
+    group = f"perturb, flip, restore and update {bench.sizes.step_title}, bf16"
+    bench.passes(group, times, table.numel, 3 * 2 * table.nbytes)
     for name in calls.keys() - {"copy", "plain"}:
         figure = times[name].median * 1e3
-        findings.target(f"step of {sizes.step_title}, {name}", figure, "ms", most=STEP_MS)
+        bench.target(f"step of {bench.sizes.step_title}, {name}", figure, "ms", most=STEP_MS)
 
 
 @pytest.mark.parametrize("tensors", [1, 291])
-def bench_host_time(
-    findings: Findings, device: torch.device, backends: list[str], sizes: Sizes, tensors: int
-) -> None:
+def bench_host_time(bench: Bench, tensors: int) -> None:
     """On tables of 64 weights a tensor, too small to take the device any time."""
     table, out = (
         zk.ParamTable(
-            {f"{i}": torch.zeros(64, dtype=torch.bfloat16, device=device) for i in range(tensors)}
+            {
+                f"{i}": torch.zeros(64, dtype=torch.bfloat16, device=bench.device)
+                for i in range(tensors)
+            }
         )
         for _ in range(2)
     )
-    for b in backends:
+    for b in bench.backends:
         calls: dict[str, Call] = {
             "in place": lambda b=b: zk.add_noise_(table, 1, EPS, backend=b),
             "out of place": lambda b=b: zk.add_noise(table, out, 1, EPS, backend=b),
             "8 terms": lambda b=b: zk.add_noise_(table, range(8), [EPS] * 8, backend=b),
         }
         for name, call in calls.items():
-            us = host_seconds(call, device, sizes.calls) * 1e6
-            findings.measure(f"host time of a call, {tensors} tensors", f"{b}, {name}", us=us)
+            us = host_seconds(call, bench.device, bench.sizes.calls) * 1e6
+            bench.measure(f"host time of a call, {tensors} tensors", f"{b}, {name}", us=us)

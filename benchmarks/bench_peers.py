@@ -8,50 +8,44 @@ from __future__ import annotations
 import torch
 
 import zorba_kernels as zk
-from benchmarks.bench_passes import EPS, limit_of, limits
-from benchmarks.findings import Findings
+from benchmarks.bench import Bench
+from benchmarks.bench_passes import EPS, limits
 from benchmarks.peers import mezo
-from benchmarks.sizes import Sizes
-from benchmarks.timing import InTurn, count_of, flat_weights, synchronize
+from benchmarks.timing import count_of, flat_weights, synchronize
 
 
-def bench_peers(
-    findings: Findings,
-    in_turn: InTurn,
-    device: torch.device,
-    backends: list[str],
-    sizes: Sizes,
-    compared_title: str,
-) -> None:
-    shapes = sizes.tables[compared_title]()
-    flat, weights = flat_weights(shapes, device)
+def bench_peers(bench: Bench, compared_title: str) -> None:
+    shapes = bench.sizes.tables[compared_title]()
+    flat, weights = flat_weights(shapes, bench.device)
     table, parameters = zk.ParamTable(weights), list(weights.values())
     # MeZO's pass puts new tensors in the place of the old: it gets parameters of its own.
     own = [torch.nn.Parameter(w.clone(), requires_grad=False) for w in parameters]
     peers = {
         "MeZO": lambda: mezo.perturb(own, 1, 1.0, EPS),
-        "MeZO, compiled": lambda: mezo.perturb_compiled(parameters, 1, 1.0, EPS, sizes.compiler),
+        "MeZO, compiled": lambda: mezo.perturb_compiled(
+            parameters, 1, 1.0, EPS, bench.sizes.compiler
+        ),
     }
-    if device.type == "cuda":  # Triton compiles for no CPU
+    if bench.device.type == "cuda":  # Triton compiles for no CPU
         from benchmarks.peers import tl_randn
 
         peers["tl.randn"] = lambda: tl_randn.perturb(parameters, 1, EPS)
     for name in list(peers):
         try:  # a peer that does not run here must not take the others with it
             peers[name]()
-            synchronize(device)
+            synchronize(bench.device)
         except Exception as error:
             del peers[name]
-            findings.facts[f"{name}, left out"] = str(error)[:2000]
+            bench.facts[f"{name}, left out"] = str(error)[:2000]
     mine = {
         f"{b}, {d}": lambda b=b, d=d: zk.add_noise_(table, 1, EPS, d, backend=b)
-        for b in backends
+        for b in bench.backends
         for d in ("gaussian", "rademacher")
     }
     calls = limits(weights, flat, torch.empty_like(flat)) | peers | mine
-    times = in_turn(calls)
+    times = bench.in_turn(calls)
     group = f"{count_of(table.numel)} bf16 weights in place, {compared_title}, against others"
-    findings.passes(group, times, table.numel, 2 * table.nbytes, limit_of(device), device)
+    bench.passes(group, times, table.numel, 2 * table.nbytes)
     for name in mine:
         ratios = {f"x {peer}": times[peer].median / times[name].median for peer in peers}
-        findings.measure(f"times as fast as others, {compared_title}", name, **ratios)
+        bench.measure(f"times as fast as others, {compared_title}", name, **ratios)

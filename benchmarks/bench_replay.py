@@ -1,4 +1,6 @@
-"""Replaying 64 steps of SmolLM2-135M from its trajectory, step by step, and MeZO's way.
+"""Replaying 64 steps of SmolLM2-135M from their log, in one pass, step by step, and MeZO's way.
+
+    python -m pytest benchmarks/bench_replay.py
 
 One perturbation a step, bfloat16, stochastic rounding (MeZO's own pass rounds to nearest). The
 model's 272 parameters have its shapes and random values.
@@ -6,7 +8,6 @@ model's 272 parameters have its shapes and random values.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,36 +16,12 @@ from zorba.log import Log, TrajectoryWriter, replay
 from zorba.optim import NoiseTerms, step_seed
 
 import zorba_kernels as zk
+from benchmarks.bench import Bench
 from benchmarks.peers import mezo
+from benchmarks.sizes import shapes_of, smollm_config
+from benchmarks.timing import flat_weights
 
 STEPS = 64
-GROUP = "a step of a replay of SmolLM2-135M, bf16"
-
-
-def shapes() -> dict[str, tuple[int, ...]]:
-    """Names and shapes of SmolLM2-135M's parameters."""
-    out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (49152, 576)}
-    for layer in range(30):
-        for name, shape in (
-            ("self_attn.q_proj", (576, 576)),
-            ("self_attn.k_proj", (192, 576)),
-            ("self_attn.v_proj", (192, 576)),
-            ("self_attn.o_proj", (576, 576)),
-            ("mlp.gate_proj", (1536, 576)),
-            ("mlp.up_proj", (1536, 576)),
-            ("mlp.down_proj", (576, 1536)),
-            ("input_layernorm", (576,)),
-            ("post_attention_layernorm", (576,)),
-        ):
-            out[f"model.layers.{layer}.{name}.weight"] = shape
-    return out | {"model.norm.weight": (576,)}
-
-
-@pytest.fixture(scope="module")
-def table() -> zk.ParamTable:
-    return zk.ParamTable(
-        {n: torch.randn(shape).mul_(0.02).to(torch.bfloat16) for n, shape in shapes().items()}
-    )
 
 
 def record(path: Path, table: zk.ParamTable, distribution: str) -> Log:
@@ -55,32 +32,27 @@ def record(path: Path, table: zk.ParamTable, distribution: str) -> Log:
     return Log.read(path)
 
 
-@pytest.mark.benchmark(group=GROUP)
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
-@pytest.mark.parametrize("way", ["one_pass", "step_by_step"])
 def bench_replay(
-    measure: Callable[..., None],
-    table: zk.ParamTable,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    distribution: str,
-    way: str,
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, distribution: str
 ) -> None:
-    trajectory = record(tmp_path / "run.zot", table, distribution)
+    _, weights = flat_weights(shapes_of(smollm_config()), bench.device)
+    table = zk.ParamTable(weights)
+    parameters = [torch.nn.Parameter(w.clone(), requires_grad=False) for w in weights.values()]
+    log = record(tmp_path / "run.zot", table, distribution)
     # The weights change all the time: what is measured needs no right base.
     monkeypatch.setitem(replay.__globals__, "check_base", lambda *_: (table,))
-    if way == "step_by_step":
-        monkeypatch.setitem(replay.__globals__, "ROUNDS_A_PASS", 1)
-    passes = 1 if way == "one_pass" else STEPS
-    measure(
-        lambda: replay(table, trajectory, verify=False),
-        table.numel * STEPS,
-        2 * table.nbytes * passes,
-        3,
-    )
 
+    def replayed(steps_a_pass: int) -> None:
+        monkeypatch.setitem(replay.__globals__, "ROUNDS_A_PASS", steps_a_pass)
+        replay(table, log, verify=False)
 
-@pytest.mark.benchmark(group=GROUP)
-def bench_mezo(measure: Callable[..., None], table: zk.ParamTable) -> None:
-    parameters = [torch.nn.Parameter(e.tensor.clone(), requires_grad=False) for e in table.entries]
-    measure(lambda: mezo.perturb(parameters, 1, 1.0, 1e-6), table.numel, 2 * table.nbytes, 3)
+    calls = {
+        "one pass": lambda: replayed(STEPS),
+        "step by step": lambda: replayed(1),
+        "MeZO, one step": lambda: mezo.perturb(parameters, 1, 1.0, 1e-6),
+    }
+    for name, t in bench.in_turn(calls).items():
+        seconds = t.median if "MeZO" in name else t.median / STEPS
+        group = f"a step of a replay of SmolLM2-135M, bf16, {distribution}"
+        bench.measure(group, name, ms=seconds * 1e3, ns_per_weight=seconds / table.numel * 1e9)

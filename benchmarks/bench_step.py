@@ -18,11 +18,11 @@ import torch
 from zorba import ZerothOrderSGD
 from zorba.machine import peak_bytes
 
-from benchmarks.findings import Findings
+from benchmarks.bench import Bench
 from benchmarks.peers import mezo
 from benchmarks.sizes import random_llama, smollm_config
-from benchmarks.timing import InTurn
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GROUP = "step of a 135 M model, bf16, 16 x 32 tokens"
 SCHEMES: dict[str, dict[str, Any]] = {
     "scratch": {},
@@ -33,14 +33,14 @@ SCHEMES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def model(device: torch.device) -> Any:
-    return random_llama(smollm_config(), torch.bfloat16, device)
+def model() -> Any:
+    return random_llama(smollm_config(), torch.bfloat16, DEVICE)
 
 
 @pytest.fixture(scope="module")
-def closure(model: Any, device: torch.device) -> Callable[[], torch.Tensor]:
-    ids = torch.randint(0, 49152, (16, 32), generator=torch.Generator().manual_seed(1)).to(device)
-    answers = torch.arange(16, device=device) % 2
+def closure(model: Any) -> Callable[[], torch.Tensor]:
+    ids = torch.randint(0, 49152, (16, 32), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    answers = torch.arange(16, device=DEVICE) % 2
 
     def loss() -> torch.Tensor:
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1, :2]
@@ -51,23 +51,20 @@ def closure(model: Any, device: torch.device) -> Callable[[], torch.Tensor]:
 
 @pytest.fixture
 def measure_step(
-    findings: Findings,
-    in_turn: InTurn,
-    device: torch.device,
-    closure: Callable[[], torch.Tensor],
+    bench: Bench, closure: Callable[[], torch.Tensor]
 ) -> Callable[[str, Callable[[], object]], None]:
     """Times a step beside its two forwards."""
 
     def run(name: str, step: Callable[[], object]) -> None:
-        times = in_turn({"forwards": lambda: two_forwards(closure), "step": step})
+        times = bench.in_turn({"forwards": lambda: two_forwards(closure), "step": step})
         forwards, of_step = times["forwards"], times["step"]
-        findings.measure(
+        bench.measure(
             GROUP,
             name,
             ms=of_step.median * 1e3,
             over_forwards=of_step.over(forwards),
             fastest=min(of_step.each) / min(forwards.each),
-            peak_mib=peak_bytes(step, device.type) / 2**20,
+            peak_mib=peak_bytes(step, DEVICE) / 2**20,
         )
 
     return run

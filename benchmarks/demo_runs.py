@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 from zorba.apps.reviews import data, federation, packages
 from zorba.apps.reviews.settings import ReviewSettings
 from zorba.apps.reviews.task import Pool
@@ -24,7 +25,6 @@ from zorba.federated import (
     Server,
     run_federation,
 )
-from zorba.hf import find_blocks
 
 Masks = npt.NDArray[np.bool_]
 
@@ -42,25 +42,28 @@ class DemoRuns:
 
     Attributes:
         federation: as the demo has it.
-        memory: of a client, as the plan was made with.
-        budgets: bytes of each client, as the plan was made with.
+        start_accuracy: of the held-out set, at the original weights.
     """
 
     def __init__(self, settings: ReviewSettings) -> None:
         self.settings = settings
         model, tokenizer = packages.load_model(settings.cache)
         parts, evaluation = federation.read_data(settings, tokenizer)
+        total = len(evaluation) + len(parts) * settings.pool // settings.batch_size
+        done = count(1)
+
+        def on_batch() -> None:
+            if (n := next(done)) % 20 == 0:
+                print(f"frozen prefix: {n} of {total} batches", flush=True)
+
         answers = data.answer_ids(tokenizer)
-        trained = find_blocks(model)[-settings.trainable :]
-        self.memory, self.budgets = federation.room_for_blocks(model, trained, settings.clients)
-        ticks = _ticks(len(evaluation) + len(parts) * settings.pool // settings.batch_size)
-        self.federation = federation.build(
-            settings, model, parts, evaluation, answers, lambda: next(ticks)
-        )
+        made = federation.build(settings, model, parts, evaluation, answers, on_batch)
+        self.federation = made
         self._start = {
             key: [entry.tensor.clone() for entry in replica.table.entries]
-            for key, replica in self.federation.replicas.items()
+            for key, replica in made.replicas.items()
         }
+        self.start_accuracy = self.accuracy()
 
     @property
     def masks(self) -> Masks:
@@ -89,24 +92,18 @@ class DemoRuns:
             What the run came to; the replicas hold its weights.
         """
         made = self.federation
-        for key, replica in made.replicas.items():
-            _restore(replica, self._start[key])
-        origin, law = made.replicas["shared"].identity.origin, self.settings.distribution
-        replicas = {key: Replica(r.table, origin, law) for key, r in made.replicas.items()}
+        replicas = {key: self._restored(key) for key in made.replicas}
         clients = {}
-        for n, (name, replica) in enumerate(self._places(replicas)):
-            objective = self._pool(name, masks[n], n, order).objective
-            clients[name] = wrap(name, Client(name, replica, objective))
-        settings = replace(made.settings, **changes)
+        for n, (name, pool) in enumerate(made.pools.items()):
+            seed = pool.seed if order is None else order * 1000 + n
+            own = Pool(pool.suffix, pool.prefixes, list(masks[n]), pool.local_steps, seed)
+            replica = replicas.get(name, replicas["shared"])
+            clients[name] = wrap(name, Client(name, replica, own.objective))
+        settings, identity = replace(made.settings, **changes), replicas["shared"].identity
         with tempfile.TemporaryDirectory() as folder:
-            log = Path(folder) / "job.log"
-            server = Server(settings, replicas["shared"].identity, list(clients), masks, log)
-            result = run_federation(
-                server,
-                LocalTransport(clients),
-                self.settings.rounds,
-                on_round=on_round,
-            )
+            server = Server(settings, identity, list(clients), masks, Path(folder) / "job.log")
+            transport, rounds = LocalTransport(clients), self.settings.rounds
+            result = run_federation(server, transport, rounds, on_round=on_round)
             server.close()
         return result
 
@@ -128,25 +125,10 @@ class DemoRuns:
         ]
         return float(torch.stack(losses).mean())
 
-    def _places(self, replicas: Mapping[str, Replica]) -> Iterator[tuple[str, Replica]]:
-        for name in self.federation.clients:
-            yield name, replicas.get(name, replicas["shared"])
-
-    def _pool(self, name: str, mask: npt.NDArray[np.bool_], n: int, order: int | None) -> Pool:
-        """Returns a client's batches under a mask, in an order."""
-        made = self.federation.pools[name]
-        seed = made.seed if order is None else order * 1000 + n
-        return Pool(made.suffix, made.prefixes, list(mask), made.local_steps, seed)
-
-
-def _restore(replica: Replica, tensors: list[Tensor]) -> None:
-    with torch.no_grad():
-        for entry, tensor in zip(replica.table.entries, tensors, strict=True):
+    @torch.no_grad()
+    def _restored(self, key: str) -> Replica:
+        """Returns a replica of the original weights that belongs to no job yet."""
+        made = self.federation.replicas[key]
+        for entry, tensor in zip(made.table.entries, self._start[key], strict=True):
             entry.tensor.copy_(tensor)
-
-
-def _ticks(total: int) -> Iterator[None]:
-    for n in range(total):
-        if n % 20 == 0:
-            print(f"frozen prefix: {n} of {total} batches", flush=True)
-        yield
+        return Replica(made.table, made.identity.origin, self.settings.distribution)

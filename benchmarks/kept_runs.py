@@ -1,4 +1,4 @@
-"""Runs of an experiment in one JSON file, so that it can be stopped and goes on."""
+"""Results of an experiment in one JSON file, so that it can be stopped and goes on."""
 
 from __future__ import annotations
 
@@ -9,44 +9,65 @@ from pathlib import Path
 from typing import Any
 
 from zorba import machine
+from zorba.files import write_whole
 
 
-class KeptRuns:
-    """What an experiment has run so far.
+class Results:
+    """A JSON file that is written anew with each result.
 
     Args:
         path: of the file; read where it exists.
-        settings: of the experiment, as JSON has them: all that runs have in common.
 
     Attributes:
-        runs: results by name.
+        data: its content.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def part(self, name: str) -> dict[str, Any]:
+        """Returns a part of the content, an empty one where there is none."""
+        found: dict[str, Any] = self.data.setdefault(name, {})
+        return found
+
+    def put(self, part: str, value: Mapping[str, Any]) -> None:
+        """Puts results into a part, in the place of earlier ones of the same names."""
+        self.part(part).update(_finite(value))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path, json.dumps(self.data, indent=1, allow_nan=False) + "\n")
+
+
+class KeptRuns(Results):
+    """Runs that have all settings but their own in common.
+
+    Args:
+        path: of the file.
+        settings: that runs have in common, as JSON has them.
 
     Raises:
         SystemExit: the file is of an experiment with other settings.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self._path = path
-        self._settings = json.loads(json.dumps(settings))
-        self.runs: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            content = json.loads(path.read_text())
-            if content["settings"] != self._settings:
-                raise SystemExit(f"{path} has runs with other settings: move it away")
-            self.runs = content["runs"]
+        super().__init__(path)
+        common = json.loads(json.dumps(settings))
+        if self.data.setdefault("settings", common) != common:
+            raise SystemExit(f"{path} has runs with other settings: move it away")
+
+    @property
+    def runs(self) -> dict[str, Any]:
+        """Results by name."""
+        return self.part("runs")
 
     def get(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Returns a run, made and written down where it is missing."""
         if name not in self.runs:
             print(name, flush=True)
-            self.runs[name] = _finite(make())
-            self._write()
-        return self.runs[name]
-
-    def _write(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"settings": self._settings, "machine": machine.describe(), "runs": self.runs}
-        self._path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+            self.data["machine"] = machine.describe()
+            self.put("runs", {name: make()})
+        run: dict[str, Any] = self.runs[name]
+        return run
 
 
 def _finite(value: Any) -> Any:

@@ -9,16 +9,19 @@ typical weight. Start, batches and noise are the same for all runs of a seed.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import tyro
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 from zorba import ZerothOrderSGD, machine
+
+from benchmarks import curves
+from benchmarks.sizes import llama_config
 
 VOCABULARY, LENGTH, BATCH = 32, 12, 32
 RUNS: dict[str, tuple[torch.dtype, str]] = {
@@ -29,14 +32,14 @@ RUNS: dict[str, tuple[torch.dtype, str]] = {
 COLORS = {"float32": "#555555", "bfloat16, stochastic": "#1f77b4", "bfloat16, nearest": "#d62728"}
 
 
-def make_model(seed: int, dtype: torch.dtype) -> LlamaForCausalLM:
+def make_model(seed: int) -> Any:
     """A Llama of 0.1 M parameters whose initial weights are exact in bfloat16."""
+    from transformers import LlamaForCausalLM
+
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.05,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).to(torch.bfloat16).to(dtype).eval()
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = llama_config(2, 64, 128, VOCABULARY, initializer_range=0.05, **heads)
+    return LlamaForCausalLM(config).to(torch.bfloat16).float().eval()
 
 
 def batch_of(step: int, strides: tuple[int, int]) -> Tensor:
@@ -47,9 +50,9 @@ def batch_of(step: int, strides: tuple[int, int]) -> Tensor:
     return (starts + stride * torch.arange(LENGTH)) % VOCABULARY
 
 
-def pretrained(seed: int) -> LlamaForCausalLM:
+def pretrained(seed: int) -> Any:
     """A model that knows strides of 1 to 3; its weights are exact in bfloat16."""
-    model = make_model(seed, torch.float32)
+    model = make_model(seed)
     adam = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(400):
         ids = batch_of(step, (1, 3))
@@ -59,7 +62,7 @@ def pretrained(seed: int) -> LlamaForCausalLM:
     return model.to(torch.bfloat16).to(torch.float32)
 
 
-def train(name: str, base: LlamaForCausalLM, seed: int, steps: int, lr: float) -> list[float]:
+def train(name: str, base: Any, seed: int, steps: int, lr: float) -> list[float]:
     """Returns the loss of each step."""
     dtype, rounding = RUNS[name]
     model = copy.deepcopy(base).to(dtype)
@@ -79,61 +82,55 @@ def train(name: str, base: LlamaForCausalLM, seed: int, steps: int, lr: float) -
     return losses
 
 
-def draw(path: Path, curves: dict[str, list[list[float]]]) -> None:
+def draw(path: Path, losses: dict[str, list[list[float]]]) -> None:
     """Draws every run, smoothed over 50 steps, and the mean of each kind."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, runs in curves.items():
-        smooth = [_smooth(run, 50) for run in runs]
-        for run in smooth:
-            axes.plot(run, color=COLORS[name], linewidth=0.7, alpha=0.35)
-        mean = torch.tensor(smooth).mean(dim=0).tolist()
+    figure, (axes,) = curves.panels(7, 4)
+    for name, runs in losses.items():
+        before = np.repeat(np.array(runs)[:, :1], 49, axis=1)
+        padded = np.concatenate([before, runs], axis=1)
+        smooth = np.lib.stride_tricks.sliding_window_view(padded, 50, axis=1).mean(axis=2)
+        axes.plot(smooth.T, color=COLORS[name], linewidth=0.7, alpha=0.35)
         style = "--" if name == "float32" else "-"
-        axes.plot(mean, style, color=COLORS[name], linewidth=2, label=name)
+        axes.plot(smooth.mean(axis=0), style, color=COLORS[name], linewidth=2, label=name)
     axes.set(xlabel="step", ylabel="training loss", title="Rounding of updates to bfloat16 weights")
     axes.legend(frameon=False)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    curves.save(figure, path)
 
 
-def _smooth(values: list[float], width: int) -> list[float]:
-    kernel = torch.full((1, 1, width), 1 / width)
-    padded = torch.nn.functional.pad(torch.tensor(values)[None, None], (width - 1, 0), "replicate")
-    smooth: list[float] = torch.nn.functional.conv1d(padded, kernel)[0, 0].tolist()
-    return smooth
+def main(
+    steps: int = 2000,
+    seeds: int = 3,
+    lr: float = 1e-5,
+    out: Path = Path("docs/images/rounding.png"),
+    result: Path = Path("benchmarks/results/rounding.json"),
+) -> None:
+    """Trains, prints the areas under the curves and writes picture and figures.
 
-
-def main() -> None:
-    """Trains, prints the areas under the curves and writes picture and figures."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=1e-5)
-    parser.add_argument("--out", type=Path, default=Path("docs/images/rounding.png"))
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/rounding.json"))
-    arguments = parser.parse_args()
+    Args:
+        steps: Of a run.
+        seeds: Runs of each kind.
+        lr: Learning rate.
+        out: Picture.
+        result: JSON file.
+    """
     torch.set_num_threads(1)
-    curves: dict[str, list[list[float]]] = {name: [] for name in RUNS}
-    for seed in range(1, 1 + arguments.seeds):
+    losses: dict[str, list[list[float]]] = {name: [] for name in RUNS}
+    for seed in range(1, 1 + seeds):
         base = pretrained(seed)
-        for name, runs in curves.items():
-            runs.append(train(name, base, seed, arguments.steps, arguments.lr))
+        for name, runs in losses.items():
+            runs.append(train(name, base, seed, steps, lr))
             print(f"seed {seed}, {name}: done", flush=True)
-    report: dict[str, Any] = {"machine": machine.describe(), "lr": arguments.lr, "runs": {}}
-    for name, runs in curves.items():
-        areas = [sum(run) / len(run) for run in runs]
-        ratios = [a / sum(b) * len(b) for a, b in zip(areas, curves["float32"], strict=True)]
-        ends = [sum(run[-100:]) / 100 for run in runs]
+    report: dict[str, Any] = {"machine": machine.describe(), "lr": lr, "runs": {}}
+    exact = np.mean(losses["float32"], axis=1)
+    for name, runs in losses.items():
+        ratios = (np.mean(runs, axis=1) / exact).tolist()
+        ends = np.mean(np.array(runs)[:, -100:], axis=1).tolist()
         report["runs"][name] = {"area_over_float32": ratios, "mean_of_the_last_100": ends}
         said = ", ".join(f"{r:.4f}" for r in ratios)
-        print(f"{name:22} area over float32's: {said}; loss at the end {sum(ends) / len(ends):.3f}")
-    arguments.json.write_text(json.dumps(report, indent=2) + "\n")
-    draw(arguments.out, curves)
+        print(f"{name:22} area over float32's: {said}; loss at the end {np.mean(ends):.3f}")
+    result.write_text(json.dumps(report, indent=2) + "\n")
+    draw(out, losses)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

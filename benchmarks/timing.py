@@ -16,8 +16,6 @@ from benchmarks.sizes import Shapes
 
 Call = Callable[[], object]
 WARM_UP = 3
-GPU_BACKENDS = ("cuda", "triton")
-"""Both must serve an NVIDIA GPU."""
 PEAK_BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.04e12, "B200": 8.0e12}
 """Bytes a second, from the data sheets; the first name that is part of the device's."""
 
@@ -42,10 +40,6 @@ class Times:
     def over(self, other: Times) -> float:
         """Returns the median ratio to the call beside it: what drifts, drifts for both."""
         return statistics.median(a / b for a, b in zip(self.each, other.each, strict=True))
-
-
-InTurn = Callable[[Mapping[str, Call]], dict[str, Times]]
-"""The fixture ``in_turn``: ``time_in_turn`` with the runs and the time that there are."""
 
 
 def time_in_turn(

@@ -31,18 +31,11 @@ _ANSWERS = (5, 9)  # any two tokens: memory and time do not depend on which
 
 @dataclass(frozen=True)
 class Row:
-    """What is measured.
+    """A client that is measured."""
 
-    Attributes:
-        method: key of ``Settings.methods``.
-        client: whose mask ZorBA's client has; its idle blocks stream from files. Clients of the
-            other methods are all alike.
-        options: that differ from the method's.
-    """
-
-    method: str
-    client: str = "client"
-    options: tuple[tuple[str, Any], ...] = ()
+    method: str  # key of Settings.methods
+    client: str = "client"  # whose mask ZorBA's client has; those of other methods are all alike
+    options: tuple[tuple[str, Any], ...] = ()  # that differ from the method's
 
     @property
     def key(self) -> str:
@@ -71,33 +64,28 @@ def client(
     torch.set_num_threads(threads)
     ready()
     model = load_model(folder)
-    blocks = find_blocks(model)
     with tempfile.TemporaryDirectory(dir=settings.out) as scratch:
         here = Path(scratch)
-        if row.method == "zorba":
-            active = [block.name for block, on in zip(blocks, mask, strict=True) if on]
-            Offload(model, active, folder=here / "idle")
+        if row.method == "zorba":  # its idle blocks stream from files
+            blocks = zip(find_blocks(model), mask, strict=True)
+            Offload(model, [block.name for block, on in blocks if on], folder=here / "idle")
         else:
             own_memory(model, "cpu")
         work = measured_work(AnswerLoss(model, _ANSWERS), row.client, settings.measured_shape)
         own = settings.changed(row.method, dict(row.options), here)
         method = make_method(row.method, work, own, {row.client: mask})
-        rounds = [
-            run_round(method, r, [row.client]) for r in range(1, settings.measured_rounds + 1)
-        ]
-    return {
-        "seconds": [r["seconds"] for r in rounds],
-        "local_steps": settings.methods[row.method].local_steps,
-        "active_blocks": sum(mask),
-        "blocks": len(mask),
-    }
+        rounds = range(1, settings.measured_rounds + 1)
+        seconds = [run_round(method, r, [row.client])["seconds"] for r in rounds]
+    steps = settings.methods[row.method].local_steps
+    counts = {"active_blocks": sum(mask), "blocks": len(mask)}
+    return {"seconds": seconds, "local_steps": steps, **counts}
 
 
 def measure(row: Row, mask: Sequence[bool], settings: Settings, folder: Path) -> dict[str, Any]:
-    """Measures a client; see ``ROWS``.
+    """Measures a client.
 
     Args:
-        row: what is measured.
+        row: one of ``ROWS``.
         mask: blocks that are active, bool [blocks]; all of them for other methods than ZorBA.
         settings: of the comparison.
         folder: of the model.

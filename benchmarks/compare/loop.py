@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,20 @@ class Record:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How the loop scores the global model.
+    """How the loop scores the global model."""
 
-    Attributes:
-        score: of some batches.
-        subset: batches that every point of the curve is taken on.
-        whole: batches of the whole set, for the end.
-        every: rounds between points.
-    """
+    score: Callable[[Any], Score]  # of some batches
+    subset: Any  # batches that every point of the curve is taken on
+    whole: Any  # batches of the whole set, for the end
+    every: int  # rounds between points
 
-    score: Callable[[Any], Score]
-    subset: Any
-    whole: Any
-    every: int
+    def add(self, record: Record, ends: bool) -> None:
+        """Adds the scores of the model as it is now."""
+        for batches in (self.subset, self.whole if ends else []):
+            if batches:
+                score = self.score(batches)
+                at = {"round": len(record.rounds), "sentences": sum(len(b.labels) for b in batches)}
+                record.scores.append(at | {"accuracy": score.accuracy, "auc": score.auc})
 
 
 def run_round(method: Method, round_: int, clients: list[str]) -> dict[str, float]:
@@ -89,40 +90,22 @@ def run(
         The record, and whether the run came to its end.
     """
     record = Record()
+    keep.parent.mkdir(parents=True, exist_ok=True)
     if resume and keep.exists():
         kept = torch.load(keep, weights_only=False)
-        record = Record(kept["rounds"], kept["scores"])
-        method.restore(kept["state"])
+        method.restore(kept.pop("state"))
+        record = Record(**kept)
     else:
-        _score(record, evaluation, ends=False)
+        evaluation.add(record, ends=False)
     on_round(record)
     while len(record.rounds) < rounds:
         round_ = len(record.rounds) + 1
         record.rounds.append(run_round(method, round_, clients))
         if round_ % evaluation.every == 0 or round_ == rounds:
-            _score(record, evaluation, ends=round_ == rounds)
+            evaluation.add(record, ends=round_ == rounds)
         on_round(record)
-        _keep(keep, record, method.state())
+        content = {**asdict(record), "state": method.state()}
+        write_whole(keep, lambda part, content=content: torch.save(content, part))  # type: ignore[misc]
         if time.monotonic() >= until:
             break
     return record, len(record.rounds) == rounds
-
-
-def _score(record: Record, evaluation: Evaluation, ends: bool) -> None:
-    for batches in (evaluation.subset, evaluation.whole if ends else None):
-        if batches:
-            score = evaluation.score(batches)
-            record.scores.append(
-                {
-                    "round": len(record.rounds),
-                    "sentences": sum(len(batch.labels) for batch in batches),
-                    "accuracy": score.accuracy,
-                    "auc": score.auc,
-                }
-            )
-
-
-def _keep(path: Path, record: Record, state: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"rounds": record.rounds, "scores": record.scores, "state": state}
-    write_whole(path, lambda part: torch.save(content, part))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import curves
 from benchmarks.compare.apart import ROWS, Row
 from benchmarks.compare.settings import PLANS, SHARES
 
@@ -35,16 +35,7 @@ def print_table(console: Console, data: dict[str, Any]) -> None:
     """Prints what is there: a row for each measured client."""
     table = Table(title="SmolLM2-135M, SST-2, 8 clients that are not alike")
     table.add_column("client of", no_wrap=True)
-    for name in (
-        "accuracy",
-        "AUC",
-        "rounds",
-        "peak MiB",
-        "of DeComFL",
-        "up",
-        "down",
-        "s",
-    ):
+    for name in ("accuracy", "AUC", "rounds", "peak MiB", "of DeComFL", "up", "down", "s"):
         table.add_column(name, justify="right")
     methods, clients = data["methods"], data["clients"]
     full = clients.get(Row("decomfl").key)
@@ -82,7 +73,7 @@ def mean_of(run: dict[str, Any], key: str) -> float:
 
 def draw_accuracy(path: Path, data: dict[str, Any]) -> None:
     """Draws accuracy and training loss against rounds."""
-    figure, (left, right) = _figure((9.5, 3.8), 2)
+    figure, (left, right) = curves.panels(9.5, 3.8, 2)
     for name, run in data["methods"].items():
         sentences = min(score["sentences"] for score in run["scores"])
         points = [score for score in run["scores"] if score["sentences"] == sentences]
@@ -94,12 +85,12 @@ def draw_accuracy(path: Path, data: dict[str, Any]) -> None:
     left.set(xlabel="round", title="SST-2 accuracy")
     right.set(xlabel="round", title="loss of the clients' batches (mean of 5 rounds)")
     left.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
+    curves.save(figure, path)
 
 
 def draw_costs(path: Path, data: dict[str, Any]) -> None:
     """Draws memory and time of a client, and what it sends and gets."""
-    figure, (left, right, last) = _figure((12.5, 4.2), 3, widths=[1.25, 1, 1])
+    figure, (left, right, last) = curves.panels(12.5, 4.2, 3, width_ratios=[1.25, 1, 1])
     rows = [row for row in ROWS if row.key in data["clients"]][::-1]
     seen = [data["clients"][row.key] for row in rows]
     labels, colors = [label_of(row) for row in rows], [COLORS[row.method] for row in rows]
@@ -119,7 +110,7 @@ def draw_costs(path: Path, data: dict[str, Any]) -> None:
     last.set(xscale="log", title="bytes of a client and round", yticks=range(len(names)))
     last.set_xlim(1, 30 * max(heights, default=1))
     last.set_yticklabels(names, fontsize=8)
-    figure.savefig(path, dpi=120)
+    curves.save(figure, path)
 
 
 def _curve_cells(run: dict[str, Any]) -> list[str]:
@@ -136,31 +127,12 @@ def _traffic_cells(run: dict[str, Any]) -> list[str]:
     return cells
 
 
-def _figure(size: tuple[float, float], columns: int, widths: Sequence[float] | None = None) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, columns, width_ratios=widths)
-    for one in axes:
-        one.grid(alpha=0.3)
-        one.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
 def _bars(
     axes: Any, labels: list[str], values: list[float], colors: list[str], pattern: str
 ) -> None:
     axes.barh(range(len(labels)), values, color=colors, height=0.65)
     axes.grid(visible=False, axis="y")
-    for at, value in enumerate(values):
-        axes.annotate(
-            pattern.format(value),
-            (value, at),
-            textcoords="offset points",
-            xytext=(4, 0),
-            va="center",
-            fontsize=8,
-        )
+    axes.bar_label(axes.containers[0], [pattern.format(v) for v in values], padding=4, fontsize=8)
     axes.margins(x=0.15)
 
 

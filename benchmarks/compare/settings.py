@@ -23,33 +23,42 @@ The other methods need the whole model on every client: these budgets bind ZorBA
 
 
 @dataclass(frozen=True)
+class Plan:
+    """How long a method runs, and its options."""
+
+    title: str  # as pictures show it
+    short: str  # as the table shows it
+    options: dict[str, Any]  # of the method's class
+    rounds: int = 100
+    every: int = 25  # rounds between evaluations
+    local_steps: int = 1  # batches that a client works on in a round
+
+
+PLANS = {
+    "zorba": Plan("ZorBA", "ZorBA", {"lr": 3e-4}),
+    "fedavg-lora": Plan(
+        "FedAvg with LoRA, AdamW (FedIT)", "FedAvg-LoRA", {"lr": 3e-4}, 12, every=2, local_steps=4
+    ),
+    "decomfl": Plan("full-model ZO (DeComFL)", "DeComFL", {"lr": 1e-4}),
+    "fedkseed": Plan("seed-pool ZO (FedKSeed)", "FedKSeed", {"lr": 3e-4, "pool": 1024}),
+    "mezo": Plan("MeZO, one machine", "MeZO", {"lr": 1e-4}),
+}
+
+
+@dataclass(frozen=True)
 class Settings:
-    """What a comparison is made with.
+    """What a comparison is made with."""
 
-    Attributes:
-        seed: of the data split, the order of batches, adapters and noise.
-        alpha: concentration of the Dirichlet split of each label over the clients.
-        pool: sentences that a client trains on; every client gets so many at least.
-        batch_size: sentences in a training batch.
-        longest: tokens of the longest training prompt.
-        measured_shape: sentences and tokens of the batches that memory and time are measured with.
-        subset: the curve is taken on every so-manieth sentence of the evaluation set; its last
-            point is on all of them too.
-        eps: distance at which zeroth-order methods take losses.
-        methods: rounds, evaluations and options of each method.
-        measured_rounds: of a client in a process of its own.
-    """
-
-    seed: int = 1
-    alpha: float = 0.5
-    pool: int = 96
+    seed: int = 1  # of the data split, the order of batches, adapters and noise
+    alpha: float = 0.5  # concentration of the Dirichlet split of each label over the clients
+    pool: int = 96  # sentences that a client trains on; every client gets so many at least
     batch_size: int = 8
-    longest: int = 16
-    measured_shape: tuple[int, int] = (16, 40)
-    subset: int = 3
-    eps: float = 1e-3
+    longest: int = 16  # tokens of the longest training prompt
+    measured_shape: tuple[int, int] = (16, 40)  # sentences, tokens, for memory and time
+    subset: int = 3  # the curve is taken on every so-manieth sentence, its end on all of them too
+    eps: float = 1e-3  # distance at which zeroth-order methods take losses
     methods: dict[str, Plan] = field(default_factory=lambda: dict(PLANS))
-    measured_rounds: int = 3
+    measured_rounds: int = 3  # of a client in a process of its own
     cache: Path = Path(".cache")
     out: Path = Path("runs/compare")
 
@@ -58,36 +67,3 @@ class Settings:
         plan = self.methods[method]
         plan = replace(plan, options={**plan.options, **options})
         return replace(self, methods={**self.methods, method: plan}, out=out)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long a method runs, and its options.
-
-    Attributes:
-        title: as pictures show it.
-        short: as the table shows it.
-        rounds: of the federation.
-        every: rounds between evaluations.
-        local_steps: batches that a client works on in a round.
-        options: of the method's class.
-    """
-
-    title: str
-    short: str
-    rounds: int
-    every: int
-    local_steps: int = 1
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-_ROUNDS, _EVERY = 100, 25
-PLANS = {
-    "zorba": Plan("ZorBA", "ZorBA", _ROUNDS, _EVERY, 1, {"lr": 3e-4}),
-    "fedavg-lora": Plan("FedAvg with LoRA, AdamW (FedIT)", "FedAvg-LoRA", 12, 2, 4, {"lr": 3e-4}),
-    "decomfl": Plan("full-model ZO (DeComFL)", "DeComFL", _ROUNDS, _EVERY, 1, {"lr": 1e-4}),
-    "fedkseed": Plan(
-        "seed-pool ZO (FedKSeed)", "FedKSeed", _ROUNDS, _EVERY, 1, {"lr": 3e-4, "pool": 1024}
-    ),
-    "mezo": Plan("MeZO, one machine", "MeZO", _ROUNDS, _EVERY, 1, {"lr": 1e-4}),
-}

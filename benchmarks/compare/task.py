@@ -24,17 +24,11 @@ POOLED = "machine"
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts padded on the right.
+    """Prompts padded on the right."""
 
-    Attributes:
-        ids: Tensor  # int64 [batch, positions]
-        last: Tensor  # int64 [batch], index of each prompt's last token
-        labels: Tensor  # int64 [batch]
-    """
-
-    ids: Tensor
-    last: Tensor
-    labels: Tensor
+    ids: Tensor  # int64 [batch, positions]
+    last: Tensor  # int64 [batch], index of each prompt's last token
+    labels: Tensor  # int64 [batch]
 
 
 def batch_of(examples: Sequence[data.Example]) -> Batch:
@@ -81,19 +75,12 @@ class AnswerLoss:
 
 @dataclass(frozen=True)
 class Data:
-    """Text for a comparison.
+    """Text for a comparison."""
 
-    Attributes:
-        clients: each client's examples, by name.
-        evaluation: batches of the whole evaluation set, of similar lengths.
-        subset: of a part of it, as long and as short as the whole.
-        answers: token ids of the answer words.
-    """
-
-    clients: dict[str, list[data.Example]]
-    evaluation: list[Batch]
-    subset: list[Batch]
-    answers: list[int]
+    clients: dict[str, list[data.Example]]  # by name
+    evaluation: list[Batch]  # the whole evaluation set, in batches of similar lengths
+    subset: list[Batch]  # a part of it, as long and as short as the whole
+    answers: list[int]  # token ids of the answer words
 
 
 def read_data(settings: Settings) -> Data:

@@ -13,9 +13,8 @@ import torch
 from zorba import machine
 
 import zorba_kernels as zk
-from benchmarks.findings import Findings
+from benchmarks.bench import GPU_BACKENDS, Bench
 from benchmarks.gpu.tools import output_of, tool
-from benchmarks.timing import GPU_BACKENDS
 
 pytestmark = pytest.mark.gpu
 
@@ -26,7 +25,7 @@ CLOCKS = (
 PATIENCE = 90.0  # seconds for compiling ahead
 
 
-def test_description(findings: Findings, device: torch.device) -> None:
+def test_description(bench: Bench) -> None:
     """What every figure of the run belongs to."""
     about: dict[str, Any] = machine.describe() | {
         "triton": machine.version_of("triton"),
@@ -38,27 +37,25 @@ def test_description(findings: Findings, device: torch.device) -> None:
         "build_info": zk.build_info(),
         "cuda_of_torch": torch.version.cuda,
     }
-    if device.type == "cuda":
-        about["gpu"] = str(torch.cuda.get_device_properties(device))
-    findings.facts.update(about)
+    if bench.device.type == "cuda":
+        about["gpu"] = str(torch.cuda.get_device_properties(bench.device))
+    bench.facts.update(about)
     assert zk.build_info()["compiled"], zk.build_info()["reason"]
 
 
-def test_backends_serve(findings: Findings, device: torch.device) -> None:
-    rows = {row.name: row for row in zk.backends(device)}
-    findings.facts.update({name: row.reason or "serves" for name, row in rows.items()})
-    for name in GPU_BACKENDS if device.type == "cuda" else ("cpu",):
+def test_backends_serve(bench: Bench) -> None:
+    rows = {row.name: row for row in zk.backends(bench.device)}
+    bench.facts.update({name: row.reason or "serves" for name, row in rows.items()})
+    for name in GPU_BACKENDS if bench.device.type == "cuda" else ("cpu",):
         assert rows[name].available, f"{name}: {rows[name].reason}"
 
 
-def test_triton_compiles_ahead(
-    findings: Findings, device: torch.device, backends: list[str]
-) -> None:
+def test_triton_compiles_ahead(bench: Bench) -> None:
     """On all processors at once, so that later stages find every kernel in Triton's cache.
 
     Kernels that are not ready in time are compiled later, where they are used.
     """
-    if "triton" not in backends:
+    if "triton" not in bench.backends:
         pytest.skip("triton does not serve this device")
     parts = min(os.cpu_count() or 1, 16)
     command = [sys.executable, "-m", "benchmarks.gpu.precompile"]
@@ -70,4 +67,4 @@ def test_triton_compiles_ahead(
             good += process.wait(max(end - time.monotonic(), 0.1)) == 0
         except subprocess.TimeoutExpired:
             process.kill()
-    findings.facts.update(processes=parts, done=good)
+    bench.facts.update(processes=parts, done=good)

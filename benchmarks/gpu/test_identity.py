@@ -16,35 +16,27 @@ import torch
 from torch import Tensor
 
 import zorba_kernels as zk
-from benchmarks.findings import Findings
+from benchmarks.bench import Bench
 from benchmarks.gpu.bits import assert_equal_bits, reference_chunk
-from benchmarks.sizes import Sizes
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
-def test_all_counters(
-    findings: Findings,
-    device: torch.device,
-    backends: list[str],
-    sizes: Sizes,
-    rng: random.Random,
-    distribution: str,
-) -> None:
+def test_all_counters(bench: Bench, distribution: str) -> None:
     """The backends of a GPU; a rehearsal has one, and compares it with the oracle."""
-    one, other = [*backends, "reference"][:2]
-    findings.facts.update(backends=[one, other], elements=0, counters=0)
-    for _ in range(sizes.seeds[distribution]):
-        key = random_key(rng, distribution)
-        for offset in range(0, sizes.elements, sizes.chunk):
+    one, other = [*bench.backends, "reference"][:2]
+    bench.facts.update(backends=[one, other], elements=0, counters=0)
+    for _ in range(bench.sizes.seeds[distribution]):
+        key = random_key(bench.rng, distribution)
+        for offset in range(0, bench.sizes.elements, bench.sizes.chunk):
             mine, theirs = (
-                zk.noise(sizes.chunk, **key, offset=offset, device=device, backend=name)
+                zk.noise(bench.sizes.chunk, **key, offset=offset, device=bench.device, backend=name)
                 for name in (one, other)
             )
             assert_equal_bits(mine, theirs, f"{key} from index {offset}")
             del mine, theirs  # before the next two are made: there is no memory for four
-            count(findings, sizes.chunk, distribution)
+            count(bench, bench.sizes.chunk, distribution)
 
 
 @pytest.mark.parametrize(
@@ -56,42 +48,34 @@ def test_all_counters(
         ("rademacher", "reference", 1),
     ],
 )
-def test_chunks_in_random_order(
-    findings: Findings,
-    device: torch.device,
-    backends: list[str],
-    sizes: Sizes,
-    rng: random.Random,
-    left: Callable[[], float],
-    distribution: str,
-    other: str,
-    share: float,
-) -> None:
+def test_chunks_in_random_order(bench: Bench, distribution: str, other: str, share: float) -> None:
     """Each takes its share of the time that is left, and a least number of elements."""
-    stop = left() * (1 - 0.9 * share)
-    key = random_key(rng, distribution)
-    chunk = sizes.chunk_other
-    offsets = list(range(0, sizes.elements, chunk))
-    rng.shuffle(offsets)
-    findings.facts.update(backends=[backends[0], other], elements=0, counters=0)
-    through_weights = noise_through_weights(device, key, chunk)
+    stop = bench.left() * (1 - 0.9 * share)
+    key = random_key(bench.rng, distribution)
+    chunk = bench.sizes.chunk_other
+    offsets = list(range(0, bench.sizes.elements, chunk))
+    bench.rng.shuffle(offsets)
+    bench.facts.update(backends=[bench.backends[0], other], elements=0, counters=0)
+    through_weights = noise_through_weights(bench.device, key, chunk)
     with reference_chunk(chunk):
         for offset in offsets:
-            mine = zk.noise(chunk, **key, offset=offset, device=device, backend=backends[0])
+            mine = zk.noise(
+                chunk, **key, offset=offset, device=bench.device, backend=bench.backends[0]
+            )
             if other == "cpu":
                 theirs = through_weights(offset)
             else:
-                theirs = zk.noise(chunk, **key, offset=offset, device=device, backend=other)
+                theirs = zk.noise(chunk, **key, offset=offset, device=bench.device, backend=other)
             assert_equal_bits(mine, theirs, f"{key} from index {offset}")
-            count(findings, chunk, distribution)
-            if left() < stop and findings.facts["elements"] >= sizes.least_other:
+            count(bench, chunk, distribution)
+            if bench.left() < stop and bench.facts["elements"] >= bench.sizes.least_other:
                 break
 
 
-def count(findings: Findings, elements: int, distribution: str) -> None:
+def count(bench: Bench, elements: int, distribution: str) -> None:
     """Keeps what was compared beside the outcome."""
-    findings.facts["elements"] += elements
-    findings.facts["counters"] += elements // zk.noise.BLOCK_ELEMENTS[distribution]
+    bench.facts["elements"] += elements
+    bench.facts["counters"] += elements // zk.noise.BLOCK_ELEMENTS[distribution]
 
 
 def random_key(rng: random.Random, distribution: str) -> dict[str, Any]:

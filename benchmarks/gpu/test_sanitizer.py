@@ -6,11 +6,10 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 
 import pytest
-import torch
 
+from benchmarks.bench import Bench
 from benchmarks.gpu.sanitized import DONE
 from benchmarks.gpu.tools import tool
 
@@ -26,17 +25,23 @@ RUNS = {
 
 @pytest.mark.parametrize("place", [0, 1], ids=["first backend", "second backend"])
 @pytest.mark.parametrize("name", RUNS)
-def test_sanitizer(
-    device: torch.device, backends: list[str], left: Callable[[], float], name: str, place: int
-) -> None:
+def test_sanitizer(bench: Bench, name: str, place: int) -> None:
     checker = tool("compute-sanitizer")
-    if checker is None or place >= len(backends):
+    if checker is None or place >= len(bench.backends):
         pytest.skip("compute-sanitizer or the backend is not there")
     script = [sys.executable, "-m", "benchmarks.gpu.sanitized"]
-    command = [checker, "--tool", name, *script, backends[place], device.type, *RUNS[name]]
+    command = [
+        checker,
+        "--tool",
+        name,
+        *script,
+        bench.backends[place],
+        bench.device.type,
+        *RUNS[name],
+    ]
     # Memory that is not pooled, so that each tensor has bounds of its own.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    limit = max(1.0, left() / 2)
+    limit = max(1.0, bench.left() / 2)
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=limit, check=False

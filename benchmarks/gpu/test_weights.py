@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 import zorba_kernels as zk
-from benchmarks.findings import Findings
+from benchmarks.bench import Bench
 from benchmarks.gpu.bits import assert_equal_bits, reference_chunk
-from benchmarks.sizes import Sizes
 
 pytestmark = pytest.mark.gpu
 
@@ -22,20 +21,13 @@ REFERENCE_CHUNK = 1 << 25  # elements
 Weights = dict[str, Tensor]
 
 
-@pytest.fixture(scope="module")
-def weights(sizes: Sizes) -> Weights:
-    """On the CPU, of every dtype."""
+def weights_of(bench: Bench) -> Weights:
+    """Returns weights of every dtype on the CPU."""
     return {
         f"{i}.{dtype}": torch.randn(shape).mul_(0.02).to(dtype)
         for dtype in DTYPES
-        for i, shape in enumerate(sizes.weights)
+        for i, shape in enumerate(bench.sizes.weights)
     }
-
-
-@pytest.fixture(scope="module")
-def there(weights: Weights, device: torch.device) -> Weights:
-    """The same on the device."""
-    return {name: w.to(device) for name, w in weights.items()}
 
 
 def program(kind: str, rng: random.Random) -> dict[str, Any]:
@@ -54,29 +46,22 @@ def program(kind: str, rng: random.Random) -> dict[str, Any]:
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("kind", ["one term", "rounds of terms"])
-def test_weights(
-    findings: Findings,
-    backends: list[str],
-    rng: random.Random,
-    weights: Weights,
-    there: Weights,
-    kind: str,
-    distribution: str,
-    rounding: str,
-) -> None:
+def test_weights(bench: Bench, kind: str, distribution: str, rounding: str) -> None:
     """The cpu backend gives what the others, the oracle on the device among them, must give."""
-    call = {**program(kind, rng), "distribution": distribution, "rounding": rounding}
+    weights = weights_of(bench)
+    there = {name: w.to(bench.device) for name, w in weights.items()}
+    call = {**program(kind, bench.rng), "distribution": distribution, "rounding": rounding}
     groups = {name: i % 3 for i, name in enumerate(weights)}
     on_cpu = {name: w.clone() for name, w in weights.items()}
     expected_table = zk.ParamTable(on_cpu, groups=groups)
     zk.add_noise_(expected_table, **call, backend="cpu")
     fingerprint = zk.fingerprint(expected_table, backend="cpu")
     expected = {name: w.to(there[name].device) for name, w in on_cpu.items()}
-    findings.facts["elements"] = expected_table.numel
-    findings.facts["backends"] = ["cpu", *backends, "reference"]
+    bench.facts["elements"] = expected_table.numel
+    bench.facts["backends"] = ["cpu", *bench.backends, "reference"]
 
     table = zk.ParamTable(there, groups=groups)
-    for backend in [*backends, "reference"]:
+    for backend in [*bench.backends, "reference"]:
         # Not a number wherever a backend leaves something out.
         apart = {name: torch.full_like(w, torch.nan) for name, w in there.items()}
         inside = {name: w.clone() for name, w in there.items()}

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks import sass
-from benchmarks.sass import report
+import tyro
+
+from benchmarks.sass import pipes
 from benchmarks.sass.disassembly import assembler_of, find_tool
-from benchmarks.sass.recorded import Recorded, failures, notes
+from benchmarks.sass.recorded import Recorded, cuda_slots, failures, limit_of, notes
 from benchmarks.sass.rows import ARCH, Row, cuda_rows, triton_rows
 
 Counted = tuple[list[Row], dict[str, str]]  # rows, and the version of the compiler by backend
+NO_TOOL = "cuobjdump is neither on the PATH nor in a triton wheel"
 
 
 def count_cuda(path: Path | None = None) -> Counted | str:
     """Rows of a file, the installed extension by default; or why there are none."""
     if find_tool() is None:
-        return "cuobjdump is neither on the PATH nor in a triton wheel"
+        return NO_TOOL
     if path is None:
         spec = importlib.util.find_spec("zorba_kernels._C")
         if spec is None or spec.origin is None:
@@ -43,30 +44,61 @@ def count_triton() -> Counted | str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if find_tool() is None:
-        return "cuobjdump is neither on the PATH nor in the triton wheel"
+        return NO_TOOL
     from benchmarks.sass import triton_code
 
     peer, ours = triton_code.peer(), triton_code.add_noise()
     with ThreadPoolExecutor(2) as pool:  # it is cuobjdump that takes time
-        found = list(pool.map(lambda one: list(triton_rows([one])), ours))
-    rows = [row for some in found for row in some]
+        rows = [
+            row for some in pool.map(lambda one: list(triton_rows([one])), ours) for row in some
+        ]
     rows += triton_rows([peer], backend="peer")
-    versions = {"triton": triton_code.versions(ours[0]), "peer": triton_code.versions(peer)}
-    return rows, versions
+    return rows, {"triton": triton_code.versions(ours[0]), "peer": triton_code.versions(peer)}
 
 
-def main() -> int:
-    """Prints the table; returns 1 when something is wrong with it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.sass", description=(sass.__doc__ or "").split("\n")[0]
+def lines(rows: list[Row], recorded: Recorded) -> Iterator[str]:
+    """Yields a line for each row, between a head and an explanation."""
+    busy = "".join(f"{pipe:>8}" for pipe in pipes.CYCLES)
+    yield f"{'slots a weight, and how many of them each pipe takes':68}{'slots':>7}{busy}" + (
+        f"{'bound':>8}{'of mem.':>8}{'regs':>5}{'recorded':>9}"
     )
-    parser.add_argument("file", nargs="?", type=Path, help="count only this one")
-    parser.add_argument("--record", action="store_true", help="write recorded.json")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
-    arguments = parser.parse_args()
-    parts = {"cuda": count_cuda(arguments.file)}
-    if arguments.file is None:
-        parts["triton"] = count_triton()
+    for row in rows:
+        counts = "".join(f"{n:8.2f}" for n in row.pipes_per_weight.values())
+        yield (
+            f"{row.name:68}{row.slots_per_weight:7.2f}{counts}{row.bound:8.2f}"
+            f"{row.bound / pipes.budget(row.dtype):8.0%}{row.registers:5d}"
+            f"{recorded.slots.get(row.name, ''):>9}{remarks(row, rows, recorded)}"
+        )
+    yield ""
+    yield "bound: cycles of a scheduler a weight, by its slots or its busiest pipe (see pipes.py)."
+    yield (
+        f"of mem.: the bound, of the time that an H200's memory takes: at {pipes.HERTZ / 1e9} GHz "
+        f"and {pipes.BYTES_A_SECOND / 1e12} TB/s, {pipes.budget('bfloat16'):.1f} cycles a 16-bit "
+        "weight and twice that a float32 one."
+    )
+    yield "each: one more term in the same pass. signs: its share of making those of a batch."
+
+
+def remarks(row: Row, rows: list[Row], recorded: Recorded) -> str:
+    """Limits, and how the backends compare."""
+    limit = limit_of(row)
+    cuda = cuda_slots(row, rows, recorded) if row.backend != "cuda" else None
+    found = [
+        f"limit {limit:g}" if limit is not None else "",
+        f"{row.slots_per_weight / cuda:.2f} x cuda" if cuda is not None else "",
+        "SPILLS" if row.spills else "",
+    ]
+    return "  " + ", ".join(filter(None, found))
+
+
+def main(file: tyro.conf.Positional[Path | None] = None, record: bool = False) -> int:
+    """Counts issue slots a weight of the GPU kernels; ends with 1 when something is wrong.
+
+    Args:
+        file: Count only this one.
+        record: Write recorded.json instead of comparing with it.
+    """
+    parts = {"cuda": count_cuda(file)} | ({"triton": count_triton()} if file is None else {})
     rows: list[Row] = []
     versions: dict[str, str] = {}
     for name, counted in parts.items():
@@ -78,10 +110,8 @@ def main() -> int:
     if not rows:
         return 1
     recorded = Recorded.load()
-    print("\n".join(report.lines(rows, recorded)))
-    if arguments.json:
-        arguments.json.write_text(json.dumps([r.describe() for r in rows], indent=2) + "\n")
-    if arguments.record:
+    print("\n".join(lines(rows, recorded)))
+    if record:
         recorded = recorded.updated(rows, versions)
         recorded.save()
     wrong = failures(rows, versions, recorded)
@@ -90,4 +120,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(tyro.cli(main))

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.sass.rows import Key, Row, named
+from benchmarks.sass.rows import Row
 
 FILE = Path(__file__).with_name("recorded.json")
 TOLERANCE = 1.10
@@ -23,60 +23,50 @@ LIMITS = {  # slots a weight of the CUDA kernels: bfloat16, one term, no decay
 }
 RECORD = "if that is meant, run: python -m benchmarks.sass --record"
 
-FIELDS = ("backend", "kernel", "distribution", "rounding", "terms", "dtype", "decay")
-
 
 @dataclass(frozen=True)
 class Recorded:
     """The contents of recorded.json."""
 
     versions: dict[str, str]  # of the compilers, by backend
-    slots: dict[Key, float]  # a weight
+    slots: dict[str, float]  # a weight, by name of the row
 
     @classmethod
     def load(cls, file: Path = FILE) -> Recorded:
         """Reads it."""
-        if not file.is_file():
-            return cls({}, {})
-        found = json.loads(file.read_text())
-        slots = {tuple(r[f] for f in FIELDS): r["slots_per_weight"] for r in found["rows"]}
-        return cls(found["versions"], slots)
-
-    def updated(self, rows: list[Row], versions: dict[str, str]) -> Recorded:
-        """With other rows for the backends that were counted."""
-        kept = {key: slots for key, slots in self.slots.items() if key[0] not in versions}
-        counted = {row.key: row.slots_per_weight for row in rows}
-        return Recorded({**self.versions, **versions}, {**kept, **counted})
+        return cls(**json.loads(file.read_text())) if file.is_file() else cls({}, {})
 
     def save(self, file: Path = FILE) -> None:
         """Writes it."""
-        rows = [
-            json.dumps({**dict(zip(FIELDS, key, strict=True)), "slots_per_weight": slots})
-            for key, slots in sorted(self.slots.items(), key=str)
-        ]
-        listed = ",\n    ".join(rows)
-        versions = json.dumps(dict(sorted(self.versions.items())))
-        file.write_text(f'{{\n  "versions": {versions},\n  "rows": [\n    {listed}\n  ]\n}}\n')
+        file.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+
+    def updated(self, rows: list[Row], versions: dict[str, str]) -> Recorded:
+        """With other rows for the backends that were counted."""
+        kept = {
+            name: slots for name, slots in self.slots.items() if backend_of(name) not in versions
+        }
+        counted = {row.name: row.slots_per_weight for row in rows}
+        return Recorded({**self.versions, **versions}, {**kept, **counted})
+
+
+def backend_of(name: str) -> str:
+    """Returns the backend of a row, which its name begins with."""
+    return name.split()[0]
 
 
 def limit_of(row: Row) -> float | None:
-    """The most slots that a CUDA kernel may take, where there is such a limit."""
-    plain = row.terms == "one" and row.dtype == "bfloat16" and not row.decay
-    single = row.kernel.endswith("/single")
-    return LIMITS.get((row.distribution, row.rounding)) if plain and single else None
+    """Returns the most slots that a CUDA kernel may take, where there is such a limit."""
+    single = row.backend == "cuda" and row.kernel.endswith("/single")
+    return LIMITS.get((row.distribution, row.rounding)) if single and row.is_plain else None
 
 
 def cuda_slots(row: Row, rows: list[Row], recorded: Recorded) -> float | None:
     """Fewest slots of a CUDA kernel that does the same; recorded ones where none was counted."""
-    counted = {r.key: r.slots_per_weight for r in rows if r.backend == "cuda"}
-    known = counted or {k: slots for k, slots in recorded.slots.items() if k[0] == "cuda"}
-    alike = (row.distribution, row.rounding, row.terms)
-    same = [
-        slots
-        for (_, _, *what, dtype, decay), slots in known.items()
-        if tuple(what) == alike and dtype in (row.dtype, "any") and decay == row.decay
-    ]
-    return min(same, default=None)
+    counted = {r.name: r.slots_per_weight for r in rows if r.backend == "cuda"}
+    known = counted or recorded.slots
+    kernel = "single" if row.terms == "one" else "many"
+    same = [f"cuda add_noise/{kernel} {row.work(dtype)}" for dtype in (row.dtype, "any")]
+    return min((known[name] for name in same if name in known), default=None)
 
 
 def failures(rows: list[Row], versions: dict[str, str], recorded: Recorded) -> list[str]:
@@ -98,24 +88,22 @@ def failures(rows: list[Row], versions: dict[str, str], recorded: Recorded) -> l
             )
         found += over_limit(row, rows, recorded)
         found += over_recorded(row, versions, recorded)
-    for key, times in Counter(row.key for row in rows).items():
+    for name, times in Counter(row.name for row in rows).items():
         if times > 1:
-            found.append(f"{named(key)}: {times} hot paths look alike; expected one: see rows.py")
-    present = {row.key for row in rows}
-    for key in recorded.slots:
-        if key[0] in versions and key not in present and key[0] != "peer":
-            found.append(f"{named(key)}: recorded, but not found in the machine code; {RECORD}")
+            found.append(f"{name}: {times} hot paths look alike; expected one: see rows.py")
+    missing = recorded.slots.keys() - {row.name for row in rows}
+    for name in sorted(missing):
+        if backend_of(name) in versions and backend_of(name) != "peer":
+            found.append(f"{name}: recorded, but not found in the machine code; {RECORD}")
     return found
 
 
 def over_limit(row: Row, rows: list[Row], recorded: Recorded) -> list[str]:
     """The limits that do not depend on what was recorded."""
-    slots = row.slots_per_weight
-    limit = limit_of(row) if row.backend == "cuda" else None
+    slots, limit = row.slots_per_weight, limit_of(row)
     if limit is not None and slots > limit:
         return [f"{row.name}: {slots} slots a weight; the limit is {limit}"]
-    plain = row.terms == "one" and row.dtype == "bfloat16" and not row.decay
-    if row.backend == "triton" and plain and (row.distribution, row.rounding) in LIMITS:
+    if row.backend == "triton" and row.is_plain and (row.distribution, row.rounding) in LIMITS:
         cuda = cuda_slots(row, rows, recorded)
         if cuda is None:
             return [f"{row.name}: there is no CUDA count to compare with; {RECORD}"]
@@ -127,7 +115,7 @@ def over_limit(row: Row, rows: list[Row], recorded: Recorded) -> list[str]:
 
 def over_recorded(row: Row, versions: dict[str, str], recorded: Recorded) -> list[str]:
     """What a row's own record says of it."""
-    before = recorded.slots.get(row.key)
+    before = recorded.slots.get(row.name)
     if before is None:
         return [f"{row.name}: found in the machine code, but not recorded; {RECORD}"]
     if row.slots_per_weight <= TOLERANCE * before:

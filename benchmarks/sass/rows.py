@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
@@ -16,8 +16,6 @@ from benchmarks.sass.terms import Loop, makes_noise, sign_batch, term_loops
 from zorba_kernels.noise import DISTRIBUTIONS
 
 ARCH = "sm_90"
-Key = tuple[str | bool, ...]
-
 HELD = 16  # weights that a lane of a CUDA kernel holds while it goes through the terms of a program
 
 BATCH = 32  # terms whose signs a warp makes together (csrc/cuda/signs.h)
@@ -36,12 +34,6 @@ class Compiled(NamedTuple):
     dtype: str
     decay: bool
     cubin: bytes
-
-
-def named(key: Key) -> str:
-    """A row's key in words."""
-    *what, decay = key
-    return " ".join(map(str, what)) + (" with decay" if decay else "")
 
 
 @dataclass(frozen=True)
@@ -69,17 +61,19 @@ class Row:
     local_accesses: int
 
     @property
-    def key(self) -> Key:
+    def name(self) -> str:
         """What tells it from the other rows."""
-        return (
-            *(self.backend, self.kernel, self.distribution, self.rounding),
-            *(self.terms, self.dtype, self.decay),
-        )
+        return f"{self.backend} {self.kernel} {self.work(self.dtype)}"
 
     @property
-    def name(self) -> str:
-        """The key, for messages."""
-        return named(self.key)
+    def is_plain(self) -> bool:
+        """Whether it is the pass that limits are made for: one term, bfloat16, no decay."""
+        return self.terms == "one" and self.dtype == "bfloat16" and not self.decay
+
+    def work(self, dtype: str) -> str:
+        """What it does, in words, to weights of a dtype."""
+        decay = " with decay" if self.decay else ""
+        return f"{self.distribution} {self.rounding} {self.terms} {dtype}{decay}"
 
     @property
     def slots_per_weight(self) -> float:
@@ -100,15 +94,6 @@ class Row:
     def spills(self) -> bool:
         """Whether the kernel has a stack or uses local memory."""
         return self.stack_bytes > 0 or self.local_accesses > 0
-
-    def describe(self) -> dict[str, object]:
-        """Everything there is to say about it, for JSON."""
-        derived: dict[str, object] = {
-            "slots_per_weight": self.slots_per_weight,
-            "bound": self.bound,
-            "of_memory_time": round(self.bound / pipes.budget(self.dtype), 3),
-        }
-        return asdict(self) | {"pipes": self.pipes_per_weight} | derived
 
 
 def row_of(code: Code, path: Path, weights: int, **about: Any) -> Row:

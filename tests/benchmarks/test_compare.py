@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +18,10 @@ from zorba.hf import find_blocks
 from benchmarks.compare import report
 from benchmarks.compare.apart import ROWS
 from benchmarks.compare.loop import Evaluation, Record, run
-from benchmarks.compare.methods import make_method
-from benchmarks.compare.results import Results
+from benchmarks.compare.methods import make_method, plan_masks
 from benchmarks.compare.settings import PLANS, SHARES, Settings
 from benchmarks.compare.task import POOLED, AnswerLoss, Batch, batch_of, work_of
-from benchmarks.compare.zorba_method import plan_masks
+from benchmarks.kept_runs import KeptRuns, Results
 from benchmarks.peers.method import Method
 from tests.hf.tiny import build, case_of
 
@@ -154,21 +154,20 @@ def test_one_machine_trains_on_what_the_clients_train_on_together(
 
 
 def test_results_are_kept_shown_and_drawn(tmp_path: Path) -> None:
-    path, settings = tmp_path / "results" / "compare.json", Settings()
+    path = tmp_path / "results" / "compare.json"
     cost = {"loss": 0.7, "seconds": 1.0, "up": 4.0, "up_encoded": 62.0, "down": 20.0}
     rounds = [{**cost, "down_encoded": 99.0}] * 3
     points = [(0, 10, 0.5), (3, 10, 0.6), (3, 40, 0.75)]
-    Results(path).add_start(0.52, 0.7)
+    Results(path).put("start", {"accuracy": 0.52, "auc": 0.7})
     scores = [{"round": r, "sentences": n, "accuracy": a, "auc": a} for r, n, a in points]
     for name in ("zorba", "decomfl"):
-        Results(path).add("methods", name, {"rounds": rounds, "scores": scores}, settings)
+        Results(path).put("methods", {name: {"rounds": rounds, "scores": scores}})
     for at, row in enumerate(ROWS[::2]):
         seen = {"peak_bytes": (at + 1) << 28, "seconds_round": 0.5}
-        Results(path).add("clients", row.key, seen, settings)
+        Results(path).put("clients", {row.key: seen})
     results = Results(path).data
     assert results == json.loads(path.read_text())
     assert set(results["methods"]) == {"zorba", "decomfl"}
-    assert results["methods"]["zorba"]["machine"]["torch"] == torch.__version__
     console = Console(record=True, width=200)
     report.print_table(console, results)
     text = console.export_text()
@@ -179,3 +178,13 @@ def test_results_are_kept_shown_and_drawn(tmp_path: Path) -> None:
     report.draw_costs(tmp_path / "costs.png", results)
     assert (tmp_path / "accuracy.png").stat().st_size > 0
     assert (tmp_path / "costs.png").stat().st_size > 0
+
+
+def test_runs_are_made_once_and_only_with_the_same_settings(tmp_path: Path) -> None:
+    path = tmp_path / "runs.json"
+    assert KeptRuns(path, {"rounds": 3}).get("one", lambda: {"loss": math.nan}) == {"loss": None}
+    again = KeptRuns(path, {"rounds": 3})
+    assert again.get("one", lambda: pytest.fail("made again")) == {"loss": None}
+    assert again.data["machine"]["torch"] == torch.__version__
+    with pytest.raises(SystemExit, match="other settings"):
+        KeptRuns(path, {"rounds": 4})

@@ -14,7 +14,7 @@ from benchmarks.sass import pipes
 from benchmarks.sass.__main__ import count_cuda, count_triton
 from benchmarks.sass.disassembly import Code, find_tool, functions, register, resources
 from benchmarks.sass.flow import blocks_of, hot_paths
-from benchmarks.sass.recorded import FIELDS, Recorded, failures, limit_of, notes
+from benchmarks.sass.recorded import Recorded, failures, limit_of, notes
 from benchmarks.sass.rows import Compiled, Row, rows_of_cuda, triton_rows
 from benchmarks.sass.terms import additions, term_loops
 from zorba_kernels.build import build_info
@@ -252,7 +252,7 @@ def test_what_was_not_counted_stays_recorded(tmp_path):
     RECORDED.updated([peer], {"peer": "triton 3.9"}).save(file)
     read = Recorded.load(file)
     assert read.versions == {"cuda": "ptxas 13.0", "peer": "triton 3.9"}
-    assert read.slots == {ROW.key: 24.0, peer.key: 119.0}
+    assert read.slots == {ROW.name: 24.0, peer.name: 119.0}
     assert failures([peer], {"peer": "triton 3.9"}, read) == []
     assert Recorded.load(tmp_path / "none.json") == Recorded({}, {})
 
@@ -293,7 +293,3 @@ def test_triton_kernels():
 
 def test_other_functions_are_not_counted():
     assert rows_of_cuda(Code("fingerprint_sum", listing("EXIT"), 8, 0)) == []
-
-
-def test_key_and_fields_agree():
-    assert dict(zip(FIELDS, ROW.key, strict=True)) == {f: getattr(ROW, f) for f in FIELDS}

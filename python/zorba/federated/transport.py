@@ -55,6 +55,7 @@ class LocalTransport:
         replies: dict[str, bytes] = {}
         failures: dict[str, str] = {}
         for name, data in plans.items():
+            # A failure of this client, as with an engine that lost it: the others go on.
             if name not in self._clients:
                 failures[name] = "there is no such client"
                 continue
@@ -64,6 +65,7 @@ class LocalTransport:
                 # Bytes in and out, also in one process: messages are tested by every run.
                 answer = self._clients[name].handle(data)
             except FederationError as error:
+                # A sentence for people, which names the client itself.
                 failures[name] = str(error)
                 continue
             except Exception as error:  # the objective's; the others go on

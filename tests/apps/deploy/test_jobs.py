@@ -99,17 +99,6 @@ def test_job_that_ended_is_replaced_with_growing_pauses(kept: Any) -> None:
     assert 60.0 <= gaps[-1] <= 61.0
 
 
-def test_job_of_a_killed_engine_is_replaced(kept: Any) -> None:
-    keeper, session, now, said = kept
-    keeper.step()
-    session.processes.clear()  # the engine still says that it runs
-    for _ in range(10):
-        now[0] += 1.0
-        keeper.step()
-    assert session.status == {"job-0": "RUNNING", "job-1": "RUNNING"}
-    assert "the engine's job ended: its process is gone" in said
-
-
 def test_site_that_came_back_gets_a_job_that_it_is_in(kept: Any) -> None:
     keeper, session, now, said = kept
     keeper.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ _log = logging.getLogger(__name__)
 
 def build_settings(config: ServerConfig) -> FederationSettings:
     """Returns the job's settings; ConfigError where the core refuses one."""
+    # Names of the file are names of the core: a setting that both have needs no line here.
     values = config.settings.model_dump()
     if config.lr_decay == "linear":
         values["lr"] = partial(_falling, rate=values["lr"], rounds=config.rounds)
@@ -48,6 +50,7 @@ def build_settings(config: ServerConfig) -> FederationSettings:
         raise ConfigError(f"settings: {error}") from None
 
 
+# A plain function of the round: a server that is started again has the same rates.
 def _falling(round_number: int, rate: float, rounds: int) -> float:
     return rate * max(0.0, 1.0 - (round_number - 1) / rounds)
 
@@ -60,6 +63,7 @@ def build_server(config: ServerConfig, folder: RunFolder) -> Server:
         LogError: the log is of another job or model, damaged, or open in another server.
     """
     folder.path.mkdir(parents=True, exist_ok=True)
+    # Rows in the order of the names, columns in that of the blocks: the log counts on both.
     masks = [[block in entry.active for block in config.blocks] for entry in config.sites.values()]
     return Server(
         build_settings(config),
@@ -121,6 +125,7 @@ def build_client(folder: Path) -> Client:
     if config.threads:
         torch.set_num_threads(config.threads)
     task = _task(config, folder)
+    # Data first: a mistake in it is told in a moment, while a model may load for minutes.
     rows, _, _ = read_data(task)
     model, tokenizer = load_model(task)
     replica = make_replica(model, config)
@@ -128,10 +133,12 @@ def build_client(folder: Path) -> Client:
     run.mkdir(exist_ok=True)
     if config.offload:
         # Nothing is active yet: each plan says which blocks move to the device.
-        Offload(model, [], _device(config), run / "offload")
+        device = device_of(replace(task, device=config.device))
+        Offload(model, [], device, run / "offload")
     objective = make_objective(task, model, tokenizer)
     label = config.label if config.words and config.balanced else None
     batches = Batches(rows, config.batch_size, config.seed, objective.encode, label)
+    # In the site's own folder: the engine's state of a client does not survive a restart.
     checkpoint = run / "replica.safetensors"
     if checkpoint.exists():
         try:
@@ -140,6 +147,7 @@ def build_client(folder: Path) -> Client:
             raise ReplicaError(f"{error}; to start from the model, remove the file") from None
         _log.warning("continuing after round %d", replica.applied_round)
     privacy = None if config.privacy is None else Privacy(**config.privacy.model_dump())
+    # Only the unit example needs the losses of the rows apart from each other.
     each = privacy is not None and privacy.unit == "example"
     measured = ModelObjective(
         model,
@@ -149,12 +157,9 @@ def build_client(folder: Path) -> Client:
         replica.distribution,
         per_example=each,
     )
+    # One account for each folder, whatever the job: scalars that were told stay told.
     accountant = PrivacyAccountant(privacy, run / "privacy.json") if privacy else None
     return Client(config.name, replica, measured, checkpoint, config.checkpoint_every, accountant)
-
-
-def _device(config: SiteConfig) -> str:
-    return device_of(FinetuneSettings(model="", data=Path(), device=config.device))
 
 
 def _task(config: SiteConfig, folder: Path) -> FinetuneSettings:

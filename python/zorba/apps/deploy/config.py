@@ -27,6 +27,8 @@ Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(coerce_numbers_to_str=True)]  # a label may be 0 or 1
 Name = Annotated[Text, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+Blocks = Annotated[Text, Field(pattern=r"^(all|last:[1-9][0-9]*)$")]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Distribution = Literal["gaussian", "rademacher"]
 Rounding = Literal["nearest", "stochastic"]
 
@@ -39,6 +41,7 @@ def about(description: str, default: Any = ..., **bounds: Any) -> Any:
 class _Section(BaseModel):
     """Keys and values; others than the fields are refused."""
 
+    # A misspelt key would otherwise leave its setting at the default, in silence.
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -49,9 +52,7 @@ class PrivacySection(_Section):
     clip: Positive = about("L2 norm of a vector of P differences")
     noise_multiplier: Positive = about("noise, in units of the sensitivity")
     delta: float = about("at which epsilon is told", strict=True, gt=0, lt=1)
-    max_epsilon: float = about(
-        "the site measures nothing that would spend more", math.inf, strict=True, gt=0
-    )
+    max_epsilon: float = about("that the site never exceeds", math.inf, strict=True, gt=0)
 
 
 class SiteConfig(_Section):
@@ -61,28 +62,16 @@ class SiteConfig(_Section):
     model: Text = about("local folder or hub name of the model", min_length=1)
     data: Text = about("JSONL, CSV or TSV file; a relative path starts at this folder")
     template: Text = about("prompt, a format string over the fields of a row")
-    words: tuple[Text, ...] = about(
-        "label words in the order of labels; empty to learn the text of the template"
-    )
+    words: tuple[Text, ...] = about("label words, as labels; empty to learn the template's text")
     label: Text = about("field of a row's label")
-    labels: tuple[Text, ...] = about(
-        "values of the label in the order of words; empty for the sorted values"
-    )
-    blocks: Text = about(
-        "blocks that are trained: all, or last:N; the same at every site",
-        pattern=r"^(all|last:[1-9][0-9]*)$",
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = about(
-        "of the weights; auto for that of the checkpoint"
-    )
+    labels: tuple[Text, ...] = about("values of the label, as words; empty for the sorted ones")
+    blocks: Blocks = about("blocks that are trained: all, or last:N; the same at every site")
+    dtype: Dtype = about("of the weights; auto for that of the checkpoint")
     device: Text | None = about("cpu, cuda or cuda:1; null for a GPU if there is one")
     offload: Flag = about("whether blocks that this site does not activate wait on the host")
     batch_size: Count = about("rows of a batch")
-    balanced: Flag = about(
-        "whether a batch has as many rows of each label as of the others, where there are label "
-        "words: without, a batch measures above all which label it has more of",
-        True,
-    )
+    # A batch that is not balanced measures above all which label it has more of.
+    balanced: Flag = about("with label words: as many rows of each label in a batch", True)
     max_length: int = about("tokens of a row at most", strict=True, ge=2)
     seed: Uint64 = about("of the choice of batches")
     checkpoint_every: Count = about("rounds between two checkpoints", 50)
@@ -90,8 +79,7 @@ class SiteConfig(_Section):
     distribution: Distribution = about("of the noise; the job's")
     rounding: Rounding = about("of 16-bit weights; the job's")
     privacy: PrivacySection | None = about(
-        "hides the site's examples in its scalars (docs/security.md); null, or under it unit, "
-        "clip, noise_multiplier, delta and max_epsilon",
+        "null, or under it unit, clip, noise_multiplier, delta and max_epsilon: docs/security.md",
         None,
     )
 
@@ -122,6 +110,7 @@ class SiteConfig(_Section):
 class Identity(_Section):
     """``zorba.federated.ModelIdentity`` by field."""
 
+    # Written by init from the model; nothing that people edit, so nothing is explained.
     origin: Uint64
     start: Uint64
     layout: Uint64
@@ -132,22 +121,19 @@ class Identity(_Section):
 class RoundSettings(_Section):
     """Fields of ``zorba.federated.FederationSettings``, by the same names."""
 
+    # No defaults: init writes those of the core, and a project keeps them when they change.
     lr: Rate = about("learning rate of the first round")
     num_perturbations: Count = about("P, finite differences of a local step")
     local_steps: Count = about("K, local steps of a round")
     eps: Positive = about("distance at which losses are taken")
     estimator: Literal["central", "forward"] = about("kind of finite difference")
-    distribution: Distribution = about(
-        "of the noise; this and the rounding stay as they are once there is a log"
-    )
+    distribution: Distribution = about("of the noise; it stays, and the rounding, with the log")
     rounding: Rounding = about("of 16-bit weights in an update")
     clip: Positive | None = about("largest absolute value of a scalar; null for none")
     clients_per_round: Count | None = about("sites in a round; null for all")
     weighting: Literal["examples", "uniform"] = about("by a site's examples, or all sites alike")
     aggregation: Literal["mean", "median", "trimmed"] = about("of a block's scalars")
-    trim: float = about(
-        "share of a block's weight that trimmed leaves out at each end", strict=True, ge=0, lt=0.5
-    )
+    trim: float = about("share that trimmed leaves out at each end", strict=True, ge=0, lt=0.5)
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -177,18 +163,12 @@ class ServerConfig(_Section):
     blocks: tuple[Text, ...] = about("names of the trained blocks", min_length=1)
     sites: dict[Name, SiteEntry] = about("by name", min_length=1)
     settings: RoundSettings = about("of the rounds")
-    lr_decay: Literal["linear", "constant"] = about(
-        "linear: the learning rate falls to 0 over the rounds", "linear"
-    )
+    lr_decay: Literal["linear", "constant"] = about("linear: lr falls to 0 in the end", "linear")
     timeout: Positive = about("seconds that a round waits for an answer")
-    ask_timeout: Positive = about(
-        "seconds after which a site asks again for a message that does not come", 20.0
-    )
+    ask_timeout: Positive = about("seconds after which a site asks for a message again", 20.0)
     quorum: Natural = about("sites that a round waits for; 0 for all", 0)
     rejoin_seconds: Positive = about(
-        "seconds at least between two jobs of the engine, where one is started for a site whose "
-        "whole machine was away",
-        60.0,
+        "seconds at least between two jobs of the engine for sites that come back", 60.0
     )
 
     @field_validator("address")

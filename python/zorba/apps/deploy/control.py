@@ -14,10 +14,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from zorba.apps.deploy import summary
 from zorba.apps.deploy.command import StartSettings, StatusSettings, StopSettings
 from zorba.apps.deploy.config import ConfigError, ServerConfig
 from zorba.apps.deploy.party import PartyFolder, finished, parties
+from zorba.apps.deploy.summary import show_summary
 from zorba.apps.progress import plain_console
 from zorba.apps.watch.live import LiveView
 from zorba.apps.watch.state import Follower
@@ -44,7 +44,7 @@ def run_start(settings: StartSettings) -> None:
     stop([party for party in chosen if not party.is_server], console)
     if content is None:
         raise RuntimeError(f"the rounds are not done; {server.log} tells why")
-    print_summary(content, console)
+    show_summary(Follower(RunFolder(server.run).events).update(), console)
 
 
 def run_status(settings: StatusSettings) -> None:
@@ -82,6 +82,7 @@ def start(chosen: Sequence[PartyFolder], console: Console) -> None:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=dict(os.environ) if party.is_server else share | os.environ,
+                    # A session of its own: Ctrl-C and the end of the terminal do not reach it.
                     start_new_session=True,
                 )
         for party, process in started.items():
@@ -95,6 +96,7 @@ def start(chosen: Sequence[PartyFolder], console: Console) -> None:
 
 def stop(chosen: Sequence[PartyFolder], console: Console) -> None:
     """Stops the parties' supervisors, and with them the engines."""
+    # All are told before any is waited for: they stop side by side.
     pids = {party: party.pid() for party in chosen}
     for pid in pids.values():
         if pid is not None:
@@ -134,6 +136,7 @@ def follow(server: PartyFolder, console: Console) -> dict[str, Any] | None:
     """
     shown = 0
     with LiveView(RunFolder(server.run).events, console, every=_LINE_SECONDS):
+        # The server's supervisor ends after the last round; those of the sites stay.
         while server.pid() is not None:
             said = server.read_state().get("said", [])
             for text in said[shown:]:
@@ -143,20 +146,11 @@ def follow(server: PartyFolder, console: Console) -> dict[str, Any] | None:
     return finished(server.run, ServerConfig.read(server.path).rounds)
 
 
-def print_summary(content: dict[str, Any], console: Console) -> None:
-    """Prints the summary as a table."""
-    table = Table(title=f"Federated fine-tune {content['job']}", show_header=False)
-    table.add_column(style="bold")
-    table.add_column()
-    for name, value in summary.lines(content):
-        table.add_row(name, value)
-    console.print(table)
-
-
 def _await_lock(party: PartyFolder, process: subprocess.Popen[bytes]) -> None:
     """Waits until the supervisor holds its lock, or has ended."""
     deadline = time.monotonic() + _STOP_SECONDS
     while party.pid() is None:
+        # The lock is all that tells of a supervisor: without it no other command finds it.
         code = process.poll()
         if code == 0:
             return  # there was nothing to do any more

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from zorba.apps.deploy.command import FederateDemoSettings, InitSettings
 from zorba.apps.deploy.config import ConfigError, ServerConfig, SiteConfig
 from zorba.apps.deploy.party import parties
 from zorba.apps.deploy.project import init_project
+from zorba.apps.deploy.summary import show_summary
 from zorba.apps.progress import plain_console
 from zorba.apps.reviews import data, packages
 from zorba.apps.reviews.federation import EVALUATION_BATCH, room_for_blocks
 from zorba.apps.reviews.task import Suffix, prefixes_of, score_of
+from zorba.apps.watch import Follower
 from zorba.apps.watch.page import write_report
-from zorba.federated import RoundLog, RunFolder
+from zorba.federated import EventWriter, RoundLog, RunFolder
 
 _JOB = "film-reviews"
 _SITES = {"phone": 1, "tablet": 2, "laptop": 4}  # blocks that the memory of each has room for
@@ -84,14 +87,14 @@ def run_federate_demo(settings: FederateDemoSettings) -> dict[str, Any]:
         replica.apply(entries.entries(1))
     after = score_of(suffix, prefixes)
     same = set(content["fingerprints"].values()) == {f"{replica.fingerprint(fresh=True):016x}"}
-    content["evaluations"] = [
-        {"round": number, "SST-2 accuracy": score.accuracy, "SST-2 AUC": score.auc}
-        for number, score in ((0, before), (content["final_round"], after))
-    ]
+    with closing(EventWriter(run.events)) as events:  # so that page and table have the scores
+        for number, score in ((0, before), (content["final_round"], after)):
+            fields = {"round": number, "accuracy": score.accuracy, "auc": score.auc}
+            events.write("evaluation", fields)
     content["log_rebuilds_the_replicas"] = same
     content["total_seconds"] = time.perf_counter() - began
     run.write_summary(content)
-    control.print_summary(content, console)
+    show_summary(Follower(run.events).update(), console)
     words = "the sites' fingerprint" if same else "ANOTHER fingerprint than the sites"
     console.print(f"the model rebuilt from the server's log has {words}")
     console.print(f"wrote {write_report(run.path)}", soft_wrap=True)  # a path stays in one piece

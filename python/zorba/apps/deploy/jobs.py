@@ -62,6 +62,7 @@ class JobKeeper:
         try:
             self._look()
         except Exception as error:  # the engine is away, or still starting: looked at again later
+            # A session does not recover from a lost connection, so the next look makes a new one.
             self.close()
             self.connected = []
             problem = f"cannot reach the engine: {type(error).__name__}: {error}"
@@ -73,6 +74,7 @@ class JobKeeper:
 
     def close(self) -> None:
         """Ends the session with the engine; its job goes on."""
+        # Forgotten first: a session that cannot even be closed is not used again.
         session, self._session = self._session, None
         if session is not None:
             with contextlib.suppress(Exception):
@@ -107,6 +109,7 @@ class JobKeeper:
         """Returns the status of the job, or of one that an earlier keeper left running."""
         if self.job:
             return str(session.get_job_status(self.job))
+        # A supervisor that was killed left its job running: it is taken over.
         for job in session.list_jobs():
             if job.get("status") in _ACTIVE and job["job_id"] not in self._ended:
                 self.job = job["job_id"]
@@ -121,6 +124,7 @@ class JobKeeper:
     def _note_end(self, status: str) -> None:
         self._say(f"the engine's job ended: {status}")
         now = time.monotonic()
+        # A job that ends at once, for a full disk say, must not be started twice a second.
         self._resume = now + self._backoff.pause(now - self._submitted)
         self._ended.add(self.job)
         self.job, self._gone = "", 0
@@ -130,6 +134,7 @@ class JobKeeper:
         now = time.monotonic()
         if count < (self._config.quorum or sites) or now < self._resume:
             return False
+        # With a quorum the others get a while to come: a later site costs a new job.
         return count == sites or now - self._connected_since > _GATHER_SECONDS
 
     def _submit(self, session: Any) -> None:
@@ -168,6 +173,7 @@ def write_job(folder: Path, config: ServerConfig) -> None:
         folder / "meta.json": {
             "name": config.job,
             "resource_spec": {},
+            # The rounds have a quorum of their own: the engine ends no job for a site that is away.
             "min_sites": 1,
             "deploy_map": {"app": ["@ALL"]},
         },
@@ -178,6 +184,7 @@ def write_job(folder: Path, config: ServerConfig) -> None:
         },
         inner / "config_fed_client.json": {
             "format_version": 2,
+            # No arguments: a site takes its settings from its own file alone.
             "executors": [{"tasks": ["zorba"], "executor": {"path": CLASSES["executor"]}}],
             # A server that is killed leaves the questions of its sites without an answer.
             "get_task_timeout": config.ask_timeout,

@@ -57,6 +57,7 @@ class PartyFolder:
     def only_one(self) -> Iterator[None]:
         """Holds the lock, or exits with a sentence where another supervisor has it."""
         self.run.mkdir(exist_ok=True)
+        # Opened for appending: until the lock is held, the number in the file is of another.
         with self.lock.open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -82,6 +83,7 @@ def parties(path: Path, only: Sequence[str] = ()) -> list[PartyFolder]:
     Raises:
         ConfigError: there is no such folder or party.
     """
+    # The server comes first, so that it starts first: sites look for it again and again.
     folders = [path, path / "server", *sorted((path / "sites").glob("*"))]
     files = (SERVER_FILE, SITE_FILE)
     found = [PartyFolder(f) for f in folders if any((f / name).exists() for name in files)]
@@ -98,6 +100,7 @@ def parties(path: Path, only: Sequence[str] = ()) -> list[PartyFolder]:
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """Returns the object in a file; None where it is not there, or not whole yet."""
+    # Files of a run are written whole, but people copy folders while they run.
     try:
         content: dict[str, Any] = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):

@@ -46,6 +46,7 @@ def init_project(wanted: InitSettings) -> BlockPlan | None:
     replica = make_replica(model, sites[0])
     blocks = trained_blocks(model, wanted.blocks)
     names = tuple(block.name for block in blocks)
+    # Weights that wait on the host cost the device nothing: budgets are planned for that.
     plan = None
     entries: dict[str, Any] = {name: {"active": names} for name in budgets}
     if any(budgets.values()):
@@ -69,6 +70,7 @@ def init_project(wanted: InitSettings) -> BlockPlan | None:
         },
     )
     build_settings(server)
+    # Everything that can be refused was refused by now, without a file.
     try:
         provision(wanted.folder, wanted.job, wanted.address, list(budgets))
         server.write(wanted.folder / "server")
@@ -114,6 +116,7 @@ def _budgets(sites: tuple[str, ...]) -> dict[str, int]:
 def _round_settings(wanted: InitSettings) -> RoundSettings:
     """Returns the wanted settings, and the core's defaults for the others."""
     core = FederationSettings(job="defaults", seed=0, lr=0.0)
+    # By name, so that a new option of the command needs no line here.
     values = _shared(core, RoundSettings) | _shared(wanted, RoundSettings)
     return make_model(RoundSettings, values | {"num_perturbations": wanted.perturbations})
 

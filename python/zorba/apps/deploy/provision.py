@@ -95,6 +95,7 @@ def provision(folder: Path, project: str, address: str, sites: Sequence[str]) ->
     if context.get(CtxKey.BUILD_ERROR):
         told = "; ".join(record.getMessage() for record in errors.buffer)
         raise ConfigError(told or "the certificates could not be made")
+    # The engine puts all kits in one folder, but each goes to its party's alone.
     made = Path(context[CtxKey.CURRENT_PROD_DIR])
     _place(made / ADMIN_NAME, folder / "server" / ADMIN)
     _close(_place(made / host, folder / "server" / ENGINE), "server")
@@ -131,12 +132,14 @@ def _close(engine: Path, role: str) -> None:
     """Closes the doors that the engine leaves open: its folder is that of the server or a site."""
     local = engine / "local"
     resources = json.loads((local / "resources.json.default").read_text())
+    # The one place that says which classes a job may name.
     resources["class_allow_list"] = ALLOWED
     resources["components"] = [c for c in resources["components"] if c["id"] not in _UNUSED]
     for component in resources["components"]:
         if component["id"] == "process_launcher":
             component["path"] = CLASSES[role]
     if role == "server":
+        # A site whose machine is gone is noticed after a minute; the engine waits for ten.
         resources["servers"][0]["heart_beat_timeout"] = 60
     else:
         # A job may ask for a longer time than this, never for a shorter one.
@@ -154,6 +157,7 @@ def _close(engine: Path, role: str) -> None:
 
 # Processes of one machine speak TLS to each other too: other people may have accounts on it.
 _CONNECTIONS = {
+    # Sites reach each other through the server, or not at all.
     "allow_adhoc_conns": False,
     "backbone_conn_gen": 2,
     "internal": {
@@ -167,6 +171,7 @@ def _rights() -> dict[str, Any]:
     """The administrator starts and stops jobs and sees that they run; no more."""
     allowed = ("submit_job", "manage_job", "view", "operate")
     refused = ("clone_job", "download_job", "shell_commands", "byoc", "server-predeployed-flwr")
+    # The refused ones are named too: nothing is left to the engine's defaults.
     rights = dict.fromkeys(allowed, "any") | dict.fromkeys(refused, "none")
     return {"format_version": "1.0", "permissions": {"project_admin": rights}}
 

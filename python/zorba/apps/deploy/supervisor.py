@@ -70,6 +70,7 @@ class Engine:
             self._ended = f", after it ended with code {code}"
         if now < self._resume:
             return ""
+        # The folder may have been moved since the last start.
         if self._site is None:
             place_server(self._home)
         self._started = now
@@ -133,6 +134,7 @@ class Supervisor:
 
     def run(self) -> None:
         """Returns when it was told to stop, or when the rounds are done."""
+        # The handler only sets a flag: the engine is ended by the thread that started it.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
         try:
@@ -147,6 +149,7 @@ class Supervisor:
         finally:
             if self._keeper is not None:
                 self._keeper.close()
+            # Whatever happened, no engine stays behind without a supervisor.
             self._engine.stop()
             self._say("stopped" if self._stop.is_set() else "all rounds are done")
             self._write(running=False)

@@ -148,6 +148,7 @@ def _read_yaml(path: Path, lines: dict[Location, int]) -> Any:
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
         raise ConfigError(f"{path}, line {line}: no YAML: {error.reason}") from None
+    # An empty file has no node.
     return None if node is None else _plain(node, (), path, lines)
 
 
@@ -180,6 +181,7 @@ def _plain(node: yaml.Node, at: Location, path: Path, lines: dict[Location, int]
             key, line = key_node.value, key_node.start_mark.line + 1
             if not isinstance(key, str):
                 raise ConfigError(f"{path}, line {line}: a list or section; expected a key")
+            # YAML takes the last of two, and people look at the first.
             if key in content:
                 first = lines[(*at, key)]
                 raise ConfigError(f"{path}, line {line}: {key} again; line {first} has it")
@@ -232,5 +234,6 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _shown(value: Any) -> str:
+    # Values may be as long as the file, and an error is one line.
     text = repr(value)
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."

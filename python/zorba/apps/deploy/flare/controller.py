@@ -31,6 +31,7 @@ class FederationController(Controller):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__(task_check_period=_CHECK_SECONDS)
+        # Set while rounds run: sites ask for work before and after that as well.
         self._transport: TaskTransport | None = None
 
     def start_controller(self, fl_ctx: FLContext) -> None:
@@ -60,6 +61,7 @@ class FederationController(Controller):  # type: ignore[misc]
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
         """Runs the rounds; called by the engine in a thread of its own."""
         folder = Path(fl_ctx.get_engine().get_workspace().get_root_dir()).resolve().parent
+        # Read anew by every job of the engine: an edited file counts from the next start on.
         config = ServerConfig.read(folder)
         run = RunFolder(folder / "run")
         server = build_server(config, run)

@@ -34,6 +34,7 @@ class SiteExecutor(Executor):  # type: ignore[misc]
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Loads the client at the start, and saves its replica at the end."""
         if event_type == EventType.START_RUN:
+            # Before the first message: loading a model may take longer than a round waits.
             self._start(fl_ctx)
         elif event_type == EventType.END_RUN and self._client is not None:
             try:

@@ -41,6 +41,7 @@ class RestartingHandle(JobHandleSpec):  # type: ignore[misc]
 
     def terminate(self) -> None:
         """Kills the process for good."""
+        # In this order, so that ``wait`` does not start the process again.
         self._terminated.set()
         with self._lock:
             self._handle.terminate()

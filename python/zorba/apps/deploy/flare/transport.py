@@ -72,6 +72,7 @@ class TaskTransport:
             RunStoppedError: the engine wants the run to stop.
         """
         with self._changed:
+            # No deadline: a round with too few sites would only be spent.
             self._wait_for(lambda: len(self._here) >= self._quorum, None)
             return sorted(self._here)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.peers import mezo, mezo_compiled
+from benchmarks.peers import mezo
 from tests.tolerances import sampling_error
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +24,7 @@ def assert_normal(z: torch.Tensor) -> None:
 
 @pytest.mark.parametrize(
     "perturb",
-    [mezo.perturb, lambda *given: mezo_compiled.perturb(*given, backend="eager")],
+    [mezo.perturb, lambda *given: mezo.perturb_compiled(*given, backend="eager")],
     ids=["published", "compiled"],
 )
 def test_mezo(perturb):

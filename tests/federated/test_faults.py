@@ -61,20 +61,21 @@ def test_killed_server_goes_on(
     assert_same(outcome, undisturbed)
 
 
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("number", range(5))
 def test_random_kill_schedule(tmp_path: Path, number: int, rng: Random) -> None:
-    wrong, _ = one(tmp_path, rng.integer(32), rounds=20)
+    """``python -m tests.federated.faults`` runs a hundred longer ones."""
+    wrong, _ = one(tmp_path, rng.integer(32), rounds=12)
     assert not wrong
 
 
-def test_site_away_for_50_rounds_catches_up_in_one_pass(tmp_path: Path) -> None:
-    job = Job(tmp_path, make_settings(), 60, quorum=2, late_sites={"cleo": 50})
+def test_site_away_for_20_rounds_catches_up_in_one_pass(tmp_path: Path) -> None:
+    job = Job(tmp_path, make_settings(), 24, quorum=2, late_sites={"cleo": 20})
     outcome = run(job)
     assert outcome.identical
     assert outcome.fingerprints.keys() == set(NAMES)
     caught_up = [note for note in outcome.notes if note.get("site") == "cleo"]
     assert [note["passes"] for note in caught_up] == [1]
-    assert caught_up[0]["caught_up"] >= 50
+    assert caught_up[0]["caught_up"] >= 20
 
 
 def test_late_reply_is_refused(tmp_path: Path) -> None:

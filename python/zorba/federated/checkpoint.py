@@ -43,6 +43,7 @@ def save_checkpoint(path: Path, table: Tables, info: CheckpointInfo) -> None:
         for e in table.entries
         for t in [e.tensor.contiguous()]
     }
+    # Weights and round in one file, in one step: two files could be of two rounds after a kill.
     metadata = {_KEY: json.dumps(asdict(info), sort_keys=True)}
     write_whole(path, lambda draft: save_file(tensors, draft, metadata=metadata))
 
@@ -71,6 +72,7 @@ def load_checkpoint(path: Path, table: Tables) -> tuple[CheckpointInfo, dict[str
             f"checkpoint {path} has schema {info.schema} and noise version {info.noise_version}; "
             f"this package reads schema {CHECKPOINT_SCHEMA} and noise version {NOISE_VERSION}"
         )
+    # The dtype as well: the same numbers in another dtype are other bits, and another replica.
     mine = {e.name: (tuple(e.tensor.shape), e.tensor.dtype) for e in table.entries}
     theirs = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
     for name in sorted(mine.keys() | theirs.keys()):

@@ -88,12 +88,14 @@ class Client:
         asked = hashlib.sha256(question.encode()).digest()
         if message.seeds and self._last is not None and self._last[0] == asked:
             return self._last[1]
+        # Before anything is applied: what this client cannot serve must not touch its weights.
         self._check(message)
         try:
             self.replica.bind(message.job)
             self.replica.apply(message.entries)
         except (GapError, DivergedError):  # the server judges, and knows what to send
             return self._hello(message.job)
+        # Scalars of older weights would be worse than none: the server is asked for the rest.
         needed = message.round - 1 if message.seeds else message.reached
         if self.replica.applied_round < needed:
             return self._hello(message.job)
@@ -108,6 +110,8 @@ class Client:
             if self.privacy is not None:
                 self.privacy.note(len(message.seeds), asked, answer)
             self._last = (asked, answer)
+        # After the answer was made: a checkpoint costs time, never a round. One that is too old
+        # only means more of the log to catch up with.
         if self.replica.applied_round >= self._saved_round + self.checkpoint_every:
             self.save()
         return answer
@@ -153,6 +157,7 @@ class Client:
         clip = plan.clip if math.isfinite(plan.clip) else None
         samples = tuple(range(plan.num_perturbations))
         scalars = np.zeros((len(plan.seeds), len(samples)), dtype=np.float32)
+        # Asked first: a budget that is spent must not be found out after the measurement.
         spent = None if self.privacy is None else self.privacy.afford(len(plan.seeds))
         # Steps after the first see the earlier ones as noise that rides along with theirs: the
         # weights are never written, so a crash, or clients that share a replica, cost nothing.
@@ -167,6 +172,8 @@ class Client:
             scalars[step], loss = self._scalars(plan, step, list(evaluate(noises)), count)
             losses.append(loss)
             examples += count
+            # Cut and scaled as the server does it: these are the coefficients that the log would
+            # have if the client were alone, bit for bit.
             coefs = update_coefs(clip_scalars(scalars[step : step + 1], clip), plan.local_lr)
             if not np.isfinite(coefs).all():
                 raise FederationError(
@@ -195,6 +202,7 @@ class Client:
         if self.privacy is not None:  # finite or not: whether it is would tell something
             measured = differences(losses, plan.eps, plan.estimator)
             return self.privacy.release(measured, examples), math.nan
+        # Sums of a few losses with fsum: exact, so that their order does not show in a scalar.
         means = [float(np.mean(loss)) for loss in losses]
         mean = math.fsum(means) / len(means) if all(map(math.isfinite, means)) else math.nan
         measured = differences(means, plan.eps, plan.estimator)

@@ -40,6 +40,7 @@ class Masks:
         if len(set(names)) != len(names) or not names:
             raise ValueError("there must be clients, and their names must differ")
         self.names = tuple(check_name(name, "client name") for name in names)
+        # A client without blocks would measure noise that is not there, and count as one of N.
         idle = np.flatnonzero(~array.any(axis=1))
         if len(idle):
             name = self.names[idle[0]]

@@ -86,6 +86,7 @@ class Hello:
 
     def encode(self) -> bytes:
         """Returns the message."""
+        # Names last: everything in front of them has a fixed place.
         names = pack_name(self.client, "client name") + pack_name(self.package, "package version")
         return frame(
             self.KIND, _HELLO.pack(vars(self)) + _IDENTITY.pack(vars(self.identity)) + names
@@ -168,6 +169,8 @@ class Plan:
     @cached_property
     def entries(self) -> list[LogEntry]:
         """The log entries, of rounds ``base_round + 1`` to ``reached``."""
+        # The log checks that they are of this job, without a gap, and undamaged. Their CRCs were
+        # made by the server that wrote them, so a change on the way to the plan is found, too.
         try:
             return decode_entries(
                 self.frames, self.num_entries, self.base_round + 1, len(self.mask), self.job
@@ -246,6 +249,8 @@ class Reply:
         check_name(self.client, "client name")
         if self.scalars.ndim != 2 or self.scalars.dtype != np.float32:
             raise MessageError(f"scalars must be float32 [K, P], got {self.scalars.shape}")
+        # Checked here, so that neither side can make or take such a message: one nan in a sum of
+        # thousands would be all that is left of it.
         if not np.isfinite(self.scalars).all():
             raise MessageError(
                 f"scalars of {self.client} in round {self.round} must be finite: its loss "
@@ -298,6 +303,7 @@ def decode(data: bytes) -> Message:
     Raises:
         MessageError: they are none; the error names what was wrong and what was expected.
     """
+    # Plain fields and no pickle: bytes of a stranger can become one of four classes and no code.
     kind, reader = unframe(data, tuple(_KINDS))
     message = _KINDS[kind].read(reader)
     reader.end()

@@ -55,6 +55,7 @@ class ModelObjective:
         prefix_reuse: bool = True,
         per_example: bool = False,
     ) -> None:
+        # A ParamTable holds addresses, which a block that moves leaves behind.
         if Offload.of(model) is not None and not isinstance(table, DeviceTables):
             raise ValueError(
                 "the blocks of an offloaded model move: give DeviceTables of its parameters as the "
@@ -108,6 +109,7 @@ class ModelObjective:
         offload = Offload.of(self._model)
         if offload is None:
             return
+        # By parameters, not by numbers: an offload may know more blocks than are trained.
         names = {entry.name for entry in self._table.entries if entry.group in active}
         offload.set_active([b.name for b in offload.blocks if names & set(b.parameters)])
 

@@ -56,6 +56,7 @@ class Replica:
 
     def bind(self, job: int) -> None:
         """Ties the replica to a job, or raises ReplicaError when it holds rounds of another."""
+        # At theta_0 any job will do. Later the rounds of another one are in the weights for good.
         if self.job is not None and self.job != job and self.applied_round:
             raise ReplicaError(
                 f"the replica has {self.applied_round} rounds of job {self.job:#018x} applied and "
@@ -117,6 +118,7 @@ class Replica:
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file in one step: one that was there stays until it is whole."""
+        # Read from the weights: where they were changed from outside, the next entry finds it.
         info = CheckpointInfo(
             job=self.job or 0,
             applied_round=self.applied_round,

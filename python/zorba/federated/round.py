@@ -106,7 +106,7 @@ class Round:
         self._masks = masks
         self._rows = masks.rows
         self._diverged = False
-        self._started = time.perf_counter()
+        self._started = time.perf_counter()  # monotonic: the clock of the day may jump
         clients = len(masks.rows)
         self._reached = np.full(clients, _NOT_ASKED, np.int64)  # round after which each answers
         self._came = np.zeros(clients, bool)
@@ -173,6 +173,7 @@ class Round:
         # mind, must not weigh twice.
         if self._came[row]:
             raise MessageError(f"{name} replied to round {reply.round} already")
+        # The shape follows from what was asked, not from the reply.
         steps, samples = self._scalars.shape[1:]
         if not (self.measures and reached == self.number - 1):
             steps = 0  # it was asked to catch up only
@@ -208,6 +209,7 @@ class Round:
         # The server has no model, so the clients judge each other: all measured at the weights of
         # one round, which are the same bits wherever nothing went wrong.
         rows = np.flatnonzero(self._came)
+        # Accidents are found this way. Whoever makes a fingerprint fit on purpose is not.
         values, votes = np.unique(self.fingerprints[rows], return_counts=True)
         if len(values) <= 1:
             return rows, {}
@@ -242,7 +244,7 @@ class Round:
         )
 
     def report(
-        self, entry: LogEntry, rows: Rows, diverged: Mapping[str, str], problem: str
+        self, entry: LogEntry, rows: Rows, diverged: dict[str, str], problem: str
     ) -> RoundReport:
         """Returns what the round did and cost.
 
@@ -255,6 +257,7 @@ class Round:
         names = list(self._rows)
         clients = tuple(names[row] for row in rows.tolist())
         losses, examples = self._losses[rows], self._examples[rows]
+        # Losses are telemetry, and nan where they are private: they decide nothing.
         told = np.isfinite(losses)
         mean = np.average(losses[told], weights=examples[told]) if told.any() else math.nan
         return RoundReport(

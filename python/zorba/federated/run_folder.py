@@ -40,6 +40,7 @@ class RunFolder:
     def clear(self) -> None:
         """Removes what an earlier run left; makes the folder where there is none."""
         self.path.mkdir(parents=True, exist_ok=True)
+        # Only files of a run: whatever else somebody put into the folder stays.
         for file in (self.log, self.events, self.plan, self.summary, self.report):
             file.unlink(missing_ok=True)
 
@@ -100,6 +101,7 @@ class RunRecorder:
             },
         )
         self._write_plan(record)
+        # An entry that was cut was never told to anyone; still, a crash happened, and is shown.
         if cut := server.log.cut_bytes:
             self.fault(f"the log ended with a torn entry of {cut} bytes, which was cut")
 
@@ -107,6 +109,7 @@ class RunRecorder:
         """Writes what a round did."""
         entry = report.entry
         record = {f.name: getattr(report, f.name) for f in fields(report) if f.name != "entry"}
+        # Fingerprints as text: numbers above 2**53 lose bits in many readers of JSON.
         record |= {
             "failures": _cut(report.failures),
             "refusals": _cut(report.refusals),
@@ -206,6 +209,7 @@ def _plan_record(server: Server, plan: BlockPlan | None) -> dict[str, Any]:
 def _settings_record(server: Server, rounds: int) -> dict[str, Any]:
     """Settings by name; a schedule is told by its rates at the ends of the run."""
     settings: FederationSettings = server.settings
+    # A schedule is a function, which JSON has not: its ends say most of it.
     record = {f.name: getattr(settings, f.name) for f in fields(settings)}
     if callable(settings.lr):
         first, last = server.round, server.log.last + max(1, rounds)

@@ -118,6 +118,7 @@ class Server:
 
     def greetings(self, available: Iterable[str] | None = None) -> dict[str, bytes]:
         """Returns a greeting for each client that was not admitted yet (of those available)."""
+        # The job alone: who is not admitted yet gets nothing of the log.
         message = Greeting(self.settings.job_id).encode()
         return {name: message for name in self._masks.present(available) if name not in self._marks}
 
@@ -157,6 +158,7 @@ class Server:
         self._start_over(measures=measures)
         present = self._masks.present(available)
         ready = [name for name in present if name in self._marks]
+        # Beside the plans, so that a client that joins costs the others no exchange.
         return self._ask(self.current.draw(ready)) | self.greetings(present)
 
     def _ask(self, names: Sequence[str]) -> dict[str, bytes]:
@@ -236,6 +238,8 @@ class Server:
         ):
             if theirs != mine:
                 raise MessageError(f"{name} has {what} {theirs}, this job is of {mine}")
+        # Two models may share every shape, and every trainable bit: the identity counts frozen
+        # weights as well.
         wrong = self.identity.difference(hello.identity)
         if wrong:
             raise MessageError(f"{name} has {wrong}")
@@ -243,7 +247,8 @@ class Server:
         self._note_position(name, hello)
 
     def _take_reply(self, name: str, reply: Reply) -> None:
-        # All checks come before the first change: a refused reply leaves no trace.
+        # All checks come before the first change: a refused reply leaves no trace. The account of
+        # privacy is the client's own word, kept to be shown; nothing depends on it.
         self.current.check(name, reply)
         self._check_position(name, reply.applied_round, reply.fingerprint)
         self.current.add(name, reply)
@@ -259,7 +264,9 @@ class Server:
                 f"{name} has applied round {applied}, but the log ends at {self.log.last}: "
                 "it followed another log of this job"
             )
-        known = self.log.fingerprint_after(applied)  # None: the majority will tell
+        # Entries tell the fingerprint before them, so the weights after the last one are known only
+        # when the round is over. Until then it is None, and the majority decides.
+        known = self.log.fingerprint_after(applied)
         if known is not None and fingerprint != known:
             raise _DivergedClientError(
                 f"{name} has diverged: after round {applied} its fingerprint is "
@@ -293,6 +300,7 @@ class Server:
         done, problem = self.current, ""
         rows, diverged = done.agreeing()
         terms = done.terms(rows)
+        # One infinite coefficient would end every replica; an empty round costs only itself.
         if not torch.isfinite(terms.coefs).all():
             problem = f"coefficients of round {self.round} must be finite: set clip, or lower lr"
             rows = rows[:0]

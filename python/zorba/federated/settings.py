@@ -132,12 +132,14 @@ class FederationSettings:
         """First 8 bytes of SHA-256 of the purpose, the job's seed and data."""
         # A hash rather than a generator's next number: any seed can be had alone, in any order,
         # which is what a server that starts in the middle of a job needs.
+        # The purpose is part of it: a seed of noise and one of rounding must never be the same.
         text = b"zorba " + purpose.encode() + b"\0" + struct.pack("<Q", self.seed) + data
         return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
 
 
 def positive_in_float32(value: float) -> bool:
     """Returns whether a number is positive and finite in float32, in which noise is added."""
+    # Not only positive: 1e-300 is 0 in float32, and an evaluation there measures nothing.
     with np.errstate(over="ignore"):
         return 0 < float(np.float32(value)) < math.inf
 

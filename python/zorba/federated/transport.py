@@ -55,6 +55,7 @@ class LocalTransport:
         replies: dict[str, bytes] = {}
         failures: dict[str, str] = {}
         for name, data in plans.items():
+            # A failure of this client, as with an engine that lost it: the others go on.
             if name not in self._clients:
                 failures[name] = "there is no such client"
                 continue

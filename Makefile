@@ -2,6 +2,8 @@
 # make demo      fine-tune SmolLM2-135M as a federation of 8 clients, about 5 minutes
 # make federate-demo   the same over NVIDIA FLARE: a server and 3 sites, each a process, over TLS
 # make test      run the tests
+# make test-full run every combination of the kernels' tests, where make test has every pair of
+#                values
 # make test-interpret   run the kernels' tests in Triton's interpreter; make test does it too
 # make bench     run every suite of benchmarks
 # make compare   ZorBA beside federated baselines: accuracy, memory, bytes, time (docs/compare.md)
@@ -19,7 +21,7 @@ BIN := $(VENV)/bin
 INTERPRETED := triton golden equality fingerprint special_values table
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: install demo federate-demo test test-interpret bench compare gpu-check gpu-check-rehearse sass lint format clean
+.PHONY: install demo federate-demo test test-full test-interpret bench compare gpu-check gpu-check-rehearse sass lint format clean
 
 install: $(VENV)/.installed
 
@@ -41,12 +43,15 @@ federate-demo: install
 	$(BIN)/zorba federate demo
 
 test: install
-	$(BIN)/python -m pytest tests
-	$(MAKE) test-interpret
+	$(BIN)/python -m pytest tests $(FULL)
+	$(MAKE) test-interpret FULL=$(FULL)
+
+test-full:
+	$(MAKE) test FULL=--full
 
 # In a process of its own: Triton decides at import whether its kernels are interpreted.
 test-interpret: install
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest --server triton $(INTERPRETED:%=tests/kernels/test_%.py)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest --server triton $(FULL) $(INTERPRETED:%=tests/kernels/test_%.py)
 
 bench: install
 	$(BIN)/python -m pytest benchmarks -p benchmarks.record \

@@ -57,6 +57,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     return report
 
 
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether every combination was asked for, and large samples: ``--full``."""
+    return bool(request.config.getoption("--full"))
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     """Restores torch's number of threads after the test."""

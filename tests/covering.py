@@ -19,7 +19,7 @@ def combinations(axes: Mapping[str, Collection[Any]], full: bool) -> list[tuple[
         full: whether to return the product.
     """
     values = [list(column) for column in axes.values()]
-    if full or len(values) < 3:
+    if full or len(values) < 3 or not all(values):
         return list(itertools.product(*values))
     return [
         tuple(column[at] for column, at in zip(values, row, strict=True))

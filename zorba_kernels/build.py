@@ -13,6 +13,7 @@ from zorba_kernels.program import PackedProgram
 @cache
 def extension() -> tuple[Any, str | None]:
     """Returns the compiled module ``_C`` and None, or None and why it cannot be used."""
+    # A missing or broken part is no error at import: the reference serves, and says so.
     try:
         compiled = importlib.import_module("zorba_kernels._C")
     except ImportError as error:
@@ -20,6 +21,7 @@ def extension() -> tuple[Any, str | None]:
             f"the compiled part is missing or broken ({error}); install the package with a C++ "
             "compiler present: pip install ."
         )
+    # A stale extension would make other noise under the same version number.
     if compiled.noise_version != NOISE_VERSION:
         return None, (
             f"the compiled part has noise version {compiled.noise_version}, the Python part "

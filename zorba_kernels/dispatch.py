@@ -95,18 +95,21 @@ def choose(name: str | None, device: torch.device) -> Backend:
         ValueError: an unknown name.
         BackendUnavailableError: the named one, or every one, cannot serve; the message says why.
     """
+    # Read at every choice, not at import: tests and users change the environment in between.
     asked = name or os.environ.get("ZORBA_BACKEND")
     if not asked and device.type == "cpu" and os.environ.get("ZORBA_CPU_ISA"):
         asked = "cpu"  # it was asked for by its instruction set: no quiet fall back on a slower one
     if asked:
         if asked not in _registered:
             raise ValueError(f"unknown backend {asked!r}; there are {', '.join(_registered)}")
+        # Whoever names a backend measures or tests it: another one must not step in.
         reason = _registered[asked].unavailable(device)
         if reason is not None:
             raise BackendUnavailableError(f"backend {asked!r} cannot serve this call: {reason}")
         return _registered[asked]
     reasons = {}
     for backend in _registered.values():
+        # Triton's interpreter can serve CPU tensors, for tests: nobody gets it unasked.
         if backend.devices is not None and device.type not in backend.devices:
             continue
         reason = backend.unavailable(device)

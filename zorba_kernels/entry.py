@@ -78,8 +78,10 @@ def check_tensor(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in DTYPE_CODES:
         supported = ", ".join(str(d) for d in DTYPE_CODES)
         raise TypeError(f"{name!r} has dtype {tensor.dtype}; supported are {supported}")
+    # Sparse and nested tensors have no address that an index leads to.
     if tensor.layout != torch.strided:
         raise TypeError(f"{name!r} has layout {tensor.layout}; only strided tensors are supported")
+    # From the smallest stride on, each dimension must step over all that is inside of it.
     reach = 0
     for stride, count in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if tensor.numel() and count > 1 and stride <= reach:
@@ -92,6 +94,7 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 
 def non_negative(value: int, what: str) -> int:
     """Returns value, or raises ValueError unless it is an integer from 0."""
+    # A bool is an int in Python, and here always a mistake (a mask taken for groups).
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{what} must be an integer from 0, got {value!r}")
     return value
@@ -108,10 +111,12 @@ def refuse_overlap(entries: Iterable[Entry]) -> None:
     for entry in entries:
         t = entry.tensor
         if t.numel():
+            # Up to the last element that the strides reach, not numel: views have gaps.
             reach = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1
             spans.append(
                 (t.device, t.data_ptr(), t.data_ptr() + reach * t.element_size(), entry.name)
             )
+    # Sorted by address, a span can only run into the next one.
     spans.sort(key=lambda s: (str(s[0]), s[1]))
     for before, after in itertools.pairwise(spans):
         if before[0] == after[0] and after[1] < before[2]:

@@ -54,8 +54,10 @@ def canonical_name(name: str) -> str:
     ``torch.compile``, FSDP and activation checkpointing leave a component anywhere in the name;
     ``DataParallel`` leaves ``module.`` at its start.
     """
+    # Only wrappers make these components, at any depth of the model.
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
+    # "module" is an ordinary name inside of a model: only at the start is it a wrapper's.
     while name.startswith("module."):
         name = name[len("module.") :]
     return name
@@ -94,6 +96,7 @@ def philox4x32(counter: Sequence[int], key: Sequence[int]) -> tuple[int, int, in
         )
     if any(not 0 <= v <= _MASK32 for v in words + low_high):
         raise ValueError(f"philox4x32 words must be uint32, got {words} and {low_high}")
+    # Python's integers do not wrap, which makes the high halves plain shifts.
     c0, c1, c2, c3 = words
     k0, k1 = low_high
     for _ in range(10):

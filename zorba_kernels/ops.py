@@ -46,6 +46,7 @@ def _operations(make: Callable[P, Program]) -> tuple[InPlace[P], OutOfPlace[P]]:
             RuntimeError: a tensor of the table was moved or resized.
         """
         if torch.compiler.is_compiling():
+            # Nothing is checked while tracing: values are only known when the graph runs.
             given = _in_graph(args, kwargs)
             torch.ops.zorba_kernels.add_noise_(_tensors(table), *_layout(table), **given)
         else:
@@ -132,7 +133,12 @@ def noise(
     return _noise(torch.Size(size), seed, stream, *rest)
 
 
+# The operators run these, not the functions above: a tracer may compute with constants, and while
+# it does the functions would make another operator of the call, and so on.
+
+
 def _fingerprint(table: ParamTable, backend: str | None) -> int:
+    # A hash of memory that was freed would pass for one of the weights.
     table.check()
     chosen = dispatch.choose(backend, table.device)
     return int(chosen.fingerprint(table.made_contiguous()))
@@ -188,6 +194,7 @@ def _schema() -> str:
 
 def _in_graph(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of ``Program`` as an operator takes them, by name."""
+    # Plain loops: Dynamo traces through here, and cannot through inspect.Signature.bind.
     given = dict(zip(_KINDS, args, strict=False)) | kwargs
     for name, value in given.items():
         kind = _KINDS.get(name)
@@ -204,6 +211,7 @@ def _words(values: int | Sequence[int] | Tensor | None) -> Tensor | None:
         return None
     if isinstance(values, Tensor):
         return values.reshape(-1).to(torch.int64)
+    # One by one: a symbolic integer stays a variable of the graph.
     listed = [values] if isinstance(values, int) else list(values)
     return torch.tensor([as_int64(v) for v in listed], dtype=torch.int64)
 
@@ -238,6 +246,7 @@ def _run_in_place(tensors: list[Tensor], *rest: Any, **kwargs: Any) -> None:
 
 def _run_out_of_place(tensors: list[Tensor], out: list[Tensor], *rest: Any, **kwargs: Any) -> None:
     layout, program = rest[:_LAYOUT_ARGUMENTS], rest[_LAYOUT_ARGUMENTS:]
+    # Tables first, then the program: a bad argument is refused with nothing changed.
     target = find_table(out, *layout)
     find_table(tensors, *layout).run(Program(*program, **kwargs), target)
 

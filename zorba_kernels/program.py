@@ -78,6 +78,7 @@ class Program:
         decay: Reals | None = None,
         backend: str | None = None,
     ) -> None:
+        # Everything that can be refused is refused here, before a weight is touched.
         check_choice("distribution", distribution, DISTRIBUTIONS)
         check_choice("rounding", rounding, ROUNDINGS)
         self.distribution = cast(Distribution, distribution)
@@ -101,6 +102,7 @@ class Program:
             self.rounding_seeds = _uint64s(rounding_seed, "rounding_seed")
         if len(self.rounding_seeds) != len(lengths):
             raise ValueError(f"{len(lengths)} rounds but {len(self.rounding_seeds)} rounding seeds")
+        # Kept as given: expanded to the groups of a table when it is run on one.
         self._coefs = _finite(coefs, "coefs")
         self._decays = _NO_DECAY if decay is None else _finite(decay, "decay")
         # How many groups there are is only known with a table; what does not depend on it is
@@ -141,6 +143,7 @@ class Program:
             ValueError: the program was made for another number of groups.
         """
         rounds = len(self.round_ends)
+        # One dimension means one a group, as coefficients are one a term: torch would take rounds.
         column = self._decays.unsqueeze(1) if self._decays.ndim == 1 else self._decays
         try:
             return column.expand(groups, rounds)
@@ -164,6 +167,7 @@ class Program:
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """Returns the result of ``make``, called for the first time only; backends keep theirs."""
+        # Not weak: what is kept is as good as the program for as long as it lives.
         kept = self._kept
         if key not in kept:
             kept[key] = make()
@@ -197,9 +201,11 @@ class PackedProgram:
         parts = (integers.view(torch.uint8), torch.cat(reals).view(torch.uint8))
         memory = torch.cat(parts)
         if device.type == "cuda":
+            # Pinned, so that the copy is ordered on the stream and the host goes on at once.
             memory = memory.pin_memory().to(device, non_blocking=True)
         self._memory = memory
         sizes = [self._size_of(name) * n for name, n in zip(self.ARRAYS, self._counts, strict=True)]
+        # Addresses by arithmetic: views of the memory cost more than all the rest of packing.
         starts = itertools.accumulate(sizes[:-1], initial=memory.data_ptr())
         numbers = (int(getattr(self, name)) for name in self.NUMBERS)
         self._struct = torch.tensor([*starts, *numbers], dtype=torch.int64)
@@ -254,6 +260,7 @@ def check_sample(value: int) -> int:
 
 def integer(value: int, what: str) -> int:
     """Returns value as an int, or raises TypeError when it is no integer."""
+    # __index__ takes integers of Python, numpy and torch, and no float that happens to be whole.
     try:
         return value.__index__()
     except AttributeError:
@@ -274,6 +281,7 @@ def _uint64s(value: Words, what: str) -> tuple[int, ...]:
 
 
 def _finite(values: Reals, what: str) -> Tensor:
+    # Through float64, so that a number beyond float32 is seen as given, not as an infinity.
     wide = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
     narrow = wide.to(torch.float32).contiguous()
     size = narrow.abs()

@@ -58,7 +58,9 @@ class ParamTable:
         offsets: Mapping[str, int] | None = None,
         num_groups: int | None = None,
     ) -> None:
+        # An iterable may be a generator: it is read once, and its length matters.
         pairs = list(tensors.items()) if isinstance(tensors, Mapping) else list(tensors)
+        # A stream is a hash of the name, so a wrapper around the model must not change it.
         names = [canonical_name(name) for name, _ in pairs]
         refuse_duplicates(names)
         group_of = {canonical_name(name): g for name, g in (groups or {}).items()}
@@ -80,16 +82,19 @@ class ParamTable:
                     f"{name!r} reaches element {offset + tensor.numel()}; the noise contract ends "
                     f"at {MAX_ELEMENTS} (2**35) elements a parameter"
                 )
+            # Tied weights must change once. Empty tensors may share an address by chance.
             identity = identity_of(tensor)
             if tensor.numel() and identity in first_name:
                 self._add_alias(name, first_name[identity], group, offset)
                 continue
             if tensor.numel():
                 first_name[identity] = name
+            # Detached, so that passes write to leaves that require gradients.
             self.entries.append(
                 Entry(name, tensor, tensor.detach(), stream_of(name), group, offset, identity)
             )
         refuse_overlap(self.entries)
+        # Both are weak: a table of a scratch buffer must not live as long as the weights' one.
         self._packed: WeakKeyDictionary[ParamTable, Tensor] = WeakKeyDictionary()
         self._alike: WeakSet[ParamTable] = WeakSet()  # tables that check_like() has passed
         self.contiguous = all(entry.tensor.is_contiguous() for entry in self.entries)
@@ -104,9 +109,11 @@ class ParamTable:
         self.num_groups = least if num_groups is None else num_groups
         if self.num_groups < least:
             raise ValueError(f"num_groups is {num_groups}, but group {least - 1} is in use")
+        # Operators of a graph, which hold tensors only, find this table again: see find_table().
         _alive[_key(self)] = self
 
     def _add_alias(self, name: str, first: str, group: int, offset: int) -> None:
+        # One storage cannot have two streams, groups or places: the noise would depend on order.
         entry = next(e for e in self.entries if e.name == first)
         if (entry.group, entry.offset) != (group, offset):
             raise ValueError(
@@ -164,9 +171,11 @@ class ParamTable:
             BackendUnavailableError: no backend, or not the program's, can serve.
             RuntimeError: a tensor was moved or resized since its table was made.
         """
+        # A stale address would be written to: nothing may skip this, however often it runs.
         self.check()
         target = self if out is None else out
         if target is not self:
+            # Likeness cannot change while both are current, so it is checked once for a pair.
             if target not in self._alike:
                 self._check_like(target)
                 self._alike.add(target)
@@ -186,6 +195,7 @@ class ParamTable:
                 offsets={source.name: source.offset},
                 num_groups=self.num_groups,
             )
+            # The groups of the whole table: a row of coefficients keeps its number.
             backend.run(piece, piece, program)
             target.tensor.copy_(piece.entries[0].tensor)
 
@@ -224,6 +234,7 @@ class ParamTable:
         Cached for as long as ``out``, where the pass writes, is alive. In place, ``out`` is the
         table itself.
         """
+        # int64 throughout: addresses and uint64 bits fit, and the rows are one array of structs.
         packed = self._packed.get(out)
         if packed is None:
             rows = [

@@ -80,19 +80,26 @@ template <typename Form>
 using Kernel = void (*)(Table, Form);
 
 template <Distribution distribution, typename Form>
-Kernel<Form> kernel_for(bool stochastic) {
+Kernel<Form> rounded(bool stochastic) {
   return stochastic ? add_noise<distribution, true, Form> : add_noise<distribution, false, Form>;
+}
+
+template <typename Form>
+Kernel<Form> kernel_for(const zorba::Program& program) {
+  switch (static_cast<Distribution>(program.distribution)) {
+    case Distribution::kGaussian: return rounded<Distribution::kGaussian, Form>(program.stochastic);
+    case Distribution::kRademacher:
+      return rounded<Distribution::kRademacher, Form>(program.stochastic);
+  }
+  throw std::runtime_error("no such distribution");
 }
 
 // Starts the kernel of a program that is in the form of `Single` or `Many`.
 template <typename Form>
 void run(const Where& where, const DeviceTable& table, const zorba::Program& program,
          const Form& form) {
-  const bool gaussian = static_cast<Distribution>(program.distribution) == Distribution::kGaussian;
-  const Kernel<Form> kernel = gaussian
-                                  ? kernel_for<Distribution::kGaussian, Form>(program.stochastic)
-                                  : kernel_for<Distribution::kRademacher, Form>(program.stochastic);
-  launch(where, "add_noise", table.tiles, kBlockThreads<Form>, kernel, view(table), form);
+  launch(where, "add_noise", table.tiles, kBlockThreads<Form>, kernel_for<Form>(program),
+         view(table), form);
 }
 
 }  // namespace

@@ -35,6 +35,17 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+using Kernel = void (*)(float*, int64_t, int64_t, device::Stream, uint32_t, device::PhiloxKeys,
+                        int64_t);
+
+Kernel kernel_for(int64_t distribution) {
+  switch (static_cast<Distribution>(distribution)) {
+    case Distribution::kGaussian: return noise_values<Distribution::kGaussian>;
+    case Distribution::kRademacher: return noise_values<Distribution::kRademacher>;
+  }
+  throw std::runtime_error("no such distribution");
+}
+
 }  // namespace
 
 void noise(const Where& where, uintptr_t out, int64_t numel, int64_t offset, uint64_t seed,
@@ -43,11 +54,8 @@ void noise(const Where& where, uintptr_t out, int64_t numel, int64_t offset, uin
   const int64_t blocks = (offset + numel - 1) / kGaussianBlock - offset / kGaussianBlock + 1;
   const int64_t pieces = (blocks + kLanes - 1) / kLanes;
   const device::Stream halves{static_cast<uint32_t>(stream), static_cast<uint32_t>(stream >> 32)};
-  const auto kernel = static_cast<Distribution>(distribution) == Distribution::kGaussian
-                          ? noise_values<Distribution::kGaussian>
-                          : noise_values<Distribution::kRademacher>;
-  launch(where, "noise", pieces, kThreads, kernel, reinterpret_cast<float*>(out), numel, offset,
-         halves, sample, device::philox_keys(seed), pieces);
+  launch(where, "noise", pieces, kThreads, kernel_for(distribution), reinterpret_cast<float*>(out),
+         numel, offset, halves, sample, device::philox_keys(seed), pieces);
 }
 
 }  // namespace cuda

@@ -17,7 +17,6 @@ from zorba_kernels.backends import reference
 
 RADII = torch.arange(1 << 16)
 ANGLES = torch.arange(1 << 15)
-COUNT = 1 << 21
 
 
 @pytest.fixture(scope="module")
@@ -110,20 +109,26 @@ def correlation(a: Tensor, b: Tensor) -> float:
     return float((a * b).mean() / (a.std() * b.std()))
 
 
+@pytest.fixture(scope="module")
+def count(full: bool) -> int:
+    """Values of a sample: the bounds follow from how many there are."""
+    return 1 << 21 if full else 1 << 18
+
+
 @pytest.fixture(scope="module", params=zk.noise.DISTRIBUTIONS)
-def sample(request: pytest.FixtureRequest) -> Tensor:
-    """Two million values of one parameter."""
-    return zk.noise(COUNT, seed=1, stream=2, distribution=request.param)
+def sample(request: pytest.FixtureRequest, count: int) -> Tensor:
+    """Values of one parameter."""
+    return zk.noise(count, seed=1, stream=2, distribution=request.param)
 
 
 @pytest.mark.parametrize("lag", [1, 2, 3, 4, 7, 8, 9, 31, 32, 33, 64, 127, 128, 129, 512, 2048])
-def test_neighbours(sample, lag):
-    assert abs(correlation(sample[lag:], sample[:-lag])) < sampling_error(COUNT - lag)
+def test_neighbours(sample, count, lag):
+    assert abs(correlation(sample[lag:], sample[:-lag])) < sampling_error(count - lag)
 
 
-def test_two_normals_of_a_word_share_no_size():
+def test_two_normals_of_a_word_share_no_size(count):
     """They share a radius: of true normals not even the squares are correlated."""
-    z = zk.noise(COUNT, seed=1, stream=2)
+    z = zk.noise(count, seed=1, stream=2)
     for a, b in ((z[::2], z[1::2]), (z[:-2:2], z[2::2])):
         assert abs(correlation(a * a, b * b)) < sampling_error(len(a))
         assert abs(correlation(a * a * a, b)) < sampling_error(len(a))
@@ -146,22 +151,22 @@ def test_two_normals_of_a_word_share_no_size():
     ids=str,
 )
 @pytest.mark.parametrize("kind", zk.noise.DISTRIBUTIONS)
-def test_neighbouring_keys(kind, other):
+def test_neighbouring_keys(kind, other, count):
     key = {"seed": 1, "stream": 2, "sample": 0, "distribution": kind}
-    a, b = zk.noise(COUNT, **key), zk.noise(COUNT, **(key | other))
-    assert abs(correlation(a, b)) < sampling_error(COUNT)
+    a, b = zk.noise(count, **key), zk.noise(count, **(key | other))
+    assert abs(correlation(a, b)) < sampling_error(count)
 
 
-def test_balance(sample):
-    assert abs(float(sample.double().mean())) < sampling_error(COUNT)
-    assert abs(float(sample.double().pow(2).mean()) - 1) < math.sqrt(2) * sampling_error(COUNT)
+def test_balance(sample, count):
+    assert abs(float(sample.double().mean())) < sampling_error(count)
+    assert abs(float(sample.double().pow(2).mean()) - 1) < math.sqrt(2) * sampling_error(count)
 
 
-def test_rademacher_is_plus_or_minus_one():
-    z = zk.noise(COUNT, seed=1, stream=2, distribution="rademacher")
+def test_rademacher_is_plus_or_minus_one(count):
+    z = zk.noise(count, seed=1, stream=2, distribution="rademacher")
     assert bool((z.abs() == 1).all())
     for bit in range(32):  # each bit of a word is balanced by itself
-        assert abs(float(z[bit::32].mean())) < sampling_error(COUNT // 32)
+        assert abs(float(z[bit::32].mean())) < sampling_error(count // 32)
 
 
 def test_rounding_bits_are_uniform_and_apart():

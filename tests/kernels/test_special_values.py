@@ -23,7 +23,7 @@ def every_value(dtype: torch.dtype) -> torch.Tensor:
     return torch.cat([positive, positive | -(1 << 31)]).view(torch.float32)
 
 
-@pytest.mark.parametrize("coef", [1e-3, 1e-40, 1e38], ids=["small", "subnormal", "huge"])
+@pytest.mark.covering(coef=[1e-3, 1e-40, 1e38])
 def test_every_value(compiled, rng, dtype, rounding, coef):
     weights = every_value(dtype)
     expected = weights.clone()

@@ -13,7 +13,6 @@ import torch
 import zorba_kernels as zk
 from tests.tolerances import STANDARD_ERRORS, bound
 
-COUNT = 1 << 20
 STREAM = zk.noise.stream_of("w")
 
 # Weight, and a change in units of the step of the dtype at that weight. Both signs of z occur.
@@ -49,13 +48,13 @@ STEP = {torch.bfloat16: (7, -133), torch.float16: (10, -24)}
 @pytest.mark.parametrize(
     ("dtype", "place"), [(dtype, place) for dtype in PLACES for place in PLACES[dtype]]
 )
-def test_the_mean_is_the_exact_value(server, dtype, place):
+def test_the_mean_is_the_exact_value(server, dtype, place, full):
     """E[round(x)] = x, for a change up and a change down apart."""
     weight, share = PLACES[dtype][place]
     digits, lowest = STEP[dtype]
     exponent = math.frexp(abs(weight))[1] - 1 if weight else lowest
     step = 2.0 ** max(exponent - digits, lowest)
-    count = COUNT // 8 if "reference" in server.name else COUNT
+    count = 1 << 20 if full and server.name != "reference" else 1 << 16
     weights = torch.full((count,), weight, dtype=dtype)
     coef = float(torch.tensor(share * step, dtype=torch.float32))
     zk.add_noise_(zk.ParamTable({"w": weights}), 5, coef, "rademacher", "stochastic")
@@ -84,7 +83,7 @@ def test_exact_results_stay(server, dtype):
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("distribution", zk.noise.DISTRIBUTIONS)
-def test_updates_of_1e_7_of_the_weight_arrive(distribution):
+def test_updates_of_1e_7_of_the_weight_arrive(distribution, full):
     """Mean applied update over intended, many steps at lr * g = 1e-7 of the weight.
 
     All steps go along one direction, so that the intended update of an element is c z T after T
@@ -92,10 +91,12 @@ def test_updates_of_1e_7_of_the_weight_arrive(distribution):
     step. Over N elements the ratio <applied, intended> / <intended, intended> then has the
     standard error sqrt(E|z|^3 U / (c N T)). With U = 2^-7 and weights of 1.75 to 2 (the top of a
     binade, where U is the smallest share of the weight) N T = 1.05e10 makes that 0.0020 for
-    z = +-1, and 1.7e10 makes it 0.0020 for normals: the tolerance is five standard errors.
+    z = +-1, and 1.7e10 makes it 0.0020 for normals: the tolerance is five standard errors. Without
+    --full a 16th of the elements does, within four times as much.
     """
     torch.set_num_threads(2)
-    elements, steps = 1 << 20, {"rademacher": 10_000, "gaussian": 16_000}[distribution]
+    elements, wider = (1 << 20, 1) if full else (1 << 16, 4)
+    steps = {"rademacher": 10_000, "gaussian": 16_000}[distribution]
     before = torch.linspace(1.75, 1.99, elements).bfloat16()
     change = float(1e-7 * before.double().mean())
     z = zk.noise(elements, seed=9, stream=STREAM, distribution=distribution).double()
@@ -116,5 +117,5 @@ def test_updates_of_1e_7_of_the_weight_arrive(distribution):
 
     ratio = applied_over_intended("stochastic", steps)
     print(f"applied over intended: {ratio:.4f}")
-    assert abs(ratio - 1) < bound("applied over intended")
+    assert abs(ratio - 1) < wider * bound("applied over intended")
     assert applied_over_intended("nearest", 100) < bound("nearest loses")

@@ -7,6 +7,7 @@ import torch
 
 import zorba_kernels as zk
 from tests.kernels.bits import assert_same_bits
+from tests.kernels.conftest import not_interpreted
 
 VIEWS = {
     "transposed": lambda x: x.t(),
@@ -21,7 +22,8 @@ VIEWS = {
 }
 
 
-@pytest.mark.parametrize("view", VIEWS)
+@not_interpreted("views are copied before a backend sees them")
+@pytest.mark.covering(view=VIEWS)
 def test_views(server, rng, dtype, rounding, view):
     """A view gives what a contiguous copy of it gives, and nothing outside of it changes."""
     base = rng.weights((40, 30), dtype)

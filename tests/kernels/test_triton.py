@@ -116,8 +116,7 @@ def test_every_radius_and_angle():
     assert_same_bits(second, expected[1])
 
 
-@pytest.mark.parametrize("terms", [1, 2])
-@pytest.mark.parametrize("strip", [512, 2048])
+@pytest.mark.covering(terms=[1, 2], strip=[512, 2048])
 def test_bits_do_not_depend_on_the_pieces(
     monkeypatch, rng, dtype, rounding, distribution, terms, strip
 ):
@@ -139,12 +138,12 @@ def test_bits_do_not_depend_on_the_pieces(
     assert_same_bits(base[shift + 5000 :], outside[1])
 
 
-@pytest.mark.parametrize("decay", [None, [0.0, 0.01, 0.0, 0.5]], ids=["plain", "decay"])
-@pytest.mark.parametrize("zero", [False, True], ids=["all", "some zero"])
-def test_one_term_of_many_groups(rng, rounding, decay, zero):
+@pytest.mark.covering(decays=[False, True], zero=[False, True])
+def test_one_term_of_many_groups(rng, rounding, decays, zero):
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     weights = {f"{i}": rng.weights(700 * i, dtypes[i % 3]) for i in range(8)}
     groups = {name: int(name) % 4 for name in weights}
+    decay = [0.0, 0.01, 0.0, 0.5] if decays else None
     coefs = rng.coefs(4, 1)
     if zero:
         coefs[1:3] = 0.0

@@ -21,6 +21,7 @@ def unavailable(device: torch.device) -> str | None:
     compiled, reason = extension()
     if compiled is None:
         return reason
+    # Forced instruction sets are for tests and measurements: an unknown one is no wish for less.
     if not compiled.cpu_runs(isa()):
         return (
             f"ZORBA_CPU_ISA={isa()!r} is unknown, was not built, or this processor lacks it; "
@@ -36,6 +37,7 @@ def isa() -> str:
 
 def run(table: ParamTable, out: ParamTable, program: Program) -> None:
     """See ``dispatch.Backend``."""
+    # The instruction set is kept with the program: no look at the environment in each run.
     segments = table.packed(out)
     extension()[0].cpu_add_noise(
         program.once("isa", isa),
@@ -56,6 +58,7 @@ def noise(
     device: torch.device,
 ) -> Tensor:
     """See ``dispatch.NoiseFunction``."""
+    # Written whole by the kernel: no need to clear it.
     z = torch.empty(numel, dtype=torch.float32, device=device)
     extension()[0].cpu_noise(
         isa(),

@@ -31,6 +31,7 @@ def unavailable(device: torch.device) -> str | None:
         )
     if not torch.cuda.is_available():
         return compiled.cuda_unavailable(0) or "torch finds no usable CUDA device"
+    # The driver is asked once a device; only success is kept, so that a failure can be mended.
     index = _index(device)
     if index not in _usable:
         why: str = compiled.cuda_unavailable(index)
@@ -44,6 +45,7 @@ def run(table: ParamTable, out: ParamTable, program: Program) -> None:
     """See ``dispatch.Backend``."""
     single = len(program.seeds) == 1 and len(program.round_ends) == 1
     if single and table.num_groups <= extension()[0].cuda_max_groups_of_single:
+        # The usual case of a step, perturb or update with one direction.
         # Everything but the table travels with the launch: no copy, no allocation.
         packed = program.packed(table.num_groups)
         extension()[0].cuda_add_noise_single(*_target(table, out), packed.address)
@@ -80,6 +82,7 @@ def noise(
 
 def fingerprint(table: ParamTable) -> int:
     """See ``dispatch.Backend``; waits for the result."""
+    # The bits of a uint64 sum: int64 wraps alike.
     result = torch.zeros(1, dtype=torch.int64, device=table.device)
     extension()[0].cuda_fingerprint(*_target(table, table), result.data_ptr())
     return int(result.item()) % (1 << 64)
@@ -112,6 +115,7 @@ _tables: OncePerPair[DeviceTable] = OncePerPair()
 
 def _target(table: ParamTable, out: ParamTable) -> tuple[int, ...]:
     """The leading arguments of the functions of ``_C``: where to run, and the table."""
+    # A host address in a launch would be a fault of the device, which ends its context.
     for each in (table, out):
         if each.device.type != "cuda":
             raise ValueError(
@@ -124,6 +128,7 @@ def _target(table: ParamTable, out: ParamTable) -> tuple[int, ...]:
         tiles = extension()[0].cuda_tile_ends(packed.data_ptr(), len(packed), ends.data_ptr())
         return DeviceTable.copy(packed, ends, tiles, table.device)
 
+    # The rows are copied once a pair of tables; another stream that reads them must be recorded.
     held = _tables.get(table, out, make)
     current = torch.cuda.current_stream(table.device)
     held.for_stream(current)

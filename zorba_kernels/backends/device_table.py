@@ -27,11 +27,13 @@ class DeviceTable:
     @classmethod
     def copy(cls, segments: Tensor, ends: Tensor, tiles: int, device: torch.device) -> DeviceTable:
         """Copies rows and ends from the CPU to the device, on its current stream."""
+        # The copy is ordered on this stream; launches on it need no further care.
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         return cls(segments.to(device), ends.to(device), tiles, stream)
 
     def for_stream(self, stream: torch.cuda.Stream) -> None:
         """Keeps the memory from being used again before the stream is done with it."""
+        # The allocator only knows the stream that a tensor was made on.
         if stream != self.made_on:
             self.segments.record_stream(stream)
             self.ends.record_stream(stream)
@@ -41,6 +43,7 @@ class OncePerPair(Generic[T]):
     """What is made once for a table and where its pass writes, kept as long as both are alive."""
 
     def __init__(self) -> None:
+        # Weak on both sides: the entry goes with whichever table goes first.
         self._made: WeakKeyDictionary[ParamTable, WeakKeyDictionary[ParamTable, T]] = (
             WeakKeyDictionary()
         )

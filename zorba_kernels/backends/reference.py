@@ -32,6 +32,7 @@ def run(table: ParamTable, out: ParamTable, program: Program) -> None:
     coefs, decays = program.coefs(table.num_groups), program.decays(table.num_groups)
     for source, target in zip(table.entries, out.entries, strict=True):
         flat = source.tensor.reshape(-1)
+        # The source may be the target: it is only overwritten when all of it has been read.
         result = torch.empty_like(flat)
         for start in range(0, flat.numel(), CHUNK):
             piece = flat[start : start + CHUNK]
@@ -75,6 +76,7 @@ def fingerprint(table: ParamTable) -> int:
                 -(-piece.numel() // per_lane) * per_lane, dtype=piece.dtype, device=piece.device
             )
             padded[: piece.numel()] = piece
+            # Little-endian bytes: the hash is of memory, not of values.
             lanes = padded.view(torch.int64)
             lane = torch.arange(
                 start // per_lane, start // per_lane + lanes.numel(), device=piece.device
@@ -123,6 +125,7 @@ def _words_at(
 def _noise_at(
     index: Tensor, seed: int, stream: int, sample: int, distribution: Distribution
 ) -> Tensor:
+    # Whole blocks are made, and the range cut out: it may begin and end inside of one.
     elements = BLOCK_ELEMENTS[distribution]
     words, first = _words_at(index, elements, stream, sample, seed)
     local = index - first * elements
@@ -135,6 +138,7 @@ def _noise_at(
 def _box_muller(word: Tensor) -> tuple[Tensor, Tensor]:
     """Two normals a word; see ``csrc/noise.h`` for what each line computes."""
     hexf = float.fromhex
+    # Radius: the low 16 bits are the mantissa of a float near 2^23, so that u is exact.
     u = _as_float((word & 0xFFFF) | 0x4B000000) - 8388607.5
     u_bits = _as_bits(u)
     m = _as_float((u_bits & 0x7FFFFF) | 0x3F800000)
@@ -144,12 +148,14 @@ def _box_muller(word: Tensor) -> tuple[Tensor, Tensor]:
     line = _fma(u_bits.to(torch.int32).to(torch.float32), -(2.0**-23), 144.5031745)
     s = _fma(m, g, line)
 
+    # 1 / sqrt(s): an integer guess, and one polynomial correction in place of Newton steps.
     y = _as_float(0x5F3759DF - (_as_bits(s) >> 1))
     t = s * y
     v = t * y
     p = _fma(v, _fma(v, hexf("0x1.808ae0p-2"), hexf("-0x1.408d50p+0")), hexf("0x1.e06a9cp+0"))
     r = _as_float(_as_bits(t * p) ^ (word & 0x80000000))
 
+    # Angle: bits 16 to 30, half an angle step off zero, so that no sign is favoured.
     x = _as_float(((word >> 15) & 0xFFFE) | 0x4A800000) - 4210687.5
     xx = x * x
     c = _fma(xx, hexf("-0x1.705eaep-90"), hexf("0x1.308724p-58"))
@@ -179,6 +185,7 @@ def _add_chunk(
             continue  # not even rounded: the bits of a NaN stay
         weights = stored.to(torch.float32)
         decay = decay.to(weights.device)
+        # The dither comes first, so that the sum has one order on every backend.
         total = torch.zeros_like(weights)
         if stochastic:
             random16, dither = _rounding_at(index, entry.stream, rounding_seed)
@@ -186,6 +193,7 @@ def _add_chunk(
             if piece.dtype == torch.float16:
                 scale = scale.clamp(min=0x38000000)
             total = _as_float(scale) * dither
+        # An infinite weight times a decay of 0 would be NaN.
         if float(decay) != 0.0:
             total = _fma(weights, -decay, total)
         for k in terms:
@@ -193,6 +201,7 @@ def _add_chunk(
                 index, program.seeds[k], entry.stream, program.samples[k], program.distribution
             )
             total = _fma(coefs[k].to(z.device), z, total)
+        # One addition after the sum: small terms add up before they meet a large weight.
         value = weights + total
         stored = _stochastic(value, random16, piece.dtype) if stochastic else value.to(piece.dtype)
     return stored
@@ -202,6 +211,7 @@ def _rounding_at(index: Tensor, stream: int, seed: int) -> tuple[Tensor, Tensor]
     """16 random bits of each element (int64) and the dither of its block (float32)."""
     block = index // 8
     calls = ((block >> 6) << 5) | (block & 31)
+    # Two blocks share a call: each is made once.
     unique, where = torch.unique(calls, return_inverse=True)
     words = torch.stack(_philox(unique, stream, ROUNDING_DOMAIN, seed), dim=1)[where]
     half = ((block >> 5) & 1) * 2
@@ -217,11 +227,13 @@ def _rounding_at(index: Tensor, stream: int, seed: int) -> tuple[Tensor, Tensor]
 
 
 def _stochastic(value: Tensor, random16: Tensor, dtype: torch.dtype) -> Tensor:
+    # Random bits below the last one that is kept, then a cut: up with the probability of the rest.
     bits = _as_bits(value)
     size = bits & 0x7FFFFFFF
     if dtype == torch.bfloat16:
         rounded = _as_float((bits + random16) & 0xFFFF0000)
     else:
+        # Below 2^-14 halves are evenly spaced: adding 2^-14 puts their step at bit 13, as above.
         lift = torch.where(size < 0x38800000, 2.0**-14, 0.0).to(torch.float32)
         cut = (_as_bits(_as_float(size) + lift) + (random16 >> 3)) & 0xFFFFE000
         out = _as_float(cut) - lift

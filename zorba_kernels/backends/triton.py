@@ -52,6 +52,7 @@ def unavailable(device: torch.device) -> str | None:
         interpreted = _interpreted()
     except ImportError as error:
         return f"triton cannot be imported ({error}); install it: pip install triton"
+    # Triton decides when a kernel is decorated: the environment may say something else by now.
     if interpreted != (device.type == "cpu"):
         return (
             "the interpreter of Triton is on (TRITON_INTERPRET), which serves CPU tensors"
@@ -133,6 +134,7 @@ class _Launch:
         tables = _by_dtype.get(table, out, lambda: _device_tables(table.packed(out), device))
         for code, held in tables:
             flags = self.flags | {"DTYPE": code}
+            # float32 always rounds to nearest: one kernel less to compile.
             if code == DTYPE_CODES[torch.float32]:
                 flags["STOCHASTIC"] = False
             options = flags | _config(flags, held, device).options()
@@ -188,6 +190,7 @@ def _launch_of(program: Program, table: ParamTable, in_place: bool) -> _Launch |
     left = (coefs == 0) & (decays != 0) if in_place else coefs == 0
     if bool(left.any()):
         return DeviceProgram(program, table)
+    # Values, not tensors: nothing is copied, and no value is compiled in.
     arguments: dict[str, Any] = _SINGLE | {"sample": program.samples[0]}
     arguments["seed_lo"], arguments["seed_hi"] = _halves(program.seeds[0])
     arguments["rounding_lo"], arguments["rounding_hi"] = _halves(program.rounding_seeds[0])
@@ -232,6 +235,7 @@ def _rehearse(function: Any, flags: dict[str, Any], elements: int, device: torch
     """Runs the kernel, for measurements, on memory of its own."""
     dtype = next(d for d, code in DTYPE_CODES.items() if code == flags["DTYPE"])
     table = ParamTable({"scratch": torch.zeros(elements, dtype=dtype, device=device)})
+    # Enough terms that the loop over them, not the load and the store, decides what is fastest.
     terms = 8 if flags["MANY"] else 1
     program = Program(list(range(terms)), [1e-3] * terms, decay=1e-3 if flags["DECAYS"] else None)
     launch = _launch_of(program, table, in_place=True)
@@ -247,12 +251,14 @@ _by_dtype: OncePerPair[list[tuple[int, DeviceTable]]] = OncePerPair()
 
 def _device_tables(packed: Tensor, device: torch.device) -> list[tuple[int, DeviceTable]]:
     """A device table for each dtype code that occurs in a segment with elements."""
+    # A launch for each dtype, which these kernels know at compile time.
     filled = packed[packed[:, 2] > 0]
     codes = sorted(set(filled[:, 5].tolist()))
     return [(code, _device_table(filled[filled[:, 5] == code], device)) for code in codes]
 
 
 def _device_table(packed: Tensor, device: torch.device) -> DeviceTable:
+    # Tiles are aligned in the whole parameter, as blocks of noise are: a shard may touch one more.
     numel, offset = packed[:, 2], packed[:, 3]
     tiles = (offset + numel + TILE - 1) // TILE - offset // TILE
     ends = torch.where(numel > 0, tiles, 0).cumsum(0)

@@ -84,12 +84,15 @@ def choose(
     size = max((size for size in SIZES if size <= elements), default=0)
     if size == 0:
         return default
+    # By size class, not by size: a table that grows by a layer is not measured again.
     key = (device, size, *flags.values())
     if key not in _chosen:
+        # A graph would replay the measurements at every step.
         if torch.cuda.is_current_stream_capturing():
             return default  # measuring would be captured too
         try:
             _chosen[key] = _measured(kernel, flags, size, device, rehearse)
+        # Scratch memory is a luxury: whoever has filled the GPU still gets a pass.
         except torch.OutOfMemoryError:
             _chosen[key] = default
     return _chosen[key]

@@ -35,6 +35,7 @@ class Variant:
         from triton.compiler import compile as compile_source
 
         kernel = triton.kernel(self.op)
+        # As a launch does: types by annotation, and no value specialised on.
         types = {p.name: p.annotation_type or "constexpr" for p in kernel.params}
         values = {(kernel.arg_names.index(name),): value for name, value in self.flags.items()}
         source = ASTSource(kernel, types, values, {})
@@ -63,6 +64,7 @@ def variants(every_candidate: bool = False) -> Iterator[Variant]:
             "TILE": TILE,
             "DTYPE": code,
         }
+        # Tuning may choose any; without it (small tables, captured graphs) the first one runs.
         chosen = candidates(flags)
         for config in chosen if every_candidate else chosen[:1]:
             options = config.options()

@@ -87,6 +87,7 @@ def begin_round(
 @triton.jit
 def end_round(stored, total, first, second, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
     """The rounded sum of weight and total, as stored."""
+    # The weight is widened again, not kept: registers are what limits the warps.
     value = widen(stored, DTYPE) + total
     if STOCHASTIC:
         result = round_stochastic(value, rounding_bits(first, second), DTYPE)
@@ -149,6 +150,7 @@ def change_strip(
     ``src`` and ``dst`` are the addresses of the parameter's element 0, were it all there. WHOLE:
     the strip is whole, and aligned to 16 bytes in both.
     """
+    # Blocks 32 apart share a rounding call, so both halves have one set of words.
     pair = tl.arange(0, STRIP // (2 * BLOCK))
     half0 = pair // (PAIR // 2) * PAIR + pair % (PAIR // 2)
     at0 = half0[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -176,6 +178,7 @@ def change_strip(
             decay = tl.load(decays + group * rounds + r)
             total0 = begin_round(stored0, w0, w1, decay, DTYPE, STOCHASTIC, True)
             total1 = begin_round(stored1, w2, w3, decay, DTYPE, STOCHASTIC, True)
+            # A round that leaves the group alone must not round it: NaN payloads would change.
             changed = decay != 0.0
             first = stop
             stop = tl.load(round_ends + r).to(tl.int32)
@@ -254,6 +257,7 @@ def add_noise(
     0 is left out. Otherwise all of the
     program is in device memory, as ``DeviceProgram`` lays it out. DECAYS: some decay is not zero.
     """
+    # The interpreter types integers by their value, not by the annotation.
     seed_lo = seed_lo.to(tl.uint32)
     seed_hi = seed_hi.to(tl.uint32)
     sample = sample.to(tl.uint32)
@@ -275,6 +279,7 @@ def add_noise(
         start = (offset // TILE + tile - tl.load(ends + at - 1, at > 0, 0)) * TILE
         begin = tl.maximum(offset, start)
         end = tl.minimum(offset + numel, start + TILE)
+        # A group's own coefficient is one load a tile, not one a strip.
         tile_coef = coef
         tile_decay = decay
         if grouped != 0:

@@ -50,6 +50,7 @@ def fingerprint(
     A piece of work is TILE elements of a segment, counted from its first one. There are as many
     pieces as tiles, of which the last may be empty: tiles are aligned in the whole parameter.
     """
+    # A sum a lane, added up once at the end: a reduction a tile would cost more than its hashes.
     total = tl.zeros([LANES], tl.uint64)
     for header_row in range(tl.program_id(0) * LANES, count, tl.num_programs(0) * LANES):
         at = header_row + tl.arange(0, LANES)
@@ -71,6 +72,7 @@ def fingerprint(
         halves = numel * each
         low = first * each // 4
         high = tl.minimum(first + TILE, numel) * each
+        # Lanes that are whole and aligned are loaded at once, the rest by halves.
         whole = low + (high - tl.minimum(low * 4, high)) // (4 * LANES) * LANES
         if src % 16 != 0:
             whole = low
@@ -82,4 +84,5 @@ def fingerprint(
             lane = tl.cast(start, tl.int64) + tl.arange(0, LANES)
             key = stream + STEP * (lane + 1).to(tl.uint64)
             total += tl.where(lane * 4 < high, mix(load_lanes(src, lane, halves, False) ^ key), 0)
+    # Wraps modulo 2^64 in whatever order the programs end.
     tl.atomic_add(result, tl.sum(total, 0).to(tl.int64))

@@ -93,6 +93,7 @@ def interleave(w0, w1, w2, w3):
 @triton.jit
 def box_muller(word):
     """Two standard normals of each word."""
+    # Radius: bits 0 to 15, through a float whose arithmetic is exact.
     u = as_float((word & 0xFFFF) | 0x4B000000) - 8388607.5
     u_bits = as_bits(u)
     m = as_float((u_bits & 0x7FFFFF) | 0x3F800000)
@@ -102,12 +103,14 @@ def box_muller(word):
     line = tl.fma(u_bits.to(tl.int32, bitcast=True).to(tl.float32), LINE_1, LINE_0)
     s = tl.fma(m, g, line)
 
+    # The root without a root instruction, which differs between GPUs.
     y = as_float(0x5F3759DF - (as_bits(s) >> 1))
     t = s * y
     v = t * y
     p = tl.fma(v, tl.fma(v, ROOT_2, ROOT_1), ROOT_0)
     r = as_float(as_bits(t * p) ^ (word & 0x80000000))
 
+    # Angle: bits 16 to 30; minimax polynomials for cos and sin.
     x = as_float(((word >> 15) & 0xFFFE) | 0x4A800000) - 4210687.5
     xx = x * x
     c = tl.fma(xx, COS_3, COS_2)
@@ -121,6 +124,7 @@ def box_muller(word):
 @triton.jit
 def gaussian(block, stream_lo, stream_hi, sample, seed_lo, seed_hi):
     """Blocks [n] -> z [n, 8], a row in one thread."""
+    # Both normals of a word stay in the thread that made it: no exchange before the store.
     w0, w1, w2, w3 = philox(block, stream_lo, stream_hi, sample, seed_lo, seed_hi)
     first, second = box_muller(interleave(w0, w1, w2, w3))
     return tl.reshape(tl.join(first, second), [block.shape[0], BLOCK])
@@ -153,6 +157,7 @@ def sign_bits(byte):
 def rounding_start(weight, dither, DTYPE: tl.constexpr):
     """What the sum of a stochastic round starts from."""
     scale = as_bits(weight) & 0x7F000000
+    # Half's subnormals land on steps of 2^-37, whatever their exponent.
     if DTYPE == FLOAT16:
         scale = tl.maximum(scale, 0x38000000)
     return as_float(scale) * dither
@@ -181,6 +186,7 @@ def rounding_bits(first, second):
 @triton.jit
 def round_stochastic(value, random16, DTYPE: tl.constexpr):
     """One of the two neighbours of a float32 in the 16-bit dtype, as stored: int16."""
+    # Integers do the cut: a conversion would round a second time.
     bits = as_bits(value)
     if DTYPE == BFLOAT16:
         rounded = tl.where(value == value, bits + random16, 0x7FC00000)

@@ -9,6 +9,7 @@ FIELDS = tl.constexpr(7)  # zorba_kernels.table.SEGMENT_FIELDS
 @triton.jit
 def find_segment(ends, count, tile, at):
     """The segment of a tile, not before segment ``at``; ends[i] tiles are in segments up to i."""
+    # A program's tiles ascend, so the search starts where the last one ended.
     low = at
     high = (count - 1).to(tl.int64)
     while low < high:

@@ -57,21 +57,22 @@ def explicit_scalar(
 def explicit_update(
     before: dict[str, Tensor], trained: set[str], seed: int, scalar: float, lr: float
 ) -> dict[str, Tensor]:
-    """``w - lr g z`` by hand for float32; by the oracle, stochastically rounded, for the others."""
+    """``w - lr g z`` by hand for float32; by the noise op, stochastically rounded, for the others.
+
+    That all backends make the same noise, and round alike, is tested with them.
+    """
     coef = torch.tensor(-lr * scalar, dtype=torch.float64).to(torch.float32)
     after = {}
     for name, w in before.items():
         if name not in trained:
             after[name] = w
         elif w.dtype == torch.float32:
-            z = zk.noise(w.shape, seed=seed, stream=stream_of(name), backend="reference")
+            z = zk.noise(w.shape, seed=seed, stream=stream_of(name))
             after[name] = w + coef * z
         else:
             after[name] = torch.empty_like(w)
             source, target = zk.ParamTable({name: w}), zk.ParamTable({name: after[name]})
-            zk.add_noise(
-                source, target, seed, coef.item(), rounding="stochastic", backend="reference"
-            )
+            zk.add_noise(source, target, seed, coef.item(), rounding="stochastic")
     return after
 
 

@@ -18,17 +18,18 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
+    """An embedding of 6 MiB, so that a mebibyte more is none of the rest."""
     config = LlamaConfig(
-        vocab_size=4000, hidden_size=512, intermediate_size=1024, num_hidden_layers=3,
-        num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True,
+        vocab_size=12_000, hidden_size=256, intermediate_size=2048, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
     )  # fmt: skip
     return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
 @pytest.fixture
 def closure(model: LlamaForCausalLM) -> Callable[[], torch.Tensor]:
-    ids = torch.arange(48).reshape(2, 24)
-    return lambda: model(input_ids=ids, labels=ids, use_cache=False).loss
+    ids = torch.arange(16).reshape(2, 8)
+    return lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1).logits.float().mean()
 
 
 def bytes_of(parameters: Any) -> int:
@@ -45,8 +46,9 @@ def test_in_place_allocates_nothing(
     assert peak_bytes(lambda: optimizer.step(closure)) <= inference + MIB
 
 
-@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
-@pytest.mark.parametrize("blocks", ["all", "last:1"])
+@pytest.mark.parametrize(
+    ("blocks", "distribution"), [("all", "gaussian"), ("last:1", "rademacher")]
+)
 def test_scratch_allocates_the_largest_active_parameter(
     model: LlamaForCausalLM, closure: Callable[[], torch.Tensor], blocks: str, distribution: Any
 ) -> None:
@@ -62,7 +64,9 @@ def test_scratch_allocates_the_largest_active_parameter(
 
     # A step alone finds the scratch of the first one; a whole run allocates it.
     assert peak_bytes(lambda: optimizer.step(closure)) <= inference + MIB
-    assert peak_bytes(first_and_second) <= inference + largest + MIB
+    whole = peak_bytes(first_and_second)
+    assert whole <= inference + largest + MIB
+    assert whole >= largest, "or the scratch was not counted"
 
 
 def test_the_count_sees_what_mezo_allocates(

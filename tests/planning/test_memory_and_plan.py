@@ -44,16 +44,6 @@ def test_all_blocks_may_take_less_than_their_sum_but_never_more(whole: object) -
     assert MemoryModel([10, 20], [0, 0], 5).all_active_bytes(["a", "b"]) == (35, 35)
 
 
-def test_some_of_the_clients() -> None:
-    named = MemoryModel([10, 20], [0, 0], {"a": 30, "b": 10}, whole={"a": 50, "b": 35})
-    assert named.only(["b"]).fixed_bytes(["b"]) == (10,)
-    assert named.only(["b"]).all_active_bytes(["b"]) == (35,)
-    with pytest.raises(ValueError, match="unknown clients"):
-        named.fixed_bytes(["b"])
-    same = MemoryModel([10, 20], [0, 0], 5, whole=30)
-    assert same.only(["b"]).all_active_bytes(["b"]) == (30,)
-
-
 @pytest.mark.parametrize(
     ("active", "idle", "names", "message"),
     [

@@ -129,8 +129,9 @@ def parse(arguments: Sequence[str]) -> Any:
         SystemExit: 0 after ``--help``, 2 where the arguments make no sense, with what was expected.
     """
     federate = tyro.conf.subcommand("federate", description=_FEDERATE_HELP)
+    every: Any = Union[_subcommands(COMMANDS), Annotated[_subcommands(FEDERATE), federate]]  # noqa: UP007
     return tyro.cli(
-        Union[_subcommands(COMMANDS), Annotated[_subcommands(FEDERATE), federate]],  # noqa: UP007
+        every,
         prog="zorba",
         description="Fine-tune language models without gradients, alone or as a federation.",
         args=arguments or ["--help"],

@@ -16,6 +16,7 @@ _Bools = npt.NDArray[np.bool_]
 
 def clip_scalars(scalars: npt.NDArray[np.float32], clip: float | None) -> _Floats:
     """Returns scalars of any shape cut to [-clip, clip], as float64."""
+    # float64 from here on: a sum over 2**24 examples would stand still in float32.
     wide = scalars.astype(np.float64)
     return wide if clip is None else np.clip(wide, -clip, clip)
 
@@ -112,6 +113,7 @@ def _means(values: _Floats, copies: npt.NDArray[np.int64], covering: _Bools) -> 
     weighted = values * copies[:, None]
     room = np.empty_like(weighted)  # used again by each column: fresh memory costs more than sums
     means = np.empty((values.shape[1], len(covering)))
+    # mode="clip" only because numpy copies once more where it may have to raise.
     for column, clients in enumerate(covering):
         rows = np.flatnonzero(clients)
         taken = np.take(weighted, rows, axis=0, out=room[: len(rows)], mode="clip")

@@ -67,6 +67,7 @@ def load_checkpoint(path: Path, table: Tables) -> tuple[CheckpointInfo, dict[str
         raise ReplicaError(f"checkpoint {path} cannot be read: {error}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise ReplicaError(f"{path} is no replica checkpoint: {error!r}") from None
+    # Weights of another noise version are no error yet, but their next update would be.
     if (info.schema, info.noise_version) != (CHECKPOINT_SCHEMA, NOISE_VERSION):
         raise ReplicaError(
             f"checkpoint {path} has schema {info.schema} and noise version {info.noise_version}; "

@@ -55,6 +55,7 @@ def unframe(data: bytes, kinds: Sequence[int]) -> tuple[int, Reader]:
     """
     if not isinstance(data, bytes | bytearray | memoryview):
         raise MessageError(f"a message is bytes, got {type(data).__name__}")
+    # A view, not a copy: a plan may carry 64 MiB of the log.
     view = memoryview(data).cast("B") if isinstance(data, memoryview) else memoryview(data)
     if len(view) < HEADER_BYTES:
         raise MessageError(f"a message has at least {HEADER_BYTES} bytes, got {len(view)}")

@@ -63,6 +63,7 @@ class EventWriter:
         if self._end == 0:
             record["schema"] = EVENT_SCHEMA
         text = json.dumps(_plain({**record, **fields}), allow_nan=False, separators=(",", ":"))
+        # The end of the line is written with it: what has no end is torn, for every reader.
         line = text.encode() + b"\n"
         try:
             if self._file.write(line) != len(line):

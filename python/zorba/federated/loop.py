@@ -92,6 +92,7 @@ def _run_round(
 def _flush(
     server: Server, transport: Transport, timeout: float | None, reports: tuple[RoundReport, ...]
 ) -> FederationResult:
+    # The last entry has no next plan to ride on: replicas would stay one round behind for good.
     reachable = set(transport.nodes())
     nodes = [name for name in server.names if name in reachable]
     messages = server.final_plan(nodes)

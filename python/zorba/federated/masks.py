@@ -37,6 +37,7 @@ class Masks:
                 f"masks must be bool [{len(names)}, {num_blocks}] (clients, blocks), got "
                 f"{array.dtype} {list(array.shape)}"
             )
+        # A name is the client's place in the log's sums and on disk: two clients cannot share it.
         if len(set(names)) != len(names) or not names:
             raise ValueError("there must be clients, and their names must differ")
         self.names = tuple(check_name(name, "client name") for name in names)

@@ -125,5 +125,6 @@ class ModelObjective:
 
 def _each(losses: Tensor) -> npt.NDArray[np.float64]:
     """Returns losses, Tensor [examples], as an array."""
+    # float64: a difference of losses that nearly agree has few digits left in float32.
     numbers: npt.NDArray[np.float64] = losses.detach().double().cpu().numpy()
     return numbers

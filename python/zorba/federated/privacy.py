@@ -94,6 +94,7 @@ class PrivacyAccountant:
 
     def afford(self, steps: int) -> PrivacySpent:
         """Returns what is spent after more local steps; raises where that is over the limit."""
+        # Of all that the plan asks, before any of it: a part of the steps would be of no use.
         after = self.spent(steps)
         if steps and after.epsilon > self.privacy.max_epsilon:
             raise FederationError(

@@ -161,6 +161,8 @@ class Round:
 
     def check(self, name: str, reply: Reply) -> None:
         """Raises MessageError for a reply that is not the one which was asked for."""
+        # A late answer to an older round is the common case after a timeout. Its scalars are of
+        # older weights, so nothing of it is used, and the client is asked as if it had been silent.
         row = self._rows[name]
         reached = int(self._reached[row])
         if reached == _NOT_ASKED:

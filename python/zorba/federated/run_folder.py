@@ -145,6 +145,7 @@ class RunRecorder:
 
     def end(self, result: FederationResult) -> None:
         """Writes what the run came to."""
+        # Before the event: a Ctrl-C in the middle of it must not write a second end.
         self._ended = True
         self._events.write(
             "end",

@@ -98,6 +98,7 @@ class Server:
         Raises:
             ValueError: shapes or names do not fit; nothing was changed.
         """
+        # Replies of the round under way were measured with other masks: no mean is of both.
         self._masks = Masks(names, masks, self.identity.num_blocks)
         self._start_over()
 
@@ -107,6 +108,7 @@ class Server:
         Raises:
             ValueError: they are of another job; nothing was changed.
         """
+        # These are in the log's header, and hold for all of its entries.
         for what in ("job_id", "distribution", "rounding"):
             mine, theirs = getattr(self.settings, what), getattr(settings, what)
             if mine != theirs:
@@ -225,6 +227,7 @@ class Server:
                 self._take_hello(name, message)
             else:
                 self._take_reply(name, message)
+        # Refusals alone: a fault of the server itself must not look like one of the client.
         except MessageError as error:
             return Receipt(False, str(error), isinstance(error, _DivergedClientError))
         return Receipt(True)

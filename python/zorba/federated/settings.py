@@ -89,6 +89,7 @@ class FederationSettings:
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
         if _check_number("trim", self.trim) >= 0.5:
             raise ValueError(f"trim must be below 0.5, got {self.trim!r}: 0.5 is the median")
+        # A schedule can only be checked where it is called: ``lr_at``.
         if not callable(self.lr):
             _check_number("lr", self.lr)
 

@@ -65,6 +65,7 @@ class LocalTransport:
                 # Bytes in and out, also in one process: messages are tested by every run.
                 answer = self._clients[name].handle(data)
             except FederationError as error:
+                # A sentence for people, which names the client itself.
                 failures[name] = str(error)
                 continue
             except Exception as error:  # the objective's; the others go on

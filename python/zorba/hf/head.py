@@ -31,6 +31,7 @@ def check_head(model: nn.Module, ids: list[int], causal: bool) -> None:
             f"{_name(model)} is an encoder-decoder, whose decoder has a prompt of its own: take a "
             "causal or a masked language model, or its full logits"
         )
+    # Dropout would make two forwards differ. Modules may be in different modes: each is put back.
     modes = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device
     both = torch.tensor([ids[:2]], device=device)
@@ -112,9 +113,9 @@ class _Reads:
     calls: int = 0
 
 
+# Of the forward that runs now. Forwards that run side by side (``zorba.optim.lockstep``: each is a
+# greenlet, which has a context of its own) go through one head and each read their own.
 _reads: ContextVar[_Reads | None] = ContextVar("reads", default=None)
-"""Of the forward that runs now. Forwards that run side by side (``zorba.optim.lockstep``: each is a
-greenlet, which has a context of its own) go through one head and each read their own."""
 
 
 class _Narrow:
@@ -123,8 +124,8 @@ class _Narrow:
     def __init__(self, head: Any) -> None:
         self.users = 0
         self._head = head
+        # accelerate sets one on a head that it placed on a device of its own: it must be called.
         self._patched = "forward" in vars(head)
-        # accelerate's, where it placed the head on a device of its own
         self._whole: Callable[[Tensor], Tensor] = head.forward
         self._plain = type(head) is nn.Linear and not self._patched
         head.forward = self
@@ -145,6 +146,7 @@ class _Narrow:
             logits = self._whole(read)
             return logits[..., reads.columns.to(logits.device)]
         head, columns = self._head, reads.columns
+        # A few rows of the vocabulary's: a copy of them is small, the whole product is not.
         weight: Tensor = head.weight[columns]
         return nn.functional.linear(read, weight, None if head.bias is None else head.bias[columns])
 

@@ -151,6 +151,7 @@ class LabelWordLoss:
                 reads.append((e, self._read_at(prompt), 0, 0))
                 sequences.append(prompt)
                 continue
+            # A sequence for each candidate: their lengths differ, and so do positions behind them.
             for c, ids in enumerate(own):
                 for k, token in enumerate(ids):
                     slot = (e * width + c) * longest + k
@@ -216,8 +217,9 @@ class LabelWordLoss:
     def _prompt(self, example: Mapping[str, Any]) -> list[int]:
         fields = {**example, _MASK: self.tokenizer.mask_token} if self.masked else example
         ids = list(self.tokenizer(self.template.format_map(fields))["input_ids"])
+        # Tokenizers end a text with a token that says so, but a prompt goes on.
         if not self.masked and ids and ids[-1] in self._enders():
-            ids = ids[:-1]  # a prompt goes on
+            ids = ids[:-1]
         if self.max_length is not None and len(ids) > self.max_length:
             # The end is kept, where the question is; a special token in front as well.
             start = int(ids[0] in self.tokenizer.all_special_ids)
@@ -271,6 +273,8 @@ class LabelWordLoss:
         return torch.tensor(labels)
 
     def _pad(self, sequences: list[list[int]]) -> dict[str, Tensor]:
+        # On the right: positions count from 0 in every row, as they do without padding. Any token
+        # may pad a causal model, whose real positions never see it.
         length = max(map(len, sequences))
         ids = torch.full((len(sequences), length), self.tokenizer.pad_token_id or 0)
         mask = torch.zeros_like(ids)

@@ -36,6 +36,9 @@ class Prefix:
 class _StopError(Exception):
     """Leaves a model's forward as soon as the wanted block is reached."""
 
+    # By an exception: the model's own forward makes masks and positions in front of its blocks, of
+    # every architecture in another way, and has no exit there.
+
 
 @torch.no_grad()
 def run_prefix(
@@ -55,6 +58,7 @@ def run_prefix(
     Raises:
         ValueError: the model never reaches the block, or calls its blocks with different arguments.
     """
+    # Such models make a mask for each type of layer, and the arguments caught are of one of them.
     kinds = set(getattr(getattr(model, "config", None), "layer_types", None) or [])
     if len(kinds) > 1:
         raise ValueError(

@@ -216,6 +216,7 @@ class ZOTrainer(Trainer):
                 self._writer.finish()
             return result
         finally:
+            # Closed without an end where training failed: a resumed run goes on with the file.
             if self._writer is not None:
                 self._writer.close()
                 self._writer = self.zo_optimizer.recorder = None
@@ -234,6 +235,7 @@ class ZOTrainer(Trainer):
             return
         optimizer = self.zo_optimizer
         options = optimizer.param_groups[0]
+        # A run that goes on cuts the records of the steps that it will take again.
         if options["step"]:
             writer = TrajectoryWriter.resume(path, optimizer.placement.table, options["step"])
         else:
@@ -259,6 +261,7 @@ class ZOTrainer(Trainer):
 class _SteppedByTrainer(ZerothOrderSGD):
     """Trainer's loop calls ``step`` behind ``training_step``, which has taken the step already."""
 
+    # A class of its own: without a closure the optimizer raises, which others should find out.
     def step(self, closure: Callable[[], float | Tensor] | None = None) -> Tensor:  # type: ignore[override]
         """Does nothing without a closure."""
         return torch.zeros(()) if closure is None else super().step(closure)

@@ -32,6 +32,7 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
     sizes = [int(event.nbytes()) for event in events if event.name() == "[memory]"]
     if not sizes:
         raise RuntimeError("the profiler saw no allocation: its record of memory is not reliable")
+    # Sizes of releases are negative. The peak is not the sum: what is freed may be used again.
     held = most = 0
     for size in sizes:
         held += size

@@ -56,8 +56,6 @@ def run_apart(
     """Calls ``function(ready, *args)`` in a fresh process and measures its memory (Linux).
 
     The function imports what it needs and then calls ``ready()``, once: the baseline is read there.
-    Memory that imports left free is given back to the system before, so that it is not reused
-    unseen.
 
     Args:
         function: importable by name, as for ``multiprocessing`` (a script that calls this needs the
@@ -104,6 +102,7 @@ def _receive(connection: Connection, process: Any, wanted: str) -> Any:
     try:
         kind, value = connection.recv()
     except EOFError:
+        # It has ended without a word: killed, or a crash in compiled code.
         process.join(10)
         raise RuntimeError(
             f"the process of the call ended with exit code {process.exitcode} (negative: a signal; "
@@ -118,6 +117,7 @@ def _receive(connection: Connection, process: Any, wanted: str) -> Any:
 
 def _serve(connection: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     def ready() -> None:
+        # Garbage and free memory of the imports would be reused by the call, and so not be seen.
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):  # glibc only
             ctypes.CDLL(None).malloc_trim(0)

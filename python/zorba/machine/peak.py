@@ -45,9 +45,7 @@ def anonymous_memory(pid: int) -> int:
 class PeakAnonymous:
     """Watches the anonymous memory of a process, while the ``with`` block runs.
 
-    A thread of this process reads ``/proc/PID/statm`` every ``interval`` seconds, so a watched
-    process is not disturbed; memory that is held for less than that may be missed. The kernel's own
-    counter lags behind by up to some hundred KiB.
+    Memory that is held for less than ``interval`` may be missed.
 
     Args:
         pid: of the process; one that ends while it is watched keeps its peak.
@@ -85,7 +83,9 @@ class PeakAnonymous:
         self._thread.join()
 
     def _watch(self) -> None:
-        # The file stays open: a thousand looks a second must cost the watching process little.
+        # A thread of this process reads, so the watched one is not disturbed. Linux updates its
+        # counter in batches: it may be off by some hundred KiB. The file stays open, since a
+        # thousand looks a second must cost little.
         path = f"/proc/{self.pid}/statm"
         with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:  # it has ended
             while True:

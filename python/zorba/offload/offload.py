@@ -24,10 +24,9 @@ class Offload:
     """Keeps the idle blocks of a model on the host.
 
     An idle block's parameters hold its weights on the host, where updates find them (a ParamTable
-    of them is one of CPU tensors). For the length of its forward they point into one of two buffers
-    on the device, to which the weights are copied ahead of use. Everything else (active blocks,
-    embeddings, norms, head, buffers) is brought to the device. Any forward of the model works,
-    inside of a training step or not; inside of ``streaming`` the copies run ahead.
+    of them is one of CPU tensors). During its forward they point into one of two buffers on the
+    device. Everything else (active blocks, embeddings, norms, head, buffers) is brought to the
+    device. Any forward of the model works; inside of ``streaming`` blocks are copied ahead of use.
 
     Args:
         model: a model with transformer blocks.
@@ -64,6 +63,7 @@ class Offload:
         self._host: dict[str, dict[str, Tensor]] = {}
         self._forwards: dict[str, ExitStack] = {}
         self._stream = BlockStream(self._device, {})
+        # Checked before anything moves: a refusal leaves the model as it was.
         self._check(active)
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -184,6 +184,7 @@ class Offload:
 
     def _bring_rest(self) -> None:
         """Puts what is in no block, and every block's buffers, on the device."""
+        # Through ``.data``: an optimizer that was made before keeps its parameters.
         in_blocks = {id(p) for b in self._blocks.values() for p in b.module.parameters()}
         for p in self._model.parameters():
             if id(p) not in in_blocks:

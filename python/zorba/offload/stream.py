@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,36 +19,23 @@ BUFFERS = 2  # one block computes while the next one arrives: more would only wa
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
 
-class _Copies(Protocol):
-    """Copies in the background, in the order in which they were started."""
-
-    def start(self, pairs: Pairs, freed: Any) -> Any:
-        """Copies second to first of each pair, once ``freed`` is done; returns a ticket."""
-        ...
-
-    def wait(self, ticket: Any, *, host: bool = False) -> None:
-        """Lets what follows on the device, or the host itself, wait until the copy is done."""
-        ...
-
-    def freed(self) -> Any:
-        """Returns a mark behind what the device was told to do so far."""
-        ...
-
-
 class _HostCopies:
-    """A thread that copies within the host."""
+    """A thread that copies within the host, in the order in which copies were started."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="zorba-offload")
 
     def start(self, pairs: Pairs, freed: Any) -> Future[None]:
+        """Copies second to first of each pair, once ``freed`` is done; returns a ticket."""
         return self._thread.submit(self._copy, pairs)
 
     def wait(self, ticket: Future[None], *, host: bool = False) -> None:
+        """Lets what follows on the device, or the host itself, wait until the copy is done."""
         ticket.result()
 
     def freed(self) -> None:
-        """Nothing to wait for: whoever released a buffer is the one thread that computes."""
+        """Returns a mark behind all work of the device so far."""
+        # None: whoever released a buffer is the one thread that computes, and done with it.
 
     @staticmethod
     def _copy(pairs: Pairs) -> None:
@@ -59,7 +46,7 @@ class _HostCopies:
 
 
 class _DeviceCopies:
-    """A stream of a GPU beside the one that computes."""
+    """The same by a stream of a GPU beside the one that computes; not run on a GPU yet."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -115,12 +102,13 @@ class BlockStream:
     def __init__(self, device: torch.device, blocks: Mapping[str, Mapping[str, Tensor]]) -> None:
         self._blocks = blocks
         self._order = list(blocks)
+        # Each buffer is as large as the largest block, so that any block fits any of them.
         size = max((sum(map(padded_bytes, b.values())) for b in blocks.values()), default=0)
         self._buffers = [
             _Buffer(torch.empty(size, dtype=torch.uint8, device=device))
             for _ in range(min(BUFFERS, len(blocks)))
         ]
-        self._copies: _Copies = _DeviceCopies(device) if device.type == "cuda" else _HostCopies()
+        self._copies: Any = _DeviceCopies(device) if device.type == "cuda" else _HostCopies()
         self._streaming = False
         self._uses = 0
         self.loads = 0
@@ -133,6 +121,7 @@ class BlockStream:
     @contextmanager
     def streaming(self) -> Iterator[None]:
         """Weights on the host do not change inside: they may be fetched ahead, and used again."""
+        # Nested, the outer one goes on: its end drops the buffers.
         if self._streaming or not self._order:
             yield
             return
@@ -144,7 +133,8 @@ class BlockStream:
         finally:
             self._streaming = False
             for buffer in self._buffers:
-                buffer.users = 0  # Ctrl-C may have kept a user from saying so
+                # Ctrl-C may have come before a user released it.
+                buffer.users = 0
                 self._drop(buffer)
 
     @contextmanager
@@ -191,6 +181,7 @@ class BlockStream:
 
     def _fetch_next(self, name: str) -> None:
         """Fetches the block that comes behind this one, where a buffer is free."""
+        # In the model's order; a block that runs out of turn is fetched when it is used.
         at = self._order.index(name) + 1
         if at < len(self._order) and any(not buffer.users for buffer in self._buffers):
             self._fetch(self._order[at])

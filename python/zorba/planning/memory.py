@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, SupportsIndex, get_args
 
 import torch
 from torch import nn
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from zorba.blocks import Block
 
 IdlePolicy = Literal["resident", "offload"]
+PerClient = int | Sequence[int] | Mapping[str, int]
+"""Bytes: one number for all clients, one a client in order, or by client name."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,12 @@ class MemoryModel:
 
     active: Sequence[int]
     idle: Sequence[int]
-    fixed: int | Sequence[int] | Mapping[str, int] = 0
+    fixed: PerClient = 0
     block_names: Sequence[str] | None = None
-    whole: int | Sequence[int] | Mapping[str, int] | None = None
+    whole: PerClient | None = None
 
     def __post_init__(self) -> None:
+        # Python's integers: bytes stay exact where a float would round them.
         active = tuple(whole_bytes(v, f"active[{b}]") for b, v in enumerate(self.active))
         idle = tuple(whole_bytes(v, f"idle[{b}]") for b, v in enumerate(self.idle))
         if not active:
@@ -74,19 +77,8 @@ class MemoryModel:
             return sums
         return tuple(map(min, sums, _for_each(self.whole, clients, "whole")))
 
-    def only(self, clients: Collection[str]) -> MemoryModel:
-        """Returns the model of some of the clients that it names, where it names any."""
 
-        def part(values: Any) -> Any:
-            named = isinstance(values, Mapping)
-            return {n: v for n, v in values.items() if n in clients} if named else values
-
-        return replace(self, fixed=part(self.fixed), whole=part(self.whole))
-
-
-def _for_each(
-    values: int | Sequence[int] | Mapping[str, int], clients: Sequence[str], what: str
-) -> tuple[int, ...]:
+def _for_each(values: PerClient, clients: Sequence[str], what: str) -> tuple[int, ...]:
     if isinstance(values, Mapping | Sequence):
         return per_client(values, clients, what)
     return (whole_bytes(values, what),) * len(clients)
@@ -98,7 +90,7 @@ def weights_memory(
     fixed_parameters: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     idle: IdlePolicy = "resident",
-    overhead: int | Sequence[int] | Mapping[str, int] = 0,
+    overhead: PerClient = 0,
 ) -> MemoryModel:
     """Counts the weights on the device, and nothing that was not given.
 
@@ -116,29 +108,25 @@ def weights_memory(
     """
     if idle not in get_args(IdlePolicy):
         raise ValueError(f"idle must be one of {get_args(IdlePolicy)}, not {idle!r}")
-    named = isinstance(block_parameters, Mapping)
-    names = tuple(block_parameters) if isinstance(block_parameters, Mapping) else None
-    counts = (
-        block_parameters.values() if isinstance(block_parameters, Mapping) else block_parameters
-    )
-    label = "parameters of block"
-    sizes = [whole_bytes(c, f"{label} {b}") * dtype.itemsize for b, c in enumerate(counts)]
+    names: Sequence[str] | None = None
+    if isinstance(block_parameters, Mapping):
+        names, block_parameters = tuple(block_parameters), tuple(block_parameters.values())
+    sizes = [
+        whole_bytes(count, f"parameters of block {b}") * dtype.itemsize
+        for b, count in enumerate(block_parameters)
+    ]
     fixed = whole_bytes(fixed_parameters, "fixed_parameters") * dtype.itemsize
     if idle == "offload":
+        # One block computes while the next one arrives.
         fixed += sum(sorted(sizes)[-2:])
-    total: int | list[int] | dict[str, int]
+    total: PerClient
     if isinstance(overhead, Mapping):
         total = {name: fixed + whole_bytes(v, "overhead") for name, v in overhead.items()}
     elif isinstance(overhead, Sequence):
         total = [fixed + whole_bytes(v, "overhead") for v in overhead]
     else:
         total = fixed + whole_bytes(overhead, "overhead")
-    return MemoryModel(
-        active=sizes,
-        idle=sizes if idle == "resident" else [0] * len(sizes),
-        fixed=total,
-        block_names=names if named else None,
-    )
+    return MemoryModel(sizes, sizes if idle == "resident" else [0] * len(sizes), total, names)
 
 
 def model_weights_memory(
@@ -146,7 +134,7 @@ def model_weights_memory(
     blocks: Sequence[Block] | None = None,
     *,
     idle: IdlePolicy = "resident",
-    overhead: int | Sequence[int] | Mapping[str, int] = 0,
+    overhead: PerClient = 0,
 ) -> MemoryModel:
     """Counts the weights of a model, as ``weights_memory``.
 
@@ -177,15 +165,11 @@ def whole_bytes(value: SupportsIndex | float, what: str) -> int:
     """Returns a count as an int; refuses negative, fractional and non-finite ones."""
     if isinstance(value, bool):
         raise ValueError(f"{what} must be a number of bytes, not {value}")
-    if isinstance(value, float):
-        if not math.isfinite(value) or not value.is_integer():
-            raise ValueError(f"{what} must be a whole number, not {value}")
-        number = int(value)
-    else:
-        try:
-            number = operator.index(value)
-        except TypeError:
-            raise ValueError(f"{what} must be a whole number, not {value!r}") from None
+    try:
+        exact = isinstance(value, float) and math.isfinite(value) and value.is_integer()
+        number = int(value) if exact else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"{what} must be a whole number, not {value!r}") from None
     if number < 0:
         raise ValueError(f"{what} must not be negative, but is {number:,}")
     return number

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from zorba.planning.problem import Mask
+from zorba.sizes import unit_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +95,9 @@ class BlockPlan:
         """Returns the activation map as plain text, one row a client and one column a block."""
         point, width = self.point, max(len(name) for name in (*self.clients, "coverage"))
         proof = f"gap {point.gap:.1%}" + ("" if point.proven else ", stopped by the time limit")
+        # One unit for the column, that of the smallest budget, so that rows compare at a glance.
+        unit, name = unit_of(min(self.budgets))
+        map_width = max(len(self.blocks), 6)
         lines = [
             f"block plan {self.version:016x}: {len(self.clients)} clients, "
             f"{len(self.blocks)} blocks",
@@ -101,19 +105,16 @@ class BlockPlan:
             f"{proof}, {self.seconds:.2f} s",
             f"columns: {self.blocks[0]} to {self.blocks[-1]}",
             "",
+            f"{'client':<{width}}  {'blocks':<{map_width}}  active  memory / budget ({name})",
         ]
-        unit, name = _unit(min(self.budgets))
-        map_width = max(len(self.blocks), 6)
-        lines.append(
-            f"{'client':<{width}}  {'blocks':<{map_width}}  active  memory / budget ({name})"
-        )
-        for n, client in enumerate(self.clients):
-            row = "".join("#" if active else "." for active in self.mask[n])
-            used, budget = self.memory[n], self.budgets[n]
+        rows = zip(self.clients, self.mask.tolist(), self.memory, self.budgets, strict=True)
+        for client, active, used, budget in rows:
+            row = "".join("#" if on else "." for on in active)
             lines.append(
                 f"{client:<{width}}  {row:<{map_width}}  {row.count('#'):>6}  "
                 f"{used / unit:.2f} / {budget / unit:.2f}  {used / budget:4.0%}"
             )
+        # Coverage reads downwards, a line a digit.
         digits = len(str(max(self.coverage)))
         for i in range(digits):
             row = "".join(f"{count:>{digits}}"[i] for count in self.coverage)
@@ -139,10 +140,3 @@ def pareto_front(points: Sequence[ParetoPoint]) -> tuple[ParetoPoint, ...]:
         if not front or point.f2 < front[-1].f2:
             front.append(point)
     return tuple(front)
-
-
-def _unit(size: int) -> tuple[int, str]:
-    for power, name in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if size >= 1 << power:
-            return 1 << power, name
-    return 1, "B"

@@ -58,10 +58,9 @@ def plan_blocks(
         max_active: blocks that a client may have active; all where not given.
         tolerance: how far F1 may be above its least value to save memory; 0.05 is 5 %.
         num_points: points of the sweep, at least 2; dominated ones are dropped.
-        mip_rel_gap: relative gap to a bound at which a solve stops. Equal blocks and small
-            instances are solved to optimality whatever it is, if time allows. The gaps of the F1
-            and the F2 solve add up along the two stages, so a point may be a gap away from the true
-            front in either objective.
+        mip_rel_gap: relative gap to a bound at which a solve stops; equal blocks and small
+            instances are solved to optimality if time allows. A point may be a gap away from the
+            true front in either objective.
         time_limit: seconds for all searches together. A search that runs out keeps its best plan,
             and the point says so (``ParetoPoint.proven``).
 

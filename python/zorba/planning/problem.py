@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,32 +97,24 @@ class Problem:
         return math.fsum(used / budget for used, budget in pairs)
 
     def split(self) -> tuple[list[int], Problem]:
-        """Sets the clients apart that have room for every block and need less for it than the sum.
+        """Splits off the clients that have room for every block and need less than the sum for it.
 
-        Sums, which a program is made of, do not tell what such a client takes. F1 is least where it
-        has every block active, whatever else is planned.
+        Sums, which a program is made of, do not tell the memory of such a client. F1 is least where
+        it has every block active, whatever else is planned.
 
         Returns:
             Their indices, and the problem of the others.
         """
-        full = [
-            n
-            for n, (whole, budget, base) in enumerate(
-                zip(self.whole, self.budgets, self.base, strict=True)
-            )
-            if whole <= budget and whole < base + sum(self.extra)
-        ]
+        total = sum(self.extra)
+        needs = zip(self.whole, self.budgets, self.base, strict=True)
+        full = [n for n, (whole, c, base) in enumerate(needs) if whole <= min(c, base + total - 1)]
         rest = [n for n in range(len(self.clients)) if n not in full]
-
-        def of_rest(values: Sequence[Any]) -> tuple[Any, ...]:
-            return tuple(values[n] for n in rest)
-
         return full, replace(
             self,
-            clients=of_rest(self.clients),
-            budgets=of_rest(self.budgets),
-            base=of_rest(self.base),
-            whole=of_rest(self.whole),
+            clients=tuple(self.clients[n] for n in rest),
+            budgets=tuple(self.budgets[n] for n in rest),
+            base=tuple(self.base[n] for n in rest),
+            whole=tuple(self.whole[n] for n in rest),
             covered=self.covered + len(full),
         )
 

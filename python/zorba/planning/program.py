@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,8 @@ from zorba.planning.problem import Mask, Problem
 from zorba.planning.rounding import Search
 
 F1, F2 = 0, 1  # of values, costs and limits
-UNLIMITED = (math.inf, math.inf)
+Limits = tuple[float, float]
+UNLIMITED: Limits = (math.inf, math.inf)
 
 # HiGHS lets rows be off by 1e-6: in these units of bytes that is a billionth of the largest block.
 # What it still gets wrong is caught in whole bytes.
@@ -38,13 +38,7 @@ class InfeasibleProgramError(Exception):
 
 @dataclass(frozen=True)
 class Solution:
-    """A feasible mask and how well it was proven.
-
-    Attributes:
-        mask: bool [N, B].
-        gap: relative gap between the objective and its bound.
-        proven: whether the gap asked for was reached before the time limit.
-    """
+    """A feasible mask, its relative gap to a bound, and whether that is the gap asked for."""
 
     mask: Mask
     gap: float
@@ -64,8 +58,8 @@ class Program:
     Args:
         problem: what to plan.
         lowest: the least coverage; the problem's by default.
-        elastic: adds variables over[n], the bytes (in units of `unit`) that client n is over its
-            budget, instead of forbidding it: for a diagnosis.
+        elastic: adds variables over[n], the bytes that client n is over its budget, in units of
+            their own, instead of forbidding it: for a diagnosis.
     """
 
     def __init__(
@@ -74,58 +68,55 @@ class Program:
         from scipy.sparse import block_array, csr_array, eye_array, kron
 
         self.problem = problem
-        self._lowest = problem.needed if lowest is None else lowest
         self._shape = clients, kinds = len(problem.clients), len(problem.kinds)
+        self.num_counts = clients * kinds
+        first = [kind[0] for kind in problem.kinds]
         sizes = np.array([len(kind) for kind in problem.kinds])
-        self._extra = np.array([problem.extra[kind[0]] for kind in problem.kinds], dtype=np.int64)
+        self._extra = np.array(problem.extra, dtype=np.int64)[first]
         self._spare = np.array(problem.spare, dtype=np.int64)
-        self.covers = np.arange(self._lowest, clients + 1)
-        self.unit = max(int(self._extra.max()), 1) / _BLOCK_UNITS
+        self.covers = np.arange(problem.needed if lowest is None else lowest, clients + 1)
 
-        def each(count: int, row: Sequence[float] | NDArray[Any]) -> Any:
-            return kron(eye_array(count), csr_array(np.array([row], dtype=np.float64)))
+        def rows(count: int, row: NDArray[Any]) -> Any:
+            return kron(eye_array(count), csr_array(row[None, :].astype(np.float64)))
 
-        active = each(clients, np.ones(kinds))
-        over = -eye_array(clients) if elastic else None
+        unit = max(int(self._extra.max()), 1) / _BLOCK_UNITS
+        active = rows(clients, np.ones(kinds))
         totals = kron(csr_array(np.ones((1, clients))), eye_array(kinds))
         blocks = [
-            [each(clients, self._extra / self.unit), None, over],
+            [rows(clients, self._extra / unit), None, -eye_array(clients)],
             [active, None, None],
             [-active, None, None],
-            [None, each(kinds, np.ones(len(self.covers))), None],
-            [-totals, each(kinds, self.covers), None],
+            [None, rows(kinds, np.ones(len(self.covers))), None],
+            [-totals, rows(kinds, self.covers), None],
         ]
-        rows = block_array(blocks if elastic else [row[:2] for row in blocks], format="csr")
-        self._less, self._equal = rows[: 3 * clients], rows[3 * clients :]
-        # How many fit, the smallest first, is more than the relaxation sees in a row of bytes.
-        fit = np.searchsorted(np.cumsum(sorted(problem.extra)), self._spare, side="right")
-        most = np.full(clients, problem.max_active) if elastic else fit.clip(0, problem.max_active)
-        self._most = np.concatenate(
-            [self._spare / self.unit, most, np.full(clients, -problem.min_active)]
-        )
+        matrix = block_array(blocks if elastic else [row[:2] for row in blocks], format="csr")
+        self._less, self._equal = matrix[: 3 * clients], matrix[3 * clients :]
         self._right = np.concatenate([sizes, np.zeros(kinds)])
-        room = self._spare[:, None] // np.maximum(self._extra, 1)[None, :]
-        upper = np.where(self._extra > 0, np.minimum(sizes, room), sizes)
-        self._upper = np.concatenate(
-            [
-                np.tile(sizes, clients) if elastic else upper.ravel(),
-                np.repeat(sizes, len(self.covers)),
-                np.full(clients if elastic else 0, np.inf),
-            ]
-        )
-        self.num_counts = clients * kinds
-        # y of a mask is whole, and need not be told so. But equal blocks are many equal choices,
-        # among which HiGHS decides at once only where it may branch on their sum.
+
+        # Whole counts that fit alone are bounds that the relaxation does not see in rows of bytes.
+        most = np.full(clients, problem.max_active)
+        room = np.tile(sizes, (clients, 1))
+        if not elastic:
+            fitting = np.searchsorted(np.cumsum(sorted(problem.extra)), self._spare, side="right")
+            most = np.minimum(most, fitting)
+            whole = self._spare[:, None] // np.maximum(self._extra, 1)
+            room = np.where(self._extra > 0, np.minimum(room, whole), room)
+        least = np.full(clients, problem.min_active)
+        self._most = np.concatenate([self._spare / unit, most, -least])
+        over = np.full(clients if elastic else 0, np.inf)
+        self._upper = np.concatenate([room.ravel(), np.repeat(sizes, len(self.covers)), over])
+        # y of a mask is whole without being told. But equal blocks leave many equal choices, and
+        # HiGHS decides among them at once only where it may branch on their sum.
         self._integer = np.ones(len(self._upper), dtype=np.int64)
         self._integer[self.num_counts :] = kinds == 1 and not elastic
+
         self._weights = np.array(problem.priorities) / math.fsum(problem.priorities)
         scale = math.fsum(sum(problem.extra) / budget for budget in problem.budgets)
-        self._per_byte = 1 / np.array(problem.budgets, dtype=np.float64) / (scale or 1.0)
-        # Whether masks save memory at all: where idle blocks stay on the device they do not.
+        # Where idle blocks stay on the device, masks save no memory, and F2 is 0.
         self.saves_memory = scale > 0
+        self._per_byte = 1 / np.array(problem.budgets, dtype=np.float64) / (scale or 1.0)
+        cost = np.outer(self._weights[first], 1 / np.maximum(self.covers + problem.covered, 1))
         self.costs = np.zeros((2, len(self._upper)))
-        of_kind = np.array([self._weights[kind[0]] for kind in problem.kinds])
-        cost = of_kind[:, None] / np.maximum(self.covers + problem.covered, 1)
         self.costs[F1, self.num_counts : self.num_counts + cost.size] = cost.ravel()
         self.costs[F2, : self.num_counts] = np.outer(self._per_byte, self._extra).ravel()
 
@@ -136,7 +127,7 @@ class Program:
     def minimize(
         self,
         objective: int,
-        limits: Sequence[float] = UNLIMITED,
+        limits: Limits = UNLIMITED,
         *,
         gap: float,
         seconds: float,
@@ -151,9 +142,8 @@ class Program:
             objective: F1 or F2.
             limits: the most that F1 and F2 may be.
             gap: relative gap to the bound that is enough.
-            seconds: time limit of the search.
-            known: a mask that satisfies the program, if one is known; returned unless a better one
-                turns up.
+            seconds: time limit of HiGHS's search.
+            known: a mask within the limits, if one is known, for want of a better one.
 
         Returns:
             The best solution found, or None where time ran out before there was one.
@@ -163,35 +153,34 @@ class Program:
             PlanSolverError: HiGHS ended with a status that this program cannot have.
         """
         end = time.monotonic() + seconds
+        cost = self.costs[objective]
         masks = [] if known is None else [known]
         bound = 0.0
         exact = self._shape[1] == 1 or self.num_counts <= _SMALL
         # The relaxation of least memory is nearly whole, so that HiGHS is quick; and F1 rises so
         # steeply at this end of the front that a gap here is several times as large there.
         if not (exact or (objective == F2 and limits == UNLIMITED)):
-            relaxed = self.solve(self.costs[objective], limits)
+            relaxed = self.solve(cost, limits)
             bound = relaxed.fun
             masks += self._rounded(objective, limits, relaxed)
             best = self._best(objective, masks, bound, gap)
             if best is not None and best.proven:
                 return best
-        result = self.solve(
-            self.costs[objective],
-            limits,
-            whole=True,
-            gap=0.0 if exact else gap,
-            # HiGHS takes a limit below 0 for none.
-            seconds=max(end - time.monotonic(), 0.01),
-        )
+        # HiGHS takes a time limit below 0 for none.
+        left = max(end - time.monotonic(), 0.01)
+        result = self.solve(cost, limits, whole=True, gap=0.0 if exact else gap, seconds=left)
         bound = max(bound, result.get("mip_dual_bound") or 0.0)
         if result.x is not None:
-            masks += self._repaired(self.counts(result.x), objective, limits)
+            counts = self.counts(result.x)
+            search = self._search(self.deal(counts))
+            fits = (counts @ self._extra <= self._spare).all()
+            masks += [search.mask] if fits else self._repaired(search, objective, limits)
         return self._best(objective, masks, bound, gap)
 
     def solve(
         self,
         cost: NDArray[np.float64],
-        limits: Sequence[float] = UNLIMITED,
+        limits: Limits = UNLIMITED,
         *,
         whole: bool = False,
         gap: float = 0.0,
@@ -201,11 +190,11 @@ class Program:
 
         Returns:
             scipy's result. Where time ran out, `x` is the best solution so far or None, and
-            `mip_dual_bound` holds for all solutions.
+            `mip_dual_bound`, where there is one, holds for all solutions.
 
         Raises:
             InfeasibleProgramError: there is no solution.
-            PlanSolverError: HiGHS failed, or time ran out on a relaxation: its value is no bound.
+            PlanSolverError: HiGHS failed, or a relaxation was cut short: its value is no bound.
         """
         from scipy.optimize import linprog
         from scipy.sparse import csr_array, vstack
@@ -223,7 +212,7 @@ class Program:
         )
         if result.status == 2:
             raise InfeasibleProgramError
-        if result.status != 0 and not (whole and result.status == 1):
+        if result.status != 0 and not (whole and result.status == 1):  # 1: time ran out
             raise PlanSolverError(f"HiGHS ended with status {result.status}: {result.message}")
         return result
 
@@ -241,33 +230,20 @@ class Program:
                 turn += count
         return mask
 
-    def _rounded(self, objective: int, limits: Sequence[float], relaxed: Any) -> list[Mask]:
+    def _rounded(self, objective: int, limits: Limits, relaxed: Any) -> list[Mask]:
         """Rounds a relaxed solution down and repairs it, at the prices of the relaxation."""
-        prices = [0.0, 0.0]
-        prices[objective] = 1.0
-        kept = np.flatnonzero(np.isfinite(limits))
-        for i, price in zip(kept, relaxed.ineqlin.marginals[len(self._most) :], strict=True):
-            prices[i] -= price  # of a unit more of the limit
-        # What is whole but for the tolerance of HiGHS must not lose a block.
-        down = self.counts(np.floor(relaxed.x + _TOLERANCE))
-        search = self._search(self.deal(down))
-        search.improve(prices, UNLIMITED)
+        prices = np.eye(2)[objective]
+        # The dual value of a limit: how much the objective falls where it is a unit higher.
+        prices[np.isfinite(limits)] -= relaxed.ineqlin.marginals[len(self._most) :]
+        # A count that is whole but for HiGHS's tolerance must not lose a block.
+        search = self._search(self.deal(self.counts(np.floor(relaxed.x + _TOLERANCE))))
+        search.improve(prices.tolist(), UNLIMITED)
+        return self._repaired(search, objective, limits)
+
+    def _repaired(self, search: Search, objective: int, limits: Limits) -> list[Mask]:
+        """Brings a mask within all limits and improves it there; none where that fails."""
         search.meet(limits)
-        return self._finished(search, objective, limits)
-
-    def _repaired(
-        self, counts: NDArray[np.int64], objective: int, limits: Sequence[float]
-    ) -> list[Mask]:
-        """Turns counts of HiGHS, which may be some bytes over a budget, into a mask that is not."""
-        search = self._search(self.deal(counts))
-        if not (counts @ self._extra > self._spare).any():
-            return [search.mask]
-        search.make_room()
-        return self._finished(search, objective, limits)
-
-    def _finished(self, search: Search, objective: int, limits: Sequence[float]) -> list[Mask]:
-        """Improves the objective itself within limits; no mask where one is not kept."""
-        search.improve([float(objective == F1), float(objective == F2)], limits)
+        search.improve(np.eye(2)[objective].tolist(), limits)
         kept = (search.values() <= np.array(limits) + 2 * _KEEP_SLACK).all()
         return [search.mask] if kept and search.complete() else []
 

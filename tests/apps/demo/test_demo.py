@@ -138,7 +138,7 @@ def test_a_whole_demo_on_a_tiny_random_model(
     assert state.clients[OWN_REPLICA].history.count(Status.SITS_OUT) == 4
     assert [at for at, _ in state.evaluations] == list(range(9))
     assert "round 8: accuracy" in output.getvalue()
-    assert "fingerprints equal" in output.getvalue()
+    assert "all replicas identical" in output.getvalue()
 
 
 def test_help_explains_every_knob() -> None:

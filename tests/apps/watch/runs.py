@@ -18,6 +18,8 @@ HOSTILE = (
     "\u202eesrever",
     "two\nlines\r\n",
     "\ud800 \x00 \ufffe",
+    "$\\frac{1}{$ $x^2$",
+    '_nolegend_ id="figure_1"',
     "{{ 7 * 7 }} {% raw %} ]]> <!-- &amp; </style></title>",
 )
 """What a client might call itself, or say of its failure."""

@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections.abc import Callable
+from datetime import timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -13,7 +14,8 @@ from xml.etree import ElementTree
 import pytest
 from zorba.apps.watch.fields import clean
 from zorba.apps.watch.figures import short
-from zorba.apps.watch.page import write_report
+from zorba.apps.watch.live import read_run
+from zorba.apps.watch.page import render_page, write_report
 
 from tests.apps.watch.runs import HOSTILE, Run
 from tests.command import zorba
@@ -153,6 +155,20 @@ def test_partial_runs(tmp_path: Path, draw: random.Random, name: str) -> None:
     names = [f"client-{n}" for n in range(draw.choice((1, 3)))]
     happens(Run(tmp_path, names, draw.randint(1, 30), 9, draw, budgets=draw.random() < 0.5))
     assert words in page_of(tmp_path).text
+
+
+def test_a_run_that_was_killed_is_told_from_one_under_way(
+    tmp_path: Path, draw: random.Random
+) -> None:
+    killed(Run(tmp_path, ["ada"], 2, 9, draw))
+    _, state = read_run(tmp_path)
+    assert state.last_event is not None
+    for seconds, words in (
+        (5, "under way."),
+        (3600, "no event for 1:00:00: it waits, or was kill"),
+    ):
+        page = render_page(state, now=state.last_event + timedelta(seconds=seconds))
+        assert f"Round 0 of 9, {words}" in page
 
 
 def test_a_file_without_a_start(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def run_plan(settings: PlanSettings, console: Console | None = None) -> dict[str
 
 def _workload(settings: PlanSettings, config: Any) -> Workload:
     """Returns the step to plan for; a dtype of "auto" is that of the model."""
-    dtype = settings.dtype
+    dtype: str = settings.dtype
     if dtype == "auto":
         dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     return Workload(

@@ -63,8 +63,7 @@ def coverage_picture(axes: Axes, state: RunState) -> str:
         return ""
     image, words = _draw_map(axes, state, state.plan.blocks, coverages.T, np.minimum)
     colours = LinearSegmentedColormap.from_list("coverage", ["#cfe1f0", "#1f4e79"])
-    colours.set_under(MARK)
-    image.set(cmap=colours, clim=(0.5, max(1.5, coverages.max())))
+    image.set(cmap=colours.with_extremes(under=MARK), clim=(0.5, max(1.5, coverages.max())))
     ticks = MaxNLocator(5, integer=True)
     axes.figure.colorbar(image, ax=axes, extend="min", label="clients; red: nobody", ticks=ticks)
     return f"Clients whose scalars were used, for each block.{words}"

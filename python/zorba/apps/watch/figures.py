@@ -48,8 +48,8 @@ def write_curves(path: Path, state: RunState) -> None:
         left, right = figure.subplots(1, 2)
         loss_picture(left, state)
         scores_picture(right, state)
-        left.set_title("Loss of the clients' batches", pad=22)
-        right.set_title("Evaluation", pad=22)
+        left.set_title("Loss of the clients' batches", pad=28)
+        right.set_title("Evaluation", pad=28)
         figure.savefig(path, dpi=120)
 
 

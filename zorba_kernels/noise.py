@@ -65,6 +65,7 @@ def canonical_name(name: str) -> str:
 
 def stream_of(name: str) -> int:
     """Returns the uint64 stream of a parameter: SHA-256 of its canonical name, first 8 bytes."""
+    # A cryptographic hash, as neighbouring names must not give related streams.
     digest = hashlib.sha256(canonical_name(name).encode()).digest()
     return int.from_bytes(digest[:8], "little")
 
@@ -107,5 +108,6 @@ def philox4x32(counter: Sequence[int], key: Sequence[int]) -> tuple[int, int, in
             (p0 >> 32) ^ c3 ^ k1,
             p0 & _MASK32,
         )
+        # The key schedule of the paper: a Weyl sequence.
         k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
     return c0, c1, c2, c3

@@ -181,8 +181,10 @@ def _schema() -> str:
     types = {"Words": "Tensor", "Reals": "Tensor", "str": "str"}
     parts: list[str] = []
     for name, parameter in inspect.signature(Program).parameters.items():
+        # By keyword only where Program has it so: a call reads alike inside and outside of a graph.
         if parameter.kind == parameter.KEYWORD_ONLY and "*" not in parts:
             parts.append("*")
+        # Defaults are Program's own, so that an operator leaves out what a caller leaves out.
         default = ""
         if parameter.default is not parameter.empty:
             text = parameter.default
@@ -286,6 +288,7 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     ),
 }
 
+# Implemented for every device at once: the backend is chosen by table.run, not by torch.
 _library: Any = torch.library.Library("zorba_kernels", "DEF")  # type: ignore[no-untyped-call]  # the operators live as long as it
 for _declaration, (_name, _implementation, _fake) in _OPERATORS.items():
     _library.define(_declaration)

@@ -193,6 +193,7 @@ class PackedProgram:
         self.terms, self.rounds, self.groups = len(program.seeds), len(program.round_ends), groups
         self.distribution = DISTRIBUTION_CODES[program.distribution]
         self.stochastic = program.rounding == "stochastic"
+        # The order of ARRAYS, and of the struct.
         words = (program.seeds, program.samples, program.round_ends, program.rounding_seeds)
         self._counts = [*map(len, words), groups * self.terms, groups * self.rounds]
         integers = torch.tensor([as_int64(v) for values in words for v in values]).long()
@@ -268,6 +269,7 @@ def integer(value: int, what: str) -> int:
 
 
 def _listed(value: Words) -> list[int]:
+    # One transfer for all values: element by element would wait for the device each time.
     if isinstance(value, Tensor):
         return list(value.reshape(-1).tolist())
     return list(value) if isinstance(value, Iterable) else [value]

@@ -105,6 +105,7 @@ class ParamTable:
                 "table for each device"
             )
         self.device = devices.pop() if devices else torch.device("cpu")
+        # Shards and parts of a model may hold no parameter of the last groups: num_groups says so.
         least = 1 + max((entry.group for entry in self.entries), default=0)
         self.num_groups = least if num_groups is None else num_groups
         if self.num_groups < least:
@@ -266,6 +267,7 @@ def find_table(
     num_groups: int,
 ) -> ParamTable:
     """Returns the table of these tensors if there is one already, or a new one."""
+    # Making a table hashes names and checks for overlap: too much for each run of a graph.
     identities = tuple(identity_of(t) for t in tensors)
     key = (identities, tuple(names), tuple(groups), tuple(offsets), num_groups)
     known = _alive.get(key)

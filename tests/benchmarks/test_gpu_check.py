@@ -218,8 +218,7 @@ def test_what_is_compiled_ahead_is_what_triton_tunes(compiled):
     table = zk.ParamTable({str(dtype): torch.zeros(8, dtype=dtype) for dtype in DTYPE_CODES})
     for seeds_, distribution, rounding, decay in kinds:
         coefs = 0.1 if seeds_ == 1 else [0.1, 0.2]
-        program = zk.Program(seeds_, coefs, distribution, rounding, decay=decay)
-        triton.run(table, table, program)
+        triton.run(table, table, zk.Program(seeds_, coefs, distribution, rounding, decay=decay))
     for distribution in ("gaussian", "rademacher"):
         triton.noise(8, 0, 1, 2, 0, distribution, torch.device("cpu"))
     triton.fingerprint(table)

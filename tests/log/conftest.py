@@ -16,6 +16,12 @@ def one_thread(threads: None) -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    value: torch.dtype = request.param
+    return value
+
+
 @pytest.fixture
 def path(tmp_path: Path, rng: Random) -> Path:
     """A finished trajectory of eight steps of every kind."""

@@ -31,6 +31,8 @@ from tests.log.world import NAMES, make_table, make_updates, make_weights, recor
 from tests.optim.models import Tied, batch, loss_of
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
 def test_replay_has_the_bits_of_the_run(
     tmp_path: Path, dtype: torch.dtype, distribution: str, rounding: str, rng: Random
 ) -> None:

@@ -19,6 +19,7 @@ def unavailable(device: torch.device) -> str | None:
     """Returns why this backend cannot serve tensors on the device, or None."""
     if device.type != "cuda":
         return f"it serves CUDA tensors, not {device.type}"
+    # ROCm builds of PyTorch call their devices "cuda" too.
     if torch.version.hip is not None:
         return "this PyTorch is built for ROCm, and the compiled part for CUDA"
     compiled, reason = extension()
@@ -143,6 +144,7 @@ def _target(table: ParamTable, out: ParamTable) -> tuple[int, ...]:
 
 
 def _index(device: torch.device) -> int:
+    # A device without an index is the current one, which may differ between calls.
     return torch.cuda.current_device() if device.index is None else device.index
 
 

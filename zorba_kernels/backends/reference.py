@@ -55,6 +55,7 @@ def noise(
 ) -> Tensor:
     """See ``dispatch.NoiseFunction``."""
     z = torch.empty(numel, dtype=torch.float32, device=device)
+    # In pieces: the int64 intermediates take many times the memory of the values.
     for start in range(0, numel, CHUNK):
         count = min(CHUNK, numel - start)
         index = torch.arange(offset + start, offset + start + count, device=device)
@@ -67,6 +68,7 @@ def fingerprint(table: ParamTable) -> int:
     total = 0
     for entry in table.entries:
         flat = entry.tensor.reshape(-1)
+        # The header tells dtypes and lengths apart whose bytes are the same.
         header = flat.numel() << 2 | DTYPE_CODES[flat.dtype]
         total += int(_mix64(torch.tensor(header ^ as_int64(entry.stream))))
         per_lane = 8 // flat.element_size()
@@ -131,6 +133,7 @@ def _noise_at(
     local = index - first * elements
     if distribution == "gaussian":
         return torch.stack(_box_muller(words), dim=2).reshape(-1)[local]
+    # A bit an element, from the least significant on.
     bits = (words.reshape(-1)[local // 32] >> (local % 32)) & 1
     return (1 - 2 * bits).to(torch.float32)
 
@@ -246,6 +249,7 @@ def _stochastic(value: Tensor, random16: Tensor, dtype: torch.dtype) -> Tensor:
 @contextmanager
 def _gradual_underflow() -> Iterator[None]:
     """Gradual underflow is part of the contract; the caller may have switched it off."""
+    # Asked of Python's own floats: torch cannot say which mode it is in.
     smallest = sys.float_info.min
     flushed = smallest * 0.5 == 0.0
     if flushed:
@@ -275,6 +279,8 @@ def _as_bits(value: Tensor) -> Tensor:
 def _fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
     """Correctly rounded float32 ``a * b + c``: exact product and round-to-odd sum in float64."""
     a, b, c = (torch.as_tensor(v, dtype=torch.float32, device=_device(a, b, c)) for v in (a, b, c))
+    # The product of two float32 is exact in float64. The sum is made odd where it is not exact, so
+    # that the way back to float32 is the only rounding (Boldo and Melquiond, 2008).
     product = a.double() * b.double()
     addend = c.double()
     total = product + addend
@@ -293,6 +299,7 @@ def _device(*values: Tensor | float) -> torch.device:
 
 def _mix64(x: Tensor) -> Tensor:
     """Finaliser of MurmurHash3 on int64 lanes, logical shifts."""
+    # torch shifts the sign in; the mask takes it out again.
     x = x ^ ((x >> 33) & 0x7FFFFFFF)
     x = x * as_int64(0xFF51AFD7ED558CCD)
     x = x ^ ((x >> 33) & 0x7FFFFFFF)

@@ -80,6 +80,7 @@ def noise(
 ) -> Tensor:
     """See ``dispatch.NoiseFunction``."""
     z = torch.empty(numel, dtype=torch.float32, device=device)
+    # Programs are aligned in the whole parameter: the first may begin before the offset.
     elements = 8 * NOISE_BLOCKS
     programs = -(-(offset + numel) // elements) - offset // elements
     if numel:
@@ -102,6 +103,7 @@ def fingerprint(table: ParamTable) -> int:
     """See ``dispatch.Backend``; waits for the result."""
     device = table.device
     result = torch.zeros(1, dtype=torch.int64, device=device)
+    # One table for all dtypes: the kernel hashes bytes, and headers carry the dtype.
     packed = table.packed(table)
     held = _whole.get(table, table, lambda: _device_table(packed, device))
     if device.type == "cuda":
@@ -288,6 +290,7 @@ def _interpreted() -> bool:
 @cache
 def _interpreter_fault() -> str | None:
     """Triton's interpreter rounds a fused multiply-add twice, and cuts conversions to bfloat16."""
+    # Asked of the kernels themselves: versions of Triton differ, and tests may have corrected it.
     cpu = torch.device("cpu")
     weights, expected = (
         make(512, 0, 1, 2, 0, "gaussian", cpu) for make in (noise, reference.noise)
@@ -308,6 +311,7 @@ def _interpreter_fault() -> str | None:
 def _gpu_fault(device: torch.device) -> str | None:
     if not torch.cuda.is_available():
         return "torch finds no usable GPU"
+    # An index that is not there would only fail at the launch, as an error of the device.
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= torch.cuda.device_count():
         return f"there is no GPU {index}, only {torch.cuda.device_count()}"

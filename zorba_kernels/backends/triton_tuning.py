@@ -80,6 +80,7 @@ def choose(
         device: where the table is.
         rehearse: runs a kernel that it is given, on scratch memory.
     """
+    # Small tables take microseconds whatever the choice: they are not worth a measurement.
     default = candidates(flags)[0]
     size = max((size for size in SIZES if size <= elements), default=0)
     if size == 0:
@@ -103,6 +104,7 @@ def _measured(
 ) -> Config:
     import triton
 
+    # Triton's tuner takes its own configurations; what it finds best is looked up again as ours.
     configs = {
         triton.Config({"STRIP": c.strip}, num_warps=c.warps, num_stages=1, maxnreg=c.registers): c
         for c in candidates(flags)

@@ -38,6 +38,7 @@ PAIR = tl.constexpr(64)  # blocks after which the halves take turns again
 @triton.jit
 def load(base, at, low, high, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
     """Elements ``at`` [n, 8] after the address ``base``, as stored; 0 outside [low, high)."""
+    # Bits, not floats: what is left alone must not pass through a conversion.
     if DTYPE == FLOAT32:
         pointer = base.to(tl.pointer_type(tl.int32))
     else:
@@ -73,6 +74,7 @@ def begin_round(
     DECAYS: tl.constexpr,
 ):
     """What the sum of a round starts from, before its first term."""
+    # The dither is part of the sum, so that it is added in the one order of the contract.
     weight = widen(stored, DTYPE)
     if STOCHASTIC:
         total = rounding_start(weight, rounding_dither(first, second)[:, None], DTYPE)

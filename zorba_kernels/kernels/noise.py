@@ -209,6 +209,7 @@ def round_stochastic(value, random16, DTYPE: tl.constexpr):
 @triton.jit
 def widen(stored, DTYPE: tl.constexpr):
     """Bits as stored (int16, or int32 for float32) -> float32."""
+    # float16 through the hardware's conversion, which is exact on every GPU; bfloat16 by a shift.
     if DTYPE == FLOAT32:
         value = stored.to(tl.float32, bitcast=True)
     elif DTYPE == BFLOAT16:
@@ -257,6 +258,7 @@ def noise(
     sample = sample.to(tl.uint32)
     seed_lo = seed_lo.to(tl.uint32)
     seed_hi = seed_hi.to(tl.uint32)
+    # Aligned in the whole parameter, so that a program makes whole Philox calls.
     first = (offset.to(tl.int64) // (BLOCK * BLOCKS) + tl.program_id(0)) * BLOCKS
     if DISTRIBUTION == GAUSSIAN:
         block = (first + tl.arange(0, BLOCKS)).to(tl.uint32)

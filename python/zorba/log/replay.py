@@ -69,21 +69,21 @@ def apply_entries(
     changing = [entry for entry in entries if not entry.empty]
     if not changing:
         return
-    # One call for all entries: the kernel reads and writes each weight once, and rounds after each
-    # entry in registers, so the bits are those of one call an entry.
+    # One program for all entries: the kernel reads and writes each weight once, and rounds after
+    # each entry in registers, so the bits are those of one call an entry.
     zeros = torch.zeros(changing[0].terms.coefs.shape[0])
+    program = zk.Program(
+        [seed for entry in changing for seed in entry.terms.seeds],
+        torch.cat([entry.terms.coefs for entry in changing], dim=1),
+        distribution,
+        rounding,
+        [entry.rounding_seed for entry in changing],
+        samples=[sample for entry in changing for sample in entry.terms.samples],
+        rounds=[len(entry.terms.seeds) for entry in changing],
+        decay=torch.stack([zeros if e.decay is None else e.decay for e in changing], dim=1),
+    )
     for table in each_table(tables):
-        zk.add_noise_(
-            table,
-            [seed for entry in changing for seed in entry.terms.seeds],
-            torch.cat([entry.terms.coefs for entry in changing], dim=1),
-            distribution,
-            rounding,
-            [entry.rounding_seed for entry in changing],
-            samples=[sample for entry in changing for sample in entry.terms.samples],
-            rounds=[len(entry.terms.seeds) for entry in changing],
-            decay=torch.stack([zeros if e.decay is None else e.decay for e in changing], dim=1),
-        )
+        table.run(program)
 
 
 def replay(

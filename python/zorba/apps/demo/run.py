@@ -112,8 +112,10 @@ class Training:
         )
         more = {n: getattr(settings, n) for n in ("trainable", "batch_size", "pool", "alpha")}
         recorder = RunRecorder(self.folder, server, settings.rounds, federation.plan, more)
+        # The view reads the run's folder, as `zorba watch` does: it shows what was written.
         with LiveView(self.folder.events, console, every=_LINE_SECONDS), recorder:
             self._evaluate(0, recorder)
+            # Loading the model takes more memory than training it, and is not what is asked for.
             machine.reset_peak_memory()
             started = time.perf_counter()
             result = run_federation(
@@ -139,6 +141,7 @@ class Training:
         self._watch_catch_up()
         every = max(1, self.settings.rounds // max(1, self.settings.evaluations))
         if report.round % every == 0 and report.round < self.settings.rounds:
+            # Evaluations are for the picture; a federation would do without them.
             began = time.perf_counter()
             self._evaluate(report.round, recorder)
             self.seconds -= time.perf_counter() - began

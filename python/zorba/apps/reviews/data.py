@@ -99,6 +99,7 @@ def split_clients(
     """
     array = np.asarray(labels)
     values = np.unique(array)
+    # Most draws of a small alpha leave some client with too little, so it takes many tries.
     for _ in range(10_000):
         parts: list[list[int]] = [[] for _ in range(clients)]
         for value in values:
@@ -138,6 +139,7 @@ def balanced_batches(pool: Sequence[Example], rows: int, size: int) -> list[list
     """
     if size % 2 or rows % size:
         raise ValueError(f"batch size {size} must be even and divide the {rows} rows of a pool")
+    # Both halves are sorted by length before they are paired: little of a batch is padding.
     halves = []
     for label in (0, 1):
         mine = [example for example in pool if example.label == label]

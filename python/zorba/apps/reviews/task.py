@@ -104,6 +104,7 @@ class Pool:
 
         The batch is a function of (round, step) alone: a repeated plan measures the same.
         """
+        # No counter of its own: after a lost message the server asks for the same step again.
         prefix = pick(self.prefixes, (round_ - 1) * self.local_steps + step, self.seed)
         started = time.perf_counter()
         near = extend_prefix(prefix, list(self.suffix.blocks)[: self.first])

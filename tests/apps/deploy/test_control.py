@@ -59,7 +59,7 @@ def test_start_that_fails_half_way_leaves_no_process(deployed: Deployed) -> None
 def test_supervisor_that_ends_at_once_is_told(
     deployed: Deployed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(control, "_STOP_SECONDS", float("inf"))
+    monkeypatch.setattr(control, "_LONGEST_SECONDS", float("inf"))
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(ConfigError, match="server did not start: see"):
         start(deployed)

@@ -32,9 +32,8 @@ def activation_picture(axes: Axes, state: RunState) -> str:
         return ""
     clients, blocks = plan.clients[:MOST_ROWS], plan.blocks[:MOST_ROWS]
     mask = plan.mask[: len(clients), : len(blocks)]
-    grid = axes.get_subplotspec().subgridspec(
-        2, 2, width_ratios=[6, 1], height_ratios=[3, len(clients)]
-    )
+    place: Any = axes.get_subplotspec()
+    grid = place.subgridspec(2, 2, width_ratios=[6, 1], height_ratios=[3, len(clients)])
     axes.set_subplotspec(grid[1, 0])
     draw_mask(axes, list(map(short, clients)), list(map(short, blocks)), mask)
     for mesh in axes.collections:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 from xml.etree import ElementTree
 
 from markupsafe import Markup
@@ -28,7 +29,7 @@ def draw_svg(
     from matplotlib.figure import Figure
 
     # Letters stay letters. The salt makes ids that no other picture has, the same in every run.
-    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}
     with plain_text(), rc_context(style):
         figure = Figure(figsize=size, layout="constrained")
         caption = picture(figure.add_subplot(), state)

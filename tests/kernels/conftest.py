@@ -59,9 +59,7 @@ not_interpreted = pytest.mark.not_interpreted
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Registers the marks; refuses --server=triton without the interpreter."""
-    config.addinivalue_line("markers", "not_interpreted(reason): not for Triton's interpreter")
-    config.addinivalue_line("markers", "covering(**axes): more axes, by name, of a test")
+    """Refuses --server=triton without the interpreter."""
     if config.getoption("--server") == "triton" and not INTERPRETED:
         raise pytest.UsageError("--server=triton needs TRITON_INTERPRET=1 (make test-interpret)")
 

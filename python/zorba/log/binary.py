@@ -37,6 +37,7 @@ class Reader:
 
     def raw(self, count: int, what: str) -> memoryview:
         """Takes ``count`` bytes."""
+        # Before a slice or an array is made: a length from outside must not decide what is taken.
         if count > self.left:
             raise self.error(f"{what} needs {count} bytes but {self.left} are left")
         self._at += count

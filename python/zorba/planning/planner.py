@@ -79,6 +79,8 @@ def plan_blocks(
         raise ValueError(f"time_limit must be positive, not {time_limit}")
     start = time.monotonic()
     problem = make_problem(memory, budgets, priorities, min_coverage, min_active, max_active)
+    # Clients with room for everything are settled before any program: it then is smaller, and their
+    # memory, which is no sum over blocks, need not be part of it.
     full, rest = problem.split()
     solutions = [Solution(np.zeros((0, len(problem.blocks)), dtype=np.bool_), 0.0, proven=True)]
     if rest.clients:
@@ -90,6 +92,7 @@ def plan_blocks(
             seconds = min(time_limit, _SECONDS_TO_EXPLAIN)
             raise explain_infeasible(rest, seconds) from None
     front = pareto_front([_point(problem, full, solution) for solution in solutions])
+    # The front is in order of F1, so the last point within the bound has the least memory.
     bound = (1 + tolerance) * front[0].f1 * (1 + _ROUNDING)
     chosen = max(i for i, point in enumerate(front) if point.f1 <= bound)
     return BlockPlan(
@@ -121,6 +124,7 @@ class _Sweep:
         program = self._program
         # Two solves a point, and two for the pick where it is no end of the sweep.
         self._solves_left = 2 * num_points + (2 if tolerance else 0)
+        # Best convergence first: where time runs out, that is the plan worth having.
         fastest = self._lexicographic(F1, UNLIMITED)
         if fastest is None:
             raise PlanSolverError("time ran out before any plan was found: raise time_limit")
@@ -138,6 +142,7 @@ class _Sweep:
         yield leanest
         low = program.values(leanest.mask)[F2]
         for i in range(1, num_points - 1):
+            # The leanest mask is within every epsilon, so each of these has a plan to start from.
             epsilon = low + (high - low) * i / (num_points - 1)
             between = self._lexicographic(F1, (math.inf, epsilon), leanest.mask)
             if between is not None:
@@ -178,6 +183,7 @@ class _Sweep:
 
 def _point(problem: Problem, full: list[int], solution: Solution) -> ParetoPoint:
     mask = np.ones((len(problem.clients), len(problem.blocks)), dtype=np.bool_)
+    # From the mask in whole bytes, not from the solver's floats: what is told is exact.
     mask[[n for n in range(len(mask)) if n not in full]] = solution.mask
     mask.flags.writeable = False
     return ParetoPoint(

@@ -88,6 +88,7 @@ class Problem:
 
     def f1(self, mask: Mask) -> float:
         """Returns F1 = sum_b priorities[b] / coverage[b]."""
+        # fsum rounds once: two masks of equal coverages have equal F1, whatever the order.
         pairs = zip(self.priorities, mask.sum(axis=0).tolist(), strict=True)
         return math.fsum(priority / (count + self.covered) for priority, count in pairs)
 
@@ -107,6 +108,7 @@ class Problem:
         """
         total = sum(self.extra)
         needs = zip(self.whole, self.budgets, self.base, strict=True)
+        # Only where the whole model takes less than the sum: else the program knows it already.
         full = [n for n, (whole, c, base) in enumerate(needs) if whole <= min(c, base + total - 1)]
         rest = [n for n in range(len(self.clients)) if n not in full]
         return full, replace(
@@ -135,6 +137,7 @@ def make_problem(
     blocks = tuple(memory.block_names or ())
     if not clients:
         raise ValueError("a plan needs at least one client")
+    # Every refusal names what is wrong before a solver could only say "infeasible".
     limits = per_client(budgets, clients, "budget")
     for name, limit in zip(clients, limits, strict=True):
         if limit == 0:
@@ -151,6 +154,7 @@ def make_problem(
     base = tuple(fixed + idle for fixed in memory.fixed_bytes(clients))
     extra = tuple(on - off for on, off in zip(memory.active, memory.idle, strict=True))
     whole = memory.all_active_bytes(clients)
+    # Nobody may activate every block: what that would take is no part of the problem.
     if most < len(blocks):
         whole = tuple(sum(extra, start) for start in base)
     return Problem(

@@ -80,6 +80,8 @@ class Program:
             return kron(eye_array(count), csr_array(row[None, :].astype(np.float64)))
 
         unit = max(int(self._extra.max()), 1) / _BLOCK_UNITS
+        # In order: bytes of a client, its most and its least active blocks; then, for each kind, all
+        # blocks have a coverage, and coverages add up to the activations.
         active = rows(clients, np.ones(kinds))
         totals = kron(csr_array(np.ones((1, clients))), eye_array(kinds))
         blocks = [
@@ -115,6 +117,7 @@ class Program:
         # Where idle blocks stay on the device, masks save no memory, and F2 is 0.
         self.saves_memory = scale > 0
         self._per_byte = 1 / np.array(problem.budgets, dtype=np.float64) / (scale or 1.0)
+        # 1 / k is convex in k, so a relaxed y never gains by mixing far coverages.
         cost = np.outer(self._weights[first], 1 / np.maximum(self.covers + problem.covered, 1))
         self.costs = np.zeros((2, len(self._upper)))
         self.costs[F1, self.num_counts : self.num_counts + cost.size] = cost.ravel()
@@ -170,6 +173,8 @@ class Program:
         left = max(end - time.monotonic(), 0.01)
         result = self.solve(cost, limits, whole=True, gap=0.0 if exact else gap, seconds=left)
         bound = max(bound, result.get("mip_dual_bound") or 0.0)
+        # HiGHS's tolerance may let a client be over its budget by some bytes: then the mask is
+        # repaired like a rounded one, never returned as it is.
         if result.x is not None:
             counts = self.counts(result.x)
             search = self._search(self.deal(counts))
@@ -199,6 +204,7 @@ class Program:
         from scipy.optimize import linprog
         from scipy.sparse import csr_array, vstack
 
+        # A limit that is infinite is no row: HiGHS would scale by it.
         kept = np.flatnonzero(np.isfinite(limits))
         result: Any = linprog(  # type: ignore[call-overload]  # the stubs know no sparse A_eq
             cost,
@@ -222,6 +228,8 @@ class Program:
 
     def deal(self, counts: NDArray[np.int64]) -> Mask:
         """Turns counts into a mask, dealing the blocks of a kind round robin over the clients."""
+        # Clients in their order and blocks in theirs: ties always break the same way, and a plan
+        # that is made again is the same plan.
         mask = np.zeros((self._shape[0], len(self.problem.blocks)), dtype=np.bool_)
         for kind, given in zip(self.problem.kinds, counts.T.tolist(), strict=True):
             turn = 0
@@ -236,6 +244,7 @@ class Program:
         # The dual value of a limit: how much the objective falls where it is a unit higher.
         prices[np.isfinite(limits)] -= relaxed.ineqlin.marginals[len(self._most) :]
         # A count that is whole but for HiGHS's tolerance must not lose a block.
+        # Down, so that every budget holds; the repair then fills the room that is left.
         search = self._search(self.deal(self.counts(np.floor(relaxed.x + _TOLERANCE))))
         search.improve(prices.tolist(), UNLIMITED)
         return self._repaired(search, objective, limits)
@@ -250,6 +259,7 @@ class Program:
     def _best(self, objective: int, masks: list[Mask], bound: float, gap: float) -> Solution | None:
         if not masks:
             return None
+        # The first of equal ones: a mask that was known before stays.
         values = [float(self.values(mask)[objective]) for mask in masks]
         value = min(values)
         found = max(0.0, (value - bound) / value) if value else 0.0

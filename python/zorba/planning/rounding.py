@@ -62,6 +62,7 @@ class Search:
 
     def improve(self, prices: Sequence[float], limits: Sequence[float]) -> None:
         """Changes clients one by one while ``prices @ values`` falls, and values keep to limits."""
+        # A change of one client makes others worth while, so clients are gone through again.
         for _ in range(_MAX_PASSES):
             before = self.mask.copy()
             for n in self._order:
@@ -72,6 +73,7 @@ class Search:
 
     def meet(self, limits: Sequence[float]) -> None:
         """Drops blocks until budgets and F2 keep to their limits, then adds some until F1 does."""
+        # Budgets first: memory that is not there cannot be traded for anything.
         for n in np.flatnonzero(self._free < 0).tolist():
             while self._free[n] < 0:
                 self._flip(n, int(np.where(self.mask[n], self._losses(), np.inf).argmin()))
@@ -115,6 +117,7 @@ class Search:
 
     def _gains(self) -> Vector:
         """Returns how much F1 falls if one more client activates each block."""
+        # w / c - w / (c + 1), without the cancellation of two nearly equal numbers.
         c = np.maximum(self._coverage, 1)
         return np.where(self._coverage < self._needed, _MISSING, self._weights / (c * (c + 1)))
 
@@ -134,6 +137,7 @@ class Search:
 @lru_cache(maxsize=4)
 def _sets(blocks: int) -> NDArray[np.int64]:
     """Returns all sets of one to three blocks, [K, 3]; a place without a block has the number B."""
+    # Swaps need two, and two for one three; four would find little more and cost a hundred times.
     most = 3 if blocks <= _MANY_BLOCKS else 2
     rows = [
         (*blocks_, *(blocks,) * (3 - size))

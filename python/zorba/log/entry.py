@@ -123,6 +123,7 @@ def write_entry(entry: LogEntry, seeds: StepSeeds, salt: int) -> bytes:
 def _body(entry: LogEntry, seeds: StepSeeds) -> bytes:
     terms, number = entry.terms, entry.number
     coefs = _matrix(terms.coefs)
+    # What no reader would take must not be written: a log that cannot be read is lost.
     if coefs.size > MAX_COEFS:
         raise LogError(f"an entry of {coefs.size} coefficients; at most {MAX_COEFS} are allowed")
     decay = None if entry.decay is None else _decays(entry.decay, len(coefs))
@@ -301,6 +302,7 @@ def _read_coefs(reader: BodyReader, flags: int, terms: int, groups: int) -> Tens
     for _ in range(count):
         rows = reader.varint("terms of a part") if flags & _PARTS else terms
         columns = reader.varint("number of columns") if flags & _MAPPED else 1
+        # More columns than groups would be columns of nobody: only a forgery has them.
         if rows > left or columns > groups:
             raise LogError(f"a part of {rows} terms and {columns} columns is too large")
         left -= rows

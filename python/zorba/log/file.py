@@ -91,6 +91,7 @@ class LogFile(Entries):
             if not self.path.exists():
                 raise LogError(f"there is no log at {self.path}")
             return self.path.open("r+b", buffering=0)
+        # Asked here already, so that a refusal makes no folder; decided again under the lock.
         if new and self.path.exists() and self.path.stat().st_size:
             raise LogError(f"{self.path} exists: give another path, or resume it")
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,6 +125,7 @@ class LogFile(Entries):
     def finish(self, fingerprint: int) -> None:
         """Ends the log with the fingerprint of the weights as they are now, and closes it."""
         self._check_next(self.last + 1)
+        # Durable in any case: the end is what makes a trajectory verifiable.
         data = end_frame(self.last + 1, fingerprint, self._salt)
         self._append(self.size, data, "the end", durable=True)
         self._size += len(data)
@@ -156,6 +158,8 @@ class LogFile(Entries):
         Returns:
             How many entries they are, and their bytes.
         """
+        # Whole frames only, found in the index: nothing is decoded for a client that lacks a
+        # thousand rounds.
         stop = self._check_range(first, None) - self.first + 1
         start = first - self.first
         begin = self._index.ends[start]

@@ -91,6 +91,7 @@ class LogHeader:
         me = self.identity
         words = {"log_id": self.log_id, "run_seed": self.run_seed or 0, "first": self.first}
         words |= {"origin": me.origin or 0, "start": me.start, "layout": me.layout}
+        # bool is an int to Python, and 1.0 equals 1: only plain integers have one encoding.
         for what, value in words.items():
             if type(value) is not int or not 0 <= value < 1 << 64:
                 raise LogError(f"{what} must be a uint64, got {value!r}")
@@ -168,6 +169,7 @@ class LogHeader:
             if names:
                 shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
                 return f"{len(names)} parameters are {what}: {shown}"
+        # Names agree by now. Groups are the caller's to choose where it builds the table anew.
         for name, p in mine.items():
             for what in ("shape", "dtype", *(["group"] if groups else [])):
                 have, want = getattr(theirs[name], what), getattr(p, what)
@@ -201,6 +203,7 @@ def decode_header(data: bytes | memoryview) -> tuple[LogHeader, int]:
     if _CRC.unpack_from(view, end - _CRC.size)[0] != zlib.crc32(view[: end - _CRC.size]):
         raise DamagedLogError("the header is damaged: its CRC does not match")
     text = _inflate(view[_FIXED.size : end - _CRC.size], plain_bytes)
+    # Whatever JSON may hold here, it ends as a checked LogHeader or as one sentence.
     try:
         values = json.loads(text)
         noise = values["noise_version"]
@@ -211,6 +214,7 @@ def decode_header(data: bytes | memoryview) -> tuple[LogHeader, int]:
         header = LogHeader(**values)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise LogError(f"the header's text makes no sense: {error!r}") from None
+    # Noise of another version has other values: replaying it would build another model.
     if noise != NOISE_VERSION:
         raise LogError(
             f"the log is of noise version {noise}, this package makes version {NOISE_VERSION}: "

@@ -68,6 +68,7 @@ class StepSeeds:
         """Returns the seed of a step."""
         if self.run_seed is None:
             raise LogError("the entry refers to seeds of steps, but the log has no run seed")
+        # A step's seed is a hash: momentum asks for the same ones again and again.
         seed = self._seeds.get(step)
         if seed is None:
             seed = step_seed(self.run_seed, step)
@@ -124,6 +125,7 @@ def _single_seeds(
     before: int | None = None
     for seed, sample in zip(seeds, samples, strict=True):
         last = runs[-1] if runs else None
+        # Samples of one seed in order are one run, however many there are.
         if last is not None and seed == before and sample == last.first + last.samples:
             runs[-1] = Run(last.seed, last.back, last.first, last.samples + 1)
         else:

@@ -61,6 +61,7 @@ def scan(data: bytes) -> tuple[LogHeader, Index, int]:
         crash cuts a frame short, and no whole frame follows one that was cut. Damage anywhere else
         raises LogError, so that nothing whole is ever cut off.
     """
+    # A view: slices of a log of a gigabyte must not be copies.
     view = memoryview(data)
     header, at = decode_header(view)
     index = Index([at], fingerprints={0: header.identity.start})
@@ -143,6 +144,7 @@ class Entries(ABC):
         Raises:
             LogError: numbers that are not in the log, or an entry that was damaged since.
         """
+        # Checked as a whole before the first one is read: half a range would be half an update.
         begin = self.first if first is None else first
         seeds, salt = StepSeeds(self.header.run_seed), salt_of(self.header.log_id)
         for number in range(begin, self._check_range(begin, last) + 1):

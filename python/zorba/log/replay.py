@@ -160,6 +160,7 @@ def _chunks(
     chunk: list[LogEntry] = []
     coefs, last = 0, -1
     for entry in entries:
+        # Bounded in coefficients too: with many groups and momentum, 64 entries may be a gigabyte.
         more = 0 if entry.empty else groups * len(entry.terms.seeds)
         if chunk and (len(chunk) == ROUNDS_A_PASS or coefs + more > COEFS_A_PASS):
             yield last, chunk
@@ -206,6 +207,7 @@ def check_base(target: nn.Module | TableLike, log: Log) -> TableLike:
         if isinstance(target, nn.Module) and header.identity.origin is not None:
             _check_whole(target, header.identity.origin)
         return tables
+    # The likeliest mistake gets a sentence of its own.
     if found == log.fingerprint:
         raise WrongBaseError(
             f"the log is applied already: fingerprint {found:#018x} is that of its end"

@@ -71,6 +71,7 @@ class TrajectoryWriter:
         """
         check_choice("distribution", distribution, DISTRIBUTIONS)
         check_choice("rounding", rounding, ROUNDINGS)
+        # One read of all weights now lets a replay refuse a base whose frozen part differs.
         weights = [] if model is None else _weights(model)
         header = LogHeader(
             log_id=0,

@@ -80,8 +80,8 @@ class Program:
             return kron(eye_array(count), csr_array(row[None, :].astype(np.float64)))
 
         unit = max(int(self._extra.max()), 1) / _BLOCK_UNITS
-        # In order: bytes of a client, its most and its least active blocks; then, for each kind, all
-        # blocks have a coverage, and coverages add up to the activations.
+        # In order: bytes of a client, its most and its least active blocks; then, for each kind,
+        # all blocks have a coverage, and coverages add up to the activations.
         active = rows(clients, np.ones(kinds))
         totals = kron(csr_array(np.ones((1, clients))), eye_array(kinds))
         blocks = [

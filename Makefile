@@ -18,6 +18,8 @@ VENV ?= .venv
 # The version that the tests run with. On a machine with a GPU: make install TORCH=torch
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
+# A process a core. Tests of a file stay together: they share what is slow to make.
+PARALLEL ?= -n auto --dist loadfile
 INTERPRETED := triton golden equality fingerprint special_values table
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
@@ -43,7 +45,7 @@ federate-demo: install
 	$(BIN)/zorba federate demo
 
 test: install
-	$(BIN)/python -m pytest tests $(FULL)
+	$(BIN)/python -m pytest tests $(PARALLEL) $(FULL)
 	$(MAKE) test-interpret FULL=$(FULL)
 
 test-full:
@@ -51,7 +53,7 @@ test-full:
 
 # In a process of its own: Triton decides at import whether its kernels are interpreted.
 test-interpret: install
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest --server triton $(FULL) $(INTERPRETED:%=tests/kernels/test_%.py)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) --server triton $(FULL) $(INTERPRETED:%=tests/kernels/test_%.py)
 
 bench: install
 	$(BIN)/python -m pytest benchmarks -p benchmarks.record \

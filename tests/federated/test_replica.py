@@ -139,7 +139,7 @@ def test_interrupted_pass_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> N
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(zk, "add_noise_", interrupted)
+        patch.setattr(zk.ParamTable, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             replica.apply(make_log(1))
     with pytest.raises(ReplicaError, match="interrupted"):

@@ -1,4 +1,4 @@
-# make install   .venv with an editable install; the other targets call it
+# make install   .venv with an editable install; all other targets but gpu-check and clean call it
 # make demo      fine-tune SmolLM2-135M as a federation of 8 clients, about 5 minutes
 # make federate-demo   the same over NVIDIA FLARE: a server and 3 sites, each a process, over TLS
 # make test      run the tests
@@ -12,6 +12,8 @@
 # make sass      count the issue slots of the kernels in their machine code, and compare with the
 #                recorded counts; needs no GPU (CUDA: what nvcc built; Triton: if it is installed)
 # make lint      ruff, mypy, import-linter, clang-format
+# make format    write what ruff and clang-format want
+# make clean     remove .venv, builds, runs and the cache of models and data
 
 PYTHON ?= python3
 VENV ?= .venv

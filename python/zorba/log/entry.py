@@ -180,7 +180,8 @@ def _map_type(columns: int) -> str:
 
 def _matrix(coefs: Tensor) -> npt.NDArray[np.float32]:
     """Coefficients on the host; -0 becomes 0, which changes no weight either."""
-    matrix: npt.NDArray[np.float32] = coefs.detach().to("cpu", torch.float32).numpy() + 0.0
+    plain = coefs.detach().to("cpu", torch.float32).numpy()
+    matrix: npt.NDArray[np.float32] = np.add(plain, 0, dtype=np.float32)
     return matrix
 
 

@@ -13,17 +13,7 @@ import torch
 from torch import Tensor
 
 from zorba.log.errors import DamagedLogError, LogError
-from zorba.log.frame import (
-    END,
-    ENTRY,
-    SKIP,
-    BodyReader,
-    Frame,
-    frame,
-    salt_of,
-    unframe,
-    varint,
-)
+from zorba.log.frame import END, ENTRY, SKIP, BodyReader, Frame, frame, salt_of, unframe, varint
 from zorba.log.pattern import (
     MAX_TERMS,
     StepSeeds,
@@ -259,6 +249,7 @@ def decode_entries(
 
 def read_entry(found: Frame, groups: int, seeds: StepSeeds) -> LogEntry:
     """Returns the entry of a frame; raises LogError if it makes no sense."""
+    # Field by field in the order of the flags' table in docs/log.md.
     reader = BodyReader(found.body)
     if found.kind == SKIP:
         reader.end()

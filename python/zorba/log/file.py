@@ -201,6 +201,7 @@ class LogFile(Entries):
         # Ctrl-C may come between write and note: the file is then shortened to what the index has.
         try:
             self._file.seek(size)
+            # Unbuffered: one system call, so what a kill cuts short is one frame.
             if self._file.write(data) != len(data):
                 raise OSError("it was written in part")
             if durable:

@@ -84,6 +84,7 @@ def frame(kind: int, number: int, body: bytes, salt: int) -> bytes:
     """Returns a frame."""
     if len(body) > MAX_BODY_BYTES:
         raise LogError(f"an entry of {len(body)} bytes; at most {MAX_BODY_BYTES} are allowed")
+    # The number is written out: a reader that meets damage must tell whether what follows fits.
     head = bytes([kind]) + varint(number) + varint(len(body))
     crc = zlib.crc32(head, salt)
     # Not over the check as well: data that is followed by its own CRC leaves a constant, whatever

@@ -48,6 +48,7 @@ class Index:
 
     def cut(self, count: int) -> None:
         """Forgets all but the first entries."""
+        # Fingerprints of later states are of weights that the run will make anew.
         del self.ends[count + 1 :], self.states[count + 1 :]
         self.fingerprints = {s: f for s, f in self.fingerprints.items() if s <= self.states[-1]}
         self.end = None

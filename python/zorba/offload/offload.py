@@ -67,6 +67,7 @@ class Offload:
         self._check(active)
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
+        # Known from here on: what fails below is undone by close(), which needs to find it.
         _offloads[model] = self
         try:
             self._bring_rest()

@@ -55,7 +55,7 @@ class ReviewSettings:
     seed: int = 1
     # These are tuned: trainable, P, lr, clip, the distribution and the pool gave the best accuracy
     # on SST-2's validation set, which is also what the demo is evaluated on. They are no defaults
-    # of the package (those are in zorba.optim).
+    # of the package (those are in zorba.defaults).
     trainable: int = 4
     perturbations: int = 5
     local_steps: int = 1

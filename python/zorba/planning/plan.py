@@ -135,6 +135,7 @@ def mask_version(clients: Sequence[str], blocks: Sequence[str], mask: Mask) -> i
 
 def pareto_front(points: Sequence[ParetoPoint]) -> tuple[ParetoPoint, ...]:
     """Returns the points that no other dominates, by rising F1; one of each equal pair."""
+    # In this order a point is dominated just where an earlier one takes no more memory.
     front: list[ParetoPoint] = []
     for point in sorted(points, key=lambda p: (p.f1, p.f2)):
         if not front or point.f2 < front[-1].f2:

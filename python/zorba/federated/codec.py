@@ -14,6 +14,7 @@ from typing import Any
 
 from zorba.federated.errors import MessageError
 from zorba.log import binary
+from zorba_kernels.noise import DISTRIBUTION_CODES
 
 MAGIC = b"ZRBM"
 SCHEMA = 2
@@ -23,9 +24,9 @@ MAX_MESSAGE_BYTES = 1 << 28
 """No message is larger, whatever its header says."""
 
 # Numbers in messages are fixed for good: a new word gets a new one.
-CODES: dict[str, dict[Any, int]] = {
-    "distribution": binary.DISTRIBUTION_CODES,
-    "rounding": binary.ROUNDING_CODES,
+CODES: dict[str, Mapping[Any, int]] = {
+    "distribution": DISTRIBUTION_CODES,
+    "rounding": {"nearest": 0, "stochastic": 1},
     "estimator": {"central": 0, "forward": 1},
     "unit": {None: 0, "example": 1, "client": 2},
 }

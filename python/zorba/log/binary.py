@@ -1,15 +1,13 @@
-"""Binary formats: a reader that checks sizes before it takes anything, and codes of choices."""
+"""Binary formats: a reader that checks sizes before it takes anything."""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-DISTRIBUTION_CODES = {"gaussian": 0, "rademacher": 1}
-ROUNDING_CODES = {"nearest": 0, "stochastic": 1}
 
 
 class FormatError(ValueError):
@@ -67,7 +65,7 @@ class Reader:
 
 
 def decode_choice(
-    codes: dict[str, int], code: int, what: str, error: type[Exception] = FormatError
+    codes: Mapping[Any, int], code: int, what: str, error: type[Exception] = FormatError
 ) -> Any:
     """Returns the name of a code, or raises ``error`` for one that nobody gave."""
     for name, known in codes.items():

@@ -100,7 +100,9 @@ class Zorba:
 
     def begin(self, round_: int, clients: Sequence[str]) -> dict[str, Message]:
         """See ``Method``: a plan each; clients that the server does not know are greeted before."""
-        greetings = self.server.greetings(clients)
+        known = self.server.fingerprints
+        began = self.server.begin_round(clients)
+        greetings = {name: data for name, data in began.items() if name not in known}
         for name, greeting in greetings.items():
             hello = self.clients[name].handle(greeting)
             self.server.receive(name, hello)
@@ -119,7 +121,7 @@ class Zorba:
         data = self.clients[client].handle(message.content)
         reply: Any = decode(data)
         encoded = len(data) + self._hellos.pop(client, 0)
-        return Message(data, reply.scalar_bytes, encoded, reply.loss)
+        return Message(data, reply.scalars.nbytes, encoded, reply.loss)
 
     def aggregate(self, round_: int, replies: Mapping[str, Message]) -> None:
         """See ``Method``: the log entry. Clients get it with the next plan; it is applied now."""

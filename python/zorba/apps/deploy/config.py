@@ -46,7 +46,7 @@ class _Section(BaseModel):
 
 
 class PrivacySection(_Section):
-    """``zorba.privacy.Privacy`` by field."""
+    """``zorba.federated.Privacy`` by field."""
 
     unit: Literal["example", "client"] = about("whom epsilon protects")
     clip: Positive = about("L2 norm of a vector of P differences")

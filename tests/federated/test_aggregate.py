@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from zorba.federated.aggregate import aggregate, fold
 
-from tests.conftest import Random
-
 RULES = ("mean", "median", "trimmed")
 
 
@@ -19,12 +17,6 @@ class Measured(NamedTuple):
     scalars: Any  # float32 [clients, K, P]
     masks: Any  # bool [clients, blocks]
     examples: Any  # [clients]
-
-
-@pytest.fixture
-def numbers(rng: Random) -> np.random.Generator:
-    """numpy's generator, from the test's seed."""
-    return np.random.default_rng(rng.seed)
 
 
 def measured(numbers: np.random.Generator, clients: int, blocks: int) -> Measured:
@@ -133,36 +125,23 @@ def test_bits_depend_on_the_clients_of_a_block_alone(
         assert one[0].tobytes() == coefs[block].tobytes()
 
 
-def test_each_block_has_the_clients_that_covered_it() -> None:
-    masks = np.array([[1, 1, 0, 0, 1], [0, 1, 0, 0, 0]], bool)
-    scalars = np.array([[[1.0, 2.0]], [[3.0, 4.0]]], np.float32)
-    coefs = aggregate(scalars, masks, np.ones(2, int), 1.0)
-    assert coefs.tolist() == [[[-b, -c]] for b, c in [(0.5, 1), (1, 1.5), (0, 0), (0, 0), (0.5, 1)]]
-
-
 @pytest.mark.parametrize("rule", RULES)
-def test_one_client_keeps_its_scalars(numbers: np.random.Generator, rule: Any) -> None:
-    scalars = measured(numbers, 1, 1).scalars
-    coefs = aggregate(scalars, np.array([[True]]), np.array([17]), 0.5, aggregation=rule)
-    expected = (-0.5 * scalars[0].astype(np.float64) / 3).astype(np.float32)
-    assert coefs[0].tobytes() == expected.tobytes()
-
-
-def test_nobody_covers_anything() -> None:
-    scalars, masks = np.ones((1, 1, 2), np.float32), np.zeros((1, 3), bool)
-    coefs = aggregate(scalars, masks, np.array([5]), 1.0)
-    assert coefs.tolist() == [[[0.0, 0.0]]] * 3
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_a_client_without_examples_covers_nothing(rule: Any) -> None:
-    masks = np.array([[1, 1, 0], [0, 1, 1]], bool)
-    scalars = np.array([[[1.0]], [[50.0]]], np.float32)
-    coefs = aggregate(scalars, masks, np.array([5, 0]), 1.0, aggregation=rule)
-    assert coefs.tolist() == [[[-1.0]], [[-1.0]], [[0.0]]]
-
-
-# --- Liars ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("scalars", "masks", "examples", "expected"),
+    [
+        ([2.0], [[1, 0, 0]], [17], [-2.0, 0.0, 0.0]),
+        ([1.0], [[0, 0, 0]], [5], [0.0, 0.0, 0.0]),
+        ([1.0, 50.0], [[1, 1, 0], [0, 1, 1]], [5, 0], [-1.0, -1.0, 0.0]),
+        ([1.0, 3.0], [[1, 1, 0, 1], [0, 1, 0, 0]], [1, 1], [-1.0, -2.0, 0.0, -1.0]),
+    ],
+    ids=["one client keeps its scalar", "nobody covers", "no examples, no cover", "by block"],
+)
+def test_each_block_has_the_clients_that_covered_it(
+    rule: Any, scalars: Any, masks: Any, examples: Any, expected: list[float]
+) -> None:
+    g = np.array(scalars, np.float32).reshape(-1, 1, 1)
+    given = Measured(g, np.array(masks, bool), np.array(examples))
+    assert aggregate(*given, 1.0, aggregation=rule).reshape(-1).tolist() == expected
 
 
 @pytest.mark.parametrize("rule", ["median", "trimmed"])

@@ -20,9 +20,9 @@ from zorba.apps.deploy.config import (
     SiteConfig,
 )
 from zorba.federated import FederationSettings, Privacy
+from zorba.federated.privacy import UNITS
 from zorba.federated.settings import AGGREGATIONS, WEIGHTINGS
 from zorba.optim.estimator import ESTIMATORS
-from zorba.federated.privacy import UNITS
 
 from tests.conftest import Random
 from zorba_kernels.noise import DISTRIBUTIONS, ROUNDINGS

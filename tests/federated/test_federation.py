@@ -90,7 +90,7 @@ def test_server_restarts_as_if_nothing_had_happened(make_world: Any) -> None:
     torn = disturbed.path.read_bytes()
     disturbed.path.write_bytes(torn + torn[-30:-10])
     disturbed.server = disturbed.start()
-    assert disturbed.server.log.cut_bytes == 20
+    assert disturbed.server.log.torn_bytes == 20
     disturbed.run(1)
     assert undisturbed.fingerprints() == disturbed.fingerprints()
     assert undisturbed.path.read_bytes() == disturbed.path.read_bytes()

@@ -98,7 +98,7 @@ class RunRecorder:
         with contextlib.suppress(OSError):  # the events have it too
             _write_json(folder.plan, record)
         # An entry that was cut was never told to anyone; still, a crash happened, and is shown.
-        if cut := server.log.cut_bytes:
+        if cut := server.log.torn_bytes:
             text = f"the log ended with a torn entry of {cut} bytes, which was cut"
             self._events.write("fault", {"round": None, "client": None, "text": text})
 

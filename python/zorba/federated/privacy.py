@@ -90,9 +90,8 @@ class PrivacyAccountant:
         FederationError: the file is damaged or of another unit.
     """
 
-    # The count and the last answer are in a file that is written before the answer leaves: a client
-    # that is killed and started again neither forgets what it spent, nor answers the same plan with
-    # new noise, from which two answers together would tell more than was counted.
+    # The file is written before an answer leaves: a client that is killed and started again neither
+    # forgets what it spent, nor answers the same plan twice with new noise, which would tell more.
 
     def __init__(self, privacy: Privacy, path: str | Path | None = None) -> None:
         self.privacy = privacy
@@ -115,9 +114,8 @@ class PrivacyAccountant:
                 "privacy is counted with dp-accounting: pip install zorba-kernels[privacy]"
             ) from error
         # Each local step is one Gaussian mechanism; they compose by Renyi differential privacy
-        # (Mironov, arXiv 1702.07476). No amplification by sampling is counted, since nothing here
-        # knows how an objective picks its batches. Counts are kept by noise multiplier: a site may
-        # change its noise, and what it sent before still counts as it was.
+        # (Mironov, arXiv 1702.07476). No amplification by sampling: nothing here knows how batches
+        # are picked. By noise multiplier: when a site changes it, earlier steps count as they were.
         accountant = RdpAccountant()
         releases = self._with(further)
         for multiplier, count in releases.items():
@@ -157,12 +155,15 @@ class PrivacyAccountant:
                 f"objective returned losses of shape {list(rows.shape[1:])}: return arrays, or "
                 'take the unit "client"'
             )
-        private = _clipped_mean(rows.T, self.privacy.clip)
-        scale = self.privacy.noise_multiplier * 2 * self.privacy.clip / rows.shape[1]
-        noise = np.array([self._gaussian() for _ in private])
-        with np.errstate(over="ignore"):  # what is not finite is refused where it is used
-            released: npt.NDArray[np.float32] = (private + scale * noise).astype(np.float32)
-        return released
+        # An example that is not finite counts as zeros: leaving it out, or giving up, would tell.
+        rows = np.where(np.isfinite(rows).all(axis=0), rows, 0.0)
+        clip, noise = self.privacy.clip, np.array([self._gaussian() for _ in rows])
+        with np.errstate(over="ignore"):  # an infinite norm cuts an example to zeros
+            cut = rows * (clip / np.maximum(np.linalg.norm(rows, axis=0), clip))
+            # What is not finite in float32 is refused where it is used.
+            scale = self.privacy.noise_multiplier * 2 * clip / rows.shape[1]
+            told: npt.NDArray[np.float32] = (cut.mean(axis=1) + scale * noise).astype(np.float32)
+        return told
 
     def note(self, steps: int, digest: bytes, answer: bytes) -> None:
         """Counts what an answer tells; it is on disk on return, so the answer may leave."""
@@ -205,13 +206,3 @@ class PrivacyAccountant:
                 f"{self.privacy.unit!r} (schema {LEDGER_SCHEMA}): keep the unit"
             )
         self._releases, self.last = releases, (digest, answer)
-
-
-def _clipped_mean(rows: npt.NDArray[np.float64], clip: float) -> npt.NDArray[np.float64]:
-    """Mean of rows [n, P], each cut to the L2 norm."""
-    # A row that is not finite counts as zeros: to leave it out, or to give up, would tell of it.
-    rows = np.where(np.isfinite(rows).all(axis=1, keepdims=True), rows, 0.0)
-    with np.errstate(over="ignore"):  # an infinite norm cuts the row to zeros
-        norm = np.linalg.norm(rows, axis=1, keepdims=True)
-    mean: npt.NDArray[np.float64] = (rows * (clip / np.maximum(norm, clip))).mean(axis=0)
-    return mean

@@ -93,8 +93,7 @@ class Replica:
             In all cases the weights are as before.
         """
         self._check_whole()
-        # Rounds that were applied before are left out, so that a repeated message, or a client
-        # that shares the replica, does no harm.
+        # So a repeated message, or a client that shares the replica, does no harm.
         new = [entry for entry in entries if entry.number > self.applied_round]
         for applied, entry in enumerate(new, self.applied_round):
             if entry.number != applied + 1:
@@ -108,8 +107,7 @@ class Replica:
                 raise ReplicaError(
                     f"entry {number} is for {blocks} blocks, this replica has {mine}"
                 )
-        # Entries say what they were measured at. To build on other weights would make a difference
-        # that nobody could ever find the start of.
+        # Building on other weights would make a difference that nobody could find the start of.
         base = new[0].base if new else None
         if base is not None and base != self.fingerprint():
             raise DivergedError(
@@ -120,8 +118,8 @@ class Replica:
         if all(entry.empty for entry in new):
             self.applied_round += len(new)
             return len(new)
-        # Set while weights are written, until the round is noted: a Ctrl-C or a fault then leaves a
-        # replica that says so, not one that applies the same rounds a second time.
+        # Set until the round is noted: a Ctrl-C or a fault leaves a replica that says so, not one
+        # that applies the same rounds a second time.
         self._interrupted, self._fingerprint = True, None
         for table in each_table(self.table):
             apply_entries(table, new, self.distribution, self.rounding)

@@ -108,11 +108,9 @@ class Round:
         wanted = [steps, self._settings.num_perturbations]
         for fits, wrong in (
             (name in self._asked, f"replies to round {reply.round}; it was asked nothing now"),
-            # A late answer to an older round is the common case after a timeout. Its scalars are of
-            # older weights: nothing of it is used, and the client is asked as if it were silent.
+            # Common after a timeout. Its scalars are of older weights: nothing of it is used.
             (reply.round == now, f"replies to round {reply.round}; round {now} is under way"),
-            # The first one counts: a network that repeats a message, or a sender that changes its
-            # mind, must not weigh twice.
+            # The first counts: a network that repeats messages must not weigh a client twice.
             (not self.answered(name), f"replied to round {reply.round} already"),
             (shape == wanted, f"sent scalars of shape {shape}, expected {wanted}"),
             (asked <= applied < now, f"measured after round {applied}, expected round {asked}"),
@@ -142,9 +140,8 @@ class Round:
 
     def _judge(self) -> tuple[list[Reply], dict[str, str]]:
         """The majority's replies by name, and why others are not believed; without one, all."""
-        # The server has no model, so the clients judge each other: all measured at the weights of
-        # one round, which are the same bits wherever nothing went wrong. Accidents are found this
-        # way. Whoever makes a fingerprint fit on purpose is not.
+        # The server has no model, so the clients judge each other: all measured at the same bits if
+        # nothing went wrong. This finds accidents, not who makes a fingerprint fit on purpose.
         replies = [self._replies[name] for name in sorted(self._replies)]
         votes = Counter(reply.fingerprint for reply in replies).most_common()
         if len(votes) <= 1:
@@ -175,8 +172,7 @@ class Round:
             s.aggregation,
             s.trim,
         )
-        # The order of terms, steps before perturbations, is part of the result: float32 sums
-        # depend on it, and a client that measures several local steps adds them in this order.
+        # Steps before perturbations, as clients add local steps: float32 sums depend on the order.
         samples = tuple(range(s.num_perturbations))
         return NoiseTerms(
             seeds=tuple(seed for seed in s.seeds_of(self.number) for _ in samples),

@@ -42,8 +42,7 @@ class Server:
     Attributes:
         log: the log.
         current: the round under way.
-        fingerprints: what each admitted client last told of its replica: (applied round,
-            fingerprint).
+        fingerprints: (applied round, fingerprint) that each admitted client last told.
         privacy: what each client last told of its privacy; none of those that add no noise.
 
     Raises:
@@ -61,8 +60,8 @@ class Server:
     ) -> None:
         self.settings = settings
         self.identity = identity
-        # Round after which each client is. It is only ever what the client itself told, never what
-        # was sent to it, and is not kept on disk: a server that starts again asks anew.
+        # Only ever what the client itself told, never what was sent to it, and not kept on disk: a
+        # server that starts again asks anew.
         self.fingerprints: dict[str, tuple[int, int]] = {}
         self.privacy: dict[str, PrivacySpent] = {}
         self._masks = Masks(names, masks, identity.num_blocks)
@@ -121,8 +120,7 @@ class Server:
         for name in names:
             by_mark.setdefault(self.fingerprints[name][0], []).append(name)
         messages: dict[str, bytes] = dict.fromkeys(names, b"")
-        # Clients after the same round get the same plan, but for their masks: the log is read and
-        # the plan made once for each such round, not once a client.
+        # Clients after the same round get the same plan but for their masks: the log is read once.
         for mark, group in by_mark.items():
             plan = self._plan(mark)
             plans = plan.encode_each(self._masks.of(group))
@@ -212,8 +210,8 @@ class Server:
                 f"{name} has applied round {applied}, but the log ends at {self.log.last}: it "
                 "followed another log of this job"
             )
-        # Entries tell the fingerprint before them, so the weights after the last one are known only
-        # when the round is over. Until then it is None, and the majority decides.
+        # Entries tell the fingerprint before them: that after the last one is None until the round
+        # is over, and the majority decides.
         known = self.log.fingerprint_after(applied)
         if known is not None and fingerprint != known:
             raise _DivergedClientError(
@@ -234,8 +232,8 @@ class Server:
         """
         done = self.current
         entry = done.end()
-        # On disk before anybody hears of it: a server that is killed here goes on with this entry,
-        # one that is killed a moment before measures the round again. No client has seen either.
+        # On disk before anybody hears of it: a server that is killed after this goes on with the
+        # entry, one that is killed before measures the round again.
         with _log_errors():
             self.log.append(entry)
         for name in done.disbelieved:

@@ -104,8 +104,8 @@ class FederationSettings:
 
     def seeds_of(self, round_number: int) -> tuple[int, ...]:
         """Returns the uint64 seed of each local step of a round, [K]."""
-        # They follow from job and round, none is drawn: clients that are asked at different times
-        # measure the same directions, and a server that was killed asks the same again.
+        # A function of job and round: clients that are asked at different times measure the same
+        # directions, and a server that was killed asks the same again.
         places = (struct.pack("<II", round_number, step) for step in range(self.local_steps))
         return tuple(self._derive("seed", place) for place in places)
 
@@ -123,9 +123,8 @@ class FederationSettings:
 
     def _derive(self, purpose: str, data: bytes) -> int:
         """First 8 bytes of SHA-256 of the purpose, the job's seed and data."""
-        # A hash rather than a generator's next number: any seed can be had alone, in any order,
-        # which is what a server that starts in the middle of a job needs.
-        # The purpose is part of it: a seed of noise and one of rounding must never be the same.
+        # A hash, not a generator's next number: a server may start in the middle of a job. Seeds of
+        # noise and of rounding must never be the same, so the purpose is part of it.
         text = b"zorba " + purpose.encode() + b"\0" + struct.pack("<Q", self.seed) + data
         return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
 
@@ -136,27 +135,25 @@ class Masks:
     def __init__(self, names: Sequence[str], masks: Any, num_blocks: int) -> None:
         array: npt.NDArray[np.bool_] = np.asarray(masks)
         if array.dtype != np.bool_ or array.shape != (len(names), num_blocks):
+            wanted, got = [len(names), num_blocks], [*array.shape]
             raise ValueError(
-                f"masks must be bool [{len(names)}, {num_blocks}] (clients, blocks), got "
-                f"{array.dtype} {list(array.shape)}"
+                f"masks must be bool {wanted} (clients, blocks), got {array.dtype} {got}"
             )
         # A name is the client's place in the log's sums and on disk: two clients cannot share it.
         if len(set(names)) != len(names) or not names:
             raise ValueError("there must be clients, and their names must differ")
-        # The order of names is the order of every sum over clients: it must not depend on how a
-        # caller lists them.
+        # The order of every sum over clients: it must not depend on how a caller lists them.
         order = sorted(range(len(names)), key=names.__getitem__)
         self.rows = {check_name(names[at], "client name"): row for row, at in enumerate(order)}
         self.array = array[order]
-        # A client without blocks would measure noise that is not there, and count as one of N.
+        digest = hashlib.sha256()
         for name, mask in zip(self.rows, self.array, strict=True):
+            # Without blocks it would measure noise that is not there, and count as one of N.
             if not mask.any():
                 raise ValueError(f"client {name} activates no block: leave it out or give it one")
-        # A hash, not a counter: a server that starts again knows no counter, and entries of the
-        # same masks should have the same number.
-        pairs = zip(self.rows, self.array, strict=True)
-        text = b"".join(name.encode() + b"\0" + mask.tobytes() for name, mask in pairs)
-        self.version = int.from_bytes(hashlib.sha256(text).digest()[:4], "little")  # uint32
+            digest.update(name.encode() + b"\0" + mask.tobytes())
+        # A hash, not a counter: a server that starts again gives the same masks the same number.
+        self.version = int.from_bytes(digest.digest()[:4], "little")  # uint32
 
     def of(self, names: Iterable[str]) -> npt.NDArray[np.bool_]:
         """Returns the masks of these clients, bool [names, blocks]."""

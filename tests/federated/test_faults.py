@@ -17,7 +17,7 @@ from tests.federated.faults import disguises
 from tests.federated.faults.kills import SERVER_POINTS, SITE_POINTS, Kill, Schedule
 from tests.federated.faults.lives import Job
 from tests.federated.faults.run import Outcome, run, run_random
-from tests.federated.world import NAMES, make_replica, make_settings
+from tests.federated.world import NAMES, make_settings
 
 ROUNDS = 8
 
@@ -121,14 +121,3 @@ def test_site_that_does_not_fit_is_refused(
     assert all(sentence in note["reason"] for note in refused)
     assert outcome.fingerprints.keys() == {"ada", "cleo"}
     assert not outcome.identical
-
-
-def test_log_of_a_disturbed_run_rebuilds_the_model(tmp_path: Path) -> None:
-    kills = Schedule({"server": [Kill("torn", 2), Kill("synced", 2)], "ada": [Kill("during", 5)]})
-    job = Job(tmp_path, make_settings(), ROUNDS)
-    outcome = run(job, kills)
-    assert len(outcome.kills) == 3
-    replica = make_replica()
-    with RoundLog(job.run_folder.log) as log:
-        replica.apply(log.entries(1))
-    assert set(outcome.fingerprints.values()) == {replica.fingerprint(fresh=True)}

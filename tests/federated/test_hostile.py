@@ -54,12 +54,6 @@ def test_changed_messages_are_refused_or_do_no_harm(
     attack.strike(name, sealed(bytes(data)) if seal else bytes(data))
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.sampled_from(["ada", *NAMES]), st.binary(max_size=200), st.booleans())
-def test_bytes_of_any_kind_are_refused(attack: Attack, name: str, data: bytes, seal: bool) -> None:
-    assert not attack.strike(name, sealed(data) if seal else data)
-
-
 def test_refused_messages_leave_nothing_in_memory(attack: Attack, rng: Random) -> None:
     given = attack.messages_of(MESSAGES, rng.seed)
     refused = [(name, data) for name, data in given if not attack.strike(name, data)]

@@ -33,27 +33,21 @@ NAMES = ("ada", "bob", "cleo")
 MASKS = [[True, True, False, True], [False, True, True, True], [True, True, False, False]]
 
 
-def make_model(dtype: torch.dtype = torch.float32, frozen: float = 1.0) -> dict[str, Tensor]:
-    """Blocks of odd sizes, and a frozen head of the given value."""
-    generator = torch.Generator().manual_seed(0)
-    model = {
-        f"blocks.{b}.weight": torch.randn(97 + 40 * b, 3, generator=generator).to(dtype)
-        for b in range(BLOCKS)
-    }
-    return model | {"head": torch.full((5,), frozen, dtype=dtype)}
-
-
 def make_replica(
     dtype: torch.dtype = torch.float32,
     distribution: Any = "gaussian",
     rounding: Any = "stochastic",
     frozen: float = 1.0,
 ) -> Replica:
-    """A replica at theta_0."""
-    model = make_model(dtype, frozen)
-    groups = {name: int(name.split(".")[1]) for name in model if name != "head"}
-    table = zk.ParamTable({name: model[name] for name in groups}, groups=groups)
-    return Replica(table, model_fingerprint(model), distribution, rounding)
+    """A replica at theta_0: blocks of odd sizes, beside a frozen head of the given value."""
+    generator = torch.Generator().manual_seed(0)
+    groups = {f"blocks.{b}.weight": b for b in range(BLOCKS)}
+    blocks = {
+        name: torch.randn(97 + 40 * b, 3, generator=generator).to(dtype)
+        for name, b in groups.items()
+    }
+    origin = model_fingerprint(blocks | {"head": torch.full((5,), frozen, dtype=dtype)})
+    return Replica(zk.ParamTable(blocks, groups=groups), origin, distribution, rounding)
 
 
 def copy_table(table: zk.ParamTable) -> zk.ParamTable:

@@ -16,7 +16,7 @@ from zorba.files import write_whole
 from zorba.identity import ModelIdentity, identity_of
 from zorba.log import LogEntry, apply_entries
 from zorba.optim import defaults
-from zorba.tables import Tables, each_table, fingerprint
+from zorba.tables import Tables, fingerprint
 from zorba_kernels.noise import NOISE_VERSION, Distribution, Rounding
 
 CHECKPOINT_SCHEMA = 1
@@ -121,8 +121,7 @@ class Replica:
         # Set until the round is noted: a Ctrl-C or a fault leaves a replica that says so, not one
         # that applies the same rounds a second time.
         self._interrupted, self._fingerprint = True, None
-        for table in each_table(self.table):
-            apply_entries(table, new, self.distribution, self.rounding)
+        apply_entries(self.table, new, self.distribution, self.rounding)
         self.applied_round += len(new)
         self.passes += 1
         self._interrupted = False

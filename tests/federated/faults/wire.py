@@ -8,7 +8,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Client, Connection, wait
 from pathlib import Path
 
 _NUMBER = struct.Struct("<Q")
@@ -121,12 +121,9 @@ class SiteLink:
 
     def _connect(self) -> Connection:
         while True:
-            link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
-                link.connect(str(self._path))
-                connection = Connection(link.detach())
+                connection = Client(str(self._path))
                 connection.send_bytes(self._name.encode())
                 return connection
             except OSError:
-                link.close()
                 time.sleep(_RETRY_SECONDS)

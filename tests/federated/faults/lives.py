@@ -104,28 +104,9 @@ def _serve(job: Job, reaper: Reaper) -> None:
         assert server.log.size == size
 
     transport = SocketTransport(job.socket, job.quorum, late)
-    exchange, end_round = transport.exchange, server.end_round
-
-    def doomed_exchange(plans: Any, timeout: Any = None) -> Any:
-        send = transport._send
-
-        def doomed_send(connection: Any, name: str) -> None:
-            send(connection, name)
-            reaper.reach("sent")
-
-        transport._send = doomed_send  # type: ignore[method-assign]
-        answers = exchange(plans, timeout)
-        transport._send = send  # type: ignore[method-assign]
-        reaper.reach("replied")
-        return answers
-
-    def doomed_end() -> Any:
-        outcome = end_round()
-        reaper.reach("ended")
-        return outcome
-
-    transport.exchange = doomed_exchange  # type: ignore[method-assign]
-    server.end_round = doomed_end  # type: ignore[method-assign]
+    _after(transport, "_send", lambda *_: reaper.reach("sent") if transport._pending else None)
+    _after(transport, "exchange", lambda *_: reaper.reach("replied"))
+    _after(server, "end_round", lambda *_: reaper.reach("ended"))
     rounds = max(0, job.rounds - server.log.last)
     with RunRecorder(folder, server, rounds) as recorder:
 
@@ -143,19 +124,25 @@ def _serve(job: Job, reaper: Reaper) -> None:
     transport.close()
 
 
+def _after(owner: Any, name: str, then: Callable[..., Any]) -> None:
+    """Calls something, with the same arguments, after each call of a function of the owner."""
+    inner = getattr(owner, name)
+
+    def both(*args: Any, **named: Any) -> Any:
+        result = inner(*args, **named)
+        then(*args)
+        return result
+
+    setattr(owner, name, both)
+
+
 class _DoomedFile:
     """The log's file, in which a process may die."""
 
     def __init__(self, file: Any, reaper: Reaper) -> None:
         self._file, self._reaper = file, reaper
-        sync = os.fsync
-
-        def doomed_sync(handle: int) -> None:
-            sync(handle)
-            if not file.closed and handle == file.fileno():
-                reaper.reach("synced")
-
-        os.fsync = doomed_sync
+        mine = file.fileno()
+        _after(os, "fsync", lambda handle: reaper.reach("synced") if handle == mine else None)
 
     def write(self, data: bytes) -> int:
         if self._reaper.due("torn"):

@@ -83,9 +83,6 @@ class PrivacyAccountant:
         path: of the file with the count, one a client and data set, whatever the job; its folder
             must exist. None keeps the count in memory, for simulations.
 
-    Attributes:
-        last: digest of the last plan that was measured, and the answer to it.
-
     Raises:
         FederationError: the file is damaged or of another unit.
     """
@@ -96,7 +93,7 @@ class PrivacyAccountant:
     def __init__(self, privacy: Privacy, path: str | Path | None = None) -> None:
         self.privacy = privacy
         self.path = None if path is None else Path(path)
-        self.last: tuple[bytes, bytes] | None = None
+        self.last: tuple[bytes, bytes] | None = None  # digest of the last plan, and the answer
         self._releases: dict[float, int] = {}  # by noise multiplier
         # The operating system's: noise that follows from a seed can be taken off again.
         self._random: random.Random = random.SystemRandom()
@@ -130,10 +127,10 @@ class PrivacyAccountant:
         # Of all that the plan asks, before any of it: a part of the steps would be of no use.
         after = self.spent(steps)
         if steps and after.epsilon > self.privacy.max_epsilon:
+            would, limit = f"{after.epsilon:.3f} at delta {after.delta:g}", self.privacy.max_epsilon
             raise FederationError(
-                f"epsilon would be {after.epsilon:.3f} at delta {after.delta:g}, the limit is "
-                f"{self.privacy.max_epsilon:g}: the privacy budget is spent, and this client "
-                "measures no more"
+                f"epsilon would be {would}, the limit is {limit:g}: the privacy budget is spent, "
+                "and this client measures no more"
             )
         return after
 
@@ -167,8 +164,7 @@ class PrivacyAccountant:
 
     def note(self, steps: int, digest: bytes, answer: bytes) -> None:
         """Counts what an answer tells; it is on disk on return, so the answer may leave."""
-        # In memory first: where the disk is full the answer stays here, but the count must not
-        # be lower than what was measured.
+        # In memory first: the answer stays here if the disk is full, but the count must not be low.
         self._releases = self._with(steps)
         if self.path is not None:
             record = {

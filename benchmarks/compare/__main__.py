@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import TimeElapsedColumn
 from zorba import machine
 from zorba.apps.plan.measure import own_memory
-from zorba.apps.progress import progress_bar
+from zorba.apps.command import progress_bar
 from zorba.apps.reviews import packages
 from zorba.planning import BlockPlan, draw_plan
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from zorba.apps.progress import hide_library_bars
+from zorba.apps.command import hide_library_bars
 from zorba.apps.reviews import data, federation, packages
 from zorba.apps.reviews.settings import ReviewSettings
 from zorba.apps.reviews.task import Score

@@ -15,7 +15,7 @@ import pytest
 from tyro.conf import Positional, Suppress, UseAppendAction
 from zorba import ZerothOrderSGD, ZOArguments, defaults
 from zorba.apps.cli import COMMANDS, FEDERATE, parse
-from zorba.apps.needs import check_needs
+from zorba.apps.command import check_needs
 from zorba.apps.plan.settings import PlanSettings
 from zorba.apps.plan.workload import Workload
 from zorba.federated import FederationSettings

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional, UseAppendAction
 
-from zorba.apps.needs import check_needs
+from zorba.apps.command import check_needs
 from zorba.defaults import DISTRIBUTION, EPS, NUM_PERTURBATIONS, Distribution
 
 _NEEDS = (

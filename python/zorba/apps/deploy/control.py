@@ -18,7 +18,7 @@ from zorba.apps.deploy.command import StartSettings, StatusSettings, StopSetting
 from zorba.apps.deploy.config import ConfigError, ServerConfig
 from zorba.apps.deploy.party import PartyFolder, finished, parties
 from zorba.apps.deploy.summary import show_summary
-from zorba.apps.progress import plain_console
+from zorba.apps.command import plain_console
 from zorba.apps.watch.live import LiveView
 from zorba.apps.watch.state import Follower
 from zorba.federated.run_folder import RunFolder

@@ -19,7 +19,7 @@ from zorba.apps.deploy.config import ConfigError, ServerConfig, SiteConfig
 from zorba.apps.deploy.party import parties
 from zorba.apps.deploy.project import init_project
 from zorba.apps.deploy.summary import show_summary
-from zorba.apps.progress import plain_console
+from zorba.apps.command import plain_console
 from zorba.apps.reviews import data, packages
 from zorba.apps.reviews.federation import EVALUATION_BATCH, room_for_blocks
 from zorba.apps.reviews.task import Suffix, prefixes_of, score_of

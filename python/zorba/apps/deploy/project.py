@@ -15,7 +15,7 @@ from zorba.apps.deploy.config import ConfigError, RoundSettings, ServerConfig, S
 from zorba.apps.deploy.provision import provision
 from zorba.apps.deploy.yaml_file import make_model
 from zorba.apps.finetune.settings import split_labels, split_words
-from zorba.apps.progress import plain_console
+from zorba.apps.command import plain_console
 from zorba.federated import FederationSettings
 from zorba.planning import BlockPlan, model_weights_memory, plan_blocks
 from zorba.sizes import parse_bytes

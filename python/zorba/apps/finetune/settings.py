@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional
 
 from zorba import defaults
-from zorba.apps.options import by_commas, check_at_least
+from zorba.apps.command import by_commas, check_at_least
 
 
 def split_words(text: str) -> tuple[str, ...]:
@@ -20,10 +20,6 @@ def split_words(text: str) -> tuple[str, ...]:
 def split_labels(text: str) -> tuple[str, ...]:
     """Returns values of labels from text with commas."""
     return tuple(part.strip() for part in split_words(text))
-
-
-Words = Annotated[tuple[str, ...], by_commas(split_words, "A,B")]
-Labels = Annotated[tuple[str, ...], by_commas(split_labels, "A,B")]
 
 
 @dataclass(frozen=True)
@@ -40,9 +36,11 @@ class FinetuneSettings:
     data: Path  # JSONL, CSV or TSV file to train on.
     eval_data: Path | None = None  # File to evaluate on.
     template: str = "{text}"  # Prompt over the fields of a row: "{sentence} It was".
-    words: Words = ()  # Label words with the space in front, by commas: " terrible, great".
+    # Label words with the space in front, by commas: " terrible, great".
+    words: Annotated[tuple[str, ...], by_commas(split_words, "A,B")] = ()
     label: str = "label"  # Field of the label.
-    labels: Labels = ()  # Its values in the order of the words, by commas; sorted by default.
+    # Its values in the order of the words, by commas; sorted by default.
+    labels: Annotated[tuple[str, ...], by_commas(split_labels, "A,B")] = ()
     steps: int = 1000  # Steps.
     batch_size: int = 16  # Rows in a batch.
     max_length: int = 256  # Tokens of a row at most.
@@ -68,8 +66,7 @@ class FinetuneSettings:
 
     def __post_init__(self) -> None:
         """Refuses what would only fail, or pass in silence, once the model is loaded."""
-        check_at_least(self, steps=1, batch_size=1, max_length=2, perturbations=1)
-        check_at_least(self, seed=0, eval_every=0)
+        check_at_least(self, steps=1, batch_size=1, max_length=2, perturbations=1, eval_every=0)
         if self.save != "model" and self.placement != "scratch":
             raise ValueError(
                 f"a trajectory needs placement scratch, not {self.placement}: restoring in place "

@@ -21,7 +21,7 @@ from zorba.apps.plan.measure import measure_client
 from zorba.apps.plan.prediction import Parts, memory_model, predict
 from zorba.apps.plan.settings import PlanSettings
 from zorba.apps.plan.workload import Workload
-from zorba.apps.progress import plain_console
+from zorba.apps.command import plain_console
 from zorba.planning.picture import draw_plan
 from zorba.planning.plan import BlockPlan
 from zorba.planning.planner import plan_blocks

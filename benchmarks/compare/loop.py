@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from zorba.apps.reviews.task import Score
+from zorba.apps.reviews.federation import Score
 from zorba.files import write_whole
 
 from benchmarks.peers.method import Method

@@ -53,7 +53,7 @@ class ReportSettings:
 
 
 _HF = ("rich", "safetensors", "transformers")
-_PAGE = ("jinja2", "matplotlib", "rich")
+_PAGE = ("jinja2", "matplotlib", "pydantic", "rich")
 _REVIEWS = ("accelerate", "filelock", "gguf", "pyarrow", "scipy")
 COMMANDS = {
     "demo": Command(ReviewSettings, "demo:run_demo", "demo", (*_REVIEWS, *_PAGE, *_HF)),

@@ -1,32 +1,18 @@
 """``zorba federate``: a federation of several machines, or of processes on one.
 
-``COMMANDS`` names each subcommand's settings and the function that takes them. The functions raise
-RuntimeError, ValueError or OSError with a sentence for people.
+The functions of ``COMMANDS`` raise RuntimeError, ValueError or OSError with a sentence for people.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tyro.conf import Positional, UseAppendAction
 
-from zorba.apps.command import check_needs
+from zorba.apps.command import Command
 from zorba.defaults import DISTRIBUTION, EPS, NUM_PERTURBATIONS, Distribution
-
-_NEEDS = (
-    "greenlet",
-    "nvflare",
-    "pydantic",
-    "rich",
-    "safetensors",
-    "scipy",
-    "transformers",
-    "yaml",
-)
 
 
 # The comment of a field is its help on the command line.
@@ -108,29 +94,18 @@ class FederateDemoSettings:
     cache: Path = Path(".cache")  # Folder for model and data.
 
 
-def _command(
-    name: str, function: str, *packages: str, extras: str = "nvflare"
-) -> Callable[[Any], None]:
-    """Returns a command that checks its packages, and then calls ``module:function``."""
-
-    # The module is imported when the command runs: ``zorba --help`` must not wait for the engine,
-    # and works where the engine is not installed.
-    def run(settings: Any) -> None:
-        check_needs(f"federate {name}", (*_NEEDS, *packages), extras)
-        module, _, called = function.partition(":")
-        getattr(import_module(f"zorba.apps.deploy.{module}"), called)(settings)
-
-    return run
-
-
-_DEMO = _command(
-    "demo", "demo:run_federate_demo", "accelerate", "gguf", "pyarrow", extras="demo,nvflare"
+_NEEDS = (
+    *("greenlet", "matplotlib", "nvflare", "pydantic", "rich", "safetensors", "scipy"),
+    *("transformers", "yaml"),
 )
-COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
-    "init": (InitSettings, _command("init", "project:run_init")),
-    "start": (StartSettings, _command("start", "control:run_start")),
-    "status": (StatusSettings, _command("status", "control:run_status")),
-    "stop": (StopSettings, _command("stop", "control:run_stop")),
-    "demo": (FederateDemoSettings, _DEMO),
+_DEMO_NEEDS = (*_NEEDS, "accelerate", "filelock", "gguf", "jinja2", "pyarrow")
+COMMANDS = {
+    "init": Command(InitSettings, "deploy.project:run_init", "nvflare", _NEEDS),
+    "start": Command(StartSettings, "deploy.control:run_start", "nvflare", _NEEDS),
+    "status": Command(StatusSettings, "deploy.control:run_status", "nvflare", _NEEDS),
+    "stop": Command(StopSettings, "deploy.control:run_stop", "nvflare", _NEEDS),
+    "demo": Command(
+        FederateDemoSettings, "deploy.demo:run_federate_demo", "demo,nvflare", _DEMO_NEEDS
+    ),
 }
-"""Settings and function of each subcommand, by its name."""
+"""The subcommands by name."""

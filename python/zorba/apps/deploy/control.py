@@ -14,11 +14,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from zorba.apps.command import plain_console
 from zorba.apps.deploy.command import StartSettings, StatusSettings, StopSettings
 from zorba.apps.deploy.config import ConfigError, ServerConfig
 from zorba.apps.deploy.party import PartyFolder, finished, parties
 from zorba.apps.deploy.summary import show_summary
-from zorba.apps.command import plain_console
 from zorba.apps.watch.live import LiveView
 from zorba.apps.watch.state import Follower
 from zorba.federated.run_folder import RunFolder

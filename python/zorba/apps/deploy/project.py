@@ -9,13 +9,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from zorba.apps.command import plain_console
 from zorba.apps.deploy.build import build_settings, load_site_model, make_replica, trained_blocks
 from zorba.apps.deploy.command import InitSettings
 from zorba.apps.deploy.config import ConfigError, RoundSettings, ServerConfig, SiteConfig
 from zorba.apps.deploy.provision import provision
 from zorba.apps.deploy.yaml_file import make_model
 from zorba.apps.finetune.settings import split_labels, split_words
-from zorba.apps.command import plain_console
 from zorba.federated import FederationSettings
 from zorba.planning import BlockPlan, model_weights_memory, plan_blocks
 from zorba.sizes import parse_bytes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import PrinterCallback
 
@@ -39,79 +39,52 @@ def run_finetune(settings: FinetuneSettings, console: Console | None = None) -> 
         raise ValueError("offload is for idle blocks, and blocks is 'all': give blocks last:N")
     rows, evaluation, labels = task.read_data(settings)
     console.print(f"data: {len(rows)} rows to train on, {len(evaluation)} to evaluate on")
-    if labels:
-        said = ", ".join(f"{a} = {b!r}" for a, b in zip(labels, settings.words, strict=True))
-        console.print(f"labels: {said}")
+    for label, word in zip(labels, settings.words, strict=True):
+        console.print(f"label {label}: {word!r}")
     model, tokenizer = task.load_model(settings)
     active = active_parameters(model, settings.blocks)
     offload: Any = nullcontext()
     if settings.offload is not None:
         busy = [block.name for block in find_blocks(model) if active.keys() & block.parameters]
         offload = Offload(model, busy, task.device_of(settings), settings.offload)
-    reports: list[StepReport] = []
-    evaluations: list[dict[str, Any]] = []
-    with offload, command.progress_bar(console) as progress:
+    with offload:
         # The objective is checked before the trainer makes the folder.
         objective = task.make_objective(settings, model, tokenizer)
-        every, trained = (sum(map(Tensor.numel, p)) for p in (model.parameters(), active.values()))
-        first = next(iter(active.values()))
-        console.print(
-            f"model: {settings.model}, {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M "
-            f"active, {first.dtype} on {first.device}"
-        )
-        bar = progress.add_task("fine-tune", total=settings.steps, note="")
-
-        def evaluate() -> None:
-            # Larger batches than those of steps: no perturbed losses are held beside them.
-            score = task.score(objective, evaluation, 4 * settings.batch_size)
-            evaluations.append({"step": len(reports), **score})
-            words = ", ".join(f"{n} {value:.4f}" for n, value in score.items() if value is not None)
-            console.print(f"step {len(reports)}: evaluation {words}")
-
-        def on_step(report: StepReport) -> None:
-            reports.append(report)
-            progress.update(bar, advance=1, note=f"loss {report.loss:.3f}")
-            done, stride = len(reports), settings.eval_every or settings.steps
-            if evaluation and (done % stride == 0 or done == settings.steps):
-                evaluate()
-
-        machine.reset_peak_memory()
-        trainer = FinetuneTrainer(model, objective, settings, rows, on_step)
-        if evaluation:
-            evaluate()
-        trainer.train()
+        every, few = model.num_parameters() / 1e6, sum(p.numel() for p in active.values()) / 1e6
+        about = f"{every:.1f} M parameters, {few:.1f} M active, {model.dtype} on {model.device}"
+        console.print(f"model: {settings.model}, {about}")
+        with command.progress_bar(console) as progress:
+            trainer = FinetuneTrainer(model, objective, settings, rows, evaluation, progress)
+            machine.reset_peak_memory()
+            trainer.score()
+            trainer.train()
         if settings.save != "trajectory":
             model.save_pretrained(out["model"])
             tokenizer.save_pretrained(out["model"])
-    metrics: dict[str, Any] = {
+    reports = trainer.reports
+    metrics = {
         "settings": asdict(settings),
         "machine": machine.describe(),
-        "steps": settings.steps,
         "step_seconds": sum(report.seconds for report in reports) / len(reports),
         "kernel_seconds": sum(report.kernel_seconds for report in reports) / len(reports),
         "peak_memory_bytes": machine.peak_memory(),
         "skipped": sum(report.skipped for report in reports),
         "losses": [report.loss for report in reports],
-        "evaluations": evaluations,
+        "evaluations": trainer.evaluations,
     }
-    if settings.save != "model":
-        metrics["trajectory_bytes"] = out["trajectory.zot"].stat().st_size
-        console.print(f"trajectory: {metrics['trajectory_bytes']:,} bytes")
-    console.print(
-        f"steps: {1e3 * metrics['step_seconds']:.0f} ms each, "
-        f"{1e3 * metrics['kernel_seconds']:.1f} ms of it passes over weights; "
-        f"{metrics['skipped']} were skipped, as their loss was not finite\n"
-        f"peak memory: {metrics['peak_memory_bytes'] / 2**20:,.0f} MiB of the process"
-    )
+    step, passes = 1e3 * metrics["step_seconds"], 1e3 * metrics["kernel_seconds"]
+    console.print(f"a step: {step:.0f} ms, {passes:.1f} ms of it passes over weights")
+    console.print(f"skipped: {metrics['skipped']} steps, whose loss was not finite")
+    console.print(f"peak memory of the process: {metrics['peak_memory_bytes'] / 2**20:,.0f} MiB")
     out["metrics.json"].write_text(json.dumps(metrics, indent=2, default=str) + "\n")
     out["loss.png"] = settings.out / "loss.png"
-    _picture(metrics["losses"], evaluations).savefig(out["loss.png"], dpi=120)
+    _picture(metrics["losses"], trainer.evaluations).savefig(out["loss.png"], dpi=120)
     console.print("wrote " + ", ".join(str(path) for path in out.values() if path.exists()))
     return metrics
 
 
 class FinetuneTrainer(ZOTrainer):
-    """Trains by an objective, which makes batches on the model's device, and hands out reports."""
+    """Trains by an objective, which makes batches of rows on the model's device."""
 
     def __init__(
         self,
@@ -119,12 +92,14 @@ class FinetuneTrainer(ZOTrainer):
         objective: task.Objective,
         settings: FinetuneSettings,
         rows: list[task.Row],
-        on_step: Callable[[StepReport], None],
+        evaluation: list[task.Row],  # to score before, between and after the steps; may be none
+        progress: Progress,
     ) -> None:
-        self._objective = objective
-        self._on_step = on_step
-        # An option of a step has the name of a setting behind its prefix.
-        options = {f"zo_{name}": value for name, value in vars(settings).items()}
+        self.reports: list[StepReport] = []
+        self.evaluations: list[dict[str, Any]] = []  # step, loss and accuracy
+        self._objective, self._settings, self._evaluation = objective, settings, evaluation
+        self._progress = progress
+        self._bar = progress.add_task("fine-tune", total=settings.steps, note="")
         trajectory = None if settings.save == "model" else str(settings.out / "trajectory.zot")
         arguments = ZOArguments(
             output_dir=str(settings.out),
@@ -141,7 +116,8 @@ class FinetuneTrainer(ZOTrainer):
             disable_tqdm=True,
             use_cpu=settings.device == "cpu",
             zo_trajectory=trajectory,
-            **{name: value for name, value in options.items() if hasattr(ZOArguments, name)},
+            # An option of a step has the name of a setting behind its prefix.
+            **{f"zo_{n}": v for n, v in vars(settings).items() if hasattr(ZOArguments, f"zo_{n}")},
         )
         # One device is used, whatever the machine has: ZOTrainer refuses several in one process.
         arguments._n_gpu = min(arguments.n_gpu, 1)
@@ -160,16 +136,32 @@ class FinetuneTrainer(ZOTrainer):
         return self._objective(inputs["batch"])
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Takes a step and tells of it."""
+        """Takes a step, keeps its report, and scores the model where it is time."""
         loss = super().training_step(*args, **kwargs)
-        assert self.zo_optimizer.last_step is not None
-        self._on_step(self.zo_optimizer.last_step)
+        report = self.zo_optimizer.last_step
+        assert report is not None
+        self.reports.append(report)
+        self._progress.update(self._bar, advance=1, note=f"loss {report.loss:.3f}")
+        done, steps = len(self.reports), self._settings.steps
+        if done == steps or done % (self._settings.eval_every or steps) == 0:
+            self.score()
         return loss
+
+    def score(self) -> None:
+        """Scores the evaluation rows, where there are some, and keeps the score."""
+        if self._evaluation:
+            # Larger batches than those of steps: no perturbed losses are held beside them.
+            size, step = 4 * self._settings.batch_size, len(self.reports)
+            score = task.score(self._objective, self._evaluation, size)
+            self.evaluations.append({"step": step, **score})
+            words = ", ".join(f"{n} {value:.4f}" for n, value in score.items() if value is not None)
+            self._progress.console.print(f"step {step}: evaluation {words}")
 
 
 def _picture(losses: list[float], evaluations: list[dict[str, Any]]) -> Figure:
     """Draws loss, and accuracy where there is one, over the steps."""
-    names = ["loss", *(n for n in ("accuracy",) if evaluations and evaluations[0][n] is not None)]
+    classified = evaluations and evaluations[0]["accuracy"] is not None
+    names = ["loss", "accuracy"] if classified else ["loss"]
     figure = Figure(figsize=(1 + 4 * len(names), 3.6), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     panels[0].plot(range(1, len(losses) + 1), losses, color="#cccccc", label="batch")
@@ -181,6 +173,5 @@ def _picture(losses: list[float], evaluations: list[dict[str, Any]]) -> Figure:
         steps, values = ([entry[key] for entry in evaluations] for key in ("step", name))
         axes.plot(steps, values, "o-", color="#d62728", label="evaluation")
         axes.set(xlabel="step", title=name.capitalize())
-        axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     return figure

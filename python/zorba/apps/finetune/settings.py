@@ -22,6 +22,10 @@ def split_labels(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in split_words(text))
 
 
+Words = Annotated[tuple[str, ...], by_commas(split_words, "A,B")]
+Labels = Annotated[tuple[str, ...], by_commas(split_labels, "A,B")]
+
+
 @dataclass(frozen=True)
 class FinetuneSettings:
     """Fine-tune a language model without gradients.
@@ -36,11 +40,9 @@ class FinetuneSettings:
     data: Path  # JSONL, CSV or TSV file to train on.
     eval_data: Path | None = None  # File to evaluate on.
     template: str = "{text}"  # Prompt over the fields of a row: "{sentence} It was".
-    # Label words with the space in front, by commas: " terrible, great".
-    words: Annotated[tuple[str, ...], by_commas(split_words, "A,B")] = ()
+    words: Words = ()  # Label words with the space in front, by commas: " terrible, great".
     label: str = "label"  # Field of the label.
-    # Its values in the order of the words, by commas; sorted by default.
-    labels: Annotated[tuple[str, ...], by_commas(split_labels, "A,B")] = ()
+    labels: Labels = ()  # Its values in the order of the words, by commas; sorted by default.
     steps: int = 1000  # Steps.
     batch_size: int = 16  # Rows in a batch.
     max_length: int = 256  # Tokens of a row at most.

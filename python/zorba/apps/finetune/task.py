@@ -6,10 +6,10 @@ import csv
 import json
 import string
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,37 +62,30 @@ def read_data(settings: FinetuneSettings) -> tuple[list[Row], list[Row], list[st
 
 
 def _read_rows(path: Path, needed: list[str]) -> list[Row]:
-    """Returns the rows of a file, whose kind its name tells; each has the fields that are needed."""
+    """Returns the rows of a file of a kind that its name tells; each has the needed fields."""
     separators = {".jsonl": "", ".ndjson": "", ".csv": ",", ".tsv": "\t"}
-    kind, rows = path.suffix.lower(), []
+    kind, line, rows = path.suffix.lower(), 0, list[Row]()
     if kind not in separators:
         raise ValueError(f"{path} ends in {kind or 'nothing'}; expected .jsonl, .csv or .tsv")
     with path.open(encoding="utf-8-sig", newline="") as file:
         table = csv.DictReader(file, delimiter=separators[kind] or ",")
-        lines = ((table.line_num, row) for row in table)
         try:
-            for line, row in lines if separators[kind] else _objects(file):
+            for number, read in enumerate(table if separators[kind] else file, 1):
+                line = table.line_num or number  # a row of a table may have several lines
+                if isinstance(read, str) and not read.strip():
+                    continue
+                row = json.loads(read) if isinstance(read, str) else read
+                if not isinstance(row, dict):
+                    raise ValueError(f"expected an object, got {str(read)[:40]}")
                 missing = ", ".join(name for name in needed if row.get(name) is None)
                 if missing:
-                    raise ValueError(f"line {line}: no {missing}; the row has {', '.join(row)}")
+                    raise ValueError(f"no {missing}; the row has {', '.join(row)}")
                 rows.append(row)
         except (ValueError, csv.Error) as error:
-            raise ValueError(f"{path}, {error}") from None
+            raise ValueError(f"{path}, line {line}: {error}") from None
     if not rows:
         raise ValueError(f"{path} has no rows")
     return rows
-
-
-def _objects(file: TextIO) -> Iterator[tuple[int, Row]]:
-    for number, line in enumerate(file, 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            raise ValueError(f"line {number}: {error}") from None
-        if not isinstance(row, dict | None):
-            raise ValueError(f"line {number}: expected an object, got {line[:40]}")
-        if row is not None:
-            yield number, row
 
 
 def device_of(settings: FinetuneSettings) -> str:
@@ -104,10 +97,10 @@ def load_model(settings: FinetuneSettings) -> tuple[Any, Any]:
     """Returns the model in evaluation mode, and its tokenizer; OSError where there is none."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-    dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     config = AutoConfig.from_pretrained(settings.model)
     masked = any("MaskedLM" in name for name in config.architectures or [])
     kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    dtype = getattr(torch, settings.dtype, "auto")
     model: Any = kind.from_pretrained(settings.model, dtype=dtype)
     # With offload a model that fills the host must not pass through the device as a whole.
     if settings.offload is None:
@@ -117,7 +110,7 @@ def load_model(settings: FinetuneSettings) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class Text:
-    """Mean loss of the tokens of the text that a template makes of each row: float32 []."""
+    """Language modelling of the text that a template makes of each row."""
 
     model: nn.Module
     tokenizer: Any
@@ -125,7 +118,7 @@ class Text:
     max_length: int
 
     def encode(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Returns a batch on the model's device: int64 [rows, longest] each, padded on the right."""
+        """Returns int64 [rows, longest] each on the model's device, padded on the right."""
         texts = [self.template.format_map(row) for row in rows]
         ids = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
         if max(map(len, ids)) < 2:
@@ -138,13 +131,14 @@ class Text:
         return {"input_ids": labels * real, "attention_mask": real.long(), "labels": labels}
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+        """Returns the mean over the predicted tokens of a batch: float32 []."""
         loss: Tensor = self.model(**batch, use_cache=False).loss
         return loss
 
     def losses(self, batch: dict[str, Tensor]) -> Tensor:
-        """Returns each row's mean over its predicted tokens, 0 where it has none: float32 [rows]."""
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        logits = self.model(ids, mask, use_cache=False).logits[:, :-1].float()
+        """Returns each row's mean over its predicted tokens, 0 without any: float32 [rows]."""
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        logits = self.model(**inputs, use_cache=False).logits[:, :-1].float()
         targets = batch["labels"][:, 1:]
         # By row, as the model's own loss is one mean over all tokens of the batch: a row's loss is
         # the same whatever other rows are in it.
@@ -177,7 +171,7 @@ def score(objective: Objective, rows: Sequence[Row], size: int) -> dict[str, flo
         else:
             batch = objective.encode(part)
             assert batch.labels is not None
-            scores = objective.scores(batch).float()
+            scores = objective.scores(batch)
             total += float(nn.functional.cross_entropy(scores, batch.labels, reduction="sum"))
             right += int((scores.argmax(dim=1) == batch.labels).sum())
             count += len(part)

@@ -43,7 +43,7 @@ class Reviews:
 
 
 def read_reviews(settings: ReviewSettings, tokenizer: Any, least_each: int = 8) -> Reviews:
-    """Reads the text and splits it over the clients; fetches its packages where they are missing."""
+    """Reads the text and splits it over the clients; fetches its packages where needed."""
     reviews, sst2 = packages.fetch_data(settings.cache)
     held_out = _read_sst2(sst2)
     # SST-2 was made of the same reviews: what it evaluates on must not be trained on.

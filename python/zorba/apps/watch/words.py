@@ -19,7 +19,7 @@ _SILENT_SECONDS = 30.0
 def duration(seconds: float) -> str:
     """Returns a time in words: ``0.31 s``, ``42 s``, ``0:03:05``, ``3 days, 4:00:00``."""
     if seconds < 10:
-        return f"{max(0.0, seconds):.2f} s"
+        return f"{max(0.0, seconds):.2g} s"
     return f"{seconds:.0f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import re
 import shlex
@@ -15,9 +16,10 @@ import pytest
 from tyro.conf import Positional, Suppress, UseAppendAction
 from zorba import ZerothOrderSGD, ZOArguments, defaults
 from zorba.apps.cli import COMMANDS, FEDERATE, parse
-from zorba.apps.command import check_needs
+from zorba.apps.command import Command
 from zorba.apps.plan.settings import PlanSettings
 from zorba.apps.plan.workload import Workload
+from zorba.apps.reviews.settings import ReviewSettings
 from zorba.federated import FederationSettings
 
 import zorba_kernels as zk
@@ -25,8 +27,8 @@ from tests.command import zorba
 
 ROOT = Path(__file__).parents[2]
 SETTINGS: dict[str, type] = {
-    **{name: kind for name, (kind, _) in COMMANDS.items()},
-    **{f"federate {name}": kind for name, (kind, _) in FEDERATE.items()},
+    **{name: command.settings for name, command in COMMANDS.items()},
+    **{f"federate {name}": command.settings for name, command in FEDERATE.items()},
 }
 
 # --- Help ----------------------------------------------------------------------------------------
@@ -93,9 +95,6 @@ def test_commands_in_the_documentation_make_sense() -> None:
 
 # --- Defaults ------------------------------------------------------------------------------------
 
-TUNED = {"DemoSettings"}
-"""Settings whose values were tuned for one task."""
-
 
 def test_defaults_are_the_same_everywhere() -> None:
     expected = {
@@ -106,7 +105,7 @@ def test_defaults_are_the_same_everywhere() -> None:
     }
     compared = set()
     for kind in {*SETTINGS.values(), ZOArguments, FederationSettings, Workload, ZerothOrderSGD}:
-        if kind.__name__ in TUNED:
+        if kind is ReviewSettings:  # tuned for one task
             continue
         for name, parameter in inspect.signature(kind).parameters.items():
             knob = name.removeprefix("zo_").removeprefix("num_")
@@ -157,9 +156,13 @@ def test_a_failure_is_one_sentence_with_text_from_outside_as_it_is(tmp_path: Pat
 
 
 def test_a_missing_package_is_named_with_its_extra(capsys: pytest.CaptureFixture[str]) -> None:
-    check_needs("finetune", ["json", "torch"], "finetune")
-    with pytest.raises(SystemExit) as end:
-        check_needs("finetune", ["json", "no_such_package"], "finetune,offload")
-    assert end.value.code == 1
-    expected = "it needs no_such_package: pip install 'zorba-kernels[finetune,offload]'"
-    assert capsys.readouterr().err == f"zorba finetune: {expected}\n"
+    with pytest.raises(SystemExit, match="1"):
+        Command(int, "replay:none", "demo,hf", ("json", "no_such_package")).run("replay", None)
+    words = "it needs no_such_package: run pip install '.[demo,hf]' in a clone of zorba-kernels"
+    assert capsys.readouterr().err == f"zorba replay: {words}\n"
+
+
+def test_commands_name_functions_that_are_there() -> None:
+    for command in (*COMMANDS.values(), *FEDERATE.values()):
+        module, _, function = command.function.partition(":")
+        assert callable(getattr(importlib.import_module(f"zorba.apps.{module}"), function))

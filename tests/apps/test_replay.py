@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
-from zorba.apps.replay import rebuild
 from zorba.blocks import find_blocks
 from zorba.identity import identity_of, model_fingerprint
-from zorba.log import LogEntry, LogError, LogFile, LogHeader, TrajectoryWriter
+from zorba.log import LogEntry, LogFile, LogHeader, TrajectoryWriter
 from zorba.optim import NoiseTerms, active_table, step_seed
 
 import zorba_kernels as zk
+from tests.command import zorba
 from tests.hf.tiny import tiny_config
 from tests.kernels.bits import assert_same_bits
 
@@ -48,11 +48,11 @@ def train(base: Path, log: Path, dtype: torch.dtype, finish: bool = True) -> Lla
     return model
 
 
-def run(base: Path, log: Path, out: Path, verify: bool = True) -> str:
+def run(base: Path, log: Path, out: Path, *more: str) -> str:
     """Everything that it says."""
-    lines: list[str] = []
-    rebuild(str(base), log, out, verify=verify, say=lines.append)
-    return "\n".join(lines)
+    result = zorba("replay", base, log, out, *more)
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -72,8 +72,7 @@ def test_the_folder_holds_the_trained_model(tmp_path: Path, base: Path, dtype: t
     assert (out / "tokenizer.json").read_text() == "{}"
     assert not (out / "notes.txt").exists()
     assert [path.name for path in out.parent.iterdir()] == ["tuned"]
-    with pytest.raises(LogError, match="exists"):
-        run(base, tmp_path / "run.zot", out)
+    assert "exists: give a folder" in zorba("replay", base, tmp_path / "run.zot", out).output
 
 
 def test_a_run_without_an_end_says_so(tmp_path: Path, base: Path) -> None:
@@ -89,7 +88,7 @@ def test_a_run_without_an_end_says_so(tmp_path: Path, base: Path) -> None:
 
 def test_verification_can_be_left_out(tmp_path: Path, base: Path) -> None:
     train(base, tmp_path / "run.zot", torch.bfloat16)
-    assert ": not verified" in run(base, tmp_path / "run.zot", tmp_path / "out", verify=False)
+    assert ": not verified" in run(base, tmp_path / "run.zot", tmp_path / "out", "--no-verify")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -115,32 +114,26 @@ def test_the_log_of_a_federation_is_replayed_too(
         assert_same_bits(p, q)
 
 
-def test_a_wrong_base_or_file_writes_nothing(tmp_path: Path, base: Path) -> None:
+def test_what_fails_writes_nothing(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train(base, tmp_path / "run.zot", torch.bfloat16)
     torch.manual_seed(2)
     LlamaForCausalLM(tiny_config("llama")).to(torch.bfloat16).save_pretrained(tmp_path / "other")
     (tmp_path / "bad.zot").write_bytes(b"ZORBAZOT")
-    before = sorted(tmp_path.iterdir())
-    for model, log, told in (
-        (tmp_path / "other", "run.zot", "values do not"),
-        (tmp_path / "nowhere", "run.zot", "nowhere"),
-        (base, "bad.zot", "of version 0.1.0"),
-    ):
-        with pytest.raises((LogError, OSError), match=told):
-            run(model, tmp_path / log, tmp_path / "out")
-        assert sorted(tmp_path.iterdir()) == before
-
-
-def test_a_failed_save_leaves_no_folder(
-    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train(base, tmp_path / "run.zot", torch.bfloat16)
 
     def no_space(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", no_space)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(OSError, match="No space left"):
-        run(base, tmp_path / "run.zot", tmp_path / "out")
-    assert sorted(tmp_path.iterdir()) == before
+    for model, log, told in (
+        (tmp_path / "other", "run.zot", "values do not"),
+        (tmp_path / "nowhere", "run.zot", "nowhere"),
+        (base, "bad.zot", "of version 0.1.0"),
+        (base, "run.zot", "No space left"),
+    ):
+        result = zorba("replay", model, tmp_path / log, tmp_path / "out")
+        assert result.exit_code == 1
+        assert told in result.output
+        assert sorted(tmp_path.iterdir()) == before

@@ -1,7 +1,6 @@
 """The ``zorba`` command.
 
-tyro makes the options of a subcommand of its settings' fields: names, types, choices, defaults, and
-the comments as help.
+tyro makes options of the settings' fields: names, types, choices, defaults, comments as help.
 """
 
 from __future__ import annotations

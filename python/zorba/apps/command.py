@@ -47,10 +47,7 @@ def fail(command: str, message: str, code: int = 1) -> NoReturn:
 
 
 def by_commas(parse: Callable[[str], Any], metavar: str) -> PrimitiveConstructorSpec[Any]:
-    """Annotates a field whose value is one argument with commas, which help shows as ``metavar``.
-
-    A ValueError of ``parse``, which makes the value of the text, ends the command with its message.
-    """
+    """Annotates a field that ``parse`` makes of one argument; its ValueError ends the command."""
     # tyro itself takes an argument for each value, as --words a b.
     return PrimitiveConstructorSpec(
         nargs=1,

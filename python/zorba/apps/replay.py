@@ -42,10 +42,7 @@ def run_replay(settings: ReplaySettings) -> None:
     model = _load_base(settings.base, log)
     with tqdm(total=log.num_steps, desc="replay", disable=None) as bar:  # None: on a terminal alone
         report = replay(
-            model,
-            log,
-            verify=settings.verify,
-            progress=lambda done, _: bar.update(done - bar.n),
+            model, log, verify=settings.verify, progress=lambda done, _: bar.update(done - bar.n)
         )
     rate = f", {report.steps / report.seconds:,.1f} steps/s" if report.steps else ""
     print(f"replayed in {report.seconds:.2f} s{rate}, {report.passes} passes over the weights")
@@ -56,10 +53,8 @@ def run_replay(settings: ReplaySettings) -> None:
     elif report.verified == log.last:
         verdict = "verified, every bit is that of the run"
     else:
-        verdict = (
-            f"verified up to entry {report.verified}, every bit is that of the run; no fingerprint "
-            f"is known of the last {log.last - report.verified}"
-        )
+        verdict = f"verified up to entry {report.verified}, every bit is that of the run; no "
+        verdict += f"fingerprint is known of the last {log.last - report.verified}"
     print(f"fingerprint {report.fingerprint:#018x}: {verdict}")
     _save(model, settings.base, out)
     print(f"wrote {out}")

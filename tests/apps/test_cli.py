@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 from tyro.conf import Positional, Suppress, UseAppendAction
@@ -31,13 +31,6 @@ SETTINGS: dict[str, type] = {
     **{f"federate {name}": command.settings for name, command in FEDERATE.items()},
 }
 
-# --- Help ----------------------------------------------------------------------------------------
-
-
-def shown(value: Any) -> str:
-    text = ",".join(value) if isinstance(value, tuple) else str(value)
-    return shlex.quote(text)
-
 
 @pytest.mark.parametrize("command", SETTINGS)
 def test_help_shows_each_field_with_its_default_and_choices(command: str) -> None:
@@ -45,8 +38,8 @@ def test_help_shows_each_field_with_its_default_and_choices(command: str) -> Non
     assert result.exit_code == 0
     hints = get_type_hints(SETTINGS[command], include_extras=True)
     for field in dataclasses.fields(SETTINGS[command]):
-        marks = getattr(hints[field.name], "__metadata__", ())
-        flag = "--" + field.name.replace("_", "-")
+        hint, flag = hints[field.name], "--" + field.name.replace("_", "-")
+        marks = getattr(hint, "__metadata__", ())
         if get_args(Suppress[int])[1] in marks:
             assert flag not in result.text
         elif get_args(Positional[int])[1] in marks:
@@ -60,13 +53,15 @@ def test_help_shows_each_field_with_its_default_and_choices(command: str) -> Non
             found = re.search(rf"{flag}(?:, --no-\S+)? (.+?) \(default: (.+?)\) ", result.text)
             assert found, flag
             assert len(found[1].split()) > 1, flag
-            assert found[2] == shown(field.default)
-            choices = [c for c in get_args(hints[field.name]) if isinstance(c, str)]
-            if choices:
+            value = field.default
+            shown = ",".join(value) if isinstance(value, tuple) else str(value)
+            assert found[2] == shlex.quote(shown)
+            if choices := [c for c in get_args(hint) if isinstance(c, str)]:
                 assert found[1].startswith("{" + ",".join(choices) + "}")
 
 
 def test_help_loads_neither_torch_nor_transformers() -> None:
+    assert zorba().output == zorba("--help").output
     script = """
 import contextlib, io, json, sys
 from zorba.apps.cli import COMMANDS, FEDERATE, main
@@ -93,9 +88,6 @@ def test_commands_in_the_documentation_make_sense() -> None:
     assert found >= 10
 
 
-# --- Defaults ------------------------------------------------------------------------------------
-
-
 def test_defaults_are_the_same_everywhere() -> None:
     expected = {
         "distribution": defaults.DISTRIBUTION,
@@ -120,15 +112,6 @@ def test_choices_are_those_of_the_code_that_takes_them() -> None:
     planned, run = get_type_hints(PlanSettings), get_type_hints(Workload)
     for name in ("estimator", "loss", "idle"):
         assert set(get_args(planned[name])) == set(get_args(run[name])), name
-
-
-# --- How a command ends --------------------------------------------------------------------------
-
-
-def test_no_arguments_show_help() -> None:
-    result = zorba()
-    assert result.exit_code == 0
-    assert all(name in result.output for name in (*COMMANDS, "federate"))
 
 
 @pytest.mark.parametrize(

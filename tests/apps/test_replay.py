@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -35,10 +36,8 @@ def train(base: Path, log: Path, dtype: torch.dtype, finish: bool = True) -> Lla
     model.get_input_embeddings().requires_grad_(False)
     table = active_table(model)
     writer = TrajectoryWriter.create(log, table, 3, "rademacher", "stochastic", model=model)
-    for step in range(STEPS):
-        if step == 4:
-            writer.skip(step)
-            continue
+    writer.skip(0)
+    for step in range(1, STEPS):
         seed = step_seed(3, step)
         zk.add_noise_(table, [seed], [1e-2], "rademacher", "stochastic")
         writer.append(step, NoiseTerms.single(seed, 0, [1e-2]))
@@ -65,10 +64,8 @@ def test_the_folder_holds_the_trained_model(tmp_path: Path, base: Path, dtype: t
     assert "steps/s, 2 passes over the weights" in said
     assert "verified, every bit is that of the run" in said
     rebuilt = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
-    before = LlamaForCausalLM.from_pretrained(base, dtype=dtype).state_dict()
-    for (name, p), q in zip(rebuilt.named_parameters(), trained.parameters(), strict=True):
+    for p, q in zip(rebuilt.parameters(), trained.parameters(), strict=True):
         assert_same_bits(p, q)
-        assert torch.equal(p, before[name]) == (name == "model.embed_tokens.weight")
     assert (out / "tokenizer.json").read_text() == "{}"
     assert not (out / "notes.txt").exists()
     assert [path.name for path in out.parent.iterdir()] == ["tuned"]
@@ -84,11 +81,7 @@ def test_a_run_without_an_end_says_so(tmp_path: Path, base: Path) -> None:
     assert "ignored a torn tail of 2 bytes" in said
     assert "cannot be verified, the run was not finished" in said
     assert (tmp_path / "out" / "model.safetensors").exists()
-
-
-def test_verification_can_be_left_out(tmp_path: Path, base: Path) -> None:
-    train(base, tmp_path / "run.zot", torch.bfloat16)
-    assert ": not verified" in run(base, tmp_path / "run.zot", tmp_path / "out", "--no-verify")
+    assert ": not verified" in run(base, tmp_path / "run.zot", tmp_path / "new", "--no-verify")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -121,11 +114,8 @@ def test_what_fails_writes_nothing(
     torch.manual_seed(2)
     LlamaForCausalLM(tiny_config("llama")).to(torch.bfloat16).save_pretrained(tmp_path / "other")
     (tmp_path / "bad.zot").write_bytes(b"ZORBAZOT")
-
-    def no_space(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", no_space)
+    full = Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
     before = sorted(tmp_path.iterdir())
     for model, log, told in (
         (tmp_path / "other", "run.zot", "values do not"),

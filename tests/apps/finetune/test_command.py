@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
-import signal
-import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from zorba.apps.finetune.run import FinetuneTrainer
 from zorba.apps.finetune.settings import FinetuneSettings
 from zorba.apps.finetune.task import Row, read_data
 
@@ -21,10 +18,8 @@ from tests.apps.finetune.tiny import ROWS, save_tiny_llama
 from tests.command import Result, zorba
 from tests.kernels.bits import assert_same_bits
 
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: None) -> None:
-    torch.set_num_threads(1)
+Finetune = Callable[..., Result]
+TRAINED = ("--lr", 1e-2, "--eps", 1e-2, "--perturbations", 4)
 
 
 @pytest.fixture(scope="module")
@@ -33,24 +28,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> tuple[Path, Path]:
+def finetune(model: Path, tmp_path: Path, threads: None) -> Finetune:
+    """``zorba finetune`` with options, on label words and both kinds of files."""
+    torch.set_num_threads(1)
     train, dev = tmp_path / "train.jsonl", tmp_path / "dev.csv"
     train.write_text("".join(json.dumps(row) + "\n" for row in ROWS * 4) + "\n")
-    with dev.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["sentence", "label"])
-        writer.writeheader()
-        writer.writerows(ROWS)
-    return train, dev
+    dev.write_text("sentence,label\n" + "".join(f"{r['sentence']},{r['label']}\n" for r in ROWS))
+    files = ("--data", train, "--eval-data", dev, "--template", "{sentence} It was")
 
+    def run(out: Path, *options: object, base: Path = model) -> Result:
+        words = ("--words", " terrible, great")
+        return zorba("finetune", base, *files, *words, "--out", out, *options)
 
-TRAINED = ("--lr", 1e-2, "--eps", 1e-2, "--perturbations", 4)
-
-
-def classify(model: Path, files: tuple[Path, Path], out: Path, *more: object) -> Result:
-    return zorba(
-        "finetune", model, "--data", files[0], "--eval-data", files[1], "--out", out,
-        "--template", "{sentence} It was", "--words", " terrible, great", *more,
-    )  # fmt: skip
+    return run
 
 
 def assert_same_models(mine: Path, theirs: Path) -> None:
@@ -61,20 +51,20 @@ def assert_same_models(mine: Path, theirs: Path) -> None:
 
 
 def test_it_learns_to_classify_and_saves_both(
-    model: Path, files: tuple[Path, Path], tmp_path: Path
+    finetune: Finetune, model: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "[bold]out"  # shown as it is, no markup of rich
     options = ("--steps", 50, "--batch-size", 8, "--eval-every", 20, "--save", "both", "--seed", 1)
-    result = classify(model, files, out, *TRAINED, *options)
+    result = finetune(out, *TRAINED, *options)
     assert result.exit_code == 0, result.output
     for said in ("label positive: ' great'", "accuracy", f"wrote {out}", "trajectory.zot"):
         assert said in result.output, said
     metrics = json.loads((out / "metrics.json").read_text())
-    evaluations = metrics["evaluations"]
-    assert [e["step"] for e in evaluations] == [0, 20, 40, 50]
+    first, *_, last = metrics["evaluations"]
+    assert [e["step"] for e in metrics["evaluations"]] == [0, 20, 40, 50]
     assert len(metrics["losses"]) == 50
-    assert evaluations[-1]["loss"] < 0.8 * evaluations[0]["loss"]
-    assert evaluations[-1]["accuracy"] >= 0.75
+    assert last["loss"] < 0.8 * first["loss"]
+    assert last["accuracy"] >= 0.75
     assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert (out / "model" / "tokenizer.json").is_file()
     # The trajectory leads from the base to the saved model, bit for bit.
@@ -83,12 +73,10 @@ def test_it_learns_to_classify_and_saves_both(
     assert_same_models(out / "model", tmp_path / "again")
 
 
-def test_it_learns_text_and_saves_a_trajectory_alone(
-    model: Path, files: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_it_learns_text_and_saves_a_trajectory_alone(finetune: Finetune, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ("--words", "", "--steps", 25, "--dtype", "float32", "--save", "trajectory")
-    result = classify(model, files, out, *TRAINED, *options)
+    result = finetune(out, *TRAINED, *options)
     assert result.exit_code == 0, result.output
     first, last = json.loads((out / "metrics.json").read_text())["evaluations"]
     assert last["loss"] < first["loss"]
@@ -97,34 +85,24 @@ def test_it_learns_text_and_saves_a_trajectory_alone(
 
 
 def test_an_interrupted_run_leaves_its_trajectory(
-    model: Path, files: tuple[Path, Path], tmp_path: Path
+    finetune: Finetune, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log = tmp_path / "out" / "trajectory.zot"
+    def press_ctrl_c(trainer: FinetuneTrainer) -> None:
+        if trainer.reports:
+            raise KeyboardInterrupt
 
-    def press_ctrl_c() -> None:
-        header = 0
-        while not header or log.stat().st_size < header + 100:  # until steps are in it
-            time.sleep(0.01)
-            header = header or (log.exists() and log.stat().st_size)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=press_ctrl_c, daemon=True)
-    thread.start()
-    result = classify(model, files, log.parent, "--steps", 10**6, "--save", "trajectory")
-    thread.join()
+    monkeypatch.setattr(FinetuneTrainer, "score", press_ctrl_c)
+    result = finetune(tmp_path / "out", "--eval-every", 4, "--save", "trajectory")
     assert result.exit_code == 130, result.output
     assert "zorba finetune: interrupted" in result.output
-    replayed = zorba("replay", model, log, tmp_path / "again")
-    assert replayed.exit_code == 0, replayed.output
+    replayed = zorba("replay", model, tmp_path / "out" / "trajectory.zot", tmp_path / "again")
+    assert "4 steps" in replayed.output
     assert "the run was not finished" in replayed.output
 
 
-def test_idle_blocks_off_the_device_change_no_bit(
-    model: Path, files: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_idle_blocks_off_the_device_change_no_bit(finetune: Finetune, tmp_path: Path) -> None:
     for out, more in (("resident", []), ("offloaded", ["--offload", tmp_path / "host"])):
-        options = ("--steps", 3, "--blocks", "last:1", *more)
-        result = classify(model, files, tmp_path / out, *TRAINED, *options)
+        result = finetune(tmp_path / out, *TRAINED, "--steps", 3, "--blocks", "last:1", *more)
         assert result.exit_code == 0, result.output
     assert not list((tmp_path / "host").iterdir())
     assert_same_models(tmp_path / "resident" / "model", tmp_path / "offloaded" / "model")
@@ -140,32 +118,27 @@ REFUSED: dict[str, tuple[list[object], int, str]] = {
     "an in-place trajectory": (["--placement", "inplace", "--save", "both"], 2, "needs placement"),
     "offloading nothing": (["--offload", "host"], 1, "give blocks last:N"),
     "a batch of nothing": (["--batch-size", "0"], 2, "batch_size is 0; expected at least 1"),
-    "a kind of saving": (["--save", "all"], 2, "('model', 'trajectory', 'both')"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(case: str, model: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_refused(case: str, finetune: Finetune, tmp_path: Path) -> None:
     """In one sentence that says what was wrong; nothing is written."""
     options, code, words = REFUSED[case]
-    result = classify(model, files, tmp_path / "out", *options)
+    result = finetune(tmp_path / "out", *options)
     assert result.exit_code == code, result.output
     assert words in result.text
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_in_use_is_left_alone(
-    model: Path, files: tuple[Path, Path], tmp_path: Path
-) -> None:
-    assert "nowhere" in classify(tmp_path / "nowhere", files, tmp_path / "out").output
-    (tmp_path / "out" / "model").mkdir(parents=True)
-    result = classify(model, files, tmp_path / "out")
+def test_a_folder_in_use_is_left_alone(finetune: Finetune, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "no-model" in finetune(out, base=tmp_path / "no-model").output
+    (out / "model").mkdir(parents=True)
+    result = finetune(out)
     assert result.exit_code == 1
     assert "give another folder" in result.output
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["model"]
-
-
-# --- Data ----------------------------------------------------------------------------------------
+    assert [p.name for p in out.iterdir()] == ["model"]
 
 
 def rows_of(path: Path, content: str, **settings: Any) -> tuple[list[Row], list[str]]:

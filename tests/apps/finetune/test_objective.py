@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -13,25 +11,22 @@ from zorba.hf import LabelWordLoss
 from tests.apps.finetune.tiny import ROWS, save_tiny_llama
 
 LONG = [{"sentence": row["sentence"], "label": int(row["label"] == "positive")} for row in ROWS]
-WORDS = {
-    "words": [" terrible", " great"],
-    "words of two tokens": [" bad film", " great"],
-    "text": [],
-}
+WORDS = {"words": [" terrible", " great"], "words of two tokens": [" bad film", " great"]}
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
     folder = save_tiny_llama(tmp_path_factory.mktemp("model"), torch.float32)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+    return Text(model, AutoTokenizer.from_pretrained(folder), "{sentence}", 32)
 
 
-@pytest.fixture(params=WORDS)
-def objective(request: pytest.FixtureRequest, parts: tuple[Any, Any]) -> Objective:
+@pytest.fixture(params=[*WORDS, "text"])
+def objective(request: pytest.FixtureRequest, text: Text) -> Objective:
     if request.param == "text":
-        return Text(*parts, "{sentence}", 32)
-    return LabelWordLoss(*parts, "{sentence} It was", WORDS[request.param], max_length=32)
+        return text
+    template, words = "{sentence} It was", WORDS[request.param]
+    return LabelWordLoss(text.model, text.tokenizer, template, words, max_length=32)
 
 
 @torch.no_grad()
@@ -61,8 +56,7 @@ def test_score_is_that_of_one_batch_however_it_is_cut(objective: Objective) -> N
 
 
 @torch.no_grad()
-def test_row_with_nothing_to_learn_loses_nothing(parts: tuple[Any, Any]) -> None:
-    text = Text(*parts, "{sentence}", 32)
+def test_row_with_nothing_to_learn_loses_nothing(text: Text) -> None:
     losses = text.losses(text.encode([{"sentence": "a"}, {"sentence": "a film"}]))
     assert losses[0] == 0
     assert losses[1] > 0

@@ -25,7 +25,7 @@ class _HostCopies:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="zorba-offload")
 
-    def start(self, pairs: Pairs, freed: Any) -> Future[None]:
+    def start(self, pairs: Pairs, freed: None) -> Future[None]:
         """Copies second to first of each pair, once ``freed`` is done; returns a ticket."""
         return self._thread.submit(self._copy, pairs)
 
@@ -42,7 +42,7 @@ class _HostCopies:
         # By numpy: torch's copy_ would start threads that compete with those of the forward. It
         # lets go of the interpreter, also while a page of a mapped file comes from the disk.
         for target, source in pairs:
-            np.copyto(_bytes(target), _bytes(source))
+            np.copyto(bytes_of(target), bytes_of(source))
 
 
 class _DeviceCopies:
@@ -59,7 +59,7 @@ class _DeviceCopies:
                 self._stream.wait_event(freed)
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
-            return self._mark(self._stream)
+            return self._stream.record_event()
 
     def wait(self, ticket: torch.cuda.Event, *, host: bool = False) -> None:
         if host:
@@ -68,13 +68,7 @@ class _DeviceCopies:
             torch.cuda.current_stream(self._device).wait_event(ticket)
 
     def freed(self) -> torch.cuda.Event:
-        return self._mark(torch.cuda.current_stream(self._device))
-
-    @staticmethod
-    def _mark(stream: Any) -> torch.cuda.Event:
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(stream)
-        return event
+        return torch.cuda.current_stream(self._device).record_event()
 
 
 @dataclass
@@ -83,11 +77,11 @@ class _Buffer:
 
     memory: Tensor
     block: str | None = None
-    ticket: Any = None
+    ticket: Any = None  # of the copy that brings it
     users: int = 0
-    freed: Any = None
+    freed: Any = None  # mark behind the last use
     last_use: int = 0
-    views: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by block, by parameter
+    views: dict[str, Tensor] = field(default_factory=dict)  # the block's weights in the memory
 
 
 class BlockStream:
@@ -148,7 +142,7 @@ class BlockStream:
         try:
             if self._streaming:
                 self._fetch_next(name)
-            yield buffer.views[name]
+            yield buffer.views
         finally:
             buffer.users -= 1
             if not buffer.users:
@@ -171,11 +165,9 @@ class BlockStream:
         # The one that was used last holds the block that a nested or repeated forward wants again.
         buffer = min(free, key=lambda b: (b.block is not None, b.last_use))
         source = self._blocks[name]
-        if name not in buffer.views:
-            buffer.views[name] = views_in(buffer.memory, source)
-        views = buffer.views[name]
-        buffer.ticket = self._copies.start([(views[p], source[p]) for p in source], buffer.freed)
-        buffer.block = name
+        buffer.views, buffer.block = views_in(buffer.memory, source), name
+        pairs = [(buffer.views[p], source[p]) for p in source]
+        buffer.ticket = self._copies.start(pairs, buffer.freed)
         self.loads += 1
         return buffer
 
@@ -193,5 +185,6 @@ class BlockStream:
         buffer.block = buffer.ticket = None
 
 
-def _bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def bytes_of(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Returns the memory of a contiguous CPU tensor."""
     return tensor.reshape(-1).view(torch.uint8).numpy()

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zorba.blocks import name_of
+
 
 class HeadError(ValueError):
     """A model whose output embedding cannot be narrowed."""
@@ -28,8 +30,8 @@ def check_head(model: nn.Module, ids: list[int], causal: bool) -> None:
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise HeadError(
-            f"{_name(model)} is an encoder-decoder, whose decoder has a prompt of its own: take a "
-            "causal or a masked language model, or its full logits"
+            f"{name_of(model)} is an encoder-decoder, whose decoder has a prompt of its own: take "
+            "a causal or a masked language model, or its full logits"
         )
     # Dropout would make two forwards differ. Modules may be in different modes: each is put back.
     modes = [(module, module.training) for module in model.modules()]
@@ -45,7 +47,7 @@ def check_head(model: nn.Module, ids: list[int], causal: bool) -> None:
         whole = model(input_ids=both[:, :1] if causal else both).logits[0, -1 if causal else -2]
     except (IndexError, RuntimeError, TypeError) as error:
         raise HeadError(
-            f"{_name(model)} does not run when only those logits that are read are computed: "
+            f"{name_of(model)} does not run when only those logits that are read are computed: "
             f"{error}. Use its full logits instead"
         ) from error
     finally:
@@ -58,7 +60,7 @@ def check_head(model: nn.Module, ids: list[int], causal: bool) -> None:
     off = float((mine - wanted).abs().max())
     if not off <= limit:
         raise HeadError(
-            f"{_name(model)} gives other logits (by {off:.2g}) when only those that are read are "
+            f"{name_of(model)} gives other logits (by {off:.2g}) when only those that are read are "
             f"computed{', or its positions see later ones' if causal else ''}. Use its full "
             "logits instead"
         )
@@ -95,7 +97,8 @@ def narrow_logits(
         logits: Tensor = model(**inputs).logits
     if reads.calls != 1:
         raise HeadError(
-            f"{_name(model)} called its output embedding {reads.calls} times in a forward, not once"
+            f"{name_of(model)} called its output embedding {reads.calls} times in a forward, not "
+            "once"
         )
     return logits.flatten(0, -2).float().to(rows.device)
 
@@ -152,7 +155,7 @@ def _narrowed(model: nn.Module, reads: _Reads) -> Iterator[None]:
     find: Any = getattr(model, "get_output_embeddings", None)
     head: Any = find() if find is not None else None
     if head is None:
-        raise HeadError(f"{_name(model)} has no output embedding: is it a language model?")
+        raise HeadError(f"{name_of(model)} has no output embedding: is it a language model?")
     # One narrowed forward for all that run side by side: whoever comes last takes it off.
     there = vars(head).get("forward")
     narrow = there if isinstance(there, _Narrow) else _Narrow(head)
@@ -168,8 +171,3 @@ def _narrowed(model: nn.Module, reads: _Reads) -> Iterator[None]:
             del head.forward
             if narrow.own is not None:
                 head.forward = narrow.own
-
-
-def _name(model: nn.Module) -> str:
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    return type(model).__name__ + (f" (model type {kind})" if kind else "")

@@ -89,7 +89,9 @@ class ZOTrainer(Trainer):
                 "a GPU (torchrun), or set CUDA_VISIBLE_DEVICES"
             )
         # Plain TrainingArguments have none of the options: then each is the default.
-        added = ((n, f.default) for n, f in ZOArguments.__dataclass_fields__.items() if "zo_" in n)
+        added = (
+            (n, f.default) for n, f in ZOArguments.__dataclass_fields__.items() if n[:3] == "zo_"
+        )
         options = {n.removeprefix("zo_"): getattr(self.args, n, default) for n, default in added}
         self._trajectory: str | None = options.pop("trajectory")
         if self._trajectory and options["placement"] != "scratch":

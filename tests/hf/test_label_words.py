@@ -18,7 +18,7 @@ from zorba.hf import HeadError, LabelWordLoss
 from zorba.hf.head import check_head
 
 from tests.hf.steps import check_step
-from tests.hf.tiny import CASES, Case, build, case_of, tiny_config
+from tests.hf.tiny import CASES, Case, build, tiny_config
 from tests.tolerances import bound
 
 TEMPLATE = "{sentence} It was"
@@ -67,6 +67,10 @@ def ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def prompt_of(tokenizer: PreTrainedTokenizerFast, example: Mapping[str, Any]) -> list[int]:
+    return [tokenizer.bos_token_id, *ids_of(tokenizer, TEMPLATE.format_map(example))]
+
+
 def plain_scores(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerFast,
@@ -75,8 +79,7 @@ def plain_scores(
     normalise: bool = False,
 ) -> Tensor:
     """Log-probabilities of the continuations from full logits, each in a forward of its own."""
-    prompt = [tokenizer.bos_token_id, *ids_of(tokenizer, TEMPLATE.format_map(example))]
-    scores = []
+    prompt, scores = prompt_of(tokenizer, example), []
     for word in words:
         own = ids_of(tokenizer, word)
         logits = model(input_ids=torch.tensor([prompt + own])).logits[0].float()
@@ -123,13 +126,27 @@ def test_single_tokens_equal_full_logits(case: Case, tokenizer: PreTrainedTokeni
 
 
 @pytest.mark.parametrize("normalise", [False, True])
-def test_words_of_several_tokens(normalise: bool, tokenizer: PreTrainedTokenizerFast) -> None:
-    model = build(of("gemma2", final_logit_softcapping=1.0))
-    loss = LabelWordLoss(model, tokenizer, TEMPLATE, LONG_WORDS, normalise=normalise)
-    batch = loss.encode(EXAMPLES)
-    plain = [plain_scores(model, tokenizer, e, LONG_WORDS, normalise) for e in EXAMPLES]
-    close(loss.scores(batch), torch.stack(plain))
-    assert torch.equal(loss.predict(batch), torch.stack(plain).argmax(1))
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2"])
+def test_candidates_of_several_tokens(
+    kind: str, normalise: bool, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Label words for all, and each example's own: also more of them than others have."""
+    model = build(of(kind))
+    for words, examples in ((LONG_WORDS, EXAMPLES), ("choices", CHOICES)):
+        loss = LabelWordLoss(model, tokenizer, TEMPLATE, words, normalise=normalise)
+        batch = loss.encode(examples)
+        scores, plain = loss.scores(batch), []
+        assert scores.shape == (len(examples), 3)
+        for example, mine in zip(examples, scores, strict=True):
+            own = example.get("choices", LONG_WORDS)
+            plain.append(plain_scores(model, tokenizer, example, own, normalise))
+            close(mine[: len(own)], plain[-1])
+            assert mine[len(own) :].tolist() == [-torch.inf] * (3 - len(own))
+        labels = torch.tensor([example["label"] for example in examples])
+        losses = [nn.functional.cross_entropy(p, y) for p, y in zip(plain, labels, strict=True)]
+        close(loss.losses(batch), torch.stack(losses))
+        close(loss(batch), torch.stack(losses).mean())
+        assert loss.predict(batch).tolist() == [int(p.argmax()) for p in plain]
 
 
 def test_words_of_one_token_may_be_scored_as_several(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -139,23 +156,6 @@ def test_words_of_one_token_may_be_scored_as_several(tokenizer: PreTrainedTokeni
     as_choices = LabelWordLoss(model, tokenizer, TEMPLATE, "choices")
     both = [{**example, "choices": WORDS} for example in EXAMPLES]
     close(as_words(as_words.encode(EXAMPLES)), as_choices(as_choices.encode(both)))
-
-
-@pytest.mark.parametrize("normalise", [False, True])
-def test_multiple_choice(normalise: bool, tokenizer: PreTrainedTokenizerFast) -> None:
-    model = build(of("qwen2"))
-    loss = LabelWordLoss(model, tokenizer, TEMPLATE, "choices", normalise=normalise)
-    batch = loss.encode(CHOICES)
-    scores = loss.scores(batch)
-    assert scores.shape == (2, 3)
-    assert scores[1, 2] == -torch.inf
-    plain = [plain_scores(model, tokenizer, e, e["choices"], normalise) for e in CHOICES]
-    for mine, wanted in zip(scores, plain, strict=True):
-        close(mine[: len(wanted)], wanted)
-    labels = torch.tensor([1, 0])
-    wanted_loss = [nn.functional.cross_entropy(p, y) for p, y in zip(plain, labels, strict=True)]
-    close(loss(batch), torch.stack(wanted_loss).mean())
-    assert loss.predict(batch).tolist() == [int(p.argmax()) for p in plain]
 
 
 @pytest.mark.parametrize("case", MASKED, ids=lambda c: c.kind)
@@ -235,8 +235,8 @@ def test_adapters(task: str, tokenizer: PreTrainedTokenizerFast) -> None:
     scores = loss.scores(loss.encode(EXAMPLES))
     words = [ids_of(tokenizer, word)[0] for word in WORDS]
     for example, mine in zip(EXAMPLES, scores, strict=True):
-        prompt = [tokenizer.bos_token_id, *ids_of(tokenizer, TEMPLATE.format_map(example))]
-        close(mine, model(input_ids=torch.tensor([prompt])).logits[0, -1, words])
+        ids = torch.tensor([prompt_of(tokenizer, example)])
+        close(mine, model(input_ids=ids).logits[0, -1, words])
 
 
 def test_a_head_that_is_patched_or_no_linear_layer(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -279,53 +279,40 @@ def test_dropout_is_left_as_it_was(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "complaint"),
+    ("kind", "template", "options", "complaint"),
     [
-        ([" good"], "two or more"),
-        ([" good", " good"], "all different"),
-        ([" unheard", " unknown"], "same token"),
-        (["", " good"], "does not begin a token"),
+        ("llama", TEMPLATE, {"words": [" good"]}, "two or more"),
+        ("llama", TEMPLATE, {"words": [" good", " good"]}, "all different"),
+        ("llama", TEMPLATE, {"words": [" unheard", " unknown"]}, "same token"),
+        ("llama", TEMPLATE, {"words": ["", " good"]}, "does not begin a token"),
+        ("llama", TEMPLATE, {"max_length": 1}, "at least 2"),
+        ("bert", "{sentence} {mask}", {"words": LONG_WORDS}, "one token"),
+        ("bert", TEMPLATE, {}, r"model type bert.*later ones"),
+        ("t5", TEMPLATE, {}, r"model type t5.* encoder-decoder"),
+        ("bart", TEMPLATE, {}, r"model type bart.* encoder-decoder"),
+        # It multiplies with the weights of its output embedding itself.
+        ("mobilebert", "{sentence} {mask}", {}, r"model type mobilebert.* 0 times"),
     ],
 )
-def test_bad_words(words: list[str], complaint: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match=complaint):
-        LabelWordLoss(build(of("llama")), tokenizer, TEMPLATE, words)
-
-
-def test_a_mask_stands_for_one_token(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match="one token"):
-        LabelWordLoss(build(of("bert")), tokenizer, "{sentence} {mask}", LONG_WORDS)
-
-
-def test_a_model_that_looks_ahead_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(HeadError, match=r"model type bert.*later ones"):
-        LabelWordLoss(build(of("bert")), tokenizer, TEMPLATE, WORDS)
-
-
-def test_a_head_that_is_not_called_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    """MobileBERT multiplies with the weights of its output embedding itself."""
+def test_bad_words_and_models(
+    kind: str,
+    template: str,
+    options: dict[str, Any],
+    complaint: str,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     sizes = {"embedding_size": 16, "intra_bottleneck_size": 32, "true_hidden_size": 32}
-    model = build(Case("mobilebert", "ForMaskedLM", "", sizes))
-    with pytest.raises(HeadError, match=r"model type mobilebert.* 0 times"):
-        LabelWordLoss(model, tokenizer, "{sentence} {mask}", WORDS)
+    mobile = Case("mobilebert", "ForMaskedLM", "", sizes)
+    known = [*CAUSAL, *MASKED, *CASES, mobile]
+    model = build(next(case for case in known if case.kind == kind))
+    with pytest.raises(ValueError, match=complaint):
+        LabelWordLoss(model, tokenizer, template, **{"words": WORDS, **options})
 
 
 def test_a_model_without_a_head_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     model = AutoModel.from_config(tiny_config(of("llama")))
     with pytest.raises(HeadError, match="no output embedding"):
         LabelWordLoss(model, tokenizer, TEMPLATE, WORDS)
-
-
-@pytest.mark.parametrize("kind", ["t5", "bart"])
-def test_an_encoder_decoder_is_refused(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    case = case_of(kind)
-    with pytest.raises(HeadError, match=rf"model type {kind}.* encoder-decoder"):
-        LabelWordLoss(build(case), tokenizer, TEMPLATE, WORDS)
-
-
-def test_a_short_max_length_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match="at least 2"):
-        LabelWordLoss(build(of("llama")), tokenizer, TEMPLATE, WORDS, max_length=1)
 
 
 def test_bad_examples(tokenizer: PreTrainedTokenizerFast) -> None:

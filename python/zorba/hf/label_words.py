@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ _MASK = "mask"  # the field of a template that becomes the tokenizer's mask toke
 @dataclass(frozen=True)
 class LabelWordBatch:
     """Encoded examples: sequences padded on the right, and where their logits are read.
+
+    Tensors are on the model's device.
 
     Attributes:
         inputs: what the model is called with.
@@ -43,13 +45,6 @@ class LabelWordBatch:
     def __len__(self) -> int:
         """Number of examples."""
         return len(self.choices)
-
-    def to(self, device: torch.device | str) -> LabelWordBatch:
-        """Returns the batch on a device."""
-        tensors = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
-        inputs = {name: t.to(device) for name, t in self.inputs.items()}
-        moved: dict[str, Any] = {**tensors, "inputs": inputs}
-        return replace(self, **moved)
 
 
 class LabelWordLoss:
@@ -151,16 +146,17 @@ class LabelWordLoss:
             sequences = [prompt + ids[:-1] for prompt, ids in pairs]
             rows = [row for row, (_, ids) in enumerate(pairs) for _ in ids]
             positions = [len(prompt) - 1 + k for prompt, ids in pairs for k in range(len(ids))]
-        batch = LabelWordBatch(
-            self._pad(sequences),
-            torch.tensor(rows),
-            torch.tensor(positions),
-            torch.tensor(targets) if targets else None,
+        device = next(self.model.parameters()).device
+        labels = self._labels(examples, choices)
+        return LabelWordBatch(
+            {name: ids.to(device) for name, ids in self._pad(sequences).items()},
+            torch.tensor(rows, device=device),
+            torch.tensor(positions, device=device),
+            torch.tensor(targets, device=device) if targets else None,
             tuple(lengths),
             tuple(choices),
-            self._labels(examples, choices),
+            None if labels is None else torch.tensor(labels, device=device),
         )
-        return batch.to(next(self.model.parameters()).device)
 
     def scores(self, batch: LabelWordBatch) -> Tensor:
         """Returns float32 [examples, choices]; minus infinity where there is no such choice.
@@ -243,14 +239,14 @@ class LabelWordLoss:
             )
         return after[len(before) :]
 
-    def _labels(self, examples: Examples, choices: Sequence[int]) -> Tensor | None:
+    def _labels(self, examples: Examples, choices: Sequence[int]) -> list[int] | None:
         if any(self.label not in example for example in examples):
             return None
         labels = [int(example[self.label]) for example in examples]
         for label, count in zip(labels, choices, strict=True):
             if not 0 <= label < count:
                 raise ValueError(f"label {label} is not among {count} candidates, from 0")
-        return torch.tensor(labels)
+        return labels
 
     def _pad(self, sequences: list[list[int]]) -> dict[str, Tensor]:
         # On the right: positions count from 0 in every row, as they do without padding. Any token

@@ -98,19 +98,14 @@ class BlockStream:
         self._order = list(blocks)
         # Each buffer is as large as the largest block, so that any block fits any of them.
         size = max((sum(map(padded_bytes, b.values())) for b in blocks.values()), default=0)
-        self._buffers = [
-            _Buffer(torch.empty(size, dtype=torch.uint8, device=device))
-            for _ in range(min(BUFFERS, len(blocks)))
-        ]
+        count = min(BUFFERS, len(blocks))
+        memory = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(count)]
+        self._buffers = [_Buffer(piece) for piece in memory]
         self._copies: Any = _DeviceCopies(device) if device.type == "cuda" else _HostCopies()
         self._streaming = False
         self._uses = 0
-        self.loads = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffers."""
-        return sum(buffer.memory.numel() for buffer in self._buffers)
+        self.nbytes = count * size  # of the buffers
+        self.loads = 0  # copies of a block to the device
 
     @contextmanager
     def streaming(self) -> Iterator[None]:
@@ -140,8 +135,11 @@ class BlockStream:
         buffer.users += 1
         buffer.last_use = self._uses
         try:
-            if self._streaming:
-                self._fetch_next(name)
+            # The block behind this one in the model's order, where a buffer is free; a block that
+            # runs out of turn is fetched when it is used.
+            behind = self._order[self._order.index(name) + 1 :][:1] if self._streaming else []
+            if behind and any(not buffer.users for buffer in self._buffers):
+                self._fetch(behind[0])
             yield buffer.views
         finally:
             buffer.users -= 1
@@ -165,18 +163,12 @@ class BlockStream:
         # The one that was used last holds the block that a nested or repeated forward wants again.
         buffer = min(free, key=lambda b: (b.block is not None, b.last_use))
         source = self._blocks[name]
-        buffer.views, buffer.block = views_in(buffer.memory, source), name
+        buffer.views = views_in(buffer.memory, source)
         pairs = [(buffer.views[p], source[p]) for p in source]
         buffer.ticket = self._copies.start(pairs, buffer.freed)
+        buffer.block = name  # last: Ctrl-C before it leaves a buffer of no block
         self.loads += 1
         return buffer
-
-    def _fetch_next(self, name: str) -> None:
-        """Fetches the block that comes behind this one, where a buffer is free."""
-        # In the model's order; a block that runs out of turn is fetched when it is used.
-        at = self._order.index(name) + 1
-        if at < len(self._order) and any(not buffer.users for buffer in self._buffers):
-            self._fetch(self._order[at])
 
     def _drop(self, buffer: _Buffer) -> None:
         # The host waits: it may change the weights as soon as they count as not fetched.

@@ -38,8 +38,8 @@ class LabelWordBatch:
     rows: Tensor
     positions: Tensor
     targets: Tensor | None
-    lengths: tuple[int, ...]
-    choices: tuple[int, ...]
+    lengths: list[int]
+    choices: list[int]
     labels: Tensor | None
 
     def __len__(self) -> int:
@@ -107,7 +107,7 @@ class LabelWordLoss:
             self._tokens = [self._continuation(tail, word) for word in self.words]
             if all(len(ids) == 1 for ids in self._tokens):
                 self._columns = torch.tensor(self._tokens)[:, 0]
-                if len(self._columns.unique()) < len(self._columns):
+                if len({*map(tuple, self._tokens)}) < len(self._tokens):
                     raise ValueError(f"two of the label words {self.words} are the same token")
         if self.masked and self._columns is None:
             raise ValueError(
@@ -153,8 +153,8 @@ class LabelWordLoss:
             torch.tensor(rows, device=device),
             torch.tensor(positions, device=device),
             torch.tensor(targets, device=device) if targets else None,
-            tuple(lengths),
-            tuple(choices),
+            lengths,
+            choices,
             None if labels is None else torch.tensor(labels, device=device),
         )
 
@@ -171,10 +171,12 @@ class LabelWordLoss:
             return logits
         gains = logits.gather(1, batch.targets[:, None])[:, 0] - logits.logsumexp(dim=1)
         # Padded, not scattered: the sum then has a fixed order on every device.
-        scores = pad_sequence(gains.split(batch.lengths), batch_first=True).sum(dim=1)
+        each = torch.split(gains, batch.lengths)
+        scores = pad_sequence(list(each), batch_first=True).sum(dim=1)
         if self.normalise:
             scores = scores / torch.tensor(batch.lengths, device=scores.device)
-        return pad_sequence(scores.split(batch.choices), True, -torch.inf)
+        own = torch.split(scores, batch.choices)
+        return pad_sequence(list(own), batch_first=True, padding_value=-torch.inf)
 
     def __call__(self, batch: LabelWordBatch) -> Tensor:
         """Returns the mean cross-entropy of the right words among the candidates, a scalar."""

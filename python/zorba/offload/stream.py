@@ -59,7 +59,7 @@ class _DeviceCopies:
                 self._stream.wait_event(freed)
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
-            return self._stream.record_event()
+            return self._mark(self._stream)
 
     def wait(self, ticket: torch.cuda.Event, *, host: bool = False) -> None:
         if host:
@@ -68,7 +68,12 @@ class _DeviceCopies:
             torch.cuda.current_stream(self._device).wait_event(ticket)
 
     def freed(self) -> torch.cuda.Event:
-        return torch.cuda.current_stream(self._device).record_event()
+        return self._mark(torch.cuda.current_stream(self._device))
+
+    @staticmethod
+    def _mark(stream: Any) -> torch.cuda.Event:
+        event: torch.cuda.Event = stream.record_event()
+        return event
 
 
 @dataclass

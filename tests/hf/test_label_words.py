@@ -142,15 +142,6 @@ def test_candidates_of_several_tokens(kind: str, normalise: bool) -> None:
         assert loss.predict(batch).tolist() == [int(p.argmax()) for p in plain]
 
 
-def test_words_of_one_token_may_be_scored_as_several() -> None:
-    """The normaliser of the whole vocabulary cancels in the cross-entropy over the words."""
-    model = build(of("llama"))
-    as_words = LabelWordLoss(model, TOKENIZER, TEMPLATE, WORDS)
-    as_choices = LabelWordLoss(model, TOKENIZER, TEMPLATE, "choices")
-    both = [{**example, "choices": WORDS} for example in EXAMPLES]
-    close(as_words(as_words.encode(EXAMPLES)), as_choices(as_choices.encode(both)))
-
-
 @pytest.mark.parametrize("case", MASKED, ids=lambda c: c.kind)
 def test_masked_model(case: Case) -> None:
     model = build(case)

@@ -62,7 +62,7 @@ def run_finetune(settings: FinetuneSettings, console: Console | None = None) -> 
             model.save_pretrained(out["model"])
             tokenizer.save_pretrained(out["model"])
     reports = trainer.reports
-    metrics = {
+    metrics: dict[str, Any] = {
         "settings": asdict(settings),
         "machine": machine.describe(),
         "step_seconds": sum(report.seconds for report in reports) / len(reports),

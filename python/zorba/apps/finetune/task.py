@@ -6,7 +6,7 @@ import csv
 import json
 import string
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,9 @@ def _read_rows(path: Path, needed: list[str]) -> list[Row]:
         raise ValueError(f"{path} ends in {kind or 'nothing'}; expected .jsonl, .csv or .tsv")
     with path.open(encoding="utf-8-sig", newline="") as file:
         table = csv.DictReader(file, delimiter=separators[kind] or ",")
+        lines: Iterable[Any] = table if separators[kind] else file
         try:
-            for number, read in enumerate(table if separators[kind] else file, 1):
+            for number, read in enumerate(lines, 1):
                 line = table.line_num or number  # a row of a table may have several lines
                 if isinstance(read, str) and not read.strip():
                     continue

@@ -75,13 +75,10 @@ def test_batches_are_balanced_and_repeat_what_is_scarce() -> None:
         data.balanced_batches(pool[:5], 16, 4)
 
 
-def test_area_under_curve_counts_pairs(generator: torch.Generator) -> None:
-    score = torch.randint(0, 5, (60,), generator=generator).float()
-    labels = torch.arange(60) % 2
-    pairs = score[labels == 1][:, None] - score[labels == 0][None]
-    expected = float((pairs > 0).double().mean() + 0.5 * (pairs == 0).double().mean())
-    score = Score.of(torch.stack([torch.zeros(60), score], dim=1), labels)
-    assert score.auc == pytest.approx(expected, abs=1e-12)
+def test_area_under_curve_counts_pairs() -> None:
+    logits = torch.tensor([[0.0, -1.0], [0.0, 3.0], [0.0, 2.0], [0.0, -1.0]])
+    # Of 4 pairs the right label is ahead in 2, and one is a tie.
+    assert Score.of(logits, torch.tensor([0, 1, 0, 1])) == Score(0.5, 2.5 / 4)
 
 
 def test_a_whole_demo_on_a_tiny_random_model(
@@ -103,8 +100,7 @@ def test_a_whole_demo_on_a_tiny_random_model(
     assert summary["conditions"].startswith("2 of 3 blocks trained; 7 of 8 clients share")
     assert summary["catch-up"].startswith(f"{OWN_REPLICA} missed 4 rounds, and took 4 passes")
     assert summary["scalars up"] == "20 B a client and round"
-    told = json.loads((tmp_path / "summary.json").read_text())
-    assert told["conditions"] == summary["conditions"]
+    assert json.loads((tmp_path / "summary.json").read_text())["total"] == summary["total"]
     for name in ("curves.png", "plan.png", "report.html"):
         assert (tmp_path / name).stat().st_size > 0
     state = Follower(tmp_path / "events.jsonl").update()

@@ -41,9 +41,7 @@ def train(base: Path, log: Path, dtype: torch.dtype, finish: bool = True) -> Lla
         seed = step_seed(3, step)
         zk.add_noise_(table, [seed], [1e-2], "rademacher", "stochastic")
         writer.append(step, NoiseTerms.single(seed, 0, [1e-2]))
-    if finish:
-        writer.finish()
-    writer.close()
+    writer.finish() if finish else writer.close()
     return model
 
 

@@ -26,14 +26,14 @@ import zorba_kernels as zk
 from tests.command import zorba
 
 ROOT = Path(__file__).parents[2]
-SETTINGS: dict[str, type] = {
-    **{name: command.settings for name, command in COMMANDS.items()},
-    **{f"federate {name}": command.settings for name, command in FEDERATE.items()},
-}
+EVERY = COMMANDS | {f"federate {name}": command for name, command in FEDERATE.items()}
+SETTINGS = {name: command.settings for name, command in EVERY.items()}
 
 
 @pytest.mark.parametrize("command", SETTINGS)
 def test_help_shows_each_field_with_its_default_and_choices(command: str) -> None:
+    module, _, function = EVERY[command].function.partition(":")
+    assert callable(getattr(importlib.import_module(f"zorba.apps.{module}"), function))
     result = zorba(*command.split(), "--help")
     assert result.exit_code == 0
     hints = get_type_hints(SETTINGS[command], include_extras=True)
@@ -143,9 +143,3 @@ def test_a_missing_package_is_named_with_its_extra(capsys: pytest.CaptureFixture
         Command(int, "replay:none", "demo,hf", ("json", "no_such_package")).run("replay", None)
     words = "it needs no_such_package: run pip install '.[demo,hf]' in a clone of zorba-kernels"
     assert capsys.readouterr().err == f"zorba replay: {words}\n"
-
-
-def test_commands_name_functions_that_are_there() -> None:
-    for command in (*COMMANDS.values(), *FEDERATE.values()):
-        module, _, function = command.function.partition(":")
-        assert callable(getattr(importlib.import_module(f"zorba.apps.{module}"), function))

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -87,11 +88,8 @@ def test_it_learns_text_and_saves_a_trajectory_alone(finetune: Finetune, tmp_pat
 def test_an_interrupted_run_leaves_its_trajectory(
     finetune: Finetune, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def press_ctrl_c(trainer: FinetuneTrainer) -> None:
-        if trainer.reports:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(FinetuneTrainer, "score", press_ctrl_c)
+    ctrl_c = Mock(side_effect=[None, KeyboardInterrupt])  # at the second evaluation
+    monkeypatch.setattr(FinetuneTrainer, "score", ctrl_c)
     result = finetune(tmp_path / "out", "--eval-every", 4, "--save", "trajectory")
     assert result.exit_code == 130, result.output
     assert "zorba finetune: interrupted" in result.output

@@ -57,7 +57,8 @@ def test_the_folder_holds_the_trained_model(tmp_path: Path, base: Path, dtype: t
     trained = train(base, tmp_path / "run.zot", dtype)
     out = tmp_path / "new" / "tuned"
     said = run(base, tmp_path / "run.zot", out)
-    assert f"{(tmp_path / 'run.zot').stat().st_size:,} bytes, {STEPS - 1} steps (1 more skipped), rademacher noise" in said
+    assert f"{(tmp_path / 'run.zot').stat().st_size:,} bytes, " in said
+    assert f"{STEPS - 1} steps (1 more skipped), rademacher noise" in said
     assert "steps/s, 2 passes over the weights" in said
     assert "verified, every bit is that of the run" in said
     rebuilt = AutoModelForCausalLM.from_pretrained(out, dtype="auto")

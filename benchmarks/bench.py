@@ -22,14 +22,9 @@ NOISE = 1.05
 """A pass that is this many times as fast as its limit was measured beside a disturbed one."""
 
 
-def rehearses(config: pytest.Config) -> bool:
-    """Whether this run goes through everything in small, on the CPU."""
-    return bool(config.getoption("rehearse", False))
-
-
 def sizes_of(config: pytest.Config) -> sizes.Sizes:
-    """Returns how much to do: on the GPU, where there is one."""
-    if rehearses(config):
+    """Returns how much to do: on the GPU, where there is one and this is no rehearsal."""
+    if config.getoption("rehearse", False):
         return sizes.REHEARSAL
     return sizes.GPU if torch.cuda.is_available() else sizes.CPU
 
@@ -38,17 +33,16 @@ class Bench:
     """One test's device and findings; its report carries these (``user_properties``).
 
     Attributes:
-        device: the GPU, where there is one.
-        sizes: how much to do there.
         facts: what belongs beside the outcome, such as the number of elements compared.
         measures: rows of tables: "group", "name" and figures, whose keys hold their unit.
         targets: figures beside what they should be. They decide nothing.
     """
 
     def __init__(self, item: pytest.Item) -> None:
-        on_gpu = torch.cuda.is_available() and not rehearses(item.config)
-        self.device = torch.device("cuda" if on_gpu else "cpu")
         self.sizes = sizes_of(item.config)
+        self.device = torch.device("cuda" if self.sizes is sizes.GPU else "cpu")
+        # A copy on a CPU reads the memory that it writes to as well: there add_ is the limit.
+        self.limit = "copy" if self.device.type == "cuda" else "plain"
         self._deadline = item.config.getoption("deadline", None) or time.monotonic() + 3600
         self.facts: dict[str, Any] = {}
         self.measures: list[dict[str, Any]] = []
@@ -88,31 +82,15 @@ class Bench:
         self.measures.append({"group": group, "name": name, **figures})
 
     def target(
-        self, name: str, figure: float, unit: str, *, least: float | None = None, most: float = 0.0
+        self, name: str, figure: float, unit: str, *, least: float = 0.0, most: float = float("inf")
     ) -> None:
-        """Adds a figure that should be at least, or else at most, a bound."""
-        met = figure >= least if least is not None else figure <= most
-        bound = f"at least {least}" if least is not None else f"at most {most}"
-        row = {"name": name, "figure": figure, "unit": unit, "wanted": bound, "met": met}
-        self.targets.append(row)
-
-    @property
-    def limit(self) -> str:
-        """Name of the pass that only moves bytes: a copy on a GPU, torch's ``add_`` on a CPU.
-
-        A copy on a CPU reads the memory that it writes to as well.
-        """
-        return "copy" if self.device.type == "cuda" else "plain"
+        """Adds a figure that should be at least, or at most, a bound."""
+        bound = f"at least {least}" if least else f"at most {most}"
+        row = {"name": name, "figure": figure, "unit": unit, "wanted": bound}
+        self.targets.append({**row, "met": least <= figure <= most})
 
     def passes(self, group: str, times: Mapping[str, Times], weights: int, moved: int) -> None:
-        """Adds passes that move the same bytes, ``limit`` among them.
-
-        Args:
-            group: of the rows.
-            times: of the passes.
-            weights: number that each goes over.
-            moved: bytes that each reads and writes.
-        """
+        """Adds passes over ``weights``, ``limit`` among them, that all move ``moved`` bytes."""
         peak = peak_bandwidth(self.device)
         for name, t in times.items():
             share = times[self.limit].median / t.median

@@ -13,14 +13,7 @@ from zorba.files import write_whole
 
 
 class Results:
-    """A JSON file that is written anew with each result.
-
-    Args:
-        path: of the file; read where it exists.
-
-    Attributes:
-        data: its content.
-    """
+    """A JSON file, ``data``, that is written anew with each result."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -28,22 +21,17 @@ class Results:
 
     def part(self, name: str) -> dict[str, Any]:
         """Returns a part of the content, an empty one where there is none."""
-        found: dict[str, Any] = self.data.setdefault(name, {})
-        return found
+        return self.data.setdefault(name, {})
 
     def put(self, part: str, value: Mapping[str, Any]) -> None:
         """Puts results into a part, in the place of earlier ones of the same names."""
-        self.part(part).update(_finite(value))
+        self.part(part).update(finite(value))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, json.dumps(self.data, indent=1, allow_nan=False) + "\n")
 
 
 class KeptRuns(Results):
     """Runs that have all settings but their own in common.
-
-    Args:
-        path: of the file.
-        settings: that runs have in common, as JSON has them.
 
     Raises:
         SystemExit: the file is of an experiment with other settings.
@@ -54,11 +42,7 @@ class KeptRuns(Results):
         common = json.loads(json.dumps(settings))
         if self.data.setdefault("settings", common) != common:
             raise SystemExit(f"{path} has runs with other settings: move it away")
-
-    @property
-    def runs(self) -> dict[str, Any]:
-        """Results by name."""
-        return self.part("runs")
+        self.runs = self.part("runs")
 
     def get(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Returns a run, made and written down where it is missing."""
@@ -66,14 +50,13 @@ class KeptRuns(Results):
             print(name, flush=True)
             self.data["machine"] = machine.describe()
             self.put("runs", {name: make()})
-        run: dict[str, Any] = self.runs[name]
-        return run
+        return self.runs[name]
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Returns results with None for what is no finite number, which JSON does not have."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,7 +10,6 @@ Runs are kept in the JSON file as they end, and only those that are missing are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -80,14 +79,9 @@ def run_case(runs: DemoRuns, case: Case) -> dict[str, Any]:
             print(f"  round {report.round}: {scores[-1][1]:.3f}", flush=True)
 
     result = runs.run(
-        np.ones_like(runs.masks),
-        wrap=wrap,
-        on_round=on_round,
-        aggregation=case.aggregation,
-        clip=case.clip,
-        lr=lambda round_: case.lr * (1 - (round_ - 1) / settings.rounds),
-        trim=0.25,
-    )
+        np.ones_like(runs.masks), wrap=wrap, on_round=on_round, trim=0.25, clip=case.clip,
+        aggregation=case.aggregation, lr=lambda at: case.lr * (1 - (at - 1) / settings.rounds),
+    )  # fmt: skip
     return {
         "case": asdict(case),
         "liars": liars if case.lie else [],
@@ -103,23 +97,22 @@ def draw(path: Path, runs: dict[str, dict[str, Any]]) -> None:
     figure, panels = curves.panels(12, 3.6, len(PANELS), sharey=True)
     for axes, ((lie, clip), title) in zip(panels, PANELS.items(), strict=True):
         for run in runs.values():
-            case = run["case"]
-            if case["clip"] != clip or case["lie"] not in (None, lie):
-                continue
-            style = {"color": COLORS[case["aggregation"]], "label": case["aggregation"]}
-            if case["lie"] is None:
-                style = {"color": "#555555", "label": "nobody lies, mean", "linestyle": "--"}
-            axes.plot(*zip(*run["scores"], strict=True), linewidth=1.8, **style)
+            case = Case(**run["case"])
+            if case.clip == clip and case.lie in (None, lie):
+                style = {"color": COLORS[case.aggregation], "label": case.aggregation}
+                if case.lie is None:
+                    style = {"color": "#555555", "label": "nobody lies, mean", "linestyle": "--"}
+                axes.plot(*zip(*run["scores"], strict=True), linewidth=1.8, **style)
         axes.set_xlabel("round")
         axes.set_title(title, fontsize=10)
-        axes.legend(frameon=False, loc="best", fontsize=8)
+        axes.legend(frameon=False, fontsize=8)
     panels[0].set(ylabel="accuracy, SST-2 validation")
     curves.save(figure, path)
 
 
 def main(
     rounds: int = 40,
-    only: Sequence[str] = tuple(CASES),
+    only: tuple[str, ...] = tuple(CASES),
     draw_only: bool = False,
     out: Path = Path("docs/images/lying.png"),
     json: Path = Path("benchmarks/results/lying.json"),
@@ -133,9 +126,8 @@ def main(
         out: Picture.
         json: File that runs are kept in.
     """
-    settings = ReviewSettings(
-        clients=dict.fromkeys(CLIENTS, BLOCKS), rounds=rounds, out=Path("runs/lying")
-    )
+    clients = dict.fromkeys(CLIENTS, BLOCKS)
+    settings = ReviewSettings(clients=clients, rounds=rounds, out=Path("runs/lying"))
     kept = KeptRuns(json, described(settings))
     runs = cache(lambda: DemoRuns(settings))
     for name in [] if draw_only else only:

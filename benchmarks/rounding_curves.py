@@ -24,12 +24,12 @@ from benchmarks import curves
 from benchmarks.sizes import llama_config
 
 VOCABULARY, LENGTH, BATCH = 32, 12, 32
-RUNS: dict[str, tuple[torch.dtype, str]] = {
-    "float32": (torch.float32, "nearest"),
-    "bfloat16, stochastic": (torch.bfloat16, "stochastic"),
-    "bfloat16, nearest": (torch.bfloat16, "nearest"),
+RUNS: dict[str, tuple[torch.dtype, Any, str]] = {
+    "float32": (torch.float32, "nearest", "#555555"),
+    "bfloat16, stochastic": (torch.bfloat16, "stochastic", "#1f77b4"),
+    "bfloat16, nearest": (torch.bfloat16, "nearest", "#d62728"),
 }
-COLORS = {"float32": "#555555", "bfloat16, stochastic": "#1f77b4", "bfloat16, nearest": "#d62728"}
+"""Dtype, rounding and colour."""
 
 
 def make_model(seed: int) -> Any:
@@ -64,16 +64,10 @@ def pretrained(seed: int) -> Any:
 
 def train(name: str, base: Any, seed: int, steps: int, lr: float) -> list[float]:
     """Returns the loss of each step."""
-    dtype, rounding = RUNS[name]
+    dtype, rounding, _ = RUNS[name]
     model = copy.deepcopy(base).to(dtype)
-    optimizer = ZerothOrderSGD(
-        model,
-        lr=lr,
-        eps=1e-2,
-        distribution="rademacher",
-        rounding=rounding,  # type: ignore[arg-type]
-        seed=seed,
-    )
+    options: dict[str, Any] = {"distribution": "rademacher", "rounding": rounding, "seed": seed}
+    optimizer = ZerothOrderSGD(model, lr=lr, eps=1e-2, **options)
     losses = []
     for step in range(steps):
         ids = batch_of(seed * steps + step, (5, 5))
@@ -89,9 +83,9 @@ def draw(path: Path, losses: dict[str, list[list[float]]]) -> None:
         before = np.repeat(np.array(runs)[:, :1], 49, axis=1)
         padded = np.concatenate([before, runs], axis=1)
         smooth = np.lib.stride_tricks.sliding_window_view(padded, 50, axis=1).mean(axis=2)
-        axes.plot(smooth.T, color=COLORS[name], linewidth=0.7, alpha=0.35)
-        style = "--" if name == "float32" else "-"
-        axes.plot(smooth.mean(axis=0), style, color=COLORS[name], linewidth=2, label=name)
+        color, style = RUNS[name][2], "--" if name == "float32" else "-"
+        axes.plot(smooth.T, color=color, linewidth=0.7, alpha=0.35)
+        axes.plot(smooth.mean(axis=0), style, color=color, linewidth=2, label=name)
     axes.set(xlabel="step", ylabel="training loss", title="Rounding of updates to bfloat16 weights")
     axes.legend(frameon=False)
     curves.save(figure, path)

@@ -12,7 +12,6 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def squares(count: int, side: int) -> Shapes:
-    """Shapes of square matrices."""
     return {f"layers.{i}.weight": (side, side) for i in range(count)}
 
 
@@ -54,43 +53,24 @@ def shapes_of(config: Any) -> Shapes:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of elements, shapes of tables, numbers of runs.
+    """Numbers of elements, shapes of bf16 tables, numbers of runs."""
 
-    Attributes:
-        elements: that noise is compared at, from index 0 on, for each seed.
-        chunk: elements at a time between two backends of the device.
-        chunk_other: elements at a time against the cpu and reference backends.
-        least_other: elements that those two must reach, whatever time is left.
-        seeds: that noise is compared for, by distribution.
-        weights: shapes of the weights that are compared, for each dtype.
-        runs: of every call that is timed.
-        tables: bf16 weights that one pass goes over, by title.
-        compared: the titles of those that other implementations go over too.
-        step: bf16 weights that the passes of a step go over.
-        step_title: of those.
-        many_seeds: bf16 weights that 64 seeds go over.
-        calls: small calls whose cost to the host is measured.
-        offload: ``LlamaConfig`` of the model whose idle blocks are on the host.
-        offload_active: number of its active blocks.
-        compiler: backend of ``torch.compile``.
-    """
-
-    elements: int
-    chunk: int
-    chunk_other: int
-    least_other: int
-    seeds: Mapping[str, int]
-    weights: tuple[tuple[int, ...], ...]
-    runs: int
-    tables: Mapping[str, Callable[[], Shapes]]
-    compared: tuple[str, ...]
-    step: Callable[[], Shapes]
+    elements: int  # that noise is compared at, from index 0 on, for each seed
+    chunk: int  # elements at a time between two backends of the device
+    chunk_other: int  # elements at a time against the cpu and reference backends
+    least_other: int  # elements that those two must reach, whatever time is left
+    seeds: Mapping[str, int]  # that noise is compared for, by distribution
+    weights: tuple[tuple[int, ...], ...]  # shapes that are compared, for each dtype
+    runs: int  # of every call that is timed
+    tables: Mapping[str, Callable[[], Shapes]]  # that one pass goes over, by title
+    compared: tuple[str, ...]  # titles of those that other implementations go over too
+    step: Callable[[], Shapes]  # that the passes of a step go over
     step_title: str
-    many_seeds: Callable[[], Shapes]
-    calls: int
-    offload: Callable[[], Any]
-    offload_active: int
-    compiler: str = "inductor"
+    many_seeds: Callable[[], Shapes]  # that 64 seeds go over
+    calls: int  # small calls whose cost to the host is measured
+    offload: Callable[[], Any]  # LlamaConfig of the model whose idle blocks are on the host
+    offload_active: int  # number of its active blocks
+    compiler: str = "inductor"  # backend of torch.compile
 
 
 GPU = Sizes(

@@ -15,6 +15,7 @@ from zorba import machine
 from benchmarks.sizes import Shapes
 
 Call = Callable[[], object]
+Mark = torch.cuda.Event | float
 WARM_UP = 3
 PEAK_BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.04e12, "B200": 8.0e12}
 """Bytes a second, from the data sheets; the first name that is part of the device's."""
@@ -22,19 +23,13 @@ PEAK_BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.04e12, "B200": 8.0e
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a call, in the order of its runs.
-
-    Attributes:
-        each: of every run.
-        extra_bytes: the most that the call held beside what was there; None on a CPU.
-    """
+    """Seconds of a call, in the order of its runs."""
 
     each: list[float]
-    extra_bytes: int | None = None
+    extra_bytes: int | None = None  # most that the call held beside what was there; None on a CPU
 
     @property
     def median(self) -> float:
-        """Of all runs."""
         return statistics.median(self.each)
 
     def over(self, other: Times) -> float:
@@ -66,43 +61,33 @@ def time_in_turn(
         raise TimeoutError(f"{runs} runs of {len(calls)} calls would take {estimate:.0f} s")
     on_gpu = device.type == "cuda"
     extra = {name: machine.peak_bytes(c, "cuda") if on_gpu else None for name, c in calls.items()}
-    watches: dict[str, list[Stopwatch]] = {name: [] for name in calls}
+    marks: dict[str, list[tuple[Mark, Mark]]] = {name: [] for name in calls}
     gc.collect()
     gc.disable()  # a collection in the middle of a call would count as the call's time
     try:
         for _ in range(runs):
             for name, call in calls.items():
-                watch = Stopwatch(device)
+                begin = mark(device)
                 call()
-                watch.stop()
-                watches[name].append(watch)
+                marks[name].append((begin, mark(device)))
         synchronize(device)
     finally:
         gc.enable()
-    return {name: Times([w.seconds() for w in some], extra[name]) for name, some in watches.items()}
+    return {name: Times([between(*m) for m in some], extra[name]) for name, some in marks.items()}
 
 
-class Stopwatch:
-    """Between two points of a CUDA stream, or of the host's time."""
+def mark(device: torch.device) -> Mark:
+    """Returns a point of the CUDA stream, or of the host's time."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
-    def __init__(self, device: torch.device) -> None:
-        self._events: list[torch.cuda.Event] = []
-        if device.type == "cuda":
-            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            self._events[0].record()
-        self._host = time.perf_counter()
 
-    def stop(self) -> None:
-        """Marks the end."""
-        if self._events:
-            self._events[1].record()
-        self._host = time.perf_counter() - self._host
-
-    def seconds(self) -> float:
-        """Between start and stop; both must have happened on the device."""
-        if self._events:
-            return self._events[0].elapsed_time(self._events[1]) / 1e3
-        return self._host
+def between(begin: Mark, end: Mark) -> float:
+    """Returns the seconds between two marks, which the device has passed."""
+    return end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1e3
 
 
 def host_seconds(call: Call, device: torch.device, calls: int) -> float:
@@ -122,7 +107,6 @@ def host_seconds(call: Call, device: torch.device, calls: int) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -138,10 +122,7 @@ def flat_weights(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns bf16 weights in one piece of memory, which one copy can move, and their views.
 
-    Args:
-        shapes: of the weights, by name.
-        device: of the weights.
-        like: flat weights to copy; random ones by default.
+    They are copies of the flat weights ``like``, or else random.
     """
     counts = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     flat = torch.empty(sum(counts.values()), dtype=torch.bfloat16, device=device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from zorba.offload import Offload
 
 from benchmarks.compare.loop import run_round
 from benchmarks.compare.methods import make_method
-from benchmarks.compare.settings import Settings
+from benchmarks.compare.settings import PLANS, Settings
 from benchmarks.compare.task import AnswerLoss, load_model, measured_work
 
 _IMPORTED = (peft, transformers)
@@ -33,7 +33,7 @@ _ANSWERS = (5, 9)  # any two tokens: memory and time do not depend on which
 class Row:
     """A client that is measured."""
 
-    method: str  # key of Settings.methods
+    method: str  # key of PLANS
     client: str = "client"  # whose mask ZorBA's client has; those of other methods are all alike
     options: tuple[tuple[str, Any], ...] = ()  # that differ from the method's
 
@@ -45,21 +45,17 @@ class Row:
 
 ROWS = (
     *(Row("zorba", name) for name in ("phone-1", "tablet-1", "laptop-1", "laptop-2", "desktop-1")),
-    Row("decomfl"),
-    Row("fedkseed"),
-    Row("mezo"),
-    Row("fedavg-lora"),
+    *(Row(name) for name in ("decomfl", "fedkseed", "mezo", "fedavg-lora")),
     Row("fedavg-lora", options=(("checkpointing", True),)),
 )
 
 
 def client(
     ready: Any, row: Row, mask: Sequence[bool], settings: Settings, folder: Path, threads: int
-) -> dict[str, Any]:
+) -> list[float]:
     """The life of a client, for ``run_apart``: model, some rounds with a server that has only it.
 
-    Returns:
-        Seconds of each round, and how many blocks were active.
+    Returns the seconds of each round.
     """
     torch.set_num_threads(threads)
     ready()
@@ -72,38 +68,31 @@ def client(
         else:
             own_memory(model, "cpu")
         work = measured_work(AnswerLoss(model, _ANSWERS), row.client, settings.measured_shape)
-        own = settings.changed(row.method, dict(row.options), here)
-        method = make_method(row.method, work, own, {row.client: mask})
+        own = replace(settings, out=here)
+        method = make_method(row.method, work, own, {row.client: mask}, **dict(row.options))
         rounds = range(1, settings.measured_rounds + 1)
-        seconds = [run_round(method, r, [row.client])["seconds"] for r in rounds]
-    steps = settings.methods[row.method].local_steps
-    counts = {"active_blocks": sum(mask), "blocks": len(mask)}
-    return {"seconds": seconds, "local_steps": steps, **counts}
+        return [run_round(method, r, [row.client])["seconds"] for r in rounds]
 
 
 def measure(row: Row, mask: Sequence[bool], settings: Settings, folder: Path) -> dict[str, Any]:
-    """Measures a client.
+    """Measures a client of ``ROWS`` with the model in ``folder``.
 
-    Args:
-        row: one of ``ROWS``.
-        mask: blocks that are active, bool [blocks]; all of them for other methods than ZorBA.
-        settings: of the comparison.
-        folder: of the model.
-
-    Returns:
-        Peak bytes of anonymous memory above the baseline, the baseline, seconds of a round.
+    Returns its peak bytes of anonymous memory above the baseline, and seconds of a round. Of the
+    blocks ``mask`` are active, bool [blocks]; all of them for other methods than ZorBA.
     """
     settings.out.mkdir(parents=True, exist_ok=True)
     arguments = (row, mask, settings, folder, torch.get_num_threads())
     seen = run_apart(client, *arguments, environment=GIVING_BACK)
-    seconds = seen.result["seconds"]
     return {
-        **seen.result,
         "method": row.method,
         "client": row.client,
         "options": dict(row.options),
+        "local_steps": PLANS[row.method].local_steps,
+        "active_blocks": sum(mask),
+        "blocks": len(mask),
+        "seconds": seen.result,
         "peak_bytes": seen.above,
         "baseline_bytes": seen.baseline,
         # The first round also finds out how the model uses its weights.
-        "seconds_round": statistics.median(seconds[1:] or seconds),
+        "seconds_round": statistics.median(seen.result[1:] or seen.result),
     }

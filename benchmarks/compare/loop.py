@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from zorba.apps.reviews.task import Score
-from zorba.files import write_whole
 
 from benchmarks.peers.method import Method
 
 
 @dataclass
 class Record:
-    """What a run saw.
+    """What a run saw."""
 
-    Attributes:
-        rounds: of each round: mean loss of the clients, seconds of a client (mean), and bytes up
-            and down of a client (mean), ``numbers`` and as ``encoded`` (``Message``).
-        scores: after which round, of how many sentences, accuracy and AUC.
-    """
-
+    # Of each round: mean loss of the clients, seconds of a client (mean), and bytes up and down of
+    # a client (mean), the numbers alone and as encoded (see ``Message``).
     rounds: list[dict[str, float]] = field(default_factory=list)
+    # After which round, of how many sentences, accuracy and AUC.
     scores: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -69,43 +63,15 @@ def run(
     clients: list[str],
     rounds: int,
     evaluation: Evaluation,
-    keep: Path,
-    resume: bool = False,
     on_round: Callable[[Record], None] = lambda record: None,
-    until: float = float("inf"),
-) -> tuple[Record, bool]:
-    """Runs a method, from its start or from where it was stopped.
-
-    Args:
-        method: on a replica of the original weights.
-        clients: that take part, in every round.
-        rounds: in all.
-        evaluation: how and when the global model is scored.
-        keep: file that state and record are kept in, after every round.
-        resume: continue from that file, where there is one.
-        on_round: called with the record after each round, and after the first evaluation.
-        until: ``time.monotonic()`` at which the run stops.
-
-    Returns:
-        The record, and whether the run came to its end.
-    """
+) -> Record:
+    """Runs rounds with all clients; ``on_round`` gets the record after each, and before them."""
     record = Record()
-    keep.parent.mkdir(parents=True, exist_ok=True)
-    if resume and keep.exists():
-        kept = torch.load(keep, weights_only=False)
-        method.restore(kept.pop("state"))
-        record = Record(**kept)
-    else:
-        evaluation.add(record, ends=False)
+    evaluation.add(record, ends=False)
     on_round(record)
-    while len(record.rounds) < rounds:
-        round_ = len(record.rounds) + 1
+    for round_ in range(1, rounds + 1):
         record.rounds.append(run_round(method, round_, clients))
         if round_ % evaluation.every == 0 or round_ == rounds:
             evaluation.add(record, ends=round_ == rounds)
         on_round(record)
-        content = {**asdict(record), "state": method.state()}
-        write_whole(keep, lambda part, content=content: torch.save(content, part))  # type: ignore[misc]
-        if time.monotonic() >= until:
-            break
-    return record, len(record.rounds) == rounds
+    return record

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -31,12 +30,6 @@ def assert_equal_bits(actual: Tensor, expected: Tensor, what: str) -> None:
             )
 
 
-@contextmanager
-def reference_chunk(elements: int) -> Iterator[None]:
+def reference_chunk(elements: int) -> mock._patch[int]:
     """Lets the oracle work on more at a time: a GPU has the memory, and launches cost."""
-    before = reference.CHUNK
-    reference.CHUNK = elements
-    try:
-        yield
-    finally:
-        reference.CHUNK = before
+    return mock.patch.object(reference, "CHUNK", elements)

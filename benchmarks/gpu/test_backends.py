@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from zorba import machine
 
 import zorba_kernels as zk
 from benchmarks.bench import GPU_BACKENDS, Bench
-from benchmarks.gpu.tools import output_of, tool
+from benchmarks.gpu.stages import output_of, tool
 
 pytestmark = pytest.mark.gpu
 
@@ -27,20 +26,21 @@ PATIENCE = 90.0  # seconds for compiling ahead
 
 def test_description(bench: Bench) -> None:
     """What every figure of the run belongs to."""
-    about: dict[str, Any] = machine.describe() | {
-        "triton": machine.version_of("triton"),
-        "pytest": machine.version_of("pytest"),
-        "processors": os.cpu_count(),
-        "nvcc": output_of([tool("nvcc") or "nvcc", "--version"]),
-        "c++": output_of([os.environ.get("CXX", "c++"), "--version"]),
-        "nvidia_smi": output_of(["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv"]),
-        "build_info": zk.build_info(),
-        "cuda_of_torch": torch.version.cuda,
-    }
+    built = zk.build_info()
+    bench.facts.update(
+        machine.describe(),
+        triton=machine.version_of("triton"),
+        pytest=machine.version_of("pytest"),
+        processors=os.cpu_count(),
+        nvcc=output_of(tool("nvcc") or "nvcc", "--version"),
+        compiler=output_of(os.environ.get("CXX", "c++"), "--version"),
+        nvidia_smi=output_of("nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv"),
+        build_info=built,
+        cuda_of_torch=torch.version.cuda,
+    )
     if bench.device.type == "cuda":
-        about["gpu"] = str(torch.cuda.get_device_properties(bench.device))
-    bench.facts.update(about)
-    assert zk.build_info()["compiled"], zk.build_info()["reason"]
+        bench.facts["gpu"] = str(torch.cuda.get_device_properties(bench.device))
+    assert built["compiled"], built["reason"]
 
 
 def test_backends_serve(bench: Bench) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 import zorba_kernels as zk
 
+Loss = Callable[[], Tensor]
+
 
 class InPlaceWeights:
     """All parameters of a model, embeddings and head among them, along standard normal noise."""
@@ -25,13 +27,7 @@ class InPlaceWeights:
     def add(
         self, seeds: Sequence[int], coefs: Sequence[float], samples: Sequence[int] | None = None
     ) -> None:
-        """``w += sum_k coefs[k] * z(seeds[k], samples[k])``, in one pass.
-
-        Args:
-            seeds: of each term.
-            coefs: of each term.
-            samples: tell terms of one seed apart; 0 by default.
-        """
+        """``w += sum_k coefs[k] * z(seeds[k], samples[k])``, in one pass; samples are 0 if None."""
         if len(seeds):
             zk.add_noise_(self.table, seeds, coefs, "gaussian", samples=samples)
 
@@ -54,7 +50,7 @@ class InPlaceWeights:
                 self.add(seeds, [-c for c in coefs], range(len(seeds)))
 
     @torch.no_grad()
-    def central(self, loss: Callable[[], Tensor], seed: int, eps: float) -> tuple[float, float]:
+    def central(self, loss: Loss, seed: int, eps: float) -> tuple[float, float]:
         """Returns ``(F(w + eps z) - F(w - eps z)) / 2 eps`` and the mean of both losses."""
         self.add([seed], [eps])
         plus = float(loss())
@@ -64,13 +60,11 @@ class InPlaceWeights:
         return (plus - minus) / (2 * eps), (plus + minus) / 2
 
     @torch.no_grad()
-    def forward(
-        self, loss: Callable[[], Tensor], seed: int, eps: float, perturbations: int
-    ) -> tuple[list[float], float]:
-        """Returns ``(F(w + eps z_p) - F(w)) / eps`` for each perturbation p, and F(w)."""
+    def forward(self, loss: Loss, seed: int, eps: float, count: int) -> tuple[list[float], float]:
+        """Returns ``(F(w + eps z_p) - F(w)) / eps`` for samples p < count, and F(w)."""
         base = float(loss())
         scalars = []
-        for p in range(perturbations):
+        for p in range(count):
             self.add([seed], [eps], [p])
             scalars.append((float(loss()) - base) / eps)
             self.add([seed], [-eps], [p])

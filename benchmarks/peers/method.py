@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,24 +11,17 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Message:
-    """What travels between server and client.
+    """What travels between server and client."""
 
-    Attributes:
-        content: what the receiver gets.
-        numbers: bytes of what the method's paper counts: seeds, scalars, coefficients, adapters.
-        encoded: bytes as really sent; for a method without an encoding of its own, the numbers.
-        loss: mean of the losses that a client saw: telemetry, it costs no bytes.
-    """
+    content: Any  # what the receiver gets
+    numbers: int = 0  # bytes that the method's paper counts: seeds, scalars, adapters
+    loss: float = float("nan")  # mean of the losses that a client saw: it costs no bytes
+    frame: int = 0  # bytes around the numbers, of a method that has an encoding of its own
 
-    content: Any
-    numbers: int
-    encoded: int
-    loss: float = float("nan")
-
-
-def bare(content: Any, numbers: int, loss: float = float("nan")) -> Message:
-    """Returns a message of numbers without a frame."""
-    return Message(content, numbers, numbers, loss)
+    @property
+    def encoded(self) -> int:
+        """Bytes as really sent."""
+        return self.numbers + self.frame
 
 
 @dataclass(frozen=True)
@@ -37,23 +30,17 @@ class Work:
 
     Clients share one replica of the model: between two calls of a method it holds the weights that
     the server's last round left.
-
-    Attributes:
-        model: in evaluation mode, all parameters trainable.
-        loss: scalar loss of the model on a batch, as it is now; differentiable.
-        batch: ``batch(client, round, step)``, a function of these alone; rounds count from 1.
-        sizes: examples that each client trains on; its keys are the clients.
     """
 
-    model: nn.Module
-    loss: Callable[[Any], Tensor]
-    batch: Callable[[str, int, int], Any]
-    sizes: Mapping[str, int]
+    model: nn.Module  # in evaluation mode, all parameters trainable
+    loss: Callable[[Any], Tensor]  # scalar loss of the model on a batch, as it is now
+    batch: Callable[[str, int, int], Any]  # of client, round (from 1) and step alone
+    sizes: Mapping[str, int]  # examples that each client trains on
 
-    @property
-    def clients(self) -> Sequence[str]:
-        """Names of the clients."""
-        return list(self.sizes)
+    def shares(self, clients: Iterable[str]) -> dict[str, float]:
+        """Returns the share of each of some clients in the examples of all of these."""
+        sizes = {client: self.sizes[client] for client in clients}
+        return {client: size / sum(sizes.values()) for client, size in sizes.items()}
 
 
 class Method(Protocol):
@@ -61,20 +48,9 @@ class Method(Protocol):
 
     def begin(self, round_: int, clients: Sequence[str]) -> Mapping[str, Message]:
         """Returns the server's message to each client that takes part in the round (from 1)."""
-        ...
 
     def local(self, client: str, round_: int, message: Message) -> Message:
         """Does a client's local work; returns its answer and leaves the replica as it was."""
-        ...
 
     def aggregate(self, round_: int, replies: Mapping[str, Message]) -> None:
         """The server's step: puts the weights of the next round into the replica."""
-        ...
-
-    def state(self) -> Any:
-        """Returns what ``restore`` continues from; for ``torch.save``."""
-        ...
-
-    def restore(self, state: Any) -> None:
-        """Continues a run, on a replica of the original weights."""
-        ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -20,19 +20,14 @@ from tests.hf.tiny import build, case_of
 from tests.tolerances import bound
 
 SIZES = {"ada": 30, "bob": 10, "cleo": 60}
-EPS = 1e-2
+EPS, LR = 1e-2, 1e-3
+Weights = dict[str, Tensor]  # float64
 
 
 @pytest.fixture
-def model(threads: None) -> nn.Module:
-    """A Llama of 3 blocks, float32."""
+def work_on(threads: None, generator: torch.Generator) -> Callable[[nn.Module], Work]:
+    """Three clients of unequal size, each with batches of its own, on a model."""
     torch.set_num_threads(1)
-    return build(case_of("llama"))
-
-
-@pytest.fixture
-def work(model: nn.Module, generator: torch.Generator) -> Work:
-    """Three clients of unequal size, each with batches of its own."""
     base = int(torch.randint(1 << 30, (), generator=generator))
 
     def batch(client: str, round_: int, step: int) -> Tensor:
@@ -40,10 +35,20 @@ def work(model: nn.Module, generator: torch.Generator) -> Work:
         own = torch.Generator().manual_seed(seed)
         return torch.randint(3, 100, (4, 7), generator=own)
 
-    def loss(ids: Tensor) -> Tensor:
-        return model(input_ids=ids, labels=ids).loss  # type: ignore[no-any-return]
+    return lambda model: Work(
+        model, lambda ids: model(input_ids=ids, labels=ids).loss, batch, SIZES
+    )
 
-    return Work(model, loss, batch, SIZES)
+
+@pytest.fixture
+def model() -> nn.Module:
+    """A Llama of 3 blocks, float32."""
+    return build(case_of("llama"))
+
+
+@pytest.fixture
+def work(work_on, model) -> Work:
+    return work_on(model)
 
 
 def run_round(method: Method, round_: int, clients: list[str] | None = None) -> dict[str, Message]:
@@ -54,22 +59,21 @@ def run_round(method: Method, round_: int, clients: list[str] | None = None) -> 
     return up
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters, float64."""
+def weights_of(model: nn.Module) -> Weights:
+    """Copies of all parameters."""
     return {name: p.detach().double().clone() for name, p in model.named_parameters()}
 
 
-def noise_of(model: nn.Module, seed: int, sample: int = 0) -> dict[str, Tensor]:
-    """The direction of a seed, float64, made apart from the kernels that the peers call."""
+def noise_of(model: nn.Module, seed: int, sample: int = 0) -> Weights:
+    """The direction of a seed, made apart from the kernels that the peers call."""
+    key = {"seed": seed, "sample": sample, "backend": "reference"}
     return {
-        name: zk.noise(
-            p.shape, seed=seed, stream=zk.noise.stream_of(name), sample=sample, backend="reference"
-        ).double()
+        name: zk.noise(p.shape, stream=zk.noise.stream_of(name), **key).double()
         for name, p in model.named_parameters()
     }
 
 
-def plus(weights: dict[str, Tensor], *terms: tuple[float, dict[str, Tensor]]) -> dict[str, Tensor]:
+def plus(weights: Weights, *terms: tuple[float, Weights]) -> Weights:
     """Weights plus a linear combination of directions."""
     return {
         name: value + sum(coef * direction[name] for coef, direction in terms)
@@ -77,23 +81,20 @@ def plus(weights: dict[str, Tensor], *terms: tuple[float, dict[str, Tensor]]) ->
     }
 
 
-def loss_at(model: nn.Module, work: Work, weights: dict[str, Tensor], batch: Any) -> float:
-    """The loss at other weights; the model's own are put back."""
-    own = weights_of(model)
-    load(model, weights)
-    with torch.no_grad():
-        value = float(work.loss(batch))
-    load(model, own)
-    return value
+@torch.no_grad()
+def loss_at(model: nn.Module, weights: Weights, ids: Tensor) -> float:
+    """The loss at other weights than the model's own."""
+    floats = {name: value.float() for name, value in weights.items()}
+    inputs = {"input_ids": ids, "labels": ids}
+    return float(torch.func.functional_call(model, floats, kwargs=inputs).loss)
 
 
-def load(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(weights[name])
+def assert_central(model: nn.Module, weights: Weights, ids: Tensor, z: Weights, measured: float):
+    ahead, behind = (loss_at(model, plus(weights, (eps, z)), ids) for eps in (EPS, -EPS))
+    assert_scalar(measured, (ahead - behind) / (2 * EPS))
 
 
-def assert_near(model: nn.Module, wanted: dict[str, Tensor]) -> None:
+def assert_near(model: nn.Module, wanted: Weights) -> None:
     for name, p in model.named_parameters():
         off = float((p.detach().double() - wanted[name]).abs().max())
         assert off <= bound("perturbed in place"), name
@@ -103,14 +104,15 @@ def assert_scalar(measured: float, wanted: float) -> None:
     assert abs(measured - wanted) <= bound("difference of losses") * (1 + abs(wanted))
 
 
-# --- DeComFL -------------------------------------------------------------------------------------
+def after_step(weights: Weights, directions: list[Weights], scalars: np.ndarray) -> Weights:
+    """DeComFL's step along the mean of some directions, each times its scalar."""
+    shares = [-LR * float(g) / len(scalars) for g in scalars]
+    return plus(weights, *zip(shares, directions, strict=True))
 
 
-def test_decomfl_measures_forward_differences_along_its_local_path(
-    model: nn.Module, work: Work
-) -> None:
-    lr, steps, perturbations = 1e-3, 2, 3
-    method = DeComFL(work, lr, EPS, steps, perturbations, seed=5)
+def test_decomfl_measures_forward_differences_along_its_local_path(work: Work) -> None:
+    steps, perturbations, model = 2, 3, work.model
+    method = DeComFL(work, LR, EPS, steps, perturbations, seed=5)
     start = weights_of(model)
     message = method.begin(1, ["bob"])["bob"]
     scalars = method.local("bob", 1, message).content
@@ -119,48 +121,42 @@ def test_decomfl_measures_forward_differences_along_its_local_path(
     local = start
     for k, seed in enumerate(message.content.seeds):
         batch = work.batch("bob", 1, k)
-        base = loss_at(model, work, local, batch)
+        base = loss_at(model, local, batch)
         directions = [noise_of(model, seed, p) for p in range(perturbations)]
         for p, z in enumerate(directions):
-            moved = loss_at(model, work, plus(local, (EPS, z)), batch)
-            assert_scalar(scalars[k, p], (moved - base) / EPS)
-        shares = [-lr * float(g) / perturbations for g in scalars[k]]
-        local = plus(local, *zip(shares, directions, strict=True))
+            assert_scalar(
+                scalars[k, p], (loss_at(model, plus(local, (EPS, z)), batch) - base) / EPS
+            )
+        local = after_step(local, directions, scalars[k])
 
 
-def test_decomfl_rebuilds_the_model_from_seeds_and_mean_scalars(
-    model: nn.Module, work: Work
-) -> None:
-    lr, steps, perturbations = 1e-3, 2, 2
+def test_decomfl_rebuilds_the_model_from_seeds_and_mean_scalars(work_on, work: Work) -> None:
+    steps, perturbations, model = 2, 2, work.model
     start, untouched = weights_of(model), copy.deepcopy(model)
-    method = DeComFL(work, lr, EPS, steps, perturbations)
+    method = DeComFL(work, LR, EPS, steps, perturbations)
     wanted = start
     for round_ in (1, 2, 3):
         up = run_round(method, round_)
+        entry = method.history[-1]
         mean = np.mean([up[c].content for c in SIZES], axis=0)  # every client weighs the same
-        np.testing.assert_allclose(method.history[-1].scalars, mean, rtol=1e-6)
-        for k, seed in enumerate(method.history[-1].seeds):
+        np.testing.assert_allclose(entry.scalars, mean, rtol=1e-6)
+        for seed, scalars in zip(entry.seeds, entry.scalars, strict=True):
             directions = [noise_of(model, seed, p) for p in range(perturbations)]
-            shares = [-lr * float(g) / perturbations for g in method.history[-1].scalars[k]]
-            wanted = plus(wanted, *zip(shares, directions, strict=True))
+            wanted = after_step(wanted, directions, scalars)
     assert any(not torch.equal(start[name], wanted[name]) for name in start)
     assert_near(model, wanted)
 
-    late = DeComFL(Work(untouched, work.loss, work.batch, SIZES), lr, EPS, steps, perturbations)
+    late = DeComFL(work_on(untouched), LR, EPS, steps, perturbations)
     late.apply(0, method.history[:1])
     late.apply(0, method.history)  # what it has is not applied again
     assert_near(untouched, wanted)
-    other = DeComFL(Work(build(case_of("llama")), work.loss, work.batch, SIZES), lr)
-    other.restore(method.state())
-    assert weights_of(other.work.model).keys() == start.keys()
-    assert_near(other.work.model, wanted)
     with pytest.raises(ValueError, match="round 0"):
-        DeComFL(work, lr).apply(1, method.history[1:])
+        DeComFL(work, LR).apply(1, method.history[1:])
 
 
 def test_decomfl_sends_what_a_client_lacks(work: Work) -> None:
     steps, perturbations = 2, 3
-    method = DeComFL(work, 1e-3, EPS, steps, perturbations)
+    method = DeComFL(work, LR, EPS, steps, perturbations)
     seeds, round_bytes = 8 * steps, 8 * steps + 4 * steps * perturbations
     assert method.begin(1, ["ada"])["ada"].numbers == seeds
     for round_ in (1, 2, 3):
@@ -171,128 +167,87 @@ def test_decomfl_sends_what_a_client_lacks(work: Work) -> None:
     assert down["cleo"].numbers == seeds + 3 * round_bytes
 
 
-# --- FedKSeed ------------------------------------------------------------------------------------
-
-
-def test_fedkseed_accumulates_central_differences_of_a_pool(model: nn.Module, work: Work) -> None:
-    lr, steps = 1e-3, 3
-    method = FedKSeed(work, lr, EPS, pool=4, local_steps=steps, seed=7)
-    assert len(set(method.pool)) == 4
+def test_fedkseed_accumulates_central_differences_of_a_pool(work: Work) -> None:
+    steps, model = 3, work.model
+    method = FedKSeed(work, LR, EPS, pool=4, local_steps=steps, seed=7)
+    assert len(set(method.seeds)) == 4
     start = weights_of(model)
     wanted = np.zeros(4)
     for round_ in (1, 2):
         before = weights_of(model)
-        up = run_round(method, round_)
-        for client, reply in up.items():
+        for client, reply in run_round(method, round_).items():
             assert len(reply.content) == steps
             local = before
             for k, (j, scalar) in enumerate(reply.content):
-                batch, z = work.batch(client, round_, k), noise_of(model, method.pool[j])
-                ahead = loss_at(model, work, plus(local, (EPS, z)), batch)
-                behind = loss_at(model, work, plus(local, (-EPS, z)), batch)
-                assert_scalar(scalar, (ahead - behind) / (2 * EPS))
-                local = plus(local, (-lr * scalar, z))
+                z = noise_of(model, method.seeds[j])
+                assert_central(model, local, work.batch(client, round_, k), z, scalar)
+                local = plus(local, (-LR * scalar, z))
                 wanted[j] += scalar * SIZES[client] / sum(SIZES.values())
     np.testing.assert_allclose(method.accumulated, wanted, rtol=1e-12)
-    directions = [noise_of(model, seed) for seed in method.pool]
-    assert_near(model, plus(start, *zip(-lr * wanted, directions, strict=True)))
-
-    later = FedKSeed(
-        Work(build(case_of("llama")), work.loss, work.batch, SIZES), lr, EPS, 4, seed=7
-    )
-    later.restore(method.state())
-    assert_near(later.work.model, weights_of(model))
+    directions = [noise_of(model, seed) for seed in method.seeds]
+    assert_near(model, plus(start, *zip(-LR * wanted, directions, strict=True)))
 
 
 def test_fedkseed_takes_the_bytes_of_its_paper(work: Work) -> None:
     """4,096 seeds and 200 local steps: under 18 kB a client and round."""
-    method = FedKSeed(work, 1e-3, pool=4096, local_steps=200)
+    method = FedKSeed(work, LR, pool=4096)
     down = method.begin(1, ["ada"])["ada"].numbers
-    method.local_steps = 1
     up = 200 * run_round(method, 1, ["ada"])["ada"].numbers
     assert (down, up, down + up) == (16_388, 1_600, 17_988)
 
 
-# --- FedIT ---------------------------------------------------------------------------------------
-
-
-def test_fedavg_trains_adapters_with_adamw_and_takes_their_weighted_mean(
-    model: nn.Module, work: Work
-) -> None:
+def test_fedavg_trains_adapters_with_adamw_and_takes_their_weighted_mean(work: Work) -> None:
     lr, steps = 1e-2, 2
     method = FedAvgLora(work, lr, steps, rank=2, alpha=4, dropout=0.0)
-    base = {n: p.detach().clone() for n, p in method.model.named_parameters() if "lora" not in n}
+    named = dict(method.model.named_parameters())
+    base = {n: p.detach().clone() for n, p in named.items() if "lora" not in n}
+    trained = {n.replace(".default", ""): p for n, p in named.items() if "lora" in n}
+    assert len(trained) == 3 * 4 * 2  # blocks, projections, both factors
     start = {n: v.clone() for n, v in method.adapter.items()}
     up = run_round(method, 1)
-    trained = {n: p for n, p in method.model.named_parameters() if "lora" in n}
-    assert len(trained) == 3 * 4 * 2  # blocks, projections, both factors
+    size = sum(p.nbytes for p in trained.values())
+    assert method.begin(2, ["ada"])["ada"].numbers == up["ada"].numbers == size
     for name, mean in method.adapter.items():
-        parts = [up[c].content[name].double() * SIZES[c] for c in SIZES]
-        wanted = sum(parts) / sum(SIZES.values())
+        wanted = sum(up[c].content[name].double() * SIZES[c] for c in SIZES) / sum(SIZES.values())
         torch.testing.assert_close(mean.double(), wanted, rtol=1e-6, atol=1e-8)
-    for name, p in method.model.named_parameters():
-        held = base.get(name, method.adapter.get(name.replace(".default", "")))
-        assert held is not None
-        assert torch.equal(p, held), name
+        assert torch.equal(trained[name], mean), name
+    for name, value in base.items():
+        assert torch.equal(named[name], value), name
 
     # The same steps on the same batches, by hand.
     for name, p in trained.items():
-        p.data.copy_(start[name.replace(".default", "")])
+        p.data.copy_(start[name])
     optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
     for step in range(steps):
         optimizer.zero_grad()
         work.loss(work.batch("cleo", 1, step)).backward()
         optimizer.step()
     for name, p in trained.items():
-        wanted = up["cleo"].content[name.replace(".default", "")]
-        torch.testing.assert_close(p.detach(), wanted, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(p.detach(), up["cleo"].content[name], rtol=1e-5, atol=1e-7)
 
 
-def test_fedavg_moves_the_adapter_both_ways(work: Work) -> None:
-    method = FedAvgLora(work, 1e-2, 1, rank=2)
-    count = sum(p.numel() for n, p in method.model.named_parameters() if "lora" in n)
-    down = method.begin(1, ["ada"])["ada"]
-    assert down.numbers == 4 * count
-    assert method.local("ada", 1, down).numbers == 4 * count
-
-
-def test_fedavg_with_checkpointing_trains_alike(work: Work, model: nn.Module) -> None:
-    twin = copy.deepcopy(model)
-
-    def loss(ids: Tensor) -> Tensor:
-        return twin(input_ids=ids, labels=ids).loss  # type: ignore[no-any-return]
-
-    first = FedAvgLora(work, 1e-2, 2, rank=2, dropout=0.0)
-    second = FedAvgLora(
-        Work(twin, loss, work.batch, SIZES), 1e-2, 2, rank=2, dropout=0.0, checkpointing=True
+def test_fedavg_with_checkpointing_trains_alike(work_on, model: nn.Module) -> None:
+    plain, saving = (
+        FedAvgLora(work_on(copy.deepcopy(model)), 1e-2, 2, 2, dropout=0.0, checkpointing=saves)
+        for saves in (False, True)
     )
-    for method in (first, second):
+    for method in (plain, saving):
         run_round(method, 1)
-    for name, value in first.adapter.items():
-        torch.testing.assert_close(value, second.adapter[name], rtol=1e-5, atol=1e-7)
-    second.restore(first.state())
-    assert torch.equal(
-        first.model(input_ids=work.batch("ada", 9, 0)).logits,
-        second.model(input_ids=work.batch("ada", 9, 0)).logits,
-    )
+    for name, value in plain.adapter.items():
+        torch.testing.assert_close(value, saving.adapter[name], rtol=1e-5, atol=1e-7)
 
 
-# --- MeZO ----------------------------------------------------------------------------------------
-
-
-def test_mezo_steps_along_its_noise(model: nn.Module, work: Work) -> None:
+def test_mezo_steps_along_its_noise(work: Work) -> None:
     """Algorithm 1 of the paper: ``w - lr g z``, g a central difference."""
-    lr, batch = 1e-3, work.batch("ada", 1, 0)
-    parameters = list(model.parameters())
+    model, batch = work.model, work.batch("ada", 1, 0)
     start = weights_of(model)
-    plus_loss = mezo.step(parameters, lambda: work.loss(batch), 11, EPS, lr)
+    plus_loss = mezo.step(list(model.parameters()), lambda: work.loss(batch), 11, EPS, LR)
     torch.manual_seed(11)
     z = {name: torch.normal(0.0, 1.0, p.shape).double() for name, p in model.named_parameters()}
-    end = weights_of(model)
-    ahead, behind = (loss_at(model, work, plus(start, (c, z)), batch) for c in (EPS, -EPS))
+    ahead = loss_at(model, plus(start, (EPS, z)), batch)
     assert abs(plus_loss - ahead) <= bound("difference of losses") * EPS
+    end = weights_of(model)
     along = sum(float(((end[n] - start[n]) * z[n]).sum()) for n in z)
-    scalar = -along / lr / sum(float((v**2).sum()) for v in z.values())
-    assert_scalar(scalar, (ahead - behind) / (2 * EPS))
-    load(model, end)
-    assert_near(model, plus(start, (-lr * scalar, z)))
+    scalar = -along / LR / sum(float((v**2).sum()) for v in z.values())
+    assert_central(model, start, batch, z, scalar)
+    assert_near(model, plus(start, (-LR * scalar, z)))

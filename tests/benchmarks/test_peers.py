@@ -57,8 +57,7 @@ near = (narrow.float() - weights[0][:5000]).abs() / weights[0][:5000].abs()
 assert float(near.max()) <= 2**-7  # a bfloat16 step: the interpreter need not round to nearest
 """
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", code]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
+from benchmarks.sass.threads import compiling_threads
 
 import zorba_kernels as zk
-from benchmarks.sass.threads import compiling_threads
 from tests.conftest import INTERPRETED
 from zorba_kernels.backends import triton, triton_tuning
 from zorba_kernels.backends.triton_tuning import SIZES, candidates

@@ -8,9 +8,7 @@ import sys
 
 import pytest
 import torch
-from benchmarks.sass.threads import compiling_threads
 
-import zorba_kernels as zk
 from tests.conftest import INTERPRETED
 from zorba_kernels.backends import triton, triton_tuning
 from zorba_kernels.backends.triton_tuning import SIZES, candidates
@@ -19,6 +17,9 @@ from zorba_kernels.backends.triton_variants import variants
 if INTERPRETED:
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 pytest.importorskip("triton")
+
+from benchmarks.sass.disassembly import resources, run_tool
+from benchmarks.sass.triton_code import compile_all
 
 FLAGS = {
     **{"DISTRIBUTION": 0, "STOCHASTIC": False, "MANY": False, "DECAYS": False},
@@ -33,27 +34,18 @@ def test_every_variant_compiles_without_spills(arch, tmp_path, full):
 
     All for sm_90, whose machine code test_sass.py counts; every third for the others.
     """
-    from triton import knobs
-
     every = list(variants())
     assert len(every) == 33
     every = every if full or arch == 90 else every[arch // 10 % 3 :: 3]
-    with compiling_threads() as pool:
-        kernels = list(pool.map(lambda variant: variant.compile(arch), every))
     spills = {}
-    for variant, compiled in zip(every, kernels, strict=True):
+    for variant, compiled in zip(every, compile_all(every, arch), strict=True):
         assert not re.search(r"\.ftz|\.approx|\.full\.f32", compiled.asm["ptx"]), variant.name
         assert compiled.metadata.enable_fp_fusion is False
         cubin = tmp_path / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        used = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)],
-            capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
-        found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", used)
-        assert found, used
-        if found[2] != "0" or found[3] != "0":
-            spills[variant.name] = found[0]
+        ((_, stack_bytes),) = resources(run_tool("-res-usage", str(cubin))).values()
+        if stack_bytes:
+            spills[variant.name] = stack_bytes
     assert spills == {}
 
 
@@ -62,24 +54,6 @@ def test_no_value_of_an_argument_leads_to_another_compilation():
         for parameter in triton.kernel(op).params:
             assert parameter.is_constexpr or parameter.do_not_specialize, parameter.name
             assert parameter.is_constexpr or parameter.annotation_type, parameter.name
-
-
-def test_the_order_of_backends():
-    assert [row.name for row in zk.backends()] == ["cuda", "triton", "cpu", "reference"]
-
-
-@pytest.mark.parametrize("call", ["noise", "add_noise_", "fingerprint"])
-def test_cpu_tensors_are_refused(call):
-    weights = torch.ones(8)
-    table = zk.ParamTable({"w": weights})
-    calls = {
-        "noise": lambda: zk.noise(8, seed=1, stream=2, backend="triton"),
-        "add_noise_": lambda: zk.add_noise_(table, 1, 0.1, backend="triton"),
-        "fingerprint": lambda: zk.fingerprint(table, backend="triton"),
-    }
-    with pytest.raises(zk.BackendUnavailableError, match="serves GPU tensors, not cpu"):
-        calls[call]()
-    assert bool((weights == 1.0).all())
 
 
 def test_what_else_is_refused(monkeypatch):
@@ -106,7 +80,6 @@ def test_without_triton_everything_else_works():
 import sys
 sys.modules["triton"] = None
 import zorba_kernels as zk
-import torch
 zk.noise(8, seed=1, stream=2)
 print({row.name: row.reason for row in zk.backends("cuda")}["triton"])
 """

@@ -15,8 +15,8 @@ import pytest
 from torch import Tensor
 
 import zorba_kernels as zk
-from benchmarks.bench import Bench
-from benchmarks.timing import Call, count_of, flat_weights, host_seconds
+from benchmarks.bench import Bench, Call, host_seconds
+from benchmarks.sizes import count_of, flat_weights
 from zorba_kernels.noise import DISTRIBUTIONS, ROUNDINGS
 
 EPS = 1e-3

@@ -11,10 +11,10 @@ from functools import partial
 import torch
 
 import zorba_kernels as zk
-from benchmarks.bench import Bench
+from benchmarks.bench import Bench, synchronize
 from benchmarks.bench_passes import EPS, limits
 from benchmarks.peers import mezo
-from benchmarks.timing import count_of, flat_weights, synchronize
+from benchmarks.sizes import count_of, flat_weights
 from zorba_kernels.noise import DISTRIBUTIONS
 
 

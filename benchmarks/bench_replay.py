@@ -18,8 +18,7 @@ from zorba.optim import NoiseTerms, step_seed
 import zorba_kernels as zk
 from benchmarks.bench import Bench
 from benchmarks.peers import mezo
-from benchmarks.sizes import shapes_of, smollm_config
-from benchmarks.timing import flat_weights
+from benchmarks.sizes import flat_weights, shapes_of, smollm_config
 
 STEPS = 64
 

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 import zorba_kernels as zk
-from benchmarks.bench import Bench
-from benchmarks.gpu.bits import assert_equal_bits
-from benchmarks.timing import Call, count_of, flat_weights
+from benchmarks.bench import Bench, Call, assert_equal_bits
+from benchmarks.sizes import count_of, flat_weights
 from zorba_kernels.noise import DISTRIBUTIONS
 
 SEEDS = 64

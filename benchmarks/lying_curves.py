@@ -20,9 +20,8 @@ import tyro
 from zorba.apps.reviews.settings import CLIENTS, ReviewSettings
 from zorba.federated import Client, RoundReport
 
-from benchmarks import curves
+from benchmarks import experiment
 from benchmarks.demo_runs import DemoRuns, described
-from benchmarks.kept_runs import KeptRuns
 from benchmarks.lying_clients import LIES, LyingClient
 
 BLOCKS = 4
@@ -94,7 +93,7 @@ def run_case(runs: DemoRuns, case: Case) -> dict[str, Any]:
 
 def draw(path: Path, runs: dict[str, dict[str, Any]]) -> None:
     """Draws accuracy over rounds, a panel for each lie and clip."""
-    figure, panels = curves.panels(12, 3.6, len(PANELS), sharey=True)
+    figure, panels = experiment.panels(12, 3.6, len(PANELS), sharey=True)
     for axes, ((lie, clip), title) in zip(panels, PANELS.items(), strict=True):
         for run in runs.values():
             case = Case(**run["case"])
@@ -107,7 +106,7 @@ def draw(path: Path, runs: dict[str, dict[str, Any]]) -> None:
         axes.set_title(title, fontsize=10)
         axes.legend(frameon=False, fontsize=8)
     panels[0].set(ylabel="accuracy, SST-2 validation")
-    curves.save(figure, path)
+    experiment.save(figure, path)
 
 
 def main(
@@ -128,7 +127,7 @@ def main(
     """
     clients = dict.fromkeys(CLIENTS, BLOCKS)
     settings = ReviewSettings(clients=clients, rounds=rounds, out=Path("runs/lying"))
-    kept = KeptRuns(json, described(settings))
+    kept = experiment.KeptRuns(json, described(settings))
     runs = cache(lambda: DemoRuns(settings))
     for name in [] if draw_only else only:
         if kept.runs.get(name, {}).get("case") != asdict(CASES[name]):

@@ -23,9 +23,8 @@ import tyro
 from zorba.apps.reviews.settings import CLIENTS, ReviewSettings
 from zorba.federated import RoundReport
 
-from benchmarks import curves
+from benchmarks import experiment
 from benchmarks.demo_runs import DemoRuns, Masks, described
-from benchmarks.kept_runs import KeptRuns
 
 COUNTS = (1, 1, 1, 1, 2, 2, 4, 4)
 BLOCKS = 8
@@ -99,7 +98,7 @@ def tuned_lr(kind: str, end_of: Callable[[float], float]) -> float:
     return GRID[place]
 
 
-def make_missing(settings: ReviewSettings, kept: KeptRuns) -> None:
+def make_missing(settings: ReviewSettings, kept: experiment.KeptRuns) -> None:
     """Makes the runs that are not kept: those that tune each kind, then those of its seeds."""
 
     @cache
@@ -132,7 +131,7 @@ def rounds_to(losses: list[tuple[int, float]], target: float) -> float:
 
 def draw(path: Path, compared: Mapping[str, list[dict[str, Any]]]) -> None:
     """Draws the losses of all runs, and the rounds that each kind takes to any loss."""
-    figure, (left, right) = curves.panels(10.5, 4, 2)
+    figure, (left, right) = experiment.panels(10.5, 4, 2)
     levels = np.linspace(0.75, 0.53, 89)
     end = max(at for runs in compared.values() for run in runs for at, _ in run["losses"])
     for kind, runs in compared.items():
@@ -151,7 +150,7 @@ def draw(path: Path, compared: Mapping[str, list[dict[str, Any]]]) -> None:
     right.set(xlabel="loss", title=f"rounds to a loss: median and range ({end}: not reached)")
     for axes in (left, right):
         axes.legend(frameon=False, fontsize=8)
-    curves.save(figure, path)
+    experiment.save(figure, path)
 
 
 def main(
@@ -171,7 +170,7 @@ def main(
         clients=clients, trainable=BLOCKS, rounds=60, perturbations=2, batch_size=4, longest=16,
         out=Path("runs/masks"),
     )  # fmt: skip
-    kept = KeptRuns(json, described(settings))
+    kept = experiment.KeptRuns(json, described(settings))
     if not draw_only:
         make_missing(settings, kept)
     runs = [run for run in kept.runs.values() if run["seed"] != TUNING_SEED]

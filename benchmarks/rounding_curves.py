@@ -20,7 +20,7 @@ import tyro
 from torch import Tensor
 from zorba import ZerothOrderSGD, machine
 
-from benchmarks import curves
+from benchmarks import experiment
 from benchmarks.sizes import llama_config
 
 VOCABULARY, LENGTH, BATCH = 32, 12, 32
@@ -78,7 +78,7 @@ def train(name: str, base: Any, seed: int, steps: int, lr: float) -> list[float]
 
 def draw(path: Path, losses: dict[str, list[list[float]]]) -> None:
     """Draws every run, smoothed over 50 steps, and the mean of each kind."""
-    figure, (axes,) = curves.panels(7, 4)
+    figure, (axes,) = experiment.panels(7, 4)
     for name, runs in losses.items():
         before = np.repeat(np.array(runs)[:, :1], 49, axis=1)
         padded = np.concatenate([before, runs], axis=1)
@@ -88,7 +88,7 @@ def draw(path: Path, losses: dict[str, list[list[float]]]) -> None:
         axes.plot(smooth.mean(axis=0), style, color=color, linewidth=2, label=name)
     axes.set(xlabel="step", ylabel="training loss", title="Rounding of updates to bfloat16 weights")
     axes.legend(frameon=False)
-    curves.save(figure, path)
+    experiment.save(figure, path)
 
 
 def main(

@@ -1,4 +1,4 @@
-"""How much each benchmark does: on a GPU, on a CPU, and in a rehearsal."""
+"""How much each benchmark does: on a GPU, on a CPU, and in a rehearsal; and the weights for it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -49,6 +50,31 @@ def shapes_of(config: Any) -> Shapes:
     """Returns the shapes of a model's parameters; no memory is taken for them."""
     model = random_llama(config, torch.bfloat16, "meta")
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def flat_weights(
+    shapes: Shapes, device: torch.device, like: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns bf16 weights in one piece of memory, which one copy can move, and their views.
+
+    They are copies of the flat weights ``like``, or else random.
+    """
+    counts = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    flat = torch.empty(sum(counts.values()), dtype=torch.bfloat16, device=device)
+    if like is not None:
+        flat.copy_(like)
+    else:
+        for piece in flat.split(1 << 30):
+            piece.normal_(0.0, 0.02)
+    pieces = flat.split(list(counts.values()))
+    return flat, {n: p.view(shapes[n]) for n, p in zip(counts, pieces, strict=True)}
+
+
+def count_of(weights: int) -> str:
+    """Returns a number of weights as people say it."""
+    if weights < 1e6:
+        return f"{weights:,}"
+    return f"{weights / 1e9:.1f} B" if weights >= 1e9 else f"{weights / 1e6:.3g} M"
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,11 @@ from zorba.apps.reviews import packages
 from zorba.planning import BlockPlan, draw_plan
 
 from benchmarks.compare import report
-from benchmarks.compare.apart import ROWS, measure
-from benchmarks.compare.loop import Evaluation, Record, run
+from benchmarks.compare.loop import ROWS, Evaluation, Record, measure, run
 from benchmarks.compare.methods import make_method, plan_masks
 from benchmarks.compare.settings import PLANS, SHARES, Settings
 from benchmarks.compare.task import AnswerLoss, Data, load_model, read_data, work_of
-from benchmarks.kept_runs import Results
+from benchmarks.experiment import Results
 
 TABLE_WIDTH = 140  # the table is unreadable in less, for example where output goes to a file
 What = Literal["zorba", "fedavg-lora", "decomfl", "fedkseed", "mezo", "clients", "report"]

@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import curves
-from benchmarks.compare.apart import ROWS, Row
+from benchmarks import experiment
+from benchmarks.compare.loop import ROWS, Row
 from benchmarks.compare.settings import PLANS, SHARES
 
 MIB = 2**20
@@ -59,7 +59,7 @@ def mean_of(run: dict[str, Any], key: str) -> float:
 
 def draw_accuracy(path: Path, data: dict[str, Any]) -> None:
     """Draws accuracy and training loss against rounds."""
-    figure, (left, right) = curves.panels(9.5, 3.8, 2)
+    figure, (left, right) = experiment.panels(9.5, 3.8, 2)
     for name, run in data["methods"].items():
         sentences = min(score["sentences"] for score in run["scores"])
         points = [score for score in run["scores"] if score["sentences"] == sentences]
@@ -71,12 +71,12 @@ def draw_accuracy(path: Path, data: dict[str, Any]) -> None:
     left.set(xlabel="round", title="SST-2 accuracy")
     right.set(xlabel="round", title="loss of the clients' batches (mean of 5 rounds)")
     left.legend(frameon=False, fontsize=8)
-    curves.save(figure, path)
+    experiment.save(figure, path)
 
 
 def draw_costs(path: Path, data: dict[str, Any]) -> None:
     """Draws memory and time of a client, and what it sends and gets."""
-    figure, (left, right, last) = curves.panels(12.5, 4.2, 3, width_ratios=[1.25, 1, 1])
+    figure, (left, right, last) = experiment.panels(12.5, 4.2, 3, width_ratios=[1.25, 1, 1])
     rows = [row for row in ROWS if row.key in data["clients"]][::-1]
     seen = [data["clients"][row.key] for row in rows]
     labels, colors = [label_of(row) for row in rows], [PLANS[row.method].color for row in rows]
@@ -94,7 +94,7 @@ def draw_costs(path: Path, data: dict[str, Any]) -> None:
     _bars(last, names, heights, tints, "{:,.0f}")
     last.set(xscale="log", title="bytes of a client and round")
     last.set_xlim(1, 30 * max(heights, default=1))
-    curves.save(figure, path)
+    experiment.save(figure, path)
 
 
 def _traffic(run: dict[str, Any], way: str) -> str:

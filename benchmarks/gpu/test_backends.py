@@ -1,4 +1,11 @@
-"""The machine, its versions, and whether the compiled part and both GPU backends serve it."""
+"""The machine, its versions, and whether the compiled part and both GPU backends serve it.
+
+    python -m benchmarks.gpu.test_backends PART PARTS
+
+compiles a share of the Triton kernels that later stages launch or tune. ``triton.autotune``
+compiles one candidate after the other, some 100 in all: a few minutes. Several of these processes
+leave them in Triton's cache in a fraction of that time.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +65,7 @@ def test_triton_compiles_ahead(bench: Bench) -> None:
     if "triton" not in bench.backends:
         pytest.skip("triton does not serve this device")
     parts = min(os.cpu_count() or 1, 16)
-    command = [sys.executable, "-m", "benchmarks.gpu.precompile"]
+    command = [sys.executable, "-m", "benchmarks.gpu.test_backends"]
     running = [subprocess.Popen([*command, f"{part}", f"{parts}"]) for part in range(parts)]
     end = time.monotonic() + PATIENCE
     good = 0
@@ -68,3 +75,22 @@ def test_triton_compiles_ahead(bench: Bench) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
     bench.facts.update(processes=parts, done=good)
+
+
+def precompile(part: int, parts: int) -> None:
+    """Compiles every ``parts``-th variant for the current device, as a launch would, and runs none.
+
+    Triton finds a kernel in its cache only by what a launch makes of the arguments: ``warmup`` goes
+    the same way. No argument is specialised on, so that any value stands for all.
+    """
+    from zorba_kernels.backends import triton
+    from zorba_kernels.backends.triton_variants import variants
+
+    for variant in list(variants(every_candidate=True))[part::parts]:
+        kernel = triton.kernel(variant.op)
+        arguments = {p.name: 0 for p in kernel.params if not p.is_constexpr}
+        kernel.warmup(grid=(1,), **arguments, **variant.flags, **variant.options)
+
+
+if __name__ == "__main__":
+    precompile(int(sys.argv[1]), int(sys.argv[2]))

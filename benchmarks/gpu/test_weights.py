@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import zorba_kernels as zk
-from benchmarks.bench import Bench
-from benchmarks.gpu.bits import assert_equal_bits, reference_chunk
+from benchmarks.bench import Bench, assert_equal_bits, reference_chunk
 
 pytestmark = pytest.mark.gpu
 

@@ -16,8 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from benchmarks.peers.in_place import seed_of
-from benchmarks.peers.method import Message, Work
+from benchmarks.peers.method import Message, Work, seed_of
 
 Adapter = dict[str, Tensor]
 

@@ -15,8 +15,7 @@ from functools import partial
 
 import numpy as np
 
-from benchmarks.peers.in_place import InPlaceWeights, seed_of
-from benchmarks.peers.method import Message, Work
+from benchmarks.peers.method import InPlaceWeights, Message, Work, seed_of
 
 SCALAR_BYTES = INDEX_BYTES = POOL_SEED_BYTES = 4
 

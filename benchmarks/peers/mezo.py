@@ -14,8 +14,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from benchmarks.peers.in_place import seed_of
-from benchmarks.peers.method import Message, Work
+from benchmarks.peers.method import Message, Work, seed_of
 
 
 def normal_like(p: Tensor) -> Tensor:

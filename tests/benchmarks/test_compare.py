@@ -15,12 +15,11 @@ from zorba.apps.reviews import data
 from zorba.hf import find_blocks
 
 from benchmarks.compare import report
-from benchmarks.compare.apart import ROWS
-from benchmarks.compare.loop import Evaluation, Record, run
+from benchmarks.compare.loop import ROWS, Evaluation, Record, run
 from benchmarks.compare.methods import make_method, plan_masks
 from benchmarks.compare.settings import PLANS, SHARES, Settings
 from benchmarks.compare.task import POOLED, AnswerLoss, Batch, batch_of, work_of
-from benchmarks.kept_runs import KeptRuns, Results
+from benchmarks.experiment import KeptRuns, Results
 from tests.hf.tiny import build, case_of
 
 ROUNDS = 4

@@ -17,14 +17,16 @@ import pytest
 import torch
 
 import zorba_kernels as zk
+from benchmarks.bench import assert_equal_bits
 from benchmarks.gpu import __main__ as driver
-from benchmarks.gpu.bits import assert_equal_bits
 from benchmarks.gpu.stages import STAGES, Stage, run_process
+from benchmarks.gpu.test_backends import precompile
 from benchmarks.gpu.test_sanitizer import errors_of
 from benchmarks.record import read_results, write_results
 from benchmarks.sizes import GPU
 from tests.conftest import INTERPRETED
 from zorba_kernels.backends import triton, triton_tuning
+from zorba_kernels.dispatch import NoiseKey
 from zorba_kernels.table import DTYPE_CODES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,7 +146,7 @@ def test_all_counters_are_all():
 
 
 def test_a_wrong_bit_is_found_in_its_slice(monkeypatch):
-    monkeypatch.setattr("benchmarks.gpu.bits.SLICE", 256)
+    monkeypatch.setattr("benchmarks.bench.SLICE", 256)
     a = torch.randn(1000)
     b = a.clone()
     assert_equal_bits(a, b, "same")
@@ -210,21 +212,19 @@ def compiled(monkeypatch, tmp_path) -> list[tuple[str, str]]:
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
 def test_what_is_compiled_ahead_is_what_triton_tunes(compiled):
     """Every pass, and every candidate that is measured for it, is found in Triton's cache."""
-    from benchmarks.gpu import precompile
-
     table = zk.ParamTable({str(dtype): torch.zeros(8, dtype=dtype) for dtype in DTYPE_CODES})
     kinds = (([1], [1, 2]), zk.noise.DISTRIBUTIONS, zk.noise.ROUNDINGS, (None, 0.1))
     for seeds, distribution, rounding, decay in itertools.product(*kinds):
         program = zk.Program(seeds, [0.1] * len(seeds), distribution, rounding, decay=decay)
         triton.run(table, table, program)
     for distribution in zk.noise.DISTRIBUTIONS:
-        triton.noise(8, 0, 1, 2, 0, distribution, torch.device("cpu"))
+        triton.noise(8, 0, NoiseKey(1, 2, 0, distribution), torch.device("cpu"))
     triton.fingerprint(table)
     launched = set(compiled)
     compiled.clear()
     for kernel in map(triton.kernel, OPS):
         kernel.device_caches.clear()  # so that Triton looks on disk again
     for part in range(3):
-        precompile.main(part, 3)
+        precompile(part, 3)
     assert len(compiled) == len(set(compiled)) > 100
     assert set(compiled) == launched

@@ -22,8 +22,8 @@ from torch import Tensor
 from zorba_kernels.backends import reference, triton_tuning
 from zorba_kernels.backends.device_table import DeviceTable, OncePerPair
 from zorba_kernels.backends.triton_tuning import TILE, Config
-from zorba_kernels.dispatch import Backend
-from zorba_kernels.noise import DISTRIBUTION_CODES, Distribution
+from zorba_kernels.dispatch import Backend, NoiseKey
+from zorba_kernels.noise import DISTRIBUTION_CODES
 from zorba_kernels.program import PackedProgram, Program
 from zorba_kernels.table import DTYPE_CODES, ParamTable
 
@@ -69,33 +69,17 @@ def run(table: ParamTable, out: ParamTable, program: Program) -> None:
     program.once(key, lambda: _launch_of(program, table, out is table)).run(table, out)
 
 
-def noise(
-    numel: int,
-    offset: int,
-    seed: int,
-    stream: int,
-    sample: int,
-    distribution: Distribution,
-    device: torch.device,
-) -> Tensor:
-    """See ``dispatch.NoiseFunction``."""
+def noise(numel: int, offset: int, key: NoiseKey, device: torch.device) -> Tensor:
+    """See ``dispatch.Backend``."""
     z = torch.empty(numel, dtype=torch.float32, device=device)
     # Programs are aligned in the whole parameter: the first may begin before the offset.
     elements = 8 * NOISE_BLOCKS
     programs = -(-(offset + numel) // elements) - offset // elements
+    words = (*_halves(key.seed), *_halves(key.stream), key.sample)
+    flags = {"DISTRIBUTION": DISTRIBUTION_CODES[key.distribution], "BLOCKS": NOISE_BLOCKS}
     if numel:
         with _guard(device):
-            kernel("noise")[(programs,)](
-                z,
-                numel,
-                offset,
-                *_halves(seed),
-                *_halves(stream),
-                sample,
-                DISTRIBUTION=DISTRIBUTION_CODES[distribution],
-                BLOCKS=NOISE_BLOCKS,
-                **EXACT,
-            )
+            kernel("noise")[(programs,)](z, numel, offset, *words, **flags, **EXACT)
     return z
 
 
@@ -108,18 +92,11 @@ def fingerprint(table: ParamTable) -> int:
     held = _whole.get(table, table, lambda: _device_table(packed, device))
     if device.type == "cuda":
         held.for_stream(torch.cuda.current_stream(device))
+    given = (held.segments, held.ends, len(packed), held.tiles, result)
     if len(packed):
         with _guard(device):
-            kernel("fingerprint")[(_programs(max(held.tiles, 1), device),)](
-                held.segments,
-                held.ends,
-                len(packed),
-                held.tiles,
-                result,
-                TILE=TILE,
-                LANES=LANES,
-                **EXACT,
-            )
+            grid = (_programs(max(held.tiles, 1), device),)
+            kernel("fingerprint")[grid](*given, TILE=TILE, LANES=LANES, **EXACT)
     return int(result.item()) % (1 << 64)
 
 
@@ -207,30 +184,20 @@ def _launch_of(program: Program, table: ParamTable, in_place: bool) -> _Launch |
 def _config(flags: dict[str, Any], held: DeviceTable, device: torch.device) -> Config:
     if _interpreted():
         return Config(TILE, 1)  # the larger, the faster it is there
+    elements = held.tiles * TILE
     with _guard(device):
-        return triton_tuning.choose(
-            kernel("add_noise"), flags, held.tiles * TILE, device, _rehearse
-        )
+        return triton_tuning.choose(kernel("add_noise"), flags, elements, device, _rehearse)
 
 
-def _start(
-    function: Any, held: DeviceTable, arguments: dict[str, Any], options: dict[str, Any]
-) -> None:
+def _start(function: Any, held: DeviceTable, arguments: dict[str, Any], options: Any) -> None:
     device = held.segments.device
     if device.type == "cuda":
         held.for_stream(torch.cuda.current_stream(device))
     # Arrays that this launch does not read still need a pointer of the right kind: any will do.
     given = dict.fromkeys(PackedProgram.ARRAYS, held.segments) | arguments
+    rows = (held.segments, held.ends, len(held.segments), held.tiles)
     with _guard(device):
-        function[(_programs(held.tiles, device),)](
-            segments=held.segments,
-            ends=held.ends,
-            count=len(held.segments),
-            tiles=held.tiles,
-            **given,
-            **options,
-            **EXACT,
-        )
+        function[(_programs(held.tiles, device),)](*rows, **given, **options, **EXACT)
 
 
 def _rehearse(function: Any, flags: dict[str, Any], elements: int, device: torch.device) -> None:
@@ -292,9 +259,8 @@ def _interpreter_fault() -> str | None:
     """Triton's interpreter rounds a fused multiply-add twice, and cuts conversions to bfloat16."""
     # Asked of the kernels themselves: versions of Triton differ, and tests may have corrected it.
     cpu = torch.device("cpu")
-    weights, expected = (
-        make(512, 0, 1, 2, 0, "gaussian", cpu) for make in (noise, reference.noise)
-    )
+    key = NoiseKey(1, 2, 0, "gaussian")
+    weights, expected = (make(512, 0, key, cpu) for make in (noise, reference.noise))
     tables = [ParamTable({"w": weights.bfloat16()}) for _ in range(2)]
     program = Program(1, 0.1, "rademacher")
     for serve, table in zip((run, reference.run), tables, strict=True):

@@ -89,12 +89,8 @@ def _philox(block: Tensor, stream: int, sample: int, seed: int) -> list[Tensor]:
     k0, k1 = seed & _MASK32, seed >> 32
     for _ in range(10):
         p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # the wrap to int64 keeps all 64 bits
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK32) ^ c1 ^ k0,
-            p1 & _MASK32,
-            ((p0 >> 32) & _MASK32) ^ c3 ^ k1,
-            p0 & _MASK32,
-        )
+        c0, c1 = ((p1 >> 32) & _MASK32) ^ c1 ^ k0, p1 & _MASK32
+        c2, c3 = ((p0 >> 32) & _MASK32) ^ c3 ^ k1, p0 & _MASK32
         k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
     return [c0, c1, c2, c3]
 
@@ -105,8 +101,7 @@ def _words_at(
     """Words of all the blocks that a range of indices touches: int64 [blocks, 4], first block."""
     if index.numel() == 0:
         return index.new_empty(0, 4), 0
-    first = int(index[0]) // elements
-    last = int(index[-1]) // elements
+    first, last = (int(index[at]) // elements for at in (0, -1))
     block = torch.arange(first, last + 1, device=index.device)
     return torch.stack(_philox(block, stream, sample, seed), dim=1), first
 
@@ -234,15 +229,12 @@ def _stochastic(value: Tensor, random16: Tensor, dtype: torch.dtype) -> Tensor:
 def _gradual_underflow() -> Iterator[None]:
     """Gradual underflow is part of the contract; the caller may have switched it off."""
     # Asked of Python's own floats: torch cannot say which mode it is in.
-    smallest = sys.float_info.min
-    flushed = smallest * 0.5 == 0.0
-    if flushed:
-        torch.set_flush_denormal(False)
+    flushed = sys.float_info.min * 0.5 == 0.0
+    torch.set_flush_denormal(False)
     try:
         yield
     finally:
-        if flushed:
-            torch.set_flush_denormal(True)
+        torch.set_flush_denormal(flushed)
 
 
 # --- Bits ----------------------------------------------------------------------------------------

@@ -15,14 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from zorba import machine
 from zorba.federated import FederationSettings, Hello, ModelIdentity, Reply, Server, decode
 from zorba.federated.aggregate import aggregate
 from zorba.federated.settings import AGGREGATIONS
 from zorba.identity import package_version
-from zorba.log import LogEntry, LogFile, LogHeader
-from zorba.optim import NoiseTerms
 
 CLIENTS = int(os.environ.get("ZORBA_BENCH_CLIENTS", "100000"))
 BLOCKS, SAMPLES = 32, 5
@@ -162,18 +159,3 @@ def bench_catch_up(benchmark: Any, tmp_path: Path, away: int) -> None:
         all_plans_bytes=sum(map(len, plans.values())),
     )
     crowd.server.close()
-
-
-@pytest.mark.benchmark(group=f"open a log, {BLOCKS} blocks, each with a column of its own")
-@pytest.mark.parametrize("rounds", [1000, 10_000])
-def bench_open_log(benchmark: Any, tmp_path: Path, rounds: int) -> None:
-    """What a server does before it goes on after a kill."""
-    numbers = np.random.default_rng(0)
-    path = tmp_path / "job.log"
-    with LogFile(path, LogHeader(1, IDENTITY, "gaussian", "stochastic"), durable=False) as log:
-        for n in range(1, rounds + 1):
-            coefs = torch.from_numpy(numbers.normal(size=(BLOCKS, SAMPLES)).astype(np.float32))
-            terms = NoiseTerms((n,) * SAMPLES, tuple(range(SAMPLES)), coefs)
-            log.append(LogEntry(n, terms, rounding_seed=n, base=n, mask_version=1))
-    benchmark.pedantic(lambda: LogFile(path).close(), rounds=3, warmup_rounds=1)
-    note(benchmark, log_bytes=path.stat().st_size)

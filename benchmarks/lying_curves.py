@@ -3,7 +3,7 @@
 Every client has room for all four trainable blocks, so that each block has eight clients; the two
 that lie are drawn by the seed. All else is as in ``zorba demo``: model, data, split, noise.
 
-    python -m benchmarks.lying_curves [--rounds 40] [--only NAME ...] [--draw-only]
+    python -m benchmarks.lying_curves
 
 Runs are kept in the JSON file as they end, and only those that are missing are made.
 """
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from zorba.apps.reviews.settings import CLIENTS, ReviewSettings
 from zorba.federated import Client, RoundReport
 
@@ -109,35 +108,19 @@ def draw(path: Path, runs: dict[str, dict[str, Any]]) -> None:
     experiment.save(figure, path)
 
 
-def main(
-    rounds: int = 40,
-    only: tuple[str, ...] = tuple(CASES),
-    draw_only: bool = False,
-    out: Path = Path("docs/images/lying.png"),
-    json: Path = Path("benchmarks/results/lying.json"),
-) -> None:
-    """Makes the runs that are missing, prints their accuracies and draws them.
-
-    Args:
-        rounds: Of the federation.
-        only: Names of cases to run.
-        draw_only: Only draw what is in the JSON file.
-        out: Picture.
-        json: File that runs are kept in.
-    """
+def main() -> None:
+    """Makes the runs that are missing, prints their accuracies and draws them."""
     clients = dict.fromkeys(CLIENTS, BLOCKS)
-    settings = ReviewSettings(clients=clients, rounds=rounds, out=Path("runs/lying"))
-    kept = experiment.KeptRuns(json, described(settings))
+    settings = ReviewSettings(clients=clients, rounds=40, out=Path("runs/lying"))
+    kept = experiment.KeptRuns(Path("benchmarks/results/lying.json"), described(settings))
     runs = cache(lambda: DemoRuns(settings))
-    for name in [] if draw_only else only:
-        if kept.runs.get(name, {}).get("case") != asdict(CASES[name]):
-            kept.runs.pop(name, None)
-        kept.get(name, lambda name=name: run_case(runs(), CASES[name]))  # type: ignore[misc]
+    for name, case in CASES.items():
+        kept.get(name, lambda case=case: run_case(runs(), case))  # type: ignore[misc]
     for name, run in kept.runs.items():
         (_, first), (_, last) = run["scores"][0], run["scores"][-1]
         print(f"{name:28} accuracy {first:.3f} before, {last:.3f} after")
-    draw(out, kept.runs)
+    draw(Path("docs/images/lying.png"), kept.runs)
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    main()

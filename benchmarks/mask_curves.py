@@ -5,7 +5,7 @@ under a planned as under a random mask; under equal masks all have the mean numb
 the learning rate of a grid at which it came lowest with a seed that is not compared. The seeds that
 are compared draw the random and the equal masks, the noise and the order of batches.
 
-    python -m benchmarks.mask_curves [--draw-only]
+    python -m benchmarks.mask_curves
 
 Runs are kept in the JSON file as they end, and only those that are missing are made.
 """
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from zorba.apps.reviews.settings import CLIENTS, ReviewSettings
 from zorba.federated import RoundReport
 
@@ -153,37 +152,25 @@ def draw(path: Path, compared: Mapping[str, list[dict[str, Any]]]) -> None:
     experiment.save(figure, path)
 
 
-def main(
-    draw_only: bool = False,
-    out: Path = Path("docs/images/masks.png"),
-    json: Path = Path("benchmarks/results/masks.json"),
-) -> None:
-    """Makes the runs that are missing, prints the rounds to some losses, and draws them.
-
-    Args:
-        draw_only: Only draw what is in the JSON file.
-        out: Picture.
-        json: File that runs are kept in.
-    """
+def main() -> None:
+    """Makes the runs that are missing, prints the rounds to some losses, and draws them."""
     clients = dict(zip(CLIENTS, COUNTS, strict=True))
     settings = ReviewSettings(
         clients=clients, trainable=BLOCKS, rounds=60, perturbations=2, batch_size=4, longest=16,
         out=Path("runs/masks"),
     )  # fmt: skip
-    kept = experiment.KeptRuns(json, described(settings))
-    if not draw_only:
-        make_missing(settings, kept)
+    kept = experiment.KeptRuns(Path("benchmarks/results/masks.json"), described(settings))
+    make_missing(settings, kept)
     runs = [run for run in kept.runs.values() if run["seed"] != TUNING_SEED]
-    every = {kind: [run for run in runs if run["kind"] == kind] for kind in KINDS}
-    compared = {kind: some for kind, some in every.items() if some}
+    compared = {kind: [run for run in runs if run["kind"] == kind] for kind in KINDS}
     for kind, some in compared.items():
         accuracies = ", ".join(f"{run['accuracy']:.3f}" for run in some)
         print(f"{kind}, lr {some[0]['lr']:g}, accuracy {accuracies}")
         for level in LEVELS:
             rounds = [rounds_to(run["losses"], level) for run in some]
             print(f"  rounds to {level:g}: {', '.join(f'{r:.1f}' for r in rounds)}")
-    draw(out, compared)
+    draw(Path("docs/images/masks.png"), compared)
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    main()

@@ -4,7 +4,7 @@ A small Llama is trained with AdamW on sequences with strides of 1 to 3, and the
 gradients to a stride of 5, at a learning rate whose updates are a quarter of a bfloat16 step of a
 typical weight. Start, batches and noise are the same for all runs of a seed.
 
-    python -m benchmarks.rounding_curves [--steps 2000] [--out docs/images/rounding.png]
+    python -m benchmarks.rounding_curves
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 from zorba import ZerothOrderSGD, machine
 
@@ -24,6 +23,8 @@ from benchmarks import experiment
 from benchmarks.sizes import llama_config
 
 VOCABULARY, LENGTH, BATCH = 32, 12, 32
+STEPS, SEEDS, LR = 2000, (1, 2, 3), 1e-5
+PICTURE, RESULT = Path("docs/images/rounding.png"), Path("benchmarks/results/rounding.json")
 RUNS: dict[str, tuple[torch.dtype, Any, str]] = {
     "float32": (torch.float32, "nearest", "#555555"),
     "bfloat16, stochastic": (torch.bfloat16, "stochastic", "#1f77b4"),
@@ -62,15 +63,15 @@ def pretrained(seed: int) -> Any:
     return model.to(torch.bfloat16).to(torch.float32)
 
 
-def train(name: str, base: Any, seed: int, steps: int, lr: float) -> list[float]:
+def train(name: str, base: Any, seed: int) -> list[float]:
     """Returns the loss of each step."""
     dtype, rounding, _ = RUNS[name]
     model = copy.deepcopy(base).to(dtype)
     options: dict[str, Any] = {"distribution": "rademacher", "rounding": rounding, "seed": seed}
-    optimizer = ZerothOrderSGD(model, lr=lr, eps=1e-2, **options)
+    optimizer = ZerothOrderSGD(model, lr=LR, eps=1e-2, **options)
     losses = []
-    for step in range(steps):
-        ids = batch_of(seed * steps + step, (5, 5))
+    for step in range(STEPS):
+        ids = batch_of(seed * STEPS + step, (5, 5))
         loss = optimizer.step(lambda ids=ids: model(input_ids=ids, labels=ids).loss)  # type: ignore[misc]
         losses.append(float(loss))
     return losses
@@ -91,30 +92,16 @@ def draw(path: Path, losses: dict[str, list[list[float]]]) -> None:
     experiment.save(figure, path)
 
 
-def main(
-    steps: int = 2000,
-    seeds: int = 3,
-    lr: float = 1e-5,
-    out: Path = Path("docs/images/rounding.png"),
-    result: Path = Path("benchmarks/results/rounding.json"),
-) -> None:
-    """Trains, prints the areas under the curves and writes picture and figures.
-
-    Args:
-        steps: Of a run.
-        seeds: Runs of each kind.
-        lr: Learning rate.
-        out: Picture.
-        result: JSON file.
-    """
+def main() -> None:
+    """Trains, prints the areas under the curves and writes picture and figures."""
     torch.set_num_threads(1)
     losses: dict[str, list[list[float]]] = {name: [] for name in RUNS}
-    for seed in range(1, 1 + seeds):
+    for seed in SEEDS:
         base = pretrained(seed)
         for name, runs in losses.items():
-            runs.append(train(name, base, seed, steps, lr))
+            runs.append(train(name, base, seed))
             print(f"seed {seed}, {name}: done", flush=True)
-    report: dict[str, Any] = {"machine": machine.describe(), "lr": lr, "runs": {}}
+    report: dict[str, Any] = {"machine": machine.describe(), "lr": LR, "runs": {}}
     exact = np.mean(losses["float32"], axis=1)
     for name, runs in losses.items():
         ratios = (np.mean(runs, axis=1) / exact).tolist()
@@ -122,9 +109,9 @@ def main(
         report["runs"][name] = {"area_over_float32": ratios, "mean_of_the_last_100": ends}
         said = ", ".join(f"{r:.4f}" for r in ratios)
         print(f"{name:22} area over float32's: {said}; loss at the end {np.mean(ends):.3f}")
-    result.write_text(json.dumps(report, indent=2) + "\n")
-    draw(out, losses)
+    RESULT.write_text(json.dumps(report, indent=2) + "\n")
+    draw(PICTURE, losses)
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    main()

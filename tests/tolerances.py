@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 
+from torch import Tensor
+
 STANDARD_ERRORS = 5.0
 """Sampled statistics may be this many standard errors off: one in 1.7 million for a good one."""
 
@@ -61,3 +63,9 @@ def bound(name: str) -> float:
 def sampling_error(count: int) -> float:
     """Returns what a mean of ``count`` independent values of variance 1 may be off by."""
     return STANDARD_ERRORS / math.sqrt(count)
+
+
+def assert_normal(z: Tensor) -> None:
+    """Fails unless mean and variance are those of a sample of standard normals."""
+    assert abs(float(z.mean())) < sampling_error(z.numel())
+    assert abs(float(z.var()) - 1.0) < 2**0.5 * sampling_error(z.numel())

@@ -29,6 +29,7 @@ from benchmarks.compare.settings import PLANS, SHARES, Settings
 from benchmarks.compare.task import AnswerLoss, Data, load_model, read_data, work_of
 from benchmarks.experiment import Results
 
+RESULTS, IMAGES = Path("benchmarks/results/compare.json"), Path("docs/images")
 TABLE_WIDTH = 140  # the table is unreadable in less, for example where output goes to a file
 What = Literal["zorba", "fedavg-lora", "decomfl", "fedkseed", "mezo", "clients", "report"]
 
@@ -36,8 +37,8 @@ What = Literal["zorba", "fedavg-lora", "decomfl", "fedkseed", "mezo", "clients",
 class Compare:
     """A comparison: settings, results, and where it speaks."""
 
-    def __init__(self, results: Results) -> None:
-        self.settings, self.results, self.console = Settings(), results, Console()
+    def __init__(self) -> None:
+        self.settings, self.results, self.console = Settings(), Results(RESULTS), Console()
         self.console.width = max(self.console.width, TABLE_WIDTH)
         self.folder = packages.fetch_model(self.settings.cache)
 
@@ -95,15 +96,15 @@ class Compare:
         own = {"title": plan.title, "local_steps": plan.local_steps, "options": plan.options}
         self.keep("methods", name, {**own, **asdict(record)})
 
-    def report(self, images: Path) -> None:
+    def report(self) -> None:
         """Prints the table and draws the pictures of all that was measured so far."""
         data = {part: self.results.part(part) for part in ("start", "methods", "clients")}
         report.print_table(self.console, data)
         if data["methods"]:
-            report.draw_accuracy(images / "compare-accuracy.png", data)
+            report.draw_accuracy(IMAGES / "compare-accuracy.png", data)
         if data["clients"]:
-            report.draw_costs(images / "compare-costs.png", data)
-        draw_plan(self.plan, images / "compare-plan.png")
+            report.draw_costs(IMAGES / "compare-costs.png", data)
+        draw_plan(self.plan, IMAGES / "compare-plan.png")
 
 
 def _note(record: Record) -> str:
@@ -114,18 +115,14 @@ def _note(record: Record) -> str:
 def main(
     what: tyro.conf.Positional[tuple[What, ...]] = (),
     resume: bool = False,
-    results: Path = Path("benchmarks/results/compare.json"),
-    images: Path = Path("docs/images"),
 ) -> None:
     """Compares ZorBA with federated baselines on one machine.
 
     Args:
         what: Methods to run, ``clients`` to measure, or ``report`` to show; all by default.
         resume: Leave out the methods and clients that have a result.
-        results: JSON file.
-        images: Folder for the pictures.
     """
-    compare = Compare(Results(results))
+    compare = Compare()
     if "report" not in what:
         if not what or "clients" in what:
             compare.measure_clients(resume)
@@ -133,7 +130,7 @@ def main(
             done = resume and name in compare.results.part("methods")
             if not done and (not what or name in what):
                 compare.train(name)
-    compare.report(images)
+    compare.report()
 
 
 if __name__ == "__main__":

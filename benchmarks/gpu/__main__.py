@@ -1,6 +1,6 @@
 """Checks and measures everything that needs a GPU, in under 8 minutes, and writes one JSON file.
 
-    python3 -m benchmarks.gpu [--rehearse] [--out FOLDER] [--seconds N] [STAGE ...]
+    python3 -m benchmarks.gpu [--rehearse] [--out FOLDER] [STAGE ...]
 
 Needs torch, triton, transformers, numpy, pytest, nvcc and a C++ compiler; the package is built in
 the source tree and need not be installed. Ends with 0 if every check passed, 1 if one failed, 2 if
@@ -26,7 +26,7 @@ from typing import Any
 from benchmarks.gpu.stages import ROOT, STAGES, Stage, environment, output_of, run_process, tool
 from benchmarks.record import read_results, short, write_results
 
-SECONDS = 460.0
+SECONDS = 460.0  # for all stages together
 PROBE = """
 import json, torch
 from torch import cuda
@@ -48,7 +48,6 @@ def main() -> int:
     parser.add_argument("stage", nargs="*", help=f"only these, of {', '.join(names)}")
     parser.add_argument("--rehearse", action="store_true", help="in small, on the CPU")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all stages together")
     given = parser.parse_args()
     if unknown := sorted(set(given.stage) - set(names)):
         parser.error(f"there is no stage {', '.join(unknown)}; there are {', '.join(names)}")
@@ -69,7 +68,7 @@ def main() -> int:
     write_results(path, {**about, "passed": False, "complete": False, "stages": {}})
     for stage in STAGES:
         if not given.stage or stage.name in given.stage:
-            run_stage(stage, path, start + given.seconds - time.monotonic(), gpu.get("arch"))
+            run_stage(stage, path, start + SECONDS - time.monotonic(), gpu.get("arch"))
 
     whole = read_results(path)
     passed = all(row["good"] for row in whole["stages"].values())

@@ -25,13 +25,12 @@ twice that a float32 one.
 each: one more term in the same pass. signs: its share of making those of a batch."""
 
 
-def count_cuda(path: Path | None = None) -> Counted | str:
-    """Rows of a file, the installed extension by default; or why there are none."""
-    if path is None:
-        spec = importlib.util.find_spec("zorba_kernels._C")
-        if spec is None or spec.origin is None:
-            return "zorba_kernels._C is not built"
-        path = Path(spec.origin)
+def count_cuda() -> Counted | str:
+    """Rows of the installed extension; or why there are none."""
+    spec = importlib.util.find_spec("zorba_kernels._C")
+    if spec is None or spec.origin is None:
+        return "zorba_kernels._C is not built"
+    path = Path(spec.origin)
     with tempfile.TemporaryDirectory() as folder:
         try:
             rows, version = cuda_rows(path), assembler_of(path, ARCH, Path(folder))
@@ -84,17 +83,15 @@ def remarks(row: Row, rows: list[Row], recorded: Recorded) -> str:
     return ", ".join(filter(None, found))
 
 
-def main(file: tyro.conf.Positional[Path | None] = None, record: bool = False) -> int:
+def main(record: bool = False) -> int:
     """Counts issue slots a weight of the GPU kernels; ends with 1 when something is wrong.
 
     Args:
-        file: Count only this one.
         record: Write recorded.json instead of comparing with it.
     """
-    parts = {"cuda": count_cuda(file)} | ({"triton": count_triton()} if file is None else {})
     rows: list[Row] = []
     versions: dict[str, str] = {}
-    for name, counted in parts.items():
+    for name, counted in (("cuda", count_cuda()), ("triton", count_triton())):
         if isinstance(counted, str):
             print(f"{name} was not counted: {counted}")
         else:

@@ -102,24 +102,14 @@ def tables() -> list[zk.ParamTable]:
 
 
 def fingerprints() -> list[int]:
-    """Fingerprints of ``tables``."""
     return [zk.fingerprint(table) for table in tables()]
 
 
 def _print() -> None:
-    print("GAUSSIAN: list[str] = [")
-    for key in NOISE_KEYS:
-        print(f'    "{gaussian(key)}",')
-    print("]\nRADEMACHER: list[str] = [")
-    for key in NOISE_KEYS:
-        print(f'    "{rademacher(key)}",')
-    print("]\nWEIGHTS: dict[str, str] = {")
-    for case in WEIGHTS:
-        print(f'    "{case}": "{weights(case)}",')
-    print("}\nFINGERPRINTS: list[int] = [")
-    for value in fingerprints():
-        print(f"    0x{value:016X},")
-    print("]")
+    print("GAUSSIAN =", [gaussian(key) for key in NOISE_KEYS])
+    print("RADEMACHER =", [rademacher(key) for key in NOISE_KEYS])
+    print("WEIGHTS =", {case: weights(case) for case in WEIGHTS})
+    print("FINGERPRINTS =", [f"0x{value:016X}" for value in fingerprints()])
 
 
 if __name__ == "__main__":

@@ -145,15 +145,17 @@ def test_disjoint_views_of_one_storage_are_fine(server, rng):
     assert_same_bits(base, torch.cat(list(expected.values())))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("change", ["resized", "moved", "dtype", "freed"])
-def test_a_table_that_is_out_of_date_is_refused(change):
-    parameter = torch.nn.Parameter(torch.zeros(100))
-    table, other = zk.ParamTable({"w": parameter}), zk.ParamTable({"w": torch.zeros(100)})
+def test_a_table_that_is_out_of_date_is_refused(change, device):
+    parameter, zeros = torch.nn.Parameter(torch.zeros(100, device=device)), torch.zeros(100)
+    table, other = zk.ParamTable({"w": parameter}), zk.ParamTable({"w": zeros.to(device)})
+    zk.add_noise_(table, 1, 0.1)  # what is kept of it in device memory exists from here on
     if change == "resized":
         parameter.data.resize_(200)
         parameter.data = parameter.data[:50]
     elif change == "moved":
-        parameter.data = torch.ones(100)
+        parameter.data = torch.ones(100, device=device)
     elif change == "dtype":
         parameter.data = parameter.data.half()
     else:

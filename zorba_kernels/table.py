@@ -90,9 +90,8 @@ class ParamTable:
             if tensor.numel():
                 first_name[identity] = name
             # Detached, so that passes write to leaves that require gradients.
-            self.entries.append(
-                Entry(name, tensor, tensor.detach(), stream_of(name), group, offset, identity)
-            )
+            plain, stream = tensor.detach(), stream_of(name)
+            self.entries.append(Entry(name, tensor, plain, stream, group, offset, identity))
         refuse_overlap(self.entries)
         # Both are weak: a table of a scratch buffer must not live as long as the weights' one.
         self._packed: WeakKeyDictionary[ParamTable, Tensor] = WeakKeyDictionary()
@@ -100,10 +99,8 @@ class ParamTable:
         self.contiguous = all(entry.tensor.is_contiguous() for entry in self.entries)
         devices = {entry.tensor.device for entry in self.entries}
         if len(devices) > 1:
-            raise ValueError(
-                f"a ParamTable lives on one device, got {sorted(map(str, devices))}: make one "
-                "table for each device"
-            )
+            got = sorted(map(str, devices))
+            raise ValueError(f"a ParamTable lives on one device, got {got}: make one for each")
         self.device = devices.pop() if devices else torch.device("cpu")
         # Shards and parts of a model may hold no parameter of the last groups: num_groups says so.
         least = 1 + max((entry.group for entry in self.entries), default=0)

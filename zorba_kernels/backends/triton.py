@@ -45,9 +45,7 @@ def unavailable(device: torch.device) -> str | None:
     if device.type not in ("cuda", "cpu"):
         return f"it serves GPU tensors, not {device.type}"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "0":
-        return (
-            "it serves GPU tensors, not cpu (the interpreter of Triton, TRITON_INTERPRET=1, does)"
-        )
+        return "it serves GPU tensors, not cpu (Triton's interpreter does: TRITON_INTERPRET=1)"
     try:
         interpreted = _interpreted()
     except ImportError as error:
@@ -237,14 +235,10 @@ def _device_table(packed: Tensor, device: torch.device) -> DeviceTable:
 # --- Where it runs -------------------------------------------------------------------------------
 
 
+@cache
 def kernel(name: str) -> Any:
     """Returns a kernel by the name of its op, which is also that of its module."""
-    return getattr(_module(name), name)
-
-
-@cache
-def _module(name: str) -> Any:
-    return importlib.import_module(f"zorba_kernels.kernels.{name}")
+    return getattr(importlib.import_module(f"zorba_kernels.kernels.{name}"), name)
 
 
 @cache
@@ -296,14 +290,14 @@ def _stream(device: torch.device) -> int:
 
 def _programs(tiles: int, device: torch.device) -> int:
     """A launch that fills the device a few times over; each program takes several tiles."""
-    return min(tiles, _PROGRAMS * _processors(device))
+    return min(tiles, _most_programs(device))
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def _most_programs(device: torch.device) -> int:
     if device.type == "cpu":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+        return _PROGRAMS
+    return _PROGRAMS * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _halves(number: int) -> tuple[int, int]:

@@ -36,11 +36,7 @@ _MAPS = {
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Writes the page of a run, and returns its path.
-
-    Args:
-        run: folder of the run, which may be under way.
-        out: path of the page; ``report.html`` in the folder where it is None.
+    """Writes the page of a run to ``out``, by default into its folder, and returns its path.
 
     Raises:
         RunFolderError: there is no run, or its events cannot be read.
@@ -60,8 +56,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 def render_page(state: RunState, summary: Mapping[str, Any], now: datetime | None = None) -> str:
     """Returns the page of a run, with the summary of the program that ran it.
 
-    Texts of clients, configurations and files stand in it as text: nothing of them is markup, and
-    the page's policy allows no script and no request.
+    Nothing of clients, configurations and files is markup in it, and its policy allows no script.
     """
     environment = Environment(loader=PackageLoader("zorba.apps.watch"), autoescape=True)
     environment.filters |= {"size": show_bytes, "clock": _clock, "decimal": decimal}

@@ -85,7 +85,7 @@ def project(tmp_path: Path) -> Path:
             model=str(tmp_path / "model"),
             data=str(tmp_path / "rows.jsonl"),
             template="{sentence} It was",
-            words=" terrible, great",
+            words=(" terrible", " great"),
             address=f"localhost:{port}",
             job="overhead",
             rounds=10 * (ROUNDS + WARM_UP),

@@ -57,6 +57,7 @@ def wait_for(what: str, reached: Callable[[], Any]) -> Any:
         if time.monotonic() - began > PATIENCE:
             raise TimeoutError(f"no {what} within {PATIENCE} s")
         time.sleep(0.1)
+    print(f"TIME {time.strftime('%H:%M:%S')} {time.monotonic() - began:6.1f} {what}", flush=True)
     return value
 
 

@@ -95,6 +95,10 @@ def seen(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]
     finally:
         for project in (deployed, *strangers.values()):
             project.end()
+        shutil.rmtree("/tmp/dep-logs", ignore_errors=True)
+        for log in deployed.folder.rglob("engine.log"):
+            (Path("/tmp/dep-logs") / log.parent.parent.name).mkdir(parents=True)
+            shutil.copy(log, Path("/tmp/dep-logs") / log.parent.parent.name)
 
 
 def _look(made: Seen, home: Path) -> None:
@@ -203,7 +207,7 @@ def test_strangers_get_no_part_in_the_run(seen: Seen) -> None:
 def test_nothing_is_unpickled(seen: Seen) -> None:
     notes = seen.notes
     watched = [line for line in notes if line.startswith("watched")]
-    for module in ("supervisor", "server_train", "client_train", "runner_process"):
+    for module in ("deploy.party", "server_train", "client_train", "runner_process"):
         assert any(module in line for line in watched), module
     assert sum("worker_process" in line for line in watched) >= 3
     assert [line for line in notes if line.startswith("unpickled")] == []

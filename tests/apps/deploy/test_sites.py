@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import pytest
 from rich.console import Console
 from zorba.apps.deploy.build import build_client, build_server
 from zorba.apps.deploy.config import PrivacySection, ServerConfig
-from zorba.apps.deploy.summary import rows, show_summary, summarise
-from zorba.apps.watch import Follower
-from zorba.apps.watch.state import RunState
+from zorba.apps.deploy.control import show_summary
+from zorba.apps.deploy.engine import summarise
+from zorba.apps.deploy.party import PartyFolder
 from zorba.federated import (
     Client,
     FederationResult,
@@ -80,8 +81,7 @@ def test_checkpoint_of_another_model_is_refused_with_what_to_do(project: Path) -
 def test_offloaded_sites_come_to_the_bits_of_resident_ones(project: Path) -> None:
     config = ServerConfig.read(project / "server")
     few = {
-        site: entry.model_copy(update={"active": entry.active[n % len(entry.active) :][:1]})
-        for n, (site, entry) in enumerate(config.sites.items())
+        site: active[n % len(active) :][:1] for n, (site, active) in enumerate(config.sites.items())
     }
     config = config.model_copy(update={"sites": few})
     fingerprints = []
@@ -106,19 +106,19 @@ def test_epsilon_of_each_private_site_is_in_the_summary(project: Path) -> None:
         make_private(project, site)
     result, _ = run(project)
     assert result.replicas_identical
-    state = Follower(project / "server" / "run" / "events.jsonl").update()
-    content = summarise(state)
+    content = summarise(RunFolder(project / "server" / "run"))
     assert content["privacy"].keys() == POLICIES.keys()
-    told = {name: (figure, note) for name, figure, note in rows(state)}
+    console = Console(file=io.StringIO(), width=120)
+    show_summary(PartyFolder(project / "server"), content, console)
+    shown = console.file.getvalue()
+    assert f"{ROUNDS} of {ROUNDS}" in shown
     for site, policy in POLICIES.items():
         spent = PrivacyAccountant(Privacy(**policy)).spent(ROUNDS)
         expected = {"unit": spent.unit, "epsilon": spent.epsilon, "delta": spent.delta}
         assert content["privacy"][site] == expected
-        assert told[f"{site} has told"] == (
-            f"epsilon {spent.epsilon:.3g}",
-            f"at delta {policy['delta']:g}, of each {spent.unit}",
-        )
-    assert "cleo has told" not in told
+        told = f"epsilon {spent.epsilon:.3g} at delta {policy['delta']:g}, of each {spent.unit}"
+        assert f"{site} has told {told}" in shown
+    assert "cleo has told" not in shown
 
 
 def test_what_was_spent_counts_after_a_restart(project: Path) -> None:
@@ -140,10 +140,3 @@ def test_budget_that_is_spent_is_told_and_the_others_go_on(project: Path) -> Non
     for report in result.reports:
         assert report.clients == ("bob", "cleo")
         assert "the privacy budget is spent" in report.failures["ada"]
-
-
-def test_summary_of_a_run_without_events_is_shown() -> None:
-    state = RunState()
-    assert summarise(state)["final_round"] == 0
-    assert rows(state)[0] == ("rounds", "0 of 0", "")
-    show_summary(state, Console(quiet=True))

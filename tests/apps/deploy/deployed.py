@@ -26,7 +26,7 @@ _MODULES = {
     "server": ("server.server_train", "server.runner_process"),
     "site": ("client.client_train", "client.worker_process"),
 }
-_STRETCH = 3  # rounds, of which a kill takes three stretches
+_STRETCH = 2  # rounds, of which a kill takes three stretches
 
 # For a sitecustomize.py: the client of one site measures as far as the gate is open.
 GATE = """
@@ -57,7 +57,6 @@ def wait_for(what: str, reached: Callable[[], Any]) -> Any:
         if time.monotonic() - began > PATIENCE:
             raise TimeoutError(f"no {what} within {PATIENCE} s")
         time.sleep(0.1)
-    print(f"TIME {time.strftime('%H:%M:%S')} {time.monotonic() - began:6.1f} {what}", flush=True)
     return value
 
 

@@ -21,15 +21,14 @@ import pytest
 pytest.importorskip("nvflare", reason="nvflare is in the test extra")
 
 from zorba.apps.deploy.build import build_client, build_server
-from zorba.apps.deploy.config import ServerConfig
 from zorba.federated import LocalTransport, RunFolder, run_federation
 from zorba.federated.events import EventReader
 
-from tests.apps.deploy.conftest import SITES, change_site, make_project
+from tests.apps.deploy.conftest import SITES, change_server, change_site, make_project
 from tests.apps.deploy.deployed import GATE, Deployed, Gate, federate, init, wait_for
 from tests.apps.deploy.intruders import knock, listeners, listening_unix_sockets, submit_code
 
-ROUNDS = 40
+ROUNDS = 16
 
 # In every process of the run: notes that it is there, and each class that it unpickles.
 _WATCHER = """
@@ -50,7 +49,7 @@ class Seen:
     """What was seen while a run went on."""
 
     deployed: Deployed
-    watch: dict[str, str]
+    watch: dict[str, str]  # environment of its processes
     strangers: dict[str, Deployed]
     listeners: dict[tuple[str, int], str] = field(default_factory=dict)
     unix_sockets: set[str] = field(default_factory=set)
@@ -71,10 +70,7 @@ def seen(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]
     deployed = Deployed(home / "project")
     gate = Gate(home / "gate", 3)
     port = init(base, deployed.folder, ROUNDS)
-    strangers = {
-        "other": _other_project(base, home / "other", port),
-        "thief": _thief(deployed, home / "thief"),
-    }
+    strangers = _strangers(base, home, deployed.folder, port)
     made = Seen(deployed, _watch(home, gate, deployed), strangers)
     try:
         federate("start", deployed.folder, "--detach", **made.watch)
@@ -84,10 +80,10 @@ def seen(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]
         _look(made, home)
         for project in strangers.values():
             project.end()
-        deployed.kill(gate, deployed.job_process("bob"))
-        deployed.kill(gate, deployed.job_process("server"))
-        deployed.kill(gate, deployed.engine("ada"), deployed.job_process("ada"))
-        deployed.kill(gate, deployed.engine("server"))
+        # Processes of two sites: one that holds a client, and all of a site. Then the server's.
+        ada, bob = deployed.engine("ada"), deployed.job_process("bob")
+        deployed.kill(gate, bob, ada, deployed.job_process("ada"))
+        deployed.kill(gate, deployed.job_process("server"), deployed.engine("server"))
         gate.open(ROUNDS)
         wait_for("end", deployed.run.summary.exists)
         wait_for("server to stop", lambda: "stopped" in deployed.status("server"))
@@ -95,10 +91,6 @@ def seen(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]
     finally:
         for project in (deployed, *strangers.values()):
             project.end()
-        shutil.rmtree("/tmp/dep-logs", ignore_errors=True)
-        for log in deployed.folder.rglob("engine.log"):
-            (Path("/tmp/dep-logs") / log.parent.parent.name).mkdir(parents=True)
-            shutil.copy(log, Path("/tmp/dep-logs") / log.parent.parent.name)
 
 
 def _look(made: Seen, home: Path) -> None:
@@ -130,24 +122,19 @@ def _watch(home: Path, gate: Gate, deployed: Deployed) -> dict[str, str]:
     return {"PYTHONPATH": path, "ZORBA_TEST_PICKLES": str(home / "pickles"), **held}
 
 
-def _other_project(base: Path, folder: Path, port: int) -> Deployed:
-    """A project with the same names, of another authority, whose sites go to this server."""
-    make_project(base, folder, address=f"localhost:{port}")
-    return Deployed(folder)
-
-
-def _thief(deployed: Deployed, folder: Path) -> Deployed:
-    """A copy of bob's folder that says it is ada, with bob's certificate."""
-    site = folder / "sites" / "ada"
-    shutil.copytree(deployed.folder / "sites" / "bob", site)
+def _strangers(base: Path, home: Path, mine: Path, port: int) -> dict[str, Deployed]:
+    """Projects that go to this server: one with the same names, of another authority, and a copy
+    of bob's folder that says it is ada, with bob's certificate."""
+    other = make_project(base, home / "other", address=f"localhost:{port}")
+    site = home / "thief" / "sites" / "ada"
+    shutil.copytree(mine / "sites" / "bob", site)
     change_site(site, name="ada")
-    return Deployed(folder)
+    return {"other": Deployed(other), "thief": Deployed(home / "thief")}
 
 
-def test_run_ends_where_the_undisturbed_run_ends(seen: Seen, base: Path, tmp_path: Path) -> None:
-    make_project(base, tmp_path / "p", rounds=ROUNDS)
-    clients = {site: build_client(tmp_path / "p" / "sites" / site) for site in SITES}
-    config = ServerConfig.read(tmp_path / "p" / "server")
+def test_run_ends_where_the_undisturbed_run_ends(seen: Seen, project: Path, tmp_path: Path) -> None:
+    clients = {site: build_client(project / "sites" / site) for site in SITES}
+    config = change_server(project / "server", rounds=ROUNDS)
     server = build_server(config, RunFolder(tmp_path / "run"))
     result = run_federation(server, LocalTransport(clients), ROUNDS)
     server.close()
@@ -164,7 +151,7 @@ def test_every_round_had_every_site(seen: Seen) -> None:
     rounds = [event for event in events if event["event"] == "round"]
     assert [event["round"] for event in rounds] == list(range(1, ROUNDS + 1))
     assert all(event["clients"] == list(SITES) for event in rounds)
-    assert sum(event["event"] == "start" for event in events) >= 3, "it was killed twice"
+    assert sum(event["event"] == "start" for event in events) >= 3, "kills ended its job twice"
 
 
 def test_status_tells_who_runs(seen: Seen) -> None:

@@ -17,9 +17,8 @@ from zorba.apps.deploy.command import StartSettings, StatusSettings, StopSetting
 from zorba.apps.deploy.config import ConfigError, ServerConfig
 from zorba.apps.deploy.party import PartyFolder, parties
 from zorba.apps.progress import plain_console
-from zorba.apps.watch.live import LiveView
+from zorba.apps.watch.live import LiveView, view_run
 from zorba.apps.watch.state import Follower
-from zorba.apps.watch.terminal import RunView
 from zorba.federated.run_folder import RunFolder
 
 # A busy machine takes half a minute to start or to end a supervisor; this is when it hangs.
@@ -139,7 +138,7 @@ def follow(chosen: Sequence[PartyFolder], console: Console) -> dict[str, Any]:
 
 def show_summary(server: PartyFolder, summary: dict[str, Any], console: Console) -> None:
     """Prints the end of a run, and what each private site has told."""
-    console.print(RunView(Follower(RunFolder(server.run).events).update()))
+    console.print(view_run(Follower(RunFolder(server.run).events).update(), console))
     for name, told in summary["privacy"].items():
         spent = f"epsilon {told['epsilon']:.3g} at delta {told['delta']:g}"
         console.print(f"{name} has told {spent}, of each {told['unit']}")

@@ -25,7 +25,8 @@ from nvflare.apis.signal import Signal
 
 from zorba.apps.deploy.build import build_client, build_server
 from zorba.apps.deploy.config import ServerConfig
-from zorba.apps.watch import Follower
+from zorba.apps.watch.events import Event
+from zorba.apps.watch.state import Follower
 from zorba.federated import Client, FederationError, RunFolder, RunRecorder, run_federation
 
 FRAME, PROBLEM = "frame", "problem"
@@ -181,12 +182,12 @@ def _folder(fl_ctx: FLContext) -> Path:
 def summarise(run: RunFolder) -> dict[str, Any]:
     """Returns the content of ``summary.json``, over all starts of the server."""
     state = Follower(run.events).update()
-    end = state.end or {}
-    told = ("replicas_identical", "fingerprints", "failures", "privacy")
+    end = state.end or Event()
+    told = {"replicas_identical", "fingerprints", "failures", "privacy"}
     return {
         "job": state.job,
-        "final_round": end.get("round", state.round),
-        **{name: end.get(name, {}) for name in told},
+        "final_round": end.round or state.round,
+        **end.model_dump(include=told),
         "server_starts": len(state.starts),
         "round_seconds": sum(r.seconds for r in state.rounds) / max(1, len(state.rounds)),
         "sites": {

@@ -81,12 +81,17 @@ def seen(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]
         for project in strangers.values():
             project.end()
         # Processes of two sites: one that holds a client, and all of a site. Then the server's.
-        ada, bob = deployed.engine("ada"), deployed.job_process("bob")
-        deployed.kill(gate, bob, ada, deployed.job_process("ada"))
-        deployed.kill(gate, deployed.job_process("server"), deployed.engine("server"))
+        process = deployed.process
+        site = process("ada", "client_train"), process("ada", "worker_process")
+        deployed.kill(gate, process("bob", "worker_process"), *site)
+        server = process("server", "runner_process"), process("server", "server_train")
+        deployed.kill(gate, *server)
         gate.open(ROUNDS)
         wait_for("end", deployed.run.summary.exists)
-        wait_for("server to stop", lambda: "stopped" in deployed.status("server"))
+        wait_for(
+            "server to stop",
+            lambda: "stopped" in federate("status", deployed.folder, "--only", "server"),
+        )
         yield made
     finally:
         for project in (deployed, *strangers.values()):
@@ -96,7 +101,7 @@ def seen(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]
 def _look(made: Seen, home: Path) -> None:
     """Notes what there is to see while no round ends."""
     deployed, strangers = made.deployed, made.strangers
-    made.status = deployed.status()
+    made.status = federate("status", deployed.folder)
     made.listeners = listeners(deployed)
     made.unix_sockets = listening_unix_sockets(deployed.processes())
     ports = {port for _, port in made.listeners}

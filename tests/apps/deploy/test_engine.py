@@ -13,34 +13,23 @@ from typing import Any
 
 import pytest
 from nvflare.apis.shareable import Shareable, make_reply
-from zorba.apps.deploy.engine import (
-    FRAME,
-    PROBLEM,
-    FederationController,
-    RunStoppedError,
-    SiteExecutor,
-)
+from zorba.apps.deploy import engine as ours
+from zorba.apps.deploy.engine import FRAME, PROBLEM, RunStoppedError
 from zorba.federated import Greeting, Hello, decode
 
 from tests.apps.deploy.conftest import SITES
 
 
-class Engine(FederationController):  # type: ignore[misc]
-    """A controller whose sites answer a task as soon as it is sent.
-
-    Attributes:
-        answers: of each site to a message; None where it keeps silent.
-        sent: (site, task) of each message.
-        cancelled: tasks that were taken back.
-        triggered: whether the run is to stop.
-    """
+class Engine(ours.FederationController):  # type: ignore[misc]
+    """A controller whose sites answer a task as soon as it is sent."""
 
     def __init__(self) -> None:
         super().__init__()
+        # Of each site to a message; None where it keeps silent.
         self.answers: dict[str, Any] = {site: lambda frame: frame[::-1] for site in SITES}
-        self.sent: list[tuple[str, Any]] = []
+        self.sent: list[tuple[str, Any]] = []  # site and task of each message
         self.cancelled: list[Any] = []
-        self.triggered = False
+        self.triggered = False  # whether the run is to stop
         self.expect(0)
 
     def expect(self, quorum: int) -> None:
@@ -121,20 +110,18 @@ def test_exchange_ends_when_the_engine_stops(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("result", "sentence"),
     [
-        (None, "none of ours"),
+        ("nothing", "none of ours"),
         ({"frame": "text"}, "engine answered"),
         ({"problem": "no data"}, "no data"),
         ({"problem": ["a"]}, "engine answered"),
         ({}, "engine answered OK"),
     ],
 )
-def test_result_without_a_message_is_a_failure(
-    engine: Engine, result: dict[str, Any] | None, sentence: str
-) -> None:
+def test_result_without_a_message_is_a_failure(engine: Engine, result: Any, sentence: str) -> None:
     engine.arrive()
-    made = None if result is None else make_reply("OK")
-    for key, value in (result or {}).items():
-        made[key] = value
+    made = make_reply("OK") if isinstance(result, dict) else result
+    if isinstance(result, dict):
+        made.update(result)
     engine.answers["bob"] = lambda frame: made
     replies, failures = engine.exchange(dict.fromkeys(SITES, b"x"), 30.0)
     assert replies.keys() == {"ada", "cleo"}
@@ -151,7 +138,7 @@ class Site:
         workspace = SimpleNamespace(get_root_dir=lambda: str(folder / "engine"))
         engine = SimpleNamespace(get_workspace=lambda: workspace)
         self.context: Any = SimpleNamespace(get_engine=lambda: engine)
-        self.executor = SiteExecutor()
+        self.executor = ours.SiteExecutor()
         for name in ("log_warning", "log_error", "log_exception"):
             setattr(self.executor, name, lambda *_: None)
 

@@ -13,8 +13,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -44,40 +45,21 @@ _write("watched", *sys.orig_argv)
 """
 
 
-@dataclass
-class Seen:
-    """What was seen while a run went on."""
-
-    deployed: Deployed
-    watch: dict[str, str]  # environment of its processes
-    strangers: dict[str, Deployed]
-    listeners: dict[tuple[str, int], str] = field(default_factory=dict)
-    unix_sockets: set[str] = field(default_factory=set)
-    answers: dict[int, dict[str, str]] = field(default_factory=dict)
-    strangers_at_work: list[str] = field(default_factory=list)
-    code: str = ""
-    commands: dict[str, str] = field(default_factory=dict)
-    status: str = ""
-
-    @property
-    def notes(self) -> list[str]:
-        return Path(self.watch["ZORBA_TEST_PICKLES"]).read_text().splitlines()
-
-
 @pytest.fixture(scope="module")
-def seen(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
+def seen(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """What was seen while a run went on."""
     home = tmp_path_factory.mktemp("deployed")
     deployed = Deployed(home / "project")
     gate = Gate(home / "gate", 3)
     port = init(base, deployed.folder, ROUNDS)
     strangers = _strangers(base, home, deployed.folder, port)
-    made = Seen(deployed, _watch(home, gate, deployed), strangers)
+    watch = _watch(home, gate, deployed)
     try:
-        federate("start", deployed.folder, "--detach", **made.watch)
+        federate("start", deployed.folder, "--detach", **watch)
         for project in strangers.values():
             federate("start", project.folder, "--detach", "--only", "ada")
         wait_for("first rounds", lambda: deployed.rounds() == gate.rounds)
-        _look(made, home)
+        made = _look(deployed, strangers, home / "code")
         for project in strangers.values():
             project.end()
         # Processes of two sites: one that holds a client, and all of a site. Then the server's.
@@ -88,35 +70,30 @@ def seen(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]
         deployed.kill(gate, *server)
         gate.open(ROUNDS)
         wait_for("end", deployed.run.summary.exists)
-        wait_for(
-            "server to stop",
-            lambda: "stopped" in federate("status", deployed.folder, "--only", "server"),
-        )
+        folder = deployed.party("server")
+        wait_for("server to stop", lambda: "stopped" in federate("status", folder))
+        made.watch, made.notes = watch, home / "pickles"
         yield made
     finally:
         for project in (deployed, *strangers.values()):
             project.end()
 
 
-def _look(made: Seen, home: Path) -> None:
+def _look(deployed: Deployed, strangers: dict[str, Deployed], code: Path) -> Any:
     """Notes what there is to see while no round ends."""
-    deployed, strangers = made.deployed, made.strangers
+    made = SimpleNamespace(deployed=deployed, strangers=strangers, listeners=listeners(deployed))
     made.status = federate("status", deployed.folder)
-    made.listeners = listeners(deployed)
     made.unix_sockets = listening_unix_sockets(deployed.processes())
     ports = {port for _, port in made.listeners}
     made.answers = knock(ports, deployed.folder, strangers["other"].folder)
-    made.code, made.commands = submit_code(deployed, home / "code")
+    made.code, made.commands = submit_code(deployed, code)
     log = strangers["other"].log
     wait_for("refusal of the server", lambda: "CERTIFICATE_VERIFY_FAILED" in log("ada"))
     claim = "authenticated as 'bob' but claimed endpoint 'ada'"
     wait_for("refusal of the thief", lambda: claim in deployed.log())
-    made.strangers_at_work = [
-        command
-        for project in strangers.values()
-        for command in map(project.command, project.processes())
-        if "worker_process" in command
-    ]
+    processes = [process for project in strangers.values() for process in project.processes()]
+    made.strangers_at_work = [p for p in processes if "worker_process" in Deployed.command(p)]
+    return made
 
 
 def _watch(home: Path, gate: Gate, deployed: Deployed) -> dict[str, str]:
@@ -137,7 +114,7 @@ def _strangers(base: Path, home: Path, mine: Path, port: int) -> dict[str, Deplo
     return {"other": Deployed(other), "thief": Deployed(home / "thief")}
 
 
-def test_run_ends_where_the_undisturbed_run_ends(seen: Seen, project: Path, tmp_path: Path) -> None:
+def test_run_ends_where_the_undisturbed_run_ends(seen: Any, project: Path, tmp_path: Path) -> None:
     clients = {site: build_client(project / "sites" / site) for site in SITES}
     config = change_server(project / "server", rounds=ROUNDS)
     server = build_server(config, RunFolder(tmp_path / "run"))
@@ -151,7 +128,7 @@ def test_run_ends_where_the_undisturbed_run_ends(seen: Seen, project: Path, tmp_
     assert seen.deployed.run.log.read_bytes() == (tmp_path / "run" / "federation.log").read_bytes()
 
 
-def test_every_round_had_every_site(seen: Seen) -> None:
+def test_every_round_had_every_site(seen: Any) -> None:
     events = EventReader(seen.deployed.run.events).poll()
     rounds = [event for event in events if event["event"] == "round"]
     assert [event["round"] for event in rounds] == list(range(1, ROUNDS + 1))
@@ -159,14 +136,14 @@ def test_every_round_had_every_site(seen: Seen) -> None:
     assert sum(event["event"] == "start" for event in events) >= 3, "kills ended its job twice"
 
 
-def test_status_tells_who_runs(seen: Seen) -> None:
+def test_status_tells_who_runs(seen: Any) -> None:
     for name in ("server", *SITES):
         assert name in seen.status
     assert f"of {ROUNDS}" in seen.status
     assert "stopped" not in seen.status
 
 
-def test_nothing_listens_without_tls_and_a_certificate_of_the_project(seen: Seen) -> None:
+def test_nothing_listens_without_tls_and_a_certificate_of_the_project(seen: Any) -> None:
     parties = sorted(party for party, _ in seen.listeners)
     assert sorted(set(parties)) == ["ada", "bob", "cleo", "server"]
     for told in seen.answers.values():
@@ -182,12 +159,12 @@ def test_nothing_listens_without_tls_and_a_certificate_of_the_project(seen: Seen
     assert seen.unix_sockets == set()
 
 
-def test_sites_listen_for_their_own_machine_alone(seen: Seen) -> None:
+def test_sites_listen_for_their_own_machine_alone(seen: Any) -> None:
     for (party, port), address in seen.listeners.items():
         assert party == "server" or address == "127.0.0.1", (party, port, address)
 
 
-def test_strangers_get_no_part_in_the_run(seen: Seen) -> None:
+def test_strangers_get_no_part_in_the_run(seen: Any) -> None:
     """Another authority's site, and a member in another's name: both were refused, see _look."""
     assert seen.strangers_at_work == []
     for project in seen.strangers.values():
@@ -196,8 +173,8 @@ def test_strangers_get_no_part_in_the_run(seen: Seen) -> None:
         assert not list(site.glob("engine/*/app_*"))
 
 
-def test_nothing_is_unpickled(seen: Seen) -> None:
-    notes = seen.notes
+def test_nothing_is_unpickled(seen: Any) -> None:
+    notes = seen.notes.read_text().splitlines()
     watched = [line for line in notes if line.startswith("watched")]
     for module in ("deploy.party", "server_train", "client_train", "runner_process"):
         assert any(module in line for line in watched), module
@@ -205,10 +182,10 @@ def test_nothing_is_unpickled(seen: Seen) -> None:
     assert [line for line in notes if line.startswith("unpickled")] == []
     code = "import fractions, pickle; pickle.loads(pickle.dumps(fractions.Fraction(1, 2)))"
     subprocess.run([sys.executable, "-c", code], env=os.environ | seen.watch, check=True)
-    assert any(line.startswith("unpickled fractions Fraction") for line in seen.notes)
+    assert "unpickled fractions Fraction" in seen.notes.read_text()
 
 
-def test_no_code_came_to_a_site(seen: Seen) -> None:
+def test_no_code_came_to_a_site(seen: Any) -> None:
     assert "BYOC not permitted" in seen.code
     for site in SITES:
         engine = seen.deployed.folder / "sites" / site / "engine"
@@ -216,7 +193,7 @@ def test_no_code_came_to_a_site(seen: Seen) -> None:
         assert came == {".json", ".crt"}
 
 
-def test_administrator_runs_no_commands(seen: Seen) -> None:
+def test_administrator_runs_no_commands(seen: Any) -> None:
     assert seen.commands
     for command, told in seen.commands.items():
         assert "not authorized" in told, (command, told)

@@ -30,10 +30,8 @@ class Engine(ours.FederationController):  # type: ignore[misc]
         self.sent: list[tuple[str, Any]] = []  # site and task of each message
         self.cancelled: list[Any] = []
         self.triggered = False  # whether the run is to stop
-        self.expect(0)
-
-    def expect(self, quorum: int) -> None:
-        self.begin(SimpleNamespace(sites=dict.fromkeys(SITES), quorum=quorum), self, None)
+        self._config = SimpleNamespace(sites=dict.fromkeys(SITES), quorum=0)
+        self._abort, self._context = self, None
 
     def send(self, task: Any, context: Any, targets: list[str]) -> None:
         (site,) = targets
@@ -75,7 +73,7 @@ def test_site_that_misses_the_deadline_is_away_until_it_asks_again(engine: Engin
     assert replies == {"ada": b"yx", "cleo": b"yx"}
     assert len(engine.cancelled) == 3, "no task stays with the engine"
     assert failures == {"bob": "no answer within 0.01 s"}
-    engine.expect(2)
+    engine._config.quorum = 2
     assert list(engine.nodes()) == ["ada", "cleo"]
     late = next(task for site, task in engine.sent if site == "bob")
     engine.answer(late, b"x")

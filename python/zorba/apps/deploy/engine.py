@@ -64,7 +64,7 @@ class FederationController(Controller):  # type: ignore[misc]
         folder = _folder(fl_ctx)
         # Read anew by every job of the engine: an edited file counts from the next start on.
         config = ServerConfig.read(folder)
-        self.begin(config, abort_signal, fl_ctx)
+        self._config, self._abort, self._context = config, abort_signal, fl_ctx
         run = RunFolder(folder / "run")
         server = build_server(config, run)
         try:
@@ -79,10 +79,6 @@ class FederationController(Controller):  # type: ignore[misc]
             self.log_info(fl_ctx, "the run was stopped; it continues where the log ends")
         finally:
             server.close()
-
-    def begin(self, config: ServerConfig, abort: Signal, fl_ctx: FLContext) -> None:
-        """Takes what the transport needs."""
-        self._config, self._abort, self._context = config, abort, fl_ctx
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Follows which sites are there; called from the engine's threads."""

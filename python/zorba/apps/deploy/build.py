@@ -163,8 +163,8 @@ def pick_batches(
         order = np.random.default_rng([seed, round_number, step])
         chosen = [
             rows[n]
-            for value, size in zip(sorted(groups, key=str), sizes, strict=True)
-            for n in order.choice(groups[value], min(size, len(groups[value])), replace=False)
+            for value, count in zip(sorted(groups, key=str), sizes, strict=True)
+            for n in order.choice(groups[value], min(count, len(groups[value])), replace=False)
         ]
         return encode(chosen), len(chosen)
 

@@ -29,7 +29,8 @@ def init_project(wanted: InitSettings) -> BlockPlan | None:
     values = asdict(wanted) | {"num_perturbations": wanted.perturbations}
     values = asdict(FederationSettings(job="defaults", seed=0, lr=0.0)) | values
     values["model"] = _absolute(wanted.model)
-    rounds, sites = _make(RoundSettings, values), []
+    rounds = _make(RoundSettings, values)
+    sites: list[SiteConfig] = []
     for number, name in enumerate(budgets):
         data = _absolute(wanted.data).replace("{site}", name)
         # Sites with the same rows still take other batches.

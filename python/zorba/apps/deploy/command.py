@@ -1,6 +1,6 @@
-"""``zorba federate``: a federation of several machines, or of processes on one.
+"""``zorba federate``: settings of each subcommand, and the function that takes them.
 
-The functions of ``COMMANDS`` raise RuntimeError, ValueError or OSError with a sentence for people.
+The functions raise RuntimeError, ValueError or OSError with a sentence for people.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Literal
 from tyro.conf import Positional, UseAppendAction
 
 from zorba.apps.command import Command
+from zorba.apps.finetune.settings import Labels, Words
 from zorba.defaults import DISTRIBUTION, EPS, NUM_PERTURBATIONS, Distribution
 
 
@@ -31,10 +32,9 @@ class InitSettings:
     model: str  # Local folder or hub name of the model.
     data: str  # JSONL, CSV or TSV file of a site; {site} stands for its name.
     template: str = "{text}"  # Prompt over the fields of a row: "{sentence} It was".
-    # Label words with the space in front, by commas: " terrible, great".
-    words: str = ""
+    words: Words = ()  # Label words with the space in front, by commas: " terrible, great".
     label: str = "label"  # Field of the label.
-    labels: str = ""  # Its values in the order of the words, by commas.
+    labels: Labels = ()  # Its values in the order of the words, by commas.
     blocks: str = "all"  # Blocks to train: all, or last:N.
     address: str = "localhost:8002"  # Host and port that sites reach the server at.
     job: str = "federation"  # Name of the job.
@@ -90,7 +90,7 @@ class FederateDemoSettings:
     seed: int = 1  # Of data split, batches and noise.
     lr: float = 1.6e-2  # Learning rate of the first round; falls linearly to 0.
     address: str = "localhost:8002"  # Host and port of the server.
-    out: Path = Path("runs/federate-demo")  # Folder of the project; an earlier demo is removed.
+    out: Path = Path("runs/federate-demo")  # Folder for the project; new or empty.
     cache: Path = Path(".cache")  # Folder for model and data.
 
 
@@ -104,8 +104,5 @@ COMMANDS = {
     "start": Command(StartSettings, "deploy.control:run_start", "nvflare", _NEEDS),
     "status": Command(StatusSettings, "deploy.control:run_status", "nvflare", _NEEDS),
     "stop": Command(StopSettings, "deploy.control:run_stop", "nvflare", _NEEDS),
-    "demo": Command(
-        FederateDemoSettings, "deploy.demo:run_federate_demo", "demo,nvflare", _DEMO_NEEDS
-    ),
+    "demo": Command(FederateDemoSettings, "deploy.demo:run_demo", "demo,nvflare", _DEMO_NEEDS),
 }
-"""The subcommands by name."""

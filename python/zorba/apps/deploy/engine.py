@@ -111,15 +111,18 @@ class FederationController(Controller):  # type: ignore[misc]
         failures: dict[str, str] = {}
 
         def received(site: str, client_task: Any, fl_ctx: Any) -> None:
-            answer = _read(client_task.result)
+            result = client_task.result
+            frame, problem = result.get(FRAME), result.get(PROBLEM)
             with self._changed:
                 # The first answer counts: after the deadline its site is among the failures.
-                if site not in replies and site not in failures:
-                    if isinstance(answer, bytes):
-                        replies[site] = answer
-                    else:
-                        failures[site] = answer
-                    self._changed.notify_all()
+                if site in replies or site in failures:
+                    return
+                if isinstance(frame, bytes):
+                    replies[site] = frame
+                else:
+                    answered = f"the site's engine answered {result.get_return_code()}"
+                    failures[site] = problem if isinstance(problem, str) else answered
+                self._changed.notify_all()
 
         tasks = []
         for site, frame in plans.items():
@@ -156,18 +159,6 @@ class FederationController(Controller):  # type: ignore[misc]
             if left <= 0:
                 return
             self._changed.wait(min(left, _WAKE_SECONDS))
-
-
-def _read(result: Any) -> bytes | str:
-    """Returns a result's message, or why there is none."""
-    if not isinstance(result, Shareable):
-        return "the site's result is none of ours"
-    frame, problem = result.get(FRAME), result.get(PROBLEM)
-    if isinstance(frame, bytes):
-        return frame
-    if isinstance(problem, str):
-        return problem
-    return f"the site's engine answered {result.get_return_code()}"
 
 
 def _folder(fl_ctx: FLContext) -> Path:

@@ -29,9 +29,8 @@ from zorba.apps.watch.events import Event
 from zorba.apps.watch.state import Follower
 from zorba.federated import Client, FederationError, RunFolder, RunRecorder, run_federation
 
-FRAME, PROBLEM = "frame", "problem"
-"""Keys of a task and its result: bytes of a message, and a site's sentence where it has none."""
-
+FRAME = "frame"  # key of a message's bytes in a task and in its result
+PROBLEM = "problem"  # key of the sentence that a site sends where it has no answer
 _MAX_TEXT = 500
 _CHECK_SECONDS = 0.05  # how often the engine clears tasks that are done
 _WAKE_SECONDS = 1.0  # between two looks at whether the engine wants the run to stop

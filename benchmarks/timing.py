@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from zorba import machine
 
+from benchmarks.allocations import peak_bytes
 from benchmarks.sizes import Shapes
 
 Call = Callable[[], object]
@@ -65,7 +65,7 @@ def time_in_turn(
     if estimate > seconds:
         raise TimeoutError(f"{runs} runs of {len(calls)} calls would take {estimate:.0f} s")
     on_gpu = device.type == "cuda"
-    extra = {name: machine.peak_bytes(c, "cuda") if on_gpu else None for name, c in calls.items()}
+    extra = {name: peak_bytes(c, "cuda") if on_gpu else None for name, c in calls.items()}
     watches: dict[str, list[Stopwatch]] = {name: [] for name in calls}
     gc.collect()
     gc.disable()  # a collection in the middle of a call would count as the call's time

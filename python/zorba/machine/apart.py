@@ -18,7 +18,6 @@ import torch
 from zorba.machine.peak import PeakAnonymous
 
 T = TypeVar("T")
-Ready = Callable[[], None]
 
 GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
 """Environment in which glibc gives freed tensors back to the system. Left to itself it keeps freed
@@ -27,19 +26,12 @@ pieces between live ones, from some MiB to hundreds of them, by chance."""
 
 @dataclass(frozen=True)
 class Apart(Generic[T]):
-    """The result of a call in a separate process, and its memory.
-
-    Attributes:
-        result: the value that the function returned.
-        baseline: bytes of anonymous memory when it said that it was ready.
-        peak: the most bytes of anonymous memory since.
-        device_peak: the most bytes that torch's allocator held on a GPU since; 0 without one.
-    """
+    """The result of a call in a separate process, and its memory."""
 
     result: T
-    baseline: int
-    peak: int
-    device_peak: int
+    baseline: int  # bytes of anonymous memory when the function said that it was ready
+    peak: int  # the most bytes of anonymous memory since
+    device_peak: int  # the most bytes that torch's allocator held on a GPU since; 0 without one
 
     @property
     def above(self) -> int:
@@ -48,10 +40,7 @@ class Apart(Generic[T]):
 
 
 def run_apart(
-    function: Callable[..., T],
-    *args: Any,
-    interval: float = 0.001,
-    environment: Mapping[str, str] | None = None,
+    function: Callable[..., T], *args: Any, environment: Mapping[str, str] | None = None
 ) -> Apart[T]:
     """Calls ``function(ready, *args)`` in a fresh process and measures its memory (Linux).
 
@@ -61,7 +50,6 @@ def run_apart(
         function: importable by name, as for ``multiprocessing`` (a script that calls this needs the
             usual ``if __name__ == "__main__"``).
         args: its further arguments; they and the result are pickled.
-        interval: seconds between two looks at the memory.
         environment: variables of the process, besides those of this one; ``GIVING_BACK``, say.
 
     Raises:
@@ -86,7 +74,7 @@ def run_apart(
         _receive(ours, process, "ready")
         assert process.pid is not None
         # It waits while the baseline is read.
-        with PeakAnonymous(process.pid, interval) as watch:
+        with PeakAnonymous(process.pid) as watch:
             ours.send("go")
             result, device_peak = _receive(ours, process, "done")
         return Apart(result, watch.baseline, watch.peak, device_peak)

@@ -15,8 +15,7 @@ import zorba_kernels as zk
 
 def describe() -> dict[str, Any]:
     """Returns processor, threads, versions and instruction set."""
-    # On Linux platform.processor() is "x86_64" or empty.
-    cpu = platform.processor()
+    cpu = platform.processor()  # on Linux "x86_64", or empty
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line for line in lines if line.startswith("model name")).split(":", 1)[1].strip()

@@ -43,37 +43,22 @@ def anonymous_memory(pid: int) -> int:
 
 
 class PeakAnonymous:
-    """Watches the anonymous memory of a process, while the ``with`` block runs.
+    """Watches the anonymous memory of a process, while the ``with`` block runs (Linux).
 
-    Memory that is held for less than ``interval`` may be missed.
-
-    Args:
-        pid: of the process; one that ends while it is watched keeps its peak.
-        interval: seconds between two looks.
-
-    Attributes:
-        baseline: bytes when the block began.
-        peak: the most bytes seen since.
-
-    Raises:
-        OSError: on entering, if there is no such process, or no /proc (it needs Linux).
+    ``baseline`` is the number of bytes when the block began, ``peak`` the most seen since. Memory
+    that is held for less than ``interval`` seconds may be missed. A process that ends while it is
+    watched keeps its peak; one that is not there is an ``OSError`` on entering.
     """
 
     def __init__(self, pid: int, interval: float = 0.001) -> None:
-        self.pid = pid
-        self.interval = interval
+        self._pid, self._interval = pid, interval
         self.baseline = self.peak = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="peak-anonymous", daemon=True)
 
-    @property
-    def above(self) -> int:
-        """Bytes of the peak above the baseline."""
-        return self.peak - self.baseline
-
     def __enter__(self) -> PeakAnonymous:
         """Reads the baseline and begins to watch."""
-        self.baseline = self.peak = anonymous_memory(self.pid)
+        self.baseline = self.peak = anonymous_memory(self._pid)
         self._thread.start()
         return self
 
@@ -86,12 +71,12 @@ class PeakAnonymous:
         # A thread of this process reads, so the watched one is not disturbed. Linux updates its
         # counter in batches: it may be off by some hundred KiB. The file stays open, since a
         # thousand looks a second must cost little.
-        path = f"/proc/{self.pid}/statm"
+        path = f"/proc/{self._pid}/statm"
         with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:  # it has ended
             while True:
                 file.seek(0)
                 self.peak = max(self.peak, _anonymous(file.read()))
-                if self._stop.wait(self.interval):
+                if self._stop.wait(self._interval):
                     return
 
 

@@ -94,10 +94,9 @@ def room_for_blocks(
     memory = model_weights_memory(model, blocks, idle="offload")
     room = blocks[0].nbytes
     # Half a block more than the count: a budget to the byte would hang on rounding.
-    fixed = memory.fixed_bytes(list(counts))
     return memory, {
-        name: base + (2 * min(count, len(blocks)) + 1) * room // 2
-        for (name, count), base in zip(counts.items(), fixed, strict=True)
+        name: memory.fixed + (2 * min(count, len(blocks)) + 1) * room // 2
+        for name, count in counts.items()
     }
 
 

@@ -45,12 +45,9 @@ def run_apart(
     """Calls ``function(ready, *args)`` in a fresh process and measures its memory (Linux).
 
     The function imports what it needs and then calls ``ready()``, once: the baseline is read there.
-
-    Args:
-        function: importable by name, as for ``multiprocessing`` (a script that calls this needs the
-            usual ``if __name__ == "__main__"``).
-        args: its further arguments; they and the result are pickled.
-        environment: variables of the process, besides those of this one; ``GIVING_BACK``, say.
+    It is importable by name, as for ``multiprocessing``; arguments and result are pickled. A script
+    that calls this needs the usual ``if __name__ == "__main__"``. The process has the variables of
+    ``environment`` besides those of this one.
 
     Raises:
         RuntimeError: the function raised (the message has its traceback), never called ``ready``,
@@ -66,9 +63,8 @@ def run_apart(
     try:
         process.start()
     finally:
-        for name in environment or {}:
-            os.environ.pop(name)
-            os.environ.update({name: before[name]} if name in before else {})
+        os.environ.clear()
+        os.environ.update(before)
     theirs.close()  # or the end of the process would not be noticed
     try:
         _receive(ours, process, "ready")
@@ -81,9 +77,8 @@ def run_apart(
     finally:
         ours.close()
         process.join(10)
-        if process.is_alive():
-            process.kill()
-            process.join()
+        process.kill()  # if it still lives
+        process.join()
 
 
 def _receive(connection: Connection, process: Any, wanted: str) -> Any:

@@ -39,7 +39,10 @@ def anonymous_memory(pid: int) -> int:
     Raises:
         OSError: there is no such process, or no /proc.
     """
-    return _anonymous(Path(f"/proc/{pid}/statm").read_bytes())
+    fields = Path(f"/proc/{pid}/statm").read_text().split()
+    # Resident pages that are not shared with a file or another process; none while it ends.
+    pages = int(fields[1]) - int(fields[2]) if fields else 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 class PeakAnonymous:
@@ -69,19 +72,9 @@ class PeakAnonymous:
 
     def _watch(self) -> None:
         # A thread of this process reads, so the watched one is not disturbed. Linux updates its
-        # counter in batches: it may be off by some hundred KiB. The file stays open, since a
-        # thousand looks a second must cost little.
-        path = f"/proc/{self._pid}/statm"
-        with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:  # it has ended
+        # counter in batches: it may be off by some hundred KiB.
+        with contextlib.suppress(OSError):  # it has ended
             while True:
-                file.seek(0)
-                self.peak = max(self.peak, _anonymous(file.read()))
+                self.peak = max(self.peak, anonymous_memory(self._pid))
                 if self._stop.wait(self._interval):
                     return
-
-
-def _anonymous(statm: bytes) -> int:
-    """Bytes of resident pages that are not shared (with a file or another process)."""
-    fields = statm.split()
-    pages = int(fields[1]) - int(fields[2]) if fields else 0
-    return pages * os.sysconf("SC_PAGE_SIZE")

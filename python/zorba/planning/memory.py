@@ -20,9 +20,8 @@ class MemoryModel:
     """Bytes on the device of a client, block by block.
 
     The memory of client n is ``fixed + sum_b (active[b] if a[n, b] else idle[b])``, and at most
-    ``whole`` where every block is active. ``model_weights_memory`` counts weights; what else a
-    client takes can be added to the same fields. A client that needs more than others has a
-    smaller budget.
+    ``whole`` where every block is active. A client that needs more than others has a smaller
+    budget.
 
     Args:
         active: bytes of each block where it is active.
@@ -44,9 +43,8 @@ class MemoryModel:
         # Python's integers: bytes stay exact where a float would round them.
         active = tuple(whole_bytes(v, f"active[{b}]") for b, v in enumerate(self.active))
         idle = tuple(whole_bytes(v, f"idle[{b}]") for b, v in enumerate(self.idle))
-        names = self.block_names
-        names = [f"block-{b}" for b in range(len(active))] if names is None else names
-        names = unique_names(names, "block")
+        default = tuple(f"block-{b}" for b in range(len(active)))
+        names = unique_names(self.block_names or default, "block")
         if not active:
             raise ValueError("a memory model needs at least one block")
         for what, values in (("idle", idle), ("block_names", names)):
@@ -58,8 +56,9 @@ class MemoryModel:
                     f"block {name!r} takes {off:,} bytes idle, more than {on:,} active"
                 )
         fixed = whole_bytes(self.fixed, "fixed")
-        total = fixed + sum(active)
-        whole = total if self.whole is None else min(total, whole_bytes(self.whole, "whole"))
+        whole = total = fixed + sum(active)
+        if self.whole is not None:
+            whole = min(total, whole_bytes(self.whole, "whole"))
         checked = {"active": active, "idle": idle, "fixed": fixed, "whole": whole}
         for field, value in {**checked, "block_names": names}.items():
             object.__setattr__(self, field, value)

@@ -74,11 +74,7 @@ class BlockPlan:
 
     @property
     def version(self) -> int:
-        """The mask's version: uint64, a hash of who activates what.
-
-        The first 8 bytes, little-endian, of SHA-256 of the names and the mask. Equal plans have
-        equal versions wherever they were made; the front and the time do not count.
-        """
+        """Uint64: the first 8 bytes, little-endian, of SHA-256 of the names and the mask."""
         rows = ["".join("1" if active else "0" for active in row) for row in self.mask]
         text = json.dumps([self.clients, self.blocks, rows], separators=(",", ":"))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
@@ -97,9 +93,9 @@ class BlockPlan:
         # One unit for the column, that of the smallest budget, so that rows compare at a glance.
         unit, unit_name = unit_of(min(self.budgets))
         left, right = max(map(len, (*self.clients, "coverage"))), max(len(self.blocks), 6)
+        clients, blocks = len(self.clients), len(self.blocks)
         lines = [
-            f"block plan {self.version:016x}: {len(self.clients)} clients, "
-            f"{len(self.blocks)} blocks",
+            f"block plan {self.version:016x}: {clients} clients, {blocks} blocks",
             f"F1 {point.f1:.4g}, F2 {point.f2:.4g}, point {self.chosen + 1} of {len(self.front)}, "
             f"{proof}, {self.seconds:.2f} s",
             f"columns: {self.blocks[0]} to {self.blocks[-1]}",

@@ -24,7 +24,6 @@ from zorba.planning.rounding import Search
 
 # F1 of equal blocks takes few values, so that one may be just what is tolerated, but for rounding.
 _ROUNDING = 1e-12
-_SECONDS_TO_EXPLAIN = 10.0
 # A solve may take this part of the time that is left: most need little, so that much comes back.
 _SHARE = 1 / 8
 
@@ -60,9 +59,8 @@ def plan_blocks(
         max_active: blocks that a client may have active; all where not given.
         tolerance: how far F1 may be above its least value to save memory; 0.05 is 5 %.
         num_points: points of the sweep, at least 2; dominated ones are dropped.
-        mip_rel_gap: relative gap to a bound at which a solve stops; equal blocks and small
-            instances are solved to optimality if time allows. A point may be a gap away from the
-            true front in either objective.
+        mip_rel_gap: relative gap to a bound at which a solve stops. A point may be that far from
+            the true front; equal blocks and small instances are optimal if time allows.
         time_limit: seconds for all searches together. A search that runs out keeps its best plan,
             and the point says so (``ParetoPoint.proven``).
 
@@ -85,7 +83,7 @@ def plan_blocks(
     try:
         points = [_point(problem, each) for each in sweep.run(num_points, tolerance)]
     except InfeasibleProgramError:
-        raise _too_little(problem, min(time_limit, _SECONDS_TO_EXPLAIN)) from None
+        raise _too_little(problem) from None
     # In this order a point is dominated just where an earlier one takes no more memory.
     front: list[ParetoPoint] = []
     for point in sorted(points, key=lambda p: (p.f1, p.f2)):
@@ -152,13 +150,23 @@ def _point(problem: Problem, solution: Solution) -> ParetoPoint:
     return ParetoPoint(f1, f2, mask, memory, solution.gap, solution.proven)
 
 
-def _too_little(problem: Problem, seconds: float) -> InfeasiblePlanError:
-    """Names the least bytes, summed over clients, that would make a plan possible."""
+def _too_little(problem: Problem) -> InfeasiblePlanError:
+    """Says how many bytes more are enough to cover every block."""
     message = f"the budgets cannot cover every block on {problem.min_coverage} clients"
-    over = Program(problem, elastic=True).least_over(seconds)
-    if over is None:  # out of time
-        return InfeasiblePlanError(message)
-    short = {name: int(n) for name, n in zip(problem.clients, over, strict=True) if n > 0}
+    free, order = problem.spare.copy(), np.argsort(problem.extra)
+    mask = np.zeros((len(free), len(order)), dtype=np.bool_)
+    # Large blocks first, each to whoever has most room: small ones fill what is left.
+    for b in order[::-1].repeat(problem.min_coverage):
+        may = ~mask[:, b] & (mask.sum(axis=1) < problem.max_active)
+        if not may.any():  # no room for this block by number: bytes alone do not tell
+            return InfeasiblePlanError(message)
+        n = np.where(may, free, free.min() - 1).argmax()
+        mask[n, b] = True
+        free[n] -= problem.extra[b]
+    for n, least in enumerate(problem.min_active):
+        more = [b for b in order if not mask[n, b]][: max(least - mask[n].sum(), 0)]
+        free[n] -= problem.extra[more].sum()
+    short = {name: int(-n) for name, n in zip(problem.clients, free, strict=True) if n < 0}
     parts = ", ".join(f"client {name!r} {count:,}" for name, count in short.items())
     total = f"{sum(short.values()):,} bytes short in all"
     return InfeasiblePlanError(f"{message}: {total} ({parts} more is enough)", short)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zorba.planning.problem import Bytes, Mask, Problem, Vector
+from zorba.planning.problem import Mask, Problem, Vector
 from zorba.planning.rounding import Search
 
 F1, F2 = 0, 1  # of values, costs and limits
@@ -46,17 +46,14 @@ class Solution:
 
 
 class Program:
-    """Variables: x[n, h], how many blocks of kind h client n activates, y[h, k], and over[n].
+    """Variables: x[n, h], how many blocks of kind h client n activates, and y[h, k].
 
     y[h, k] is how many blocks of kind h are covered by k clients: sum_k y[h, k] is the size of the
     kind and sum_k k y[h, k] = sum_n x[n, h]. Counts say enough: dealing a kind's activations round
     robin gives coverages that differ by at most one, the best for a convex cost of coverage.
-
-    With ``elastic``, over[n] are the bytes that client n is over its budget, in units of their own;
-    else they are 0.
     """
 
-    def __init__(self, problem: Problem, *, elastic: bool = False) -> None:
+    def __init__(self, problem: Problem) -> None:
         from scipy.sparse import block_array, csr_array, eye_array, kron
 
         self._problem = problem
@@ -65,7 +62,7 @@ class Program:
         first = [kind[0] for kind in problem.kinds]
         sizes = np.array([len(kind) for kind in problem.kinds])
         covers = np.arange(problem.min_coverage, clients + 1)
-        self._extra = extra = problem.extra[first]
+        extra, spare = problem.extra[first], problem.spare
 
         def rows(count: int, row: NDArray[Any]) -> Any:
             return kron(eye_array(count), csr_array(row[None, :].astype(np.float64)))
@@ -75,35 +72,30 @@ class Program:
         totals = kron(csr_array(np.ones((1, clients))), eye_array(kinds))
         matrix = block_array(
             [
-                [rows(clients, extra / unit), None, -eye_array(clients)],  # bytes of a client
-                [active, None, None],  # its most active blocks
-                [-active, None, None],  # its least
-                [None, rows(kinds, np.ones(len(covers))), None],  # all blocks have a coverage
-                [-totals, rows(kinds, covers), None],  # coverages add up to the activations
+                [rows(clients, extra / unit), None],  # bytes of a client
+                [active, None],  # its most active blocks
+                [-active, None],  # its least
+                [None, rows(kinds, np.ones(len(covers)))],  # all blocks have a coverage
+                [-totals, rows(kinds, covers)],  # coverages add up to the activations
             ],
             format="csr",
         )
         self._less, self._equal = matrix[: 3 * clients], matrix[3 * clients :]
         self._right = np.concatenate([sizes, np.zeros(kinds)])
-
         # Whole counts that fit alone are bounds that the relaxation does not see in rows of bytes.
-        most, room = np.full(clients, problem.max_active), np.tile(sizes, (clients, 1))
-        if not elastic:
-            fitting = np.searchsorted(np.cumsum(sorted(problem.extra)), problem.spare, side="right")
-            most = np.minimum(most, fitting)
-            whole = problem.spare[:, None] // np.maximum(extra, 1)
-            room = np.where(extra > 0, np.minimum(room, whole), room)
-        self._most = np.concatenate([problem.spare / unit, most, -problem.min_active])
-        over = np.full(clients, np.inf if elastic else 0.0)
-        self._upper = np.concatenate([room.ravel(), np.repeat(sizes, len(covers)), over])
+        fitting = np.searchsorted(np.cumsum(sorted(problem.extra)), spare, side="right")
+        most = np.minimum(problem.max_active, fitting)
+        self._most = np.concatenate([spare / unit, most, -problem.min_active])
+        room = np.where(extra > 0, spare[:, None] // np.maximum(extra, 1), sizes)
+        room = np.minimum(room, sizes)
+        self._upper = np.concatenate([room.ravel(), np.repeat(sizes, len(covers))])
         # y of a mask is whole without being told. But equal blocks leave many equal choices, and
         # HiGHS decides among them at once only where it may branch on their sum.
         self._integer = np.ones(len(self._upper), dtype=np.int64)
-        self._integer[self._counts :] = kinds == 1 and not elastic
+        self._integer[self._counts :] = kinds == 1
         # 1 / k is convex in k, so a relaxed y never gains by mixing far coverages.
-        cost = np.outer(problem.weights[first], 1 / covers)
         self.costs = np.zeros((2, len(self._upper)))
-        self.costs[F1, self._counts : self._counts + cost.size] = cost.ravel()
+        self.costs[F1, self._counts :] = np.outer(problem.weights[first], 1 / covers).ravel()
         self.costs[F2, : self._counts] = problem.shares[:, first].ravel()
 
     def minimize(
@@ -150,20 +142,6 @@ class Program:
         if not masks:
             raise PlanSolverError("time ran out before any plan was found: raise time_limit")
         return self._best(objective, masks, bound, gap)
-
-    def least_over(self, seconds: float) -> Bytes | None:
-        """Returns by how much clients must be over their budgets, [N], at the least in all.
-
-        For an elastic program; None where time ran out.
-        """
-        cost = np.zeros(len(self._upper))
-        cost[-self._shape[0] :] = 1
-        found = self.solve(cost, whole=True, seconds=seconds).x
-        if found is None:
-            return None
-        # In whole bytes, not as HiGHS rounds.
-        over: Bytes = self._search(found).mask @ self._problem.extra - self._problem.spare
-        return over
 
     def solve(
         self,

@@ -69,17 +69,13 @@ def test_version_is_frozen() -> None:
     assert plan.version == 0xEC29FA2DBE7287E2
 
 
-def test_mask_is_read_only() -> None:
-    plan = plan_blocks(MemoryModel([1, 1], [0, 0]), [2, 2])
-    with pytest.raises(ValueError, match="read-only"):
-        plan.mask[0, 0] = False
-
-
-def test_active_blocks_by_name() -> None:
+def test_active_blocks_by_name_and_a_mask_that_nobody_changes() -> None:
     plan = plan_blocks(MemoryModel([1, 1], [0, 0], block_names=["x", "y"]), {"a": 2})
     assert plan.active_blocks("a") == ("x", "y")
     with pytest.raises(KeyError):
         plan.active_blocks("z")
+    with pytest.raises(ValueError, match="read-only"):
+        plan.mask[0, 0] = False
 
 
 @pytest.mark.parametrize(("clients", "wide"), [(2, False), (10, True), (30, True)])

@@ -114,18 +114,6 @@ def test_equal_blocks_are_planned_as_in_0_1_0(case: dict[str, Any]) -> None:
     assert ["".join("01"[on] for on in row) for row in plan.mask.tolist()] == case["mask"]
 
 
-def test_equal_blocks_are_dealt_evenly() -> None:
-    plan = plan_blocks(MemoryModel([100] * 6, [0] * 6), [200, 200, 300])
-    assert sum(plan.coverage) == 7
-    assert max(plan.coverage) - min(plan.coverage) == 1
-
-
-def test_resident_blocks_leave_nothing_to_trade() -> None:
-    plan = plan_blocks(MemoryModel([100] * 4, [100] * 4), [400, 500])
-    assert plan.mask.all()
-    assert len(plan.front) == 1
-
-
 def test_budget_is_exact_where_the_solver_cannot_see_a_byte() -> None:
     sizes = [10**12, 10**12 + 1, 10**12 + 2]
     total = sum(sizes)
@@ -139,14 +127,14 @@ def test_budget_is_exact_where_the_solver_cannot_see_a_byte() -> None:
         assert used <= limit
 
 
-@pytest.mark.parametrize("equal", [True, False], ids=["equal", "unequal"])
-def test_twenty_clients_24_blocks(equal: bool) -> None:
+def test_twenty_clients_24_unequal_blocks() -> None:
     rng = np.random.default_rng(0)
-    sizes = [4 * 10**8] * 24 if equal else rng.integers(2 * 10**8, 6 * 10**8, 24).tolist()
+    sizes = rng.integers(2 * 10**8, 6 * 10**8, 24).tolist()
     memory = MemoryModel(sizes, [0] * 24, 10**9)
     budgets = [10**9 + int(s * sum(sizes)) for s in rng.uniform(0.15, 0.8, 20)]
     plan = plan_blocks(memory, budgets, num_points=3)
     check(plan, make_problem(memory, budgets), memory)
+    assert plan.point.proven, "docs/planning.md: a gap of 3 %"
 
 
 def test_a_short_time_limit_still_gives_a_plan_and_says_so() -> None:

@@ -15,7 +15,6 @@ from zorba.planning import MemoryModel, PlanSolverError, plan_blocks
 from zorba.planning import program as module
 from zorba.planning.problem import make_problem
 from zorba.planning.program import F1, F2, Program
-from zorba.planning.rounding import Search
 
 from tests.planning.cases import SOLVER_TOLERANCE, all_values, random_case
 
@@ -42,7 +41,7 @@ def test_gaps_hold(seed: int, gap: float, exact: bool, monkeypatch: pytest.Monke
             best = values[kept, objective].min()
             found = program.minimize(objective, tuple(limits), None, gap=gap, seconds=60)
             assert found.proven
-            value = Search(problem, found.mask).values()
+            value = problem.values(found.mask)
             assert (value <= np.array(limits) + SOLVER_TOLERANCE).all()
             assert value[objective] * (1 - found.gap) <= best + SOLVER_TOLERANCE, "no bound"
             assert best <= value[objective] + SOLVER_TOLERANCE
@@ -59,7 +58,7 @@ def test_rounding_is_near_its_bound_and_always_the_same(seed: int) -> None:
     relaxed = program.solve(program.costs[F1])
     first, again = (program.rounded(F1, module.UNLIMITED, relaxed)[0] for _ in range(2))
     assert (first == again).all()
-    assert Search(problem, first).values()[F1] * (1 - 0.03) <= relaxed.fun, "docs/planning.md: 3 %"
+    assert problem.values(first)[F1] * (1 - 0.03) <= relaxed.fun, "docs/planning.md: 3 %"
 
 
 def test_the_value_of_a_relaxation_that_was_cut_short_is_no_bound(

@@ -11,13 +11,11 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 
 from zorba.machine.peak import PeakAnonymous
-
-T = TypeVar("T")
 
 GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
 """Environment in which glibc gives freed tensors back to the system. Left to itself it keeps freed
@@ -25,10 +23,10 @@ pieces between live ones, from some MiB to hundreds of them, by chance."""
 
 
 @dataclass(frozen=True)
-class Apart(Generic[T]):
+class Apart:
     """The result of a call in a separate process, and its memory."""
 
-    result: T
+    result: Any
     baseline: int  # bytes of anonymous memory when the function said that it was ready
     peak: int  # the most bytes of anonymous memory since
     device_peak: int  # the most bytes that torch's allocator held on a GPU since; 0 without one
@@ -40,8 +38,8 @@ class Apart(Generic[T]):
 
 
 def run_apart(
-    function: Callable[..., T], *args: Any, environment: Mapping[str, str] | None = None
-) -> Apart[T]:
+    function: Callable[..., Any], *args: Any, environment: Mapping[str, str] | None = None
+) -> Apart:
     """Calls ``function(ready, *args)`` in a fresh process and measures its memory (Linux).
 
     The function imports what it needs and then calls ``ready()``, once: the baseline is read there.
@@ -68,9 +66,8 @@ def run_apart(
     theirs.close()  # or the end of the process would not be noticed
     try:
         _receive(ours, process, "ready")
-        assert process.pid is not None
         # It waits while the baseline is read.
-        with PeakAnonymous(process.pid) as watch:
+        with PeakAnonymous(int(process.pid or 0)) as watch:
             ours.send("go")
             result, device_peak = _receive(ours, process, "done")
         return Apart(result, watch.baseline, watch.peak, device_peak)

@@ -33,11 +33,8 @@ def peak_memory() -> int:
 def anonymous_memory(pid: int) -> int:
     """Returns the bytes of anonymous memory that a process has resident now (Linux).
 
-    Anonymous is memory that belongs to no file: heap, stacks, tensors. Weights that are mapped from
-    a file are not, since the system can drop their pages and read them again.
-
-    Raises:
-        OSError: there is no such process, or no /proc.
+    That is memory of no file: heap, stacks, tensors, but no weights that are mapped from a file,
+    whose pages the system can drop. It is an ``OSError`` if there is no such process.
     """
     fields = Path(f"/proc/{pid}/statm").read_text().split()
     # Resident pages that are not shared with a file or another process; none while it ends.
@@ -48,13 +45,12 @@ def anonymous_memory(pid: int) -> int:
 class PeakAnonymous:
     """Watches the anonymous memory of a process, while the ``with`` block runs (Linux).
 
-    ``baseline`` is the number of bytes when the block began, ``peak`` the most seen since. Memory
-    that is held for less than ``interval`` seconds may be missed. A process that ends while it is
-    watched keeps its peak; one that is not there is an ``OSError`` on entering.
+    ``baseline`` is the number of bytes when the block began, ``peak`` the most seen since; memory
+    that is held for less than a millisecond may be missed. A process that ends keeps its peak.
     """
 
-    def __init__(self, pid: int, interval: float = 0.001) -> None:
-        self._pid, self._interval = pid, interval
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
         self.baseline = self.peak = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="peak-anonymous", daemon=True)
@@ -76,5 +72,5 @@ class PeakAnonymous:
         with contextlib.suppress(OSError):  # it has ended
             while True:
                 self.peak = max(self.peak, anonymous_memory(self._pid))
-                if self._stop.wait(self._interval):
+                if self._stop.wait(0.001):
                     return

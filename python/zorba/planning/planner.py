@@ -20,7 +20,6 @@ from zorba.planning.program import (
     Program,
     Solution,
 )
-from zorba.planning.rounding import Search
 
 # F1 of equal blocks takes few values, so that one may be just what is tolerated, but for rounding.
 _ROUNDING = 1e-12
@@ -114,12 +113,12 @@ class _Sweep:
         yield fastest
         if not self._problem.shares.any():  # no mask saves memory: the front is one point
             return
-        least_f1, high = self._values(fastest.mask)
+        least_f1, high = self._problem.values(fastest.mask).tolist()
         if tolerance:
             yield self._lexicographic(F2, ((1 + tolerance) * least_f1, math.inf), fastest.mask)
         leanest = self._lexicographic(F2, UNLIMITED, fastest.mask)
         yield leanest
-        low = self._values(leanest.mask)[F2]
+        low = self._problem.values(leanest.mask)[F2]
         for epsilon in np.linspace(low, high, num_points)[1:-1].tolist():
             # The leanest mask is within every epsilon, so each of these has a plan to start from.
             yield self._lexicographic(F1, (math.inf, epsilon), leanest.mask)
@@ -129,13 +128,9 @@ class _Sweep:
         best = self._minimize(first, limits, known)
         # Without the second stage a point could be dominated by one of the same first objective.
         kept = list(limits)
-        kept[first] = self._values(best.mask)[first]
+        kept[first] = float(self._problem.values(best.mask)[first])
         refined = self._minimize(F1 + F2 - first, (kept[F1], kept[F2]), best.mask)
         return Solution(refined.mask, max(best.gap, refined.gap), best.proven and refined.proven)
-
-    def _values(self, mask: Mask) -> Limits:
-        f1, f2 = Search(self._problem, mask).values().tolist()
-        return f1, f2
 
     def _minimize(self, objective: int, limits: Limits, known: Mask | None) -> Solution:
         seconds = _SHARE * max(self._end - time.monotonic(), 0.0)

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from zorba.planning.memory import MemoryModel, unique_names, whole_bytes
 
 Mask = NDArray[np.bool_]
-Bytes = NDArray[np.int64]
+Whole = NDArray[np.int64]
 Vector = NDArray[np.float64]
+
+_UNCOVERED = 1e-6  # counts as so many clients
 
 
 class InfeasiblePlanError(ValueError):
@@ -37,15 +39,15 @@ class Problem:
     clients: tuple[str, ...]  # N names
     blocks: tuple[str, ...]  # B names
     budgets: tuple[int, ...]
-    base: Bytes  # [N], with every block idle
-    extra: Bytes  # [B], that a block adds where it is active
+    base: Whole  # [N], bytes with every block idle
+    extra: Whole  # [B], bytes that a block adds where it is active
     priorities: tuple[float, ...]
     min_coverage: int
-    min_active: NDArray[np.int64]  # [N]
+    min_active: Whole  # [N]
     max_active: int
 
     @cached_property
-    def spare(self) -> Bytes:
+    def spare(self) -> Whole:
         """Bytes that active blocks may take on each client, [N]."""
         return np.array(self.budgets, dtype=np.int64) - self.base
 
@@ -56,10 +58,9 @@ class Problem:
 
     @cached_property
     def shares(self) -> Vector:
-        """What each block of each client adds to F2, [N, B], scaled so that F2 is at most 1.
+        """What each block adds to F2, [N, B], scaled to at most 1 in all.
 
-        F2 here is the part that masks can change: 0 for a client that has every block in any case,
-        and for all where idle blocks stay on the device.
+        A client that has every block in any case adds nothing, nor does an idle block that stays.
         """
         changes = self.min_active < len(self.blocks)
         shares = np.outer(changes / np.array(self.budgets, dtype=np.float64), self.extra)
@@ -76,6 +77,11 @@ class Problem:
         for b, key in enumerate(zip(self.extra.tolist(), self.priorities, strict=True)):
             groups.setdefault(key, []).append(b)
         return tuple(tuple(group) for group in groups.values())
+
+    def values(self, mask: Mask) -> Vector:
+        """Returns F1 and F2, scaled; a block that nobody covers makes F1 huge."""
+        f1 = self.weights @ (1 / np.maximum(mask.sum(axis=0), _UNCOVERED))
+        return np.array([f1, self.shares[mask].sum()])
 
     def memory(self, mask: Mask) -> tuple[int, ...]:
         """Returns V_n of each client, exact."""
@@ -149,5 +155,5 @@ def make_problem(
     full = np.array([whole <= c and whole < total for c in limits])
     base = np.where(full, idle - (total - whole), idle)
     least = np.where(full, len(blocks), min_active)
-    sizes = np.array(extra, dtype=np.int64)
-    return Problem(clients, blocks, limits, base, sizes, weights, min_coverage, least, most)
+    more = np.array(extra, dtype=np.int64)
+    return Problem(clients, blocks, limits, base, more, weights, min_coverage, least, most)

@@ -105,10 +105,6 @@ class Program:
 
         Few or equal blocks, and least memory, are solved exactly. Others are relaxed, which gives a
         bound, and rounded; HiGHS searches on where that is not within the gap of the bound.
-
-        Raises:
-            InfeasibleProgramError: there is no solution.
-            PlanSolverError: time ran out before there was one, or HiGHS failed.
         """
         end = time.monotonic() + seconds
         cost = self.costs[objective]
@@ -194,12 +190,12 @@ class Program:
         """Brings a mask within all limits and improves it there; none where that fails."""
         search.meet(limits)
         search.improve(np.eye(2)[objective], limits)
-        kept = (search.values() <= np.array(limits) + 2 * _KEEP_SLACK).all()
+        kept = (self._problem.values(search.mask) <= np.array(limits) + 2 * _KEEP_SLACK).all()
         return [search.mask] if kept and search.complete() else []
 
     def _best(self, objective: int, masks: list[Mask], bound: float, gap: float) -> Solution:
         # The first of equal ones: a mask that was known before stays.
-        values = [float(Search(self._problem, mask).values()[objective]) for mask in masks]
+        values = [float(self._problem.values(mask)[objective]) for mask in masks]
         value = min(values)
         found = max(0.0, (value - bound) / value) if value else 0.0
         return Solution(masks[values.index(value)], found, proven=found <= gap + _TOLERANCE)

@@ -35,12 +35,6 @@ class Search:
         # Large budgets first: a byte weighs least in F2 there.
         self._order = sorted(range(len(mask)), key=lambda n: -problem.budgets[n])
 
-    def values(self) -> Vector:
-        """Returns F1 and F2, scaled, with a penalty on F1 for each block that nobody covers."""
-        weights, c = self.problem.weights, self._coverage
-        each = np.where(c, weights / np.maximum(c, 1), _MISSING)
-        return np.array([each.sum(), self.problem.shares[self.mask].sum()])
-
     def complete(self) -> bool:
         """Says whether coverage, numbers of blocks and budgets are as they must be."""
         enough = (self._active >= self.problem.min_active).all() and (self._free >= 0).all()
@@ -63,10 +57,10 @@ class Search:
         # Budgets first: memory that is not there cannot be traded for anything.
         while (self._free < 0).any():
             self._flip_best(self.mask & (self._free < 0)[:, None])
-        while found and self.values()[1] > limits[1]:
+        while found and self.problem.values(self.mask)[1] > limits[1]:
             may = self.mask & (self._active > problem.min_active)[:, None]
             found = self._flip_best(may & (self._coverage > problem.min_coverage))
-        while found and self.values()[0] > limits[0]:
+        while found and self.problem.values(self.mask)[0] > limits[0]:
             may = ~self.mask & (self._active < problem.max_active)[:, None]
             found = self._flip_best(may & (problem.extra <= self._free[:, None]))
 
@@ -89,7 +83,7 @@ class Search:
         each[:2, :-1] = sign, sign * problem.extra
         each[2:, :-1] = self._flips(self.mask[n]), sign * problem.shares[n]
         count, more, f1, f2 = each[:, sets].sum(axis=1)
-        room = np.array(limits) - self.values() + _LEAST_GAIN
+        room = np.array(limits) - self.problem.values(self.mask) + _LEAST_GAIN
         active = self._active[n] + count
         fits = (more <= self._free[n]) & (active <= problem.max_active)
         fits &= (f1 <= room[0]) & (f2 <= room[1])

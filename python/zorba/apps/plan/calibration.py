@@ -87,9 +87,9 @@ def memory_model(config: Any, settings: PlanSettings, overhead: Overhead) -> Mem
 def calibrate(config: Any, settings: PlanSettings, say: Callable[[str], None]) -> Overhead:
     """Returns the bytes that a client takes besides what is counted.
 
-    Runs two clients of three blocks and random weights at the workload that is planned for: that
-    takes some seconds each, or no time where it was done. ``settings.calibration`` keeps the
-    results, by machine, versions, workload and architecture; ``say`` is told if clients are run.
+    Runs two clients of three blocks and random weights at the workload that is planned for.
+    ``settings.calibration`` keeps the results, by machine, versions, workload and architecture;
+    ``say`` is told if clients are run.
     """
     small = _truncated(config)
     name = "cpu" if settings.device == "cpu" else torch.cuda.get_device_name(settings.device)

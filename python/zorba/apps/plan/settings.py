@@ -64,7 +64,7 @@ class PlanSettings:
     """Plan which client activates which blocks, and predict what each will take.
 
     Budgets are bytes above what a process takes for its imports. The first plan of a workload
-    calibrates: it runs two clients of three blocks of the model, which takes half a minute.
+    calibrates: it runs two clients of three blocks of the model, in processes of their own.
     """
 
     # The comment of a field is its help on the command line.

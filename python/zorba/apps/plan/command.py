@@ -13,10 +13,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
+from zorba.apps.command import plain_console
 from zorba.apps.plan.calibration import calibrate, make_model, memory_model, read_config
 from zorba.apps.plan.measure import measure_client
 from zorba.apps.plan.settings import PlanSettings
-from zorba.apps.progress import plain_console
 from zorba.planning import draw_plan, plan_blocks
 from zorba.sizes import show_bytes
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from zorba.apps.command import hide_library_bars
 from zorba.apps.plan.settings import PlanSettings
-from zorba.apps.progress import hide_library_bars
 from zorba.federated import (
     Client,
     FederationSettings,

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional
 
-from zorba.apps.options import by_commas, check_at_least
+from zorba.apps.command import by_commas, check_at_least
 from zorba.defaults import ESTIMATOR, NUM_PERTURBATIONS, Estimator
 from zorba.sizes import parse_bytes
 

@@ -197,7 +197,7 @@ class PackedProgram:
         ``seeds`` and ``rounding_seeds`` (bits of the uint64), ``samples`` and ``round_ends`` are
         int64; ``coefs`` [groups, terms] and ``decays`` [groups, rounds] are float32.
         """
-        parts = dict(zip(self.ARRAYS, self._memory.split(self._sizes), strict=True))
+        parts = dict(zip(self.ARRAYS, torch.split(self._memory, self._sizes), strict=True))
         return {
             name: part.view(torch.float32).view(self.groups, -1)
             if name in self.REALS

@@ -73,7 +73,7 @@ def project(tmp_path: Path) -> Path:
     init_project(
         InitSettings(
             folder=folder, site=SITES, model=model, data=rows, template="{sentence} It was",
-            words=" terrible, great", address=f"localhost:{port}", job="overhead",
+            words=(" terrible", " great"), address=f"localhost:{port}", job="overhead",
             rounds=10 * (ROUNDS + WARM_UP), perturbations=SAMPLES,
         )
     )  # fmt: skip

@@ -37,11 +37,8 @@ def described(settings: ReviewSettings) -> dict[str, Any]:
 class DemoRuns:
     """Model, data and frozen prefixes of ``zorba demo``, for runs that differ in other things.
 
-    Args:
-        settings: of the demo; its plan gives each client as many blocks as ``clients`` says.
-
     Attributes:
-        federation: as the demo has it.
+        masks: the plan's, bool [clients, blocks].
         start_accuracy: of the held-out set, at the original weights.
     """
 
@@ -59,16 +56,12 @@ class DemoRuns:
         answers = data.answer_ids(tokenizer)
         made = federation.build(settings, model, parts, evaluation, answers, on_batch)
         self.federation = made
+        self.masks: Masks = np.array(made.plan.mask, dtype=bool)
         self._start = {
             key: [entry.tensor.clone() for entry in replica.table.entries]
             for key, replica in made.replicas.items()
         }
         self.start_accuracy = self.accuracy()
-
-    @property
-    def masks(self) -> Masks:
-        """The plan's, bool [clients, blocks]."""
-        return np.array(self.federation.plan.mask, dtype=bool)
 
     def run(
         self,
@@ -79,7 +72,7 @@ class DemoRuns:
         on_round: Callable[[RoundReport], None] | None = None,
         **changes: Any,
     ) -> FederationResult:
-        """Runs a federation from the original weights.
+        """Runs a federation from the original weights; the replicas then hold its weights.
 
         Args:
             masks: bool [clients, blocks], which trainable blocks each client activates.
@@ -87,9 +80,6 @@ class DemoRuns:
             wrap: makes the client that takes part of a name and the honest one.
             on_round: called after each round.
             changes: fields of ``FederationSettings`` that differ from the demo's.
-
-        Returns:
-            What the run came to; the replicas hold its weights.
         """
         made = self.federation
         replicas = {key: self._restored(key) for key in made.replicas}

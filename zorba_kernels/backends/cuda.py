@@ -7,8 +7,8 @@ from torch import Tensor
 
 from zorba_kernels.backends.device_table import DeviceTable, OncePerPair
 from zorba_kernels.build import extension
-from zorba_kernels.dispatch import Backend
-from zorba_kernels.noise import DISTRIBUTION_CODES, Distribution
+from zorba_kernels.dispatch import Backend, NoiseKey
+from zorba_kernels.noise import DISTRIBUTION_CODES
 from zorba_kernels.program import PackedProgram, Program
 from zorba_kernels.table import ParamTable
 
@@ -56,28 +56,12 @@ def run(table: ParamTable, out: ParamTable, program: Program) -> None:
     program.once(key, lambda: DeviceProgram(program, table)).run(table, out)
 
 
-def noise(
-    numel: int,
-    offset: int,
-    seed: int,
-    stream: int,
-    sample: int,
-    distribution: Distribution,
-    device: torch.device,
-) -> Tensor:
-    """See ``dispatch.NoiseFunction``."""
+def noise(numel: int, offset: int, key: NoiseKey, device: torch.device) -> Tensor:
+    """See ``dispatch.Backend``."""
     z = torch.empty(numel, dtype=torch.float32, device=device)
-    extension()[0].cuda_noise(
-        _index(device),
-        _stream(device),
-        z.data_ptr(),
-        numel,
-        offset,
-        seed,
-        stream,
-        sample,
-        DISTRIBUTION_CODES[distribution],
-    )
+    *words, distribution = key
+    given = (z.data_ptr(), numel, offset, *words, DISTRIBUTION_CODES[distribution])
+    extension()[0].cuda_noise(_index(device), _stream(device), *given)
     return z
 
 
@@ -133,14 +117,8 @@ def _target(table: ParamTable, out: ParamTable) -> tuple[int, ...]:
     held = _tables.get(table, out, make)
     current = torch.cuda.current_stream(table.device)
     held.for_stream(current)
-    return (
-        _index(table.device),
-        current.cuda_stream,
-        held.segments.data_ptr(),
-        held.ends.data_ptr(),
-        len(held.segments),
-        held.tiles,
-    )
+    arrays = (held.segments.data_ptr(), held.ends.data_ptr(), len(held.segments))
+    return (_index(table.device), current.cuda_stream, *arrays, held.tiles)
 
 
 def _index(device: torch.device) -> int:

@@ -1,32 +1,22 @@
-"""``zorba federate``: a federation of several machines, or of processes on one.
+"""``zorba federate``: settings of each subcommand, and the function that takes them.
 
-``COMMANDS`` names each subcommand's settings and the function that takes them. The functions raise
-RuntimeError, ValueError or OSError with a sentence for people.
+The functions raise RuntimeError, ValueError or OSError with a sentence for people.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import Positional, UseAppendAction
 
+from zorba.apps.finetune.settings import Labels, Words
 from zorba.apps.needs import check_needs
 from zorba.defaults import DISTRIBUTION, EPS, NUM_PERTURBATIONS, Distribution
-
-_NEEDS = (
-    "greenlet",
-    "nvflare",
-    "pydantic",
-    "rich",
-    "safetensors",
-    "scipy",
-    "transformers",
-    "yaml",
-)
 
 
 # The comment of a field is its help on the command line.
@@ -45,10 +35,9 @@ class InitSettings:
     model: str  # Local folder or hub name of the model.
     data: str  # JSONL, CSV or TSV file of a site; {site} stands for its name.
     template: str = "{text}"  # Prompt over the fields of a row: "{sentence} It was".
-    # Label words with the space in front, by commas: " terrible, great".
-    words: str = ""
+    words: Words = ()  # Label words with the space in front, by commas: " terrible, great".
     label: str = "label"  # Field of the label.
-    labels: str = ""  # Its values in the order of the words, by commas.
+    labels: Labels = ()  # Its values in the order of the words, by commas.
     blocks: str = "all"  # Blocks to train: all, or last:N.
     address: str = "localhost:8002"  # Host and port that sites reach the server at.
     job: str = "federation"  # Name of the job.
@@ -104,33 +93,26 @@ class FederateDemoSettings:
     seed: int = 1  # Of data split, batches and noise.
     lr: float = 1.6e-2  # Learning rate of the first round; falls linearly to 0.
     address: str = "localhost:8002"  # Host and port of the server.
-    out: Path = Path("runs/federate-demo")  # Folder of the project; an earlier demo is removed.
+    out: Path = Path("runs/federate-demo")  # Folder for the project; new or empty.
     cache: Path = Path(".cache")  # Folder for model and data.
 
 
-def _command(
-    name: str, function: str, *packages: str, extras: str = "nvflare"
-) -> Callable[[Any], None]:
-    """Returns a command that checks its packages, and then calls ``module:function``."""
-
-    # The module is imported when the command runs: ``zorba --help`` must not wait for the engine,
-    # and works where the engine is not installed.
-    def run(settings: Any) -> None:
-        check_needs(f"federate {name}", (*_NEEDS, *packages), extras)
-        module, _, called = function.partition(":")
-        getattr(import_module(f"zorba.apps.deploy.{module}"), called)(settings)
-
-    return run
+def _run(name: str, module: str, settings: Any) -> None:
+    packages = ["greenlet", "nvflare", "pydantic", "rich", "safetensors", "scipy", "transformers"]
+    extras = "nvflare"
+    if name == "demo":
+        packages += ["accelerate", "gguf", "pyarrow"]
+        extras = "demo,nvflare"
+    check_needs(f"federate {name}", [*packages, "yaml"], extras)
+    # Imported when the command runs: ``zorba --help`` must not wait for the engine, and works
+    # where it is not installed.
+    getattr(import_module(f"zorba.apps.deploy.{module}"), f"run_{name}")(settings)
 
 
-_DEMO = _command(
-    "demo", "demo:run_federate_demo", "accelerate", "gguf", "pyarrow", extras="demo,nvflare"
-)
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
-    "init": (InitSettings, _command("init", "project:run_init")),
-    "start": (StartSettings, _command("start", "control:run_start")),
-    "status": (StatusSettings, _command("status", "control:run_status")),
-    "stop": (StopSettings, _command("stop", "control:run_stop")),
-    "demo": (FederateDemoSettings, _DEMO),
+    "init": (InitSettings, partial(_run, "init", "project")),
+    "start": (StartSettings, partial(_run, "start", "control")),
+    "status": (StatusSettings, partial(_run, "status", "control")),
+    "stop": (StopSettings, partial(_run, "stop", "control")),
+    "demo": (FederateDemoSettings, partial(_run, "demo", "demo")),
 }
-"""Settings and function of each subcommand, by its name."""

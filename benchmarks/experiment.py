@@ -1,4 +1,4 @@
-"""Results of an experiment in one JSON file, so that it can be stopped and goes on."""
+"""An experiment: results in one JSON file, so that it can be stopped and goes on, and pictures."""
 
 from __future__ import annotations
 
@@ -13,14 +13,7 @@ from zorba.files import write_whole
 
 
 class Results:
-    """A JSON file that is written anew with each result.
-
-    Args:
-        path: of the file; read where it exists.
-
-    Attributes:
-        data: its content.
-    """
+    """A JSON file, ``data``, that is written anew with each result."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -28,22 +21,17 @@ class Results:
 
     def part(self, name: str) -> dict[str, Any]:
         """Returns a part of the content, an empty one where there is none."""
-        found: dict[str, Any] = self.data.setdefault(name, {})
-        return found
+        return self.data.setdefault(name, {})
 
     def put(self, part: str, value: Mapping[str, Any]) -> None:
         """Puts results into a part, in the place of earlier ones of the same names."""
-        self.part(part).update(_finite(value))
+        self.part(part).update(finite(value))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, json.dumps(self.data, indent=1, allow_nan=False) + "\n")
 
 
 class KeptRuns(Results):
     """Runs that have all settings but their own in common.
-
-    Args:
-        path: of the file.
-        settings: that runs have in common, as JSON has them.
 
     Raises:
         SystemExit: the file is of an experiment with other settings.
@@ -54,11 +42,7 @@ class KeptRuns(Results):
         common = json.loads(json.dumps(settings))
         if self.data.setdefault("settings", common) != common:
             raise SystemExit(f"{path} has runs with other settings: move it away")
-
-    @property
-    def runs(self) -> dict[str, Any]:
-        """Results by name."""
-        return self.part("runs")
+        self.runs = self.part("runs")
 
     def get(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Returns a run, made and written down where it is missing."""
@@ -66,14 +50,31 @@ class KeptRuns(Results):
             print(name, flush=True)
             self.data["machine"] = machine.describe()
             self.put("runs", {name: make()})
-        run: dict[str, Any] = self.runs[name]
-        return run
+        return self.runs[name]
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Returns results with None for what is no finite number, which JSON does not have."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def panels(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Any, list[Any]]:
+    """Returns a figure of inches by inches, and its axes from left to right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False, **options)[0]
+    for one in axes:
+        one.grid(alpha=0.3)
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a figure, and its folder where that is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

@@ -12,16 +12,9 @@ from torch import nn
 from zorba_kernels.noise import canonical_name
 
 _DEPTHS = (
-    "num_hidden_layers",
-    "num_layers",
-    "n_layer",
-    "n_layers",
-    "encoder_layers",
-    "decoder_layers",
-    "num_decoder_layers",
-    "num_encoder_layers",
-    "depth",
-)
+    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers",
+    "num_decoder_layers", "num_encoder_layers", "depth",
+)  # fmt: skip
 _STAGES = ("depths", "block_sizes")  # one depth for each stage
 _MARK = "GradientCheckpointingLayer"  # transformers derives its blocks from this class
 
@@ -70,8 +63,8 @@ def find_blocks(model: nn.Module) -> list[Block]:
     stacks = _stacks(model)
     if not stacks:
         raise ValueError(
-            f"no transformer blocks found in {_name(model)}: it has no ModuleList of equally built "
-            "modules with a substantial part of the parameters. Fine-tune it as a whole"
+            f"no transformer blocks found in {name_of(model)}: it has no ModuleList of equally "
+            "built modules with a substantial part of the parameters. Fine-tune it as a whole"
         )
     # named_parameters tells a tied parameter once, under its first name: so do blocks, or a mask
     # would count it twice.
@@ -106,14 +99,12 @@ def _stacks(model: nn.Module) -> list[_Stack]:
     total = _numel(model)
     # One sign alone may be an accident: norms are as many as layers, a vision stem is marked, a
     # list of experts holds most parameters. No tested model shows two by accident.
-    signs = {
-        name: (len(stack) in depths, _is_marked(stack), 10 * alike[_classes(stack)] >= total)
-        for name, stack in lists
-    }
-    found = [item for item in lists if sum(signs[item[0]]) >= 2]
+    deep = [item for item in lists if len(item[1]) in depths]
+    marked = [item for item in lists if _is_marked(item[1])]
+    large = [item for item in lists if 10 * alike[_classes(item[1])] >= total]
+    found = [item for item in lists if sum(item in some for some in (deep, marked, large)) >= 2]
     # Models of no config, or with a config that is not transformers', show fewer.
-    found = found or [item for item in lists if signs[item[0]][0]]
-    found = found or [i for i in lists if signs[i[0]][2] and len(_classes(i[1])) == 1]
+    found = found or deep or [item for item in large if len(_classes(item[1])) == 1]
     found = _outermost(found)
     if not any(_is_marked(stack) for _, stack in found):
         _refuse_parallel_lists(model, found)
@@ -175,18 +166,18 @@ def _outermost(stacks: list[_Stack]) -> list[_Stack]:
 def _refuse_parallel_lists(model: nn.Module, stacks: list[_Stack]) -> None:
     # XLM keeps the attentions of all blocks in one list, their feed-forwards in another: each list
     # looks like blocks, and a mask would move half of one.
-    places = Counter((name.rpartition(".")[0], len(stack)) for name, stack in stacks)
-    together = [
-        name
-        for name, stack in stacks
-        if places[parent := name.rpartition(".")[0], len(stack)] > 1
-        and not isinstance(model.get_submodule(parent), nn.ModuleList)
-    ]
-    if together:
-        raise ValueError(
-            f"{_name(model)} has lists of one length side by side ({', '.join(together)}): its "
-            "transformer blocks are spread over them, or cannot be told. Fine-tune it as a whole"
-        )
+    places: dict[tuple[str, int], list[str]] = {}
+    for name, stack in stacks:
+        parent = name.rpartition(".")[0]
+        if not isinstance(model.get_submodule(parent), nn.ModuleList):
+            places.setdefault((parent, len(stack)), []).append(name)
+    for together in places.values():
+        if len(together) > 1:
+            raise ValueError(
+                f"{name_of(model)} has lists of one length side by side "
+                f"({', '.join(together)}): its transformer blocks are spread over them, or cannot "
+                "be told. Fine-tune it as a whole"
+            )
 
 
 def _refuse_shared_parameters(model: nn.Module, blocks: list[Block]) -> None:
@@ -196,13 +187,14 @@ def _refuse_shared_parameters(model: nn.Module, blocks: list[Block]) -> None:
             first = owner.setdefault(name, block)
             if first is not block:
                 raise ValueError(
-                    f"{_name(model)} shares parameters between its transformer blocks: {name!r} "
+                    f"{name_of(model)} shares parameters between its transformer blocks: {name!r} "
                     f"belongs to {first.name} and to {block.name}, so that a mask cannot move one "
                     "without the other. Fine-tune it as a whole"
                 )
 
 
-def _name(model: nn.Module) -> str:
+def name_of(model: nn.Module) -> str:
+    """Returns class and model type, for errors."""
     kind = next((getattr(config, "model_type", "") for config in _configs(model)), "")
     return type(model).__name__ + (f" (model type {kind})" if kind else "")
 

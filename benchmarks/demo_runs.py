@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from zorba.apps.reviews import data, federation, packages
+from zorba.apps.reviews import packages
+from zorba.apps.reviews.data import read_reviews
+from zorba.apps.reviews.federation import build
 from zorba.apps.reviews.settings import ReviewSettings
-from zorba.apps.reviews.task import Pool
 from zorba.federated import (
     Client,
     FederationResult,
@@ -45,16 +45,7 @@ class DemoRuns:
     def __init__(self, settings: ReviewSettings) -> None:
         self.settings = settings
         model, tokenizer = packages.load_model(settings.cache)
-        parts, evaluation = federation.read_data(settings, tokenizer)
-        total = len(evaluation) + len(parts) * settings.pool // settings.batch_size
-        done = count(1)
-
-        def on_batch() -> None:
-            if (n := next(done)) % 20 == 0:
-                print(f"frozen prefix: {n} of {total} batches", flush=True)
-
-        answers = data.answer_ids(tokenizer)
-        made = federation.build(settings, model, parts, evaluation, answers, on_batch)
+        made = build(settings, model, read_reviews(settings, tokenizer))
         self.federation = made
         self.masks: Masks = np.array(made.plan.mask, dtype=bool)
         self._start = {
@@ -86,7 +77,7 @@ class DemoRuns:
         clients = {}
         for n, (name, pool) in enumerate(made.pools.items()):
             seed = pool.seed if order is None else order * 1000 + n
-            own = Pool(pool.suffix, pool.prefixes, list(masks[n]), pool.local_steps, seed)
+            own = replace(pool, first=int(masks[n].argmax()), seed=seed)
             replica = replicas.get(name, replicas["shared"])
             clients[name] = wrap(name, Client(name, replica, own.objective))
         settings, identity = replace(made.settings, **changes), replicas["shared"].identity

@@ -15,10 +15,9 @@ from typing import Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import TimeElapsedColumn
 from zorba import machine
+from zorba.apps.command import progress_bar
 from zorba.apps.plan.measure import own_memory
-from zorba.apps.progress import progress_bar
 from zorba.apps.reviews import packages
 from zorba.planning import BlockPlan, draw_plan
 
@@ -86,7 +85,7 @@ class Compare:
             start = loss.score(data.evaluation)
             self.results.put("start", {"accuracy": start.accuracy, "auc": start.auc})
         evaluation = Evaluation(loss.score, data.subset, data.evaluation, plan.every)
-        with progress_bar(self.console, "{task.fields[note]}", TimeElapsedColumn()) as progress:
+        with progress_bar(self.console) as progress:
             bar = progress.add_task(plan.title, total=plan.rounds, note="")
 
             def show(record: Record) -> None:

@@ -18,7 +18,7 @@ import peft
 import torch
 import transformers
 from zorba.apps.plan.measure import own_memory
-from zorba.apps.reviews.task import Score
+from zorba.apps.reviews.federation import Score
 from zorba.hf import find_blocks
 from zorba.machine import GIVING_BACK, run_apart
 from zorba.offload import Offload

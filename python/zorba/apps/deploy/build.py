@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from zorba.apps.deploy.config import ConfigError, ServerConfig, SiteConfig
-from zorba.apps.finetune.data import Row
 from zorba.apps.finetune.settings import FinetuneSettings
-from zorba.apps.finetune.task import device_of, load_model, make_objective, read_data
+from zorba.apps.finetune.task import Row, device_of, load_model, make_objective, read_data
 from zorba.federated import (
     Client,
     FederationSettings,
@@ -138,7 +137,7 @@ def build_client(folder: Path) -> Client:
         model,
         replica.table,
         pick_batches(rows, config.batch_size, config.seed, objective.encode, label),
-        objective.losses if each else objective.loss,
+        objective.losses if each else objective,
         replica.distribution,
         per_example=each,
     )

@@ -5,17 +5,14 @@ The functions raise RuntimeError, ValueError or OSError with a sentence for peop
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tyro.conf import Positional, UseAppendAction
 
+from zorba.apps.command import Command
 from zorba.apps.finetune.settings import Labels, Words
-from zorba.apps.needs import check_needs
 from zorba.defaults import DISTRIBUTION, EPS, NUM_PERTURBATIONS, Distribution
 
 
@@ -97,22 +94,15 @@ class FederateDemoSettings:
     cache: Path = Path(".cache")  # Folder for model and data.
 
 
-def _run(name: str, module: str, settings: Any) -> None:
-    packages = ["greenlet", "nvflare", "pydantic", "rich", "safetensors", "scipy", "transformers"]
-    extras = "nvflare"
-    if name == "demo":
-        packages += ["accelerate", "gguf", "pyarrow"]
-        extras = "demo,nvflare"
-    check_needs(f"federate {name}", [*packages, "yaml"], extras)
-    # Imported when the command runs: ``zorba --help`` must not wait for the engine, and works
-    # where it is not installed.
-    getattr(import_module(f"zorba.apps.deploy.{module}"), f"run_{name}")(settings)
-
-
-COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
-    "init": (InitSettings, partial(_run, "init", "project")),
-    "start": (StartSettings, partial(_run, "start", "control")),
-    "status": (StatusSettings, partial(_run, "status", "control")),
-    "stop": (StopSettings, partial(_run, "stop", "control")),
-    "demo": (FederateDemoSettings, partial(_run, "demo", "demo")),
+_NEEDS = (
+    *("greenlet", "matplotlib", "nvflare", "pydantic", "rich", "safetensors", "scipy"),
+    *("transformers", "yaml"),
+)
+_DEMO_NEEDS = (*_NEEDS, "accelerate", "filelock", "gguf", "jinja2", "pyarrow")
+COMMANDS = {
+    "init": Command(InitSettings, "deploy.project:run_init", "nvflare", _NEEDS),
+    "start": Command(StartSettings, "deploy.control:run_start", "nvflare", _NEEDS),
+    "status": Command(StatusSettings, "deploy.control:run_status", "nvflare", _NEEDS),
+    "stop": Command(StopSettings, "deploy.control:run_stop", "nvflare", _NEEDS),
+    "demo": Command(FederateDemoSettings, "deploy.demo:run_demo", "demo,nvflare", _DEMO_NEEDS),
 }

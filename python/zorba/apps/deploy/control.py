@@ -13,10 +13,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from zorba.apps.command import plain_console
 from zorba.apps.deploy.command import StartSettings, StatusSettings, StopSettings
 from zorba.apps.deploy.config import ConfigError, ServerConfig
 from zorba.apps.deploy.party import PartyFolder, parties
-from zorba.apps.progress import plain_console
 from zorba.apps.watch.live import LiveView, view_run
 from zorba.apps.watch.state import Follower
 from zorba.federated.run_folder import RunFolder

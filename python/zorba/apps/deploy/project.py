@@ -7,12 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from zorba.apps.command import plain_console
 from zorba.apps.deploy.build import build_settings, finetune_settings, make_replica, trained_blocks
 from zorba.apps.deploy.command import InitSettings
 from zorba.apps.deploy.config import ConfigError, RoundSettings, ServerConfig, SiteConfig
 from zorba.apps.deploy.provision import provision
 from zorba.apps.finetune.task import load_model
-from zorba.apps.progress import plain_console
 from zorba.federated import FederationSettings
 from zorba.planning import BlockPlan, model_weights_memory, plan_blocks
 from zorba.sizes import parse_bytes

@@ -8,7 +8,7 @@ from base64 import b64encode
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader
 from matplotlib import rc_context
@@ -23,6 +23,9 @@ from zorba.apps.watch.words import decimal, facts, status
 from zorba.files import write_whole
 from zorba.identity import package_version
 from zorba.sizes import show_bytes
+
+if TYPE_CHECKING:
+    from zorba.apps.cli import ReportSettings
 
 _CURVES = {
     "Loss": figures.loss_picture,
@@ -51,6 +54,11 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, render_page(state, summary))
     return path
+
+
+def run_report(settings: ReportSettings) -> None:
+    """Writes the page, and says where it is."""
+    print(f"wrote {write_report(settings.run, settings.out)}")
 
 
 def render_page(state: RunState, summary: Mapping[str, Any], now: datetime | None = None) -> str:

@@ -87,11 +87,11 @@ def bench_passes_of_a_step(bench: Bench) -> None:
         "plain": lambda: [w.add_(EPS) for _ in range(3) for w in weights.values()],
     }
     times = bench.in_turn(plain | mine)
-    group = f"perturb, flip, restore and update {bench.sizes.step_title}, bf16"
-    bench.passes(group, times, table.numel, 3 * 2 * table.nbytes)
+    weighs = f"{count_of(table.numel)} bf16 weights"
+    bench.passes(f"passes of a step over {weighs}", times, table.numel, 3 * 2 * table.nbytes)
     for name in mine:
         figure = times[name].median * 1e3
-        bench.target(f"step of {bench.sizes.step_title}, {name}", figure, "ms", most=STEP_MS)
+        bench.target(f"step of {weighs}, {name}", figure, "ms", most=STEP_MS)
 
 
 @pytest.mark.parametrize("tensors", [1, 291])

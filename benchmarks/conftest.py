@@ -19,11 +19,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips checks of a GPU where there is none, unless they are rehearsed."""
+    """Leaves out checks of a GPU where there is none, unless they are rehearsed."""
     if not torch.cuda.is_available() and not config.getoption("rehearse", False):
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="torch.cuda.is_available() is False"))
+        gpu = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if item not in gpu]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -13,11 +13,20 @@ from zorba.files import write_whole
 
 
 class Results:
-    """A JSON file, ``data``, that is written anew with each result."""
+    """A JSON file, ``data``, that is written anew with each result.
 
-    def __init__(self, path: Path) -> None:
+    Runs that are kept in it have all ``settings`` but their own in common.
+
+    Raises:
+        SystemExit: the file is of an experiment with other settings.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any] | None = None) -> None:
         self.path = path
         self.data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        common = json.loads(json.dumps(settings))
+        if settings is not None and self.data.setdefault("settings", common) != common:
+            raise SystemExit(f"{path} has runs with other settings: move it away")
 
     def part(self, name: str) -> dict[str, Any]:
         """Returns a part of the content, an empty one where there is none."""
@@ -29,28 +38,13 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, json.dumps(self.data, indent=1, allow_nan=False) + "\n")
 
-
-class KeptRuns(Results):
-    """Runs that have all settings but their own in common.
-
-    Raises:
-        SystemExit: the file is of an experiment with other settings.
-    """
-
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        super().__init__(path)
-        common = json.loads(json.dumps(settings))
-        if self.data.setdefault("settings", common) != common:
-            raise SystemExit(f"{path} has runs with other settings: move it away")
-        self.runs = self.part("runs")
-
-    def get(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def run(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Returns a run, made and written down where it is missing."""
-        if name not in self.runs:
+        if name not in self.part("runs"):
             print(name, flush=True)
             self.data["machine"] = machine.describe()
             self.put("runs", {name: make()})
-        return self.runs[name]
+        return self.part("runs")[name]
 
 
 def finite(value: Any) -> Any:

@@ -112,14 +112,14 @@ def main() -> None:
     """Makes the runs that are missing, prints their accuracies and draws them."""
     clients = dict.fromkeys(CLIENTS, BLOCKS)
     settings = ReviewSettings(clients=clients, rounds=40, out=Path("runs/lying"))
-    kept = experiment.KeptRuns(Path("benchmarks/results/lying.json"), described(settings))
+    kept = experiment.Results(Path("benchmarks/results/lying.json"), described(settings))
     runs = cache(lambda: DemoRuns(settings))
     for name, case in CASES.items():
-        kept.get(name, lambda case=case: run_case(runs(), case))  # type: ignore[misc]
-    for name, run in kept.runs.items():
+        kept.run(name, lambda case=case: run_case(runs(), case))  # type: ignore[misc]
+    for name, run in kept.part("runs").items():
         (_, first), (_, last) = run["scores"][0], run["scores"][-1]
         print(f"{name:28} accuracy {first:.3f} before, {last:.3f} after")
-    draw(Path("docs/images/lying.png"), kept.runs)
+    draw(Path("docs/images/lying.png"), kept.part("runs"))
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def tuned_lr(kind: str, end_of: Callable[[float], float]) -> float:
     return GRID[place]
 
 
-def make_missing(settings: ReviewSettings, kept: experiment.KeptRuns) -> None:
+def make_missing(settings: ReviewSettings, kept: experiment.Results) -> None:
     """Makes the runs that are not kept: those that tune each kind, then those of its seeds."""
 
     @cache
@@ -107,7 +107,7 @@ def make_missing(settings: ReviewSettings, kept: experiment.KeptRuns) -> None:
 
     def made(kind: str, seed: int, lr: float) -> dict[str, Any]:
         name = f"{kind}, seed {seed}, lr {lr:g}"
-        return kept.get(name, lambda: run(*demo(), kind, seed, lr))
+        return kept.run(name, lambda: run(*demo(), kind, seed, lr))
 
     def end_of(kind: str, lr: float) -> float:
         return float(made(kind, TUNING_SEED, lr)["losses"][-1][1])
@@ -159,9 +159,9 @@ def main() -> None:
         clients=clients, trainable=BLOCKS, rounds=60, perturbations=2, batch_size=4, longest=16,
         out=Path("runs/masks"),
     )  # fmt: skip
-    kept = experiment.KeptRuns(Path("benchmarks/results/masks.json"), described(settings))
+    kept = experiment.Results(Path("benchmarks/results/masks.json"), described(settings))
     make_missing(settings, kept)
-    runs = [run for run in kept.runs.values() if run["seed"] != TUNING_SEED]
+    runs = [run for run in kept.part("runs").values() if run["seed"] != TUNING_SEED]
     compared = {kind: [run for run in runs if run["kind"] == kind] for kind in KINDS}
     for kind, some in compared.items():
         accuracies = ", ".join(f"{run['accuracy']:.3f}" for run in some)

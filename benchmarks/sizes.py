@@ -91,7 +91,6 @@ class Sizes:
     tables: Mapping[str, Callable[[], Shapes]]  # that one pass goes over, by title
     compared: tuple[str, ...]  # titles of those that other implementations go over too
     step: Callable[[], Shapes]  # that the passes of a step go over
-    step_title: str
     many_seeds: Callable[[], Shapes]  # that 64 seeds go over
     calls: int  # small calls whose cost to the host is measured
     offload: Callable[[], Any]  # LlamaConfig of the model whose idle blocks are on the host
@@ -116,7 +115,6 @@ GPU = Sizes(
     },
     compared=("matrices of 4096 x 4096",),
     step=lambda: shapes_of(llama_config(40, 5120, 13824, 32000)),
-    step_title="13 B weights",
     many_seeds=lambda: squares(16, 4096),
     calls=2000,
     offload=lambda: llama_config(24, 2048, 5632, 256),
@@ -134,7 +132,6 @@ REHEARSAL = Sizes(
     tables={"matrices of 64 x 64": lambda: squares(3, 64)},
     compared=("matrices of 64 x 64",),
     step=lambda: shapes_of(llama_config(2, 64, 96, 128)),
-    step_title="a tiny model",
     many_seeds=lambda: squares(2, 64),
     calls=5,
     offload=lambda: llama_config(4, 64, 96, 256),
@@ -153,7 +150,6 @@ CPU = replace(
     },
     compared=("matrices of 1000 x 1000", "matrices of 4096 x 4096"),
     step=lambda: shapes_of(smollm_config()),
-    step_title="135 M weights",
     many_seeds=lambda: squares(10, 1000),
     calls=2000,
     offload=smollm_config,

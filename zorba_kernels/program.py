@@ -162,8 +162,7 @@ class PackedProgram:
     the arrays, then the numbers.
     """
 
-    REALS = ("coefs", "decays")
-    ARRAYS = ("seeds", "samples", "round_ends", "rounding_seeds", *REALS)
+    ARRAYS = ("seeds", "samples", "round_ends", "rounding_seeds", "coefs", "decays")
     NUMBERS = ("terms", "rounds", "groups", "distribution", "stochastic")
 
     def __init__(self, program: Program, groups: int, device: torch.device) -> None:
@@ -197,13 +196,10 @@ class PackedProgram:
         ``seeds`` and ``rounding_seeds`` (bits of the uint64), ``samples`` and ``round_ends`` are
         int64; ``coefs`` [groups, terms] and ``decays`` [groups, rounds] are float32.
         """
-        parts = dict(zip(self.ARRAYS, self._memory.split(self._sizes), strict=True))
-        return {
-            name: part.view(torch.float32).view(self.groups, -1)
-            if name in self.REALS
-            else part.view(torch.int64)
-            for name, part in parts.items()
-        }
+        *words, coefs, decays = torch.split(self._memory, self._sizes)
+        reals = [part.view(torch.float32).view(self.groups, -1) for part in (coefs, decays)]
+        integers = [part.view(torch.int64) for part in words]
+        return dict(zip(self.ARRAYS, [*integers, *reals], strict=True))
 
 
 def check_choice(what: str, value: str, choices: Sequence[str]) -> None:

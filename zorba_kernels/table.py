@@ -254,8 +254,8 @@ def find_table(
     known = _alive.get(key)
     if known is not None:
         return known
-    named = (dict(zip(names, column, strict=True)) for column in (tensors, groups, offsets))
-    return ParamTable(*named, num_groups)
+    group_of, offset_of = (dict(zip(names, column, strict=True)) for column in (groups, offsets))
+    return ParamTable(zip(names, tensors, strict=True), group_of, offset_of, num_groups)
 
 
 def _key(table: ParamTable) -> _Key:

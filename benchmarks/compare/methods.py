@@ -39,10 +39,9 @@ def plan_masks(model: Any, shares: Mapping[str, float]) -> BlockPlan:
     """
     blocks = find_blocks(model)
     memory = model_weights_memory(model, idle="offload")
-    fixed = memory.fixed_bytes(list(shares))
     budgets = {
-        name: base + int(share * len(blocks) + 0.5) * blocks[0].nbytes
-        for (name, share), base in zip(shares.items(), fixed, strict=True)
+        name: memory.fixed + int(share * len(blocks) + 0.5) * blocks[0].nbytes
+        for name, share in shares.items()
     }
     return plan_blocks(memory, budgets)
 
@@ -85,7 +84,9 @@ class Zorba:
 
     def begin(self, round_: int, clients: Sequence[str]) -> dict[str, Message]:
         """A plan each; clients that the server does not know are greeted before."""
-        greetings = self.server.greetings(clients)
+        known = self.server.fingerprints
+        began = self.server.begin_round(clients)
+        greetings = {name: data for name, data in began.items() if name not in known}
         for name, greeting in greetings.items():
             hello = self.clients[name].handle(greeting)
             self.server.receive(name, hello)
@@ -103,8 +104,9 @@ class Zorba:
         """Scalars of the client's own blocks; the replica is only read."""
         data = self.clients[client].handle(message.content)
         reply: Any = decode(data)
-        frame = len(data) + self._hellos.pop(client, 0) - reply.scalar_bytes
-        return Message(data, reply.scalar_bytes, reply.loss, frame)
+        scalars = reply.scalars.nbytes
+        frame = len(data) + self._hellos.pop(client, 0) - scalars
+        return Message(data, scalars, reply.loss, frame)
 
     def aggregate(self, round_: int, replies: Mapping[str, Message]) -> None:
         """The log entry. Clients get it with the next plan; it is applied now."""

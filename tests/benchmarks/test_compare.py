@@ -19,7 +19,7 @@ from benchmarks.compare.loop import ROWS, Evaluation, Record, run
 from benchmarks.compare.methods import make_method, plan_masks
 from benchmarks.compare.settings import PLANS, SHARES, Settings
 from benchmarks.compare.task import POOLED, AnswerLoss, Batch, batch_of, work_of
-from benchmarks.experiment import KeptRuns, Results
+from benchmarks.experiment import Results
 from tests.hf.tiny import build, case_of
 
 ROUNDS = 4
@@ -147,9 +147,9 @@ def test_results_are_kept_shown_and_drawn(tmp_path: Path) -> None:
 
 def test_runs_are_made_once_and_only_with_the_same_settings(tmp_path: Path) -> None:
     path = tmp_path / "runs.json"
-    assert KeptRuns(path, {"rounds": 3}).get("one", lambda: {"loss": math.nan}) == {"loss": None}
-    again = KeptRuns(path, {"rounds": 3})
-    assert again.get("one", lambda: pytest.fail("made again")) == {"loss": None}
+    assert Results(path, {"rounds": 3}).run("one", lambda: {"loss": math.nan}) == {"loss": None}
+    again = Results(path, {"rounds": 3})
+    assert again.run("one", lambda: pytest.fail("made again")) == {"loss": None}
     assert again.data["machine"]["torch"] == torch.__version__
     with pytest.raises(SystemExit, match="other settings"):
-        KeptRuns(path, {"rounds": 4})
+        Results(path, {"rounds": 4})

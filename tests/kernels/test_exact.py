@@ -109,12 +109,6 @@ def test_reference_fma_rounds_once(rng):
     a, b, c = torch.tensor(triples, dtype=torch.float64).float().T.contiguous()
     for got, triple in zip(reference._fma(a, b, c).tolist(), triples, strict=True):
         assert got == exact.fma(*triple), triple
-
-
-def test_double_rounding_would_be_seen(rng):
-    """The inputs above tell a correct FMA from one that rounds to double first."""
-    triples = list(hard_products(rng, 200))
-    naive = [torch.tensor(a * b + c, dtype=torch.float64).float().item() for a, b, c in triples]
+    # These inputs tell it from one that rounds to double first.
+    naive = torch.tensor([x * y + z for x, y, z in triples], dtype=torch.float64).float().tolist()
     assert naive != [exact.fma(*triple) for triple in triples]
-    assert torch.tensor((1 - 2.0**-46) * 2.0**-24 + (1 + 2.0**-23)).item() == 1 + 2.0**-22
-    assert exact.fma(1 + 2.0**-23, (1 - 2.0**-23) * 2.0**-24, 1 + 2.0**-23) == 1 + 2.0**-23

@@ -8,13 +8,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
 import zorba_kernels as zk
 from tests.conftest import INTERPRETED
-from tests.kernels import exact
 from tests.kernels.bits import DTYPES, assert_same_bits, changed, written
 from zorba_kernels import dispatch
 from zorba_kernels.backends import reference, triton
@@ -73,26 +71,6 @@ def test_an_interpreter_that_rounds_otherwise_is_refused(monkeypatch):
         assert "does not round" in triton.unavailable(CPU)
     finally:
         triton._interpreter_fault.cache_clear()
-
-
-def test_the_interpreter_rounds_a_fused_multiply_add_once(rng):
-    # Exponents from -40 to 40: no product leaves float32, whose rest could then not be exact.
-    a, b, c = (
-        rng.weights(3000, torch.float32)
-        * 2.0 ** (40 * (2 * torch.rand(3000, generator=rng.generator) - 1))
-        for _ in range(3)
-    )
-    c[:1000] = -a[:1000] * b[:1000]  # the rest of the product is left
-    mine = interpreter.fma(a.numpy(), b.numpy(), c.numpy())
-    for x, y, z, result in zip(a.tolist(), b.tolist(), c.tolist(), mine.tolist(), strict=True):
-        assert result == exact.fma(x, y, z)
-
-
-def test_the_interpreter_makes_bfloat16_as_torch_does(rng):
-    edges = torch.tensor([math.inf, -math.inf, 3e38])
-    values = torch.cat([rng.weights(3000, torch.float32), edges])
-    mine = torch.from_numpy(interpreter.to_bfloat16(values.numpy()).view(np.int16))
-    assert torch.equal(mine, values.bfloat16().view(torch.int16))
 
 
 def test_every_radius_and_angle():

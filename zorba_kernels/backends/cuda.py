@@ -90,9 +90,8 @@ class DeviceProgram(PackedProgram):
 
     def run(self, table: ParamTable, out: ParamTable) -> None:
         """``out <- round(table + sum of noises)``, on the current stream of the table's device."""
-        extension()[0].cuda_add_noise_program(
-            *_target(table, out), self.address, self._workspace.data_ptr()
-        )
+        place = (*_target(table, out), self.address, self._workspace.data_ptr())
+        extension()[0].cuda_add_noise_program(*place)
 
 
 _tables: OncePerPair[DeviceTable] = OncePerPair()
@@ -101,11 +100,9 @@ _tables: OncePerPair[DeviceTable] = OncePerPair()
 def _target(table: ParamTable, out: ParamTable) -> tuple[int, ...]:
     """The leading arguments of the functions of ``_C``: where to run, and the table."""
     # A host address in a launch would be a fault of the device, which ends its context.
-    for each in (table, out):
-        if each.device.type != "cuda":
-            raise ValueError(
-                f"the cuda backend serves CUDA tensors; this table is on {each.device}"
-            )
+    for device in (table.device, out.device):
+        if device.type != "cuda":
+            raise ValueError(f"the cuda backend serves CUDA tensors; this table is on {device}")
 
     def make() -> DeviceTable:
         packed = table.packed(out)

@@ -20,7 +20,7 @@ from zorba.apps.deploy.config import (
     SiteConfig,
 )
 from zorba.federated import FederationSettings, Privacy
-from zorba.privacy import UNITS
+from zorba.federated.privacy import UNITS
 
 from tests.conftest import Random
 

@@ -36,7 +36,7 @@ def about(description: str, default: Any = ..., **bounds: Any) -> Any:
 
 
 class PrivacySection(Section):
-    """``zorba.privacy.Privacy`` by field."""
+    """``zorba.federated.Privacy`` by field."""
 
     unit: Literal["example", "client"] = about("whom epsilon protects")
     clip: Positive = about("L2 norm of a vector of P differences")

@@ -26,7 +26,7 @@ from zorba import machine
 from zorba.federated import FederationError, Greeting, Objective, run_federation
 from zorba.federated.codec import HEADER_BYTES, MAGIC, SCHEMA
 from zorba.optim import NoiseTerms
-from zorba.optim.estimator import Evaluate
+from zorba.optim.terms import Evaluate
 
 from tests.federated.world import World, make_settings
 

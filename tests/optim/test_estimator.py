@@ -6,7 +6,14 @@ import math
 
 import pytest
 import torch
-from zorba.optim import NoiseTerms, finite_differences, one_by_one
+from zorba.optim import NoiseTerms, one_by_one
+from zorba.optim.terms import differences, evaluation_noises, mean_loss
+
+
+def finite_differences(evaluate, seed, eps, count, estimator, active, pending=None):
+    losses = evaluate(evaluation_noises(seed, eps, count, estimator, active, pending))
+    return differences(losses, eps, estimator), mean_loss(losses)
+
 
 import zorba_kernels as zk
 

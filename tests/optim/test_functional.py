@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from zorba import ZerothOrderSGD
-from zorba.optim import NoiseTerms, ScratchPlacement, UnreachedParameterError, active_table
+from zorba.optim import (
+    InplacePlacement,
+    NoiseTerms,
+    ScratchPlacement,
+    UnreachedParameterError,
+    active_table,
+)
 from zorba.optim.owners import find_owners
 from zorba.optim.probe import Probe
 
@@ -51,11 +57,10 @@ def test_a_probe_tells_uses_apart() -> None:
     model = Functional()
     model.unused = nn.Linear(3, 3)
     table = active_table(model)
-    probe = Probe(find_owners(model, table), table)
+    probe = Probe(InplacePlacement(table, "gaussian", find_owners(model, table)))
     with torch.no_grad(), probe.watch():
         model(torch.arange(5))
     assert probe.functional == {"embed.weight", "layer.weight"}
-    assert probe.reached == {"embed.weight", "plain.weight", "plain.bias"}
     assert probe.unread == {"unused.weight", "unused.bias"}
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
@@ -168,18 +173,18 @@ def test_a_placement_of_its_own_refuses_what_it_does_not_reach() -> None:
             placement.move_to(NoiseTerms.single(1, 0, [0.1]))
             model(torch.arange(3))
 
-    with pytest.raises(UnreachedParameterError, match=r"layer\.weight.*hold"):
+    with pytest.raises(UnreachedParameterError, match=r"layer\.weight.*learn"):
         evaluate()
-    placement.hold(["layer.weight", "embed.weight"])
+    placement.learn(functional=["layer.weight", "embed.weight"])
     evaluate()
     with pytest.raises(ValueError, match="no parameters named"):
-        placement.hold(["nothing"])
+        placement.learn(functional=["nothing"])
 
 
 def test_excused_parameters_may_be_left_out() -> None:
     model = Experts()
     placement = ScratchPlacement(model, active_table(model), "gaussian")
-    placement.excuse(["experts.1.weight", "experts.1.bias"])
+    placement.learn(unread=["experts.1.weight", "experts.1.bias"])
     with torch.no_grad(), placement.session():
         placement.move_to(NoiseTerms.single(1, 0, [0.1]))
         model(torch.ones(2, 4), 0)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from zorba import ZerothOrderSGD
 from zorba.optim import active_table
-from zorba.optim.momentum import velocity, window
+from zorba.optim.terms import velocity, window
 
 import zorba_kernels as zk
 from tests.optim.models import Tied, batch, loss_of, same_bits, snapshot

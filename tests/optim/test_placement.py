@@ -71,7 +71,7 @@ def test_groups_with_zero_coefficients_are_not_perturbed(generator: torch.Genera
     model, (ids, _) = Tied(), batch(generator)
     names = [name for name, _ in model.named_parameters()]
     groups = {name: int(name.startswith("layers.1")) for name in names}
-    placement = ScratchPlacement(model, active_table(model, groups, 2), "gaussian")
+    placement = ScratchPlacement(model, active_table(model, groups), "gaussian")
     with torch.no_grad():
         with placement.session():
             placement.move_to(NoiseTerms.single(3, 0, [0.0, 0.1]))
@@ -145,19 +145,19 @@ def test_an_interrupt_during_a_pass_is_delivered_after_it(monkeypatch: pytest.Mo
     model = nn.Linear(8, 8)
     before = snapshot(model)
     placement = InplacePlacement(active_table(model), "gaussian")
-    add = placement._add
+    run = placement._run
 
     def interrupted(*arguments: object) -> None:
-        add(*arguments)  # type: ignore[arg-type]
+        run(*arguments)  # type: ignore[arg-type]
         os.kill(os.getpid(), signal.SIGINT)
 
     def perturb() -> None:
         with placement.session():
-            monkeypatch.setattr(placement, "_add", interrupted)
+            monkeypatch.setattr(placement, "_run", interrupted)
             try:
                 placement.move_to(NoiseTerms.single(1, 0, [1.0]))
             finally:
-                monkeypatch.setattr(placement, "_add", add)
+                monkeypatch.setattr(placement, "_run", run)
 
     with pytest.raises(KeyboardInterrupt):
         perturb()

@@ -20,8 +20,7 @@ from zorba.federated.messages import Greeting, Hello, Plan, Reply, decode
 from zorba.federated.privacy import PrivacyAccountant
 from zorba.federated.replica import Replica
 from zorba.identity import package_version
-from zorba.optim.estimator import Evaluate, differences, evaluation_noises
-from zorba.optim.terms import NoiseTerms
+from zorba.optim.terms import Evaluate, NoiseTerms, differences, evaluation_noises, mean_loss
 from zorba_kernels.noise import NOISE_VERSION
 
 Objective = Callable[[int, int], tuple[Evaluate, int]]
@@ -202,9 +201,8 @@ class Client:
         if self.privacy is not None:  # finite or not: whether it is would tell something
             measured = differences(losses, plan.eps, plan.estimator)
             return self.privacy.release(measured, examples), math.nan
-        # Sums of a few losses with fsum: exact, so that their order does not show in a scalar.
         means = [float(np.mean(loss)) for loss in losses]
-        mean = math.fsum(means) / len(means) if all(map(math.isfinite, means)) else math.nan
+        mean = mean_loss(means)
         measured = differences(means, plan.eps, plan.estimator)
         with np.errstate(over="ignore"):  # checked below
             scalars: npt.NDArray[np.float32] = np.array(measured, np.float64).astype(np.float32)

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 import zorba_kernels as zk
 from zorba.offload import Offload
-from zorba.optim.estimator import Evaluate
 from zorba.optim.evaluation import Evaluator
 from zorba.optim.scratch import ScratchPlacement
-from zorba.optim.terms import NoiseTerms
+from zorba.optim.terms import Evaluate, NoiseTerms
 from zorba.tables import DeviceTables, Tables
 from zorba_kernels.noise import Distribution
 
@@ -78,8 +77,8 @@ class ModelObjective:
 
         @torch.no_grad()
         def evaluate(noises: Sequence[NoiseTerms]) -> Sequence[Any]:
-            with self._evaluator_of(noises).step(lambda: self._loss(batch)) as evaluation:
-                return evaluation.losses(noises)
+            with self._evaluator_of(noises).step(lambda: self._loss(batch)) as losses_at:
+                return losses_at(noises)
 
         return evaluate, count
 
@@ -97,7 +96,6 @@ class ModelObjective:
             self._placement = ScratchPlacement(
                 self._model, self._table_of(set(active)), self._distribution
             )
-            self._placement.remake = lambda: self._table_of(set(active))
             self._evaluator = Evaluator(
                 self._model, self._placement, self._prefix_reuse, self._read
             )

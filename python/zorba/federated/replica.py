@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 import zorba_kernels as zk
+from zorba import defaults
 from zorba.federated.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
 from zorba.federated.errors import DivergedError, GapError, ReplicaError
 from zorba.identity import identity_of
 from zorba.log import LogEntry, apply_entries
-from zorba.optim import defaults
 from zorba.tables import Tables, each_table, fingerprint
 from zorba_kernels.noise import Distribution, Rounding
 

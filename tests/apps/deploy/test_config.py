@@ -19,9 +19,9 @@ from zorba.apps.deploy.config import (
     ServerConfig,
     SiteConfig,
 )
+from zorba.defaults import ESTIMATORS
 from zorba.federated import FederationSettings, Privacy
 from zorba.federated.settings import AGGREGATIONS, WEIGHTINGS
-from zorba.optim.estimator import ESTIMATORS
 from zorba.privacy import UNITS
 
 from tests.conftest import Random

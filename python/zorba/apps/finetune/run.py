@@ -18,7 +18,7 @@ from zorba.apps.progress import hide_library_bars, plain_console, progress_bar
 from zorba.hf import find_blocks
 from zorba.offload import Offload
 from zorba.optim import active_parameters
-from zorba.optim.select import block_mask
+from zorba.optim.options import block_mask
 
 
 def run_finetune(settings: FinetuneSettings, console: Console | None = None) -> dict[str, Any]:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from zorba.tables import DeviceTables, TableLike, each_table, fingerprint
+from zorba_kernels.table import DTYPE_CODES
 
 MAX_BLOCKS = 65534
 """Blocks of a model; 65535 marks an uncovered block in log entries."""
+
+# From the plainest to the subtlest: the first that differs tells most.
+_MEANING = {
+    "num_blocks": "another number of blocks:",
+    "num_weights": "another number of trainable weights:",
+    "layout": "other names, shapes, dtypes or blocks of trainable parameters: their hash is",
+    "start": "another model: the fingerprint of the trainable parameters before round 1 is",
+    "origin": "another model: the fingerprint of all parameters before round 1 is",
+}
 
 
 @dataclass(frozen=True)
@@ -36,21 +46,12 @@ class ModelIdentity:
 
     def difference(self, other: ModelIdentity) -> str | None:
         """Returns a sentence on the first thing in which ``other`` differs, or None."""
-        for field in reversed(fields(self)):  # from the plainest to the subtlest
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+        for name, meaning in _MEANING.items():
+            mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 shown = [f"{n:#018x}" if n is not None and n >> 32 else n for n in (theirs, mine)]
-                return f"{_MEANING[field.name]} {shown[0]}, expected {shown[1]}"
+                return f"{meaning} {shown[0]}, expected {shown[1]}"
         return None
-
-
-_MEANING = {
-    "origin": "another model: the fingerprint of all parameters before round 1 is",
-    "start": "another model: the fingerprint of the trainable parameters before round 1 is",
-    "layout": "other names, shapes, dtypes or blocks of trainable parameters: their hash is",
-    "num_weights": "another number of trainable weights:",
-    "num_blocks": "another number of blocks:",
-}
 
 
 def identity_of(tables: TableLike, origin: int | None) -> ModelIdentity:
@@ -66,13 +67,8 @@ def identity_of(tables: TableLike, origin: int | None) -> ModelIdentity:
         raise ValueError(
             f"the tables have {sorted(groups)} blocks; expected one number, at most {MAX_BLOCKS}"
         )
-    return ModelIdentity(
-        origin=origin,
-        start=fingerprint(tables),
-        layout=layout_of(tables),
-        num_weights=sum(table.numel for table in parts),
-        num_blocks=groups.pop(),
-    )
+    weights = sum(table.numel for table in parts)
+    return ModelIdentity(origin, fingerprint(tables), layout_of(tables), weights, groups.pop())
 
 
 def layout_of(tables: TableLike) -> int:
@@ -93,8 +89,13 @@ def model_fingerprint(parameters: Mapping[str, Tensor] | Iterable[tuple[str, Ten
     Args:
         parameters: for example ``model.named_parameters()``; only read.
     """
-    named = dict(parameters.items() if isinstance(parameters, Mapping) else parameters)
+    named = dict(parameters)
     return fingerprint(DeviceTables(named, dict.fromkeys(named, 0)))
+
+
+def recordable(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the parameters that have a fingerprint: those of quantised dtypes have none."""
+    return {name: p for name, p in model.named_parameters() if p.dtype in DTYPE_CODES}
 
 
 @cache

@@ -26,8 +26,7 @@ class DeviceTables:
         groups: Mapping[str, int],
         num_groups: int | None = None,
     ) -> None:
-        self._tensors = dict(tensors)
-        self._groups = dict(groups)
+        self._tensors, self._groups = dict(tensors), dict(groups)
         self.num_groups = 1 + max(groups.values(), default=0) if num_groups is None else num_groups
         self._tables: tuple[zk.ParamTable, ...] = ()
 
@@ -40,9 +39,7 @@ class DeviceTables:
                 by_device.setdefault(tensor.device, {})[name] = tensor
             # Every table has all groups, so that one matrix of coefficients serves each of them.
             self._tables = tuple(
-                zk.ParamTable(
-                    part, groups={n: self._groups[n] for n in part}, num_groups=self.num_groups
-                )
+                zk.ParamTable(part, {n: self._groups[n] for n in part}, num_groups=self.num_groups)
                 for part in by_device.values()
             )
         return self._tables
@@ -79,14 +76,9 @@ def padded_bytes(tensor: Tensor) -> int:
 
 
 def views_in(buffer: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Lays tensors out in a buffer, one behind the other and each aligned.
+    """Lays tensors out in a buffer (uint8), one behind the other: returns contiguous views of it.
 
-    Args:
-        buffer: Tensor  # uint8, of the sum of ``padded_bytes`` at least
-        tensors: whose shapes and dtypes to take; they are not read.
-
-    Returns:
-        Contiguous views of the buffer by the same names.
+    ``tensors`` are not read; the buffer needs the sum of their ``padded_bytes``.
     """
     views, start = {}, 0
     for name, tensor in tensors.items():

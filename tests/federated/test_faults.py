@@ -99,7 +99,7 @@ def test_full_disk_stops_the_server_and_room_lets_it_go_on(
         run(job)
     with RoundLog(job.run_folder.log) as log:
         assert 0 < log.last < ROUNDS
-        assert log.cut_bytes == 0, "the log was cut back to what it was"
+        assert log.torn_bytes == 0, "the log was cut back to what it was"
     job.disguise = {}
     assert_same(run(job), undisturbed)
 

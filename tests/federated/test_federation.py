@@ -92,7 +92,7 @@ def test_server_restarts_as_if_nothing_had_happened(tmp_path: Path) -> None:
     torn = disturbed.path.read_bytes()
     disturbed.path.write_bytes(torn + torn[-30:-10])
     disturbed.server = disturbed.start()
-    assert disturbed.server.log.cut_bytes == 20
+    assert disturbed.server.log.torn_bytes == 20
     run_federation(disturbed.server, disturbed.transport, 1)
     assert undisturbed.fingerprints() == disturbed.fingerprints()
     undisturbed.server.close()

@@ -1,63 +1,48 @@
-"""LogFile, as a federation's server uses it: what was appended is there after a kill."""
+"""LogFile and TrajectoryWriter: what was appended is there after a kill, or is refused."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from zorba.identity import ModelIdentity
-from zorba.log import (
-    DamagedLogError,
-    LogEntry,
-    LogError,
-    LogFile,
-    LogHeader,
-    decode_entries,
-    encode_entry,
-)
+from zorba.log import DamagedLogError, Log, LogError, LogFile, TrajectoryWriter, decode_entries
 from zorba.optim import NoiseTerms
 
+import zorba_kernels as zk
 from tests.conftest import Random
-from tests.log.world import assert_same_entry
-
-BLOCKS = 4
-IDENTITY = ModelIdentity(1, 1 << 63, 3, 4, BLOCKS)
-HEADER = LogHeader(5, IDENTITY, "rademacher", "stochastic")
-
-
-def make_entry(round_number: int, groups: int = BLOCKS, empty: bool = False) -> LogEntry:
-    """P = 3; block 2 is not covered, and blocks 0 and 3 have the same clients."""
-    if empty:
-        return LogEntry(round_number, NoiseTerms.none(groups), 0)
-    coefs = torch.arange(3.0) + torch.tensor([[0.5], [1.5], [0.0], [0.5]])
-    coefs[2] = 0.0
-    terms = NoiseTerms((1 << 63 | round_number,) * 3, (0, 1, 2), coefs[:1].repeat(groups, 1))
-    terms.coefs[: len(coefs)] = coefs[:groups]
-    return LogEntry(round_number, terms, 1000 + round_number, None, 70 + round_number, 9)
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    """A log of four rounds; nobody measured anything in the third."""
-    path = tmp_path / "jobs" / "job.log"
-    with LogFile(path, HEADER) as log:
-        for t in range(1, 5):
-            log.append(make_entry(t, empty=t == 3))
-    return path
+from tests.log.world import (
+    BLOCKS,
+    GROUPS,
+    HEADER,
+    IDENTITY,
+    RUN_SEED,
+    WEIGHTS,
+    assert_same_entry,
+    ends,
+    make_entry,
+    make_table,
+    make_updates,
+    record,
+    write,
+)
 
 
-def sizes_of(log: LogFile) -> list[int]:
-    return [len(encode_entry(entry, HEADER.log_id)) for entry in log.entries()]
+def create(path: Path, table: zk.ParamTable | None = None, **options: Any) -> TrajectoryWriter:
+    table = table or make_table(WEIGHTS)
+    return TrajectoryWriter.create(path, table, RUN_SEED, "gaussian", "nearest", **options)
 
 
-def test_entries_come_back(path: Path) -> None:
-    with LogFile(path, HEADER) as log:
-        assert (log.first, log.last, log.cut_bytes, log.size) == (1, 4, 0, path.stat().st_size)
-        assert (log.num_steps, log.num_skipped) == (3, 1)
+def test_entries_come_back(rounds: Path) -> None:
+    with LogFile(rounds, HEADER) as log:
+        assert (log.first, log.last, log.torn_bytes, log.size) == (1, 4, 0, rounds.stat().st_size)
+        assert (log.header, log.num_steps, log.num_skipped) == (HEADER, 3, 1)
         assert [e.number for e in log.entries(2, 3)] == [2, 3]
         assert list(log.entries(5)) == []
         assert_same_entry(log.entry(2), make_entry(2))
@@ -69,13 +54,12 @@ def test_entries_come_back(path: Path) -> None:
                 list(log.entries(first, last))
 
 
-def test_frames_travel_as_they_lie_in_the_file(path: Path) -> None:
-    with LogFile(path, HEADER) as log:
-        sizes = sizes_of(log)
-        assert log.header == HEADER
-        for limit in (0, sizes[1] - 1, sizes[1], sizes[1] + sizes[2], 1 << 20):
+def test_frames_travel_as_they_lie_in_the_file(rounds: Path) -> None:
+    whole = ends(rounds)
+    with LogFile(rounds) as log:
+        for limit in (0, whole[2] - whole[1] - 1, *(end - whole[1] for end in whole[2:]), 1 << 20):
             count, data = log.frames(2, limit)
-            assert count == sum(sum(sizes[1 : 2 + n]) <= limit for n in range(3))
+            assert count == sum(end - whole[1] <= limit for end in whole[2:])
             entries = decode_entries(data, count, 2, BLOCKS, HEADER.log_id)
             for mine, theirs in zip(entries, log.entries(2, 1 + count), strict=True):
                 assert_same_entry(mine, theirs)
@@ -93,82 +77,37 @@ def test_frames_travel_as_they_lie_in_the_file(path: Path) -> None:
             decode_entries(data, count, first, BLOCKS, log_id)
 
 
-def test_hundreds_of_terms_each_with_its_mask(rng: Random) -> None:
-    """Own directions: eight clients of forty terms each, which move that client's blocks."""
-    coefs = torch.zeros(BLOCKS, 320)
-    for client in range(8):
-        covered = torch.tensor([(client >> b) & 1 or b == client % BLOCKS for b in range(BLOCKS)])
-        mine = slice(40 * client, 40 * client + 40)
-        coefs[covered, mine] = rng.coefs(40)
-    terms = NoiseTerms((7,) * 320, tuple(range(320)), coefs)
-    entry = LogEntry(3, terms, 7, base=1, mask_version=2)
-    data = encode_entry(entry, 5)
-    assert_same_entry(decode_entries(data, 1, 3, BLOCKS, 5)[0], entry)
-    assert entry.scalar_bytes == 4 * 320 + 8
-    assert len(data) < 4 * 320 + 8 * 10 + 64, "a column of coefficients and a mask for each client"
-
-
-def test_fingerprints_are_known_as_far_as_entries_tell(path: Path) -> None:
-    with LogFile(path, HEADER) as log:
-        assert log.fingerprint_after(0) == IDENTITY.start
-        assert log.fingerprint_after(1) == 72
-        assert log.fingerprint_after(2) == 74
-        assert log.fingerprint_after(3) == 74, "the third changed no weight"
-        assert log.fingerprint_after(4) is None
+def test_fingerprints_are_known_as_far_as_entries_tell(rounds: Path) -> None:
+    with LogFile(rounds, HEADER) as log:
+        known = [log.fingerprint_after(number) for number in range(5)]
+        assert known == [IDENTITY.start, 72, 74, 74, None], "the third changed no weight"
         log.append(make_entry(5, empty=True))
         assert log.fingerprint_after(4) is log.fingerprint_after(5) is None
         log.append(make_entry(6))
         assert log.fingerprint_after(4) == log.fingerprint_after(5) == 76
 
 
-def test_a_torn_tail_is_cut_and_the_log_goes_on(path: Path, tmp_path: Path) -> None:
-    data = path.read_bytes()
-    with LogFile(path, HEADER) as log:
-        sizes = sizes_of(log)
-    start = len(data) - sum(sizes)
-    whole = [start + sum(sizes[:t]) for t in range(len(sizes) + 1)]
-    cut = tmp_path / "cut.log"
-    for length in range(len(data)):
-        cut.write_bytes(data[:length])
-        rounds = max(sum(end <= length for end in whole) - 1, 0)
-        with LogFile(cut, HEADER, durable=False) as log:  # a header cut short is written again
-            assert log.last == rounds
-            assert log.cut_bytes == (length - whole[rounds] if length >= start else 0)
-            log.append(make_entry(rounds + 1))
-        with LogFile(cut, HEADER) as log:
-            assert (log.last, log.cut_bytes) == (rounds + 1, 0)
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"log_id": 6}, "another job"),
+        ({"identity": ModelIdentity(2, 1 << 63, 3, 4, BLOCKS)}, "another model"),
+        ({"distribution": "gaussian"}, "another distribution"),
+        ({"rounding": "nearest"}, "another rounding"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_the_log_of_something_else_is_refused(
+    rounds: Path, change: dict[str, Any], told: str
+) -> None:
+    data = rounds.read_bytes()
+    with pytest.raises(LogError, match=told):
+        LogFile(rounds, replace(HEADER, **change))
+    assert rounds.read_bytes() == data
 
 
-def test_damage_elsewhere_is_an_error_that_changes_nothing(path: Path, tmp_path: Path) -> None:
-    data = path.read_bytes()
-    with LogFile(path, HEADER) as log:
-        last = len(data) - sizes_of(log)[-1]
-    damaged = tmp_path / "damaged.log"
-    for at in range(last):
-        flipped = bytearray(data)
-        flipped[at] ^= 1 << (at % 8)
-        damaged.write_bytes(flipped)
-        with pytest.raises(LogError, match=r"damaged.log"):
-            LogFile(damaged, HEADER)
-        assert damaged.read_bytes() == flipped
-
-
-def test_another_job_model_or_noise_is_refused(path: Path) -> None:
-    data = path.read_bytes()
-    other = ModelIdentity(2, 1 << 63, 3, 4, BLOCKS)
-    for header, told in (
-        (LogHeader(6, IDENTITY, "rademacher", "stochastic"), "another job"),
-        (LogHeader(5, other, "rademacher", "stochastic"), "another model"),
-        (LogHeader(5, IDENTITY, "gaussian", "stochastic"), "another distribution"),
-        (LogHeader(5, IDENTITY, "rademacher", "nearest"), "another rounding"),
-    ):
-        with pytest.raises(LogError, match=told):
-            LogFile(path, header)
-    assert path.read_bytes() == data
-
-
-def test_entries_out_of_order_or_of_another_model_are_refused(path: Path) -> None:
-    with LogFile(path, HEADER) as log:
+def test_entries_out_of_order_or_of_another_model_are_refused(rounds: Path) -> None:
+    with LogFile(rounds, HEADER) as log:
         for entry in (make_entry(4), make_entry(6), make_entry(5, BLOCKS + 1)):
             with pytest.raises(LogError):
                 log.append(entry)
@@ -176,23 +115,41 @@ def test_entries_out_of_order_or_of_another_model_are_refused(path: Path) -> Non
         log.append(make_entry(5))
 
 
-def test_a_full_disk_leaves_the_log_as_it_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = path.read_bytes()
-    with LogFile(path, HEADER) as log:
+@pytest.mark.parametrize("fails", ["write", "fsync"])
+def test_a_full_disk_leaves_the_log_as_it_was(
+    rounds: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    data = rounds.read_bytes()
 
-        def no_space(_: int) -> None:
-            raise OSError(28, "No space left on device")
+    class Full:
+        """A file that takes half of what it is given."""
 
+        def write(self, record: bytes) -> int:
+            return file.write(record[: len(record) // 2])
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(file, name)
+
+    def no_space(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with LogFile(rounds, HEADER) as log:
+        file = log._file
         with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", no_space)
-            with pytest.raises(LogError, match=r"entry 5 was not written.*No space left"):
+            if fails == "write":
+                patch.setattr(log, "_file", Full())
+            else:
+                patch.setattr(os, "fsync", no_space)
+            with pytest.raises(LogError, match=r"entry 5 was not written.*(in part|No space left)"):
                 log.append(make_entry(5))
-        assert path.read_bytes() == data
+        assert rounds.read_bytes() == data
         log.append(make_entry(5))
         assert log.last == 5
 
 
-def test_entries_and_new_files_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entries_ends_and_new_files_are_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     synced: list[str] = []
     real = os.fsync
 
@@ -205,15 +162,19 @@ def test_entries_and_new_files_are_synced(tmp_path: Path, monkeypatch: pytest.Mo
         assert synced == ["file", "folder"]
         log.append(make_entry(1))
         assert synced == ["file", "folder", "file"]
-    with LogFile(tmp_path / "quick.log", HEADER, durable=False) as log:
+    with create(tmp_path / "quick.zot") as writer:
         del synced[:]
-        log.append(make_entry(1))
+        writer.skip(0)
         assert synced == []
+    assert synced == ["file"], "the end"
 
 
-def test_two_servers_cannot_share_a_log(path: Path) -> None:
-    with LogFile(path, HEADER), pytest.raises(LogError, match="another server"):
-        LogFile(path, HEADER)
+# --- Who may write -------------------------------------------------------------------------------
+
+
+def test_two_servers_cannot_share_a_log(rounds: Path) -> None:
+    with LogFile(rounds, HEADER), pytest.raises(LogError, match="another server"):
+        LogFile(rounds, HEADER)
 
 
 def start_server(path: Path, together: Any, said: Any, done: Any) -> None:
@@ -243,11 +204,75 @@ def test_of_servers_that_start_together_one_makes_the_log(tmp_path: Path) -> Non
         done.set()
         for server in servers:
             server.join()
-        with LogFile(path, HEADER) as log:
-            assert log.last == 1
+        assert Log.read(path).last == 1
 
 
 def test_a_missing_log_is_made_only_with_a_header(tmp_path: Path) -> None:
     with pytest.raises(LogError, match="there is no log"):
         LogFile(tmp_path / "none.log")
     assert list(tmp_path.iterdir()) == []
+
+
+# --- Trajectories --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [0, 7, 30])
+def test_a_resumed_run_has_the_bytes_of_an_uninterrupted_one(
+    tmp_path: Path, rng: Random, step: int
+) -> None:
+    updates, table = make_updates(30, rng), make_table(WEIGHTS)
+    path = record(tmp_path / "run.zot", table, updates)
+    whole = path.read_bytes()
+    with TrajectoryWriter.resume(path, table, step) as writer:
+        assert path.stat().st_size == writer.log.size == ends(path)[step]
+        write(writer, updates, step)
+    assert path.read_bytes() == whole
+
+
+def test_a_file_is_resumed_only_where_it_fits(path: Path) -> None:
+    data = path.read_bytes()
+    with pytest.raises(LogError, match="has steps 0 to 7: it cannot go on with step 13"):
+        TrajectoryWriter.resume(path, make_table(WEIGHTS), 13)
+    with pytest.raises(LogError, match="3 parameters are missing: layer"):
+        TrajectoryWriter.resume(path, zk.ParamTable({"embed": WEIGHTS["embed"]}), 3)
+    with pytest.raises(LogError, match="exists"):
+        create(path)
+    assert path.read_bytes() == data
+
+
+def test_what_cannot_be_recorded_is_refused(tmp_path: Path) -> None:
+    shard = zk.ParamTable({"embed": torch.ones(4)}, offsets={"embed": 4})
+    with pytest.raises(LogError, match="'embed' is a shard"):
+        create(tmp_path / "shard.zot", shard)
+    with pytest.raises(LogError, match="settings must be plain JSON"):
+        create(tmp_path / "x.zot", settings={"lr": float("nan")})
+    with pytest.raises(LogError, match="unknown noise 'uniform'"):
+        TrajectoryWriter.create(tmp_path / "x", make_table(WEIGHTS), 1, "uniform", "nearest")
+    assert list(tmp_path.iterdir()) == []
+    writer = create(tmp_path / "run.zot")
+    size, good = writer.log.size, torch.ones(GROUPS, 1)
+    for coefs, decay, told in (
+        (torch.ones(1, 1), None, "coefs of 1 groups"),
+        (good * float("nan"), None, "must be finite"),
+        (good, torch.full((GROUPS,), float("inf")), "must be finite"),
+        (good, torch.ones(2), "decays of 2 groups"),
+    ):
+        with pytest.raises(LogError, match=told):
+            writer.append(0, NoiseTerms((1,), (0,), coefs), decay=decay)
+    with pytest.raises(ValueError, match="rounding_seed"):
+        writer.append(0, NoiseTerms((1,), (0,), good), rounding_seed=-1)
+    for step in (1, -1):
+        with pytest.raises(LogError, match=f"entry {step} came after entry -1"):
+            writer.skip(step)
+    assert writer.log.size == writer.log.path.stat().st_size == size
+    writer.finish()
+    with pytest.raises(LogError, match="is finished"):
+        writer.skip(0)
+
+
+def test_an_exception_leaves_an_unfinished_file(tmp_path: Path) -> None:
+    with contextlib.suppress(KeyboardInterrupt), create(tmp_path / "run.zot") as writer:
+        writer.skip(0)
+        raise KeyboardInterrupt
+    trajectory = Log.read(tmp_path / "run.zot")
+    assert (trajectory.fingerprint, trajectory.last) == (None, 0)

@@ -1,4 +1,4 @@
-"""Small tables and runs to record."""
+"""Small tables, and runs and rounds to record."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from zorba.log import LogEntry, TrajectoryWriter
+from zorba.identity import ModelIdentity
+from zorba.log import Log, LogEntry, LogFile, LogHeader, TrajectoryWriter, encode_entry
+from zorba.log.header import decode_header
 from zorba.optim import InplacePlacement, NoiseTerms, step_seed
 
 import zorba_kernels as zk
@@ -16,6 +18,11 @@ from tests.kernels.bits import assert_same_bits
 RUN_SEED = 11
 NAMES = {"embed": 0, "layer.0.w": 1, "layer.1.w": 2, "norm": 0}
 GROUPS = 3
+
+BLOCKS = 4
+IDENTITY = ModelIdentity(1, 1 << 63, 3, 4, BLOCKS)
+HEADER = LogHeader(5, IDENTITY, "rademacher", "stochastic")
+"""Of a federation."""
 
 
 def make_weights(dtype: torch.dtype, rng: Random) -> dict[str, Tensor]:
@@ -63,6 +70,12 @@ def make_updates(count: int, rng: Random) -> list[Update]:
     return updates
 
 
+def write(writer: TrajectoryWriter, updates: list[Update], first: int = 0) -> None:
+    """Records the updates from step ``first`` on."""
+    for step, update in enumerate(updates[first:], first):
+        writer.skip(step) if update is None else writer.append(step, *update)
+
+
 def record(
     path: Path,
     table: zk.ParamTable,
@@ -70,20 +83,47 @@ def record(
     distribution: str = "rademacher",
     rounding: str = "stochastic",
     finish: bool = True,
-) -> None:
+) -> Path:
     """Trains the table with the updates and records them."""
     placement = InplacePlacement(table, distribution)
     writer = TrajectoryWriter.create(path, table, RUN_SEED, distribution, rounding)
-    for step, update in enumerate(updates):
-        if update is None:
-            writer.skip(step)
-            continue
-        terms, rounding_seed, decay = update
-        placement.update(terms, rounding, rounding_seed, decay)
-        writer.append(step, terms, rounding_seed, decay)
+    write(writer, updates)
+    for update in updates:
+        if update is not None:
+            terms, rounding_seed, decay = update
+            placement.update(terms, rounding, rounding_seed, decay)
     if finish:
         writer.finish()
     writer.close()
+    return path
+
+
+def make_entry(number: int, groups: int = BLOCKS, empty: bool = False) -> LogEntry:
+    """P = 3; block 2 is not covered, and blocks 0 and 3 have the same clients."""
+    if empty:
+        return LogEntry(number, NoiseTerms.none(groups), 0)
+    coefs = torch.arange(3.0) + torch.tensor([0.5, 1.5, 0.0, 0.5] + [0.5] * groups)[:groups, None]
+    coefs[2] = 0.0
+    terms = NoiseTerms((1 << 63 | number,) * 3, (0, 1, 2), coefs)
+    return LogEntry(number, terms, 1000 + number, None, 70 + number, 9)
+
+
+def record_rounds(path: Path) -> Path:
+    """Nobody measures anything in the third of four rounds."""
+    with LogFile(path, HEADER) as log:
+        for number in range(1, 5):
+            log.append(make_entry(number, empty=number == 3))
+    return path
+
+
+def ends(path: Path) -> list[int]:
+    """Offset at which the header, each entry and the end of a run end."""
+    data = path.read_bytes()
+    log = Log(data)
+    sizes = [len(encode_entry(e, log.header.log_id, log.header.run_seed)) for e in log.entries()]
+    start = decode_header(data)[1]
+    known = [start + sum(sizes[:n]) for n in range(len(sizes) + 1)]
+    return known if log.fingerprint is None else [*known, len(data)]
 
 
 def assert_same_entry(mine: LogEntry, theirs: LogEntry) -> None:

@@ -57,8 +57,8 @@ class ReportSettings:
 
 def demo(settings: DemoSettings) -> None:
     """See ``DemoSettings``."""
-    packages = ("accelerate", "gguf", "matplotlib", "pyarrow", "rich", "safetensors", "scipy")
-    check_needs("demo", (*packages, "transformers"), "demo")
+    packages = ("accelerate", "gguf", "matplotlib", "pyarrow", "pydantic", "rich", "safetensors")
+    check_needs("demo", (*packages, "scipy", "transformers"), "demo")
     from zorba.apps.demo.run import run_demo
 
     run_demo(settings)
@@ -95,7 +95,7 @@ def plan(settings: PlanSettings) -> None:
 
 def watch(settings: WatchSettings) -> None:
     """See ``WatchSettings``."""
-    check_needs("watch", ["rich"], "watch")
+    check_needs("watch", ["pydantic", "rich"], "watch")
     from zorba.apps.watch.live import watch_run
 
     watch_run(settings.run, once=settings.once)
@@ -103,7 +103,7 @@ def watch(settings: WatchSettings) -> None:
 
 def report(settings: ReportSettings) -> None:
     """See ``ReportSettings``."""
-    check_needs("report", ["jinja2", "matplotlib", "rich"], "watch")
+    check_needs("report", ["jinja2", "matplotlib", "pydantic", "rich"], "watch")
     from zorba.apps.watch.page import write_report
 
     print(f"wrote {write_report(settings.run, settings.out)}")

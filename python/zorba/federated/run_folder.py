@@ -102,7 +102,7 @@ class RunRecorder:
         )
         self._write_plan(record)
         # An entry that was cut was never told to anyone; still, a crash happened, and is shown.
-        if cut := server.log.cut_bytes:
+        if cut := server.log.torn_bytes:
             self.fault(f"the log ended with a torn entry of {cut} bytes, which was cut")
 
     def round(self, report: RoundReport) -> None:

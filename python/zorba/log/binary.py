@@ -9,48 +9,36 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-
-class FormatError(ValueError):
-    """Bytes are not what their format says they must be."""
+U64 = struct.Struct("<Q")
 
 
 class Reader:
-    """Takes values off the front of a buffer; every take is checked against what is left.
+    """Takes values off the front of a buffer, which is only read; arrays are copies."""
 
-    Attributes:
-        error: what is raised where the bytes are wrong; formats have their own.
-    """
-
-    error: type[Exception] = FormatError
+    error: type[Exception]  # what is raised where the bytes are wrong; each format has its own
 
     def __init__(self, view: memoryview) -> None:
-        """``view`` is only read, and values are copied out of it."""
         self._view = view
-        self._at = 0
 
     @property
     def left(self) -> int:
         """Bytes that were not taken yet."""
-        return len(self._view) - self._at
+        return len(self._view)
 
     def raw(self, count: int, what: str) -> memoryview:
         """Takes ``count`` bytes."""
         # Before a slice or an array is made: a length from outside must not decide what is taken.
         if count > self.left:
             raise self.error(f"{what} needs {count} bytes but {self.left} are left")
-        self._at += count
-        return self._view[self._at - count : self._at]
-
-    def peek(self) -> memoryview:
-        """Returns what is left without taking it."""
-        return self._view[self._at :]
+        taken, self._view = self._view[:count], self._view[count:]
+        return taken
 
     def unpack(self, layout: struct.Struct, what: str) -> tuple[Any, ...]:
         """Takes the fields of ``layout``."""
         return layout.unpack(self.raw(layout.size, what))
 
     def array(self, dtype: str, count: int, what: str) -> npt.NDArray[Any]:
-        """Takes ``count`` numbers of the little-endian ``dtype`` and returns a copy of them."""
+        """Takes ``count`` numbers of the little-endian ``dtype``."""
         kind = np.dtype(dtype)
         return np.frombuffer(self.raw(count * kind.itemsize, what), dtype=kind).copy()
 
@@ -64,9 +52,7 @@ class Reader:
             raise self.error(f"{self.left} bytes follow the end")
 
 
-def decode_choice(
-    codes: Mapping[Any, int], code: int, what: str, error: type[Exception] = FormatError
-) -> Any:
+def decode_choice(codes: Mapping[Any, int], code: int, what: str, error: type[Exception]) -> Any:
     """Returns the name of a code, or raises ``error`` for one that nobody gave."""
     for name, known in codes.items():
         if known == code:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -12,22 +12,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from zorba.log.errors import DamagedLogError, LogError
-from zorba.log.frame import END, ENTRY, SKIP, BodyReader, Frame, frame, salt_of, unframe, varint
-from zorba.log.pattern import (
-    MAX_TERMS,
-    StepSeeds,
-    count_terms,
-    decode_pattern,
-    encode_pattern,
-    resolve,
-)
+from zorba.log.binary import U64
+from zorba.log.frame import END, ENTRY, SKIP, BodyReader, Frame, LogError, frame, unframe, varint
+from zorba.log.pattern import MAX_TERMS, Run, decode_pattern, encode_pattern, resolve, seed_of
 from zorba.optim import NoiseTerms
 
 MAX_COEFS = 1 << 26
 """Coefficients that one entry may have: groups times terms."""
 
-# Flags of a body's first byte: which fields are there.
+# Flags of a body's first byte: which fields are there. One byte holds all of them: a step of one
+# perturbation then takes 16 bytes, CRCs included.
 _PATTERN = 1  # the pattern of the terms; else samples 0, 1, ... of the step's own seed
 _PARTS = 2  # several parts, each with its mask; else all terms are one part
 _MAPPED = 4  # the column of each group; else one column is for all groups
@@ -37,8 +31,6 @@ _DECAYS = 32  # a decay for each group
 _BASE = 64  # fingerprint of the weights before the entry
 _MASKS = 128  # version of the masks in force
 
-# One byte holds all flags: a step of one perturbation then takes 16 bytes, CRCs included.
-_U64 = struct.Struct("<Q")
 _U32 = struct.Struct("<I")
 
 
@@ -72,71 +64,53 @@ class LogEntry:
     def scalar_bytes(self) -> int:
         """Bytes of coefficients and seeds alone, as they are written."""
         coefs = sum(part.coefs.nbytes for part in _parts(_matrix(self.terms.coefs)))
-        return coefs + _U64.size * len(set(self.terms.seeds))
+        return coefs + U64.size * len(set(self.terms.seeds))
 
     def uncovered(self) -> list[int]:
         """Returns the groups whose coefficients are all 0."""
         return torch.nonzero(~(self.terms.coefs != 0).any(dim=1)).flatten().tolist()
 
 
-class _Part(NamedTuple):
-    """Consecutive terms that move the same groups: in a round with own directions, a client's."""
-
-    columns: npt.NDArray[np.int64]  # [groups], column of each group; -1 where it is not moved
-    coefs: npt.NDArray[np.float32]  # [terms, columns]
-
-
-# --- Bytes of an entry ----------------------------------------------------------------------------
-
-
 def encode_entry(entry: LogEntry, log_id: int, run_seed: int | None = None) -> bytes:
-    """Returns an entry as a frame.
-
-    Args:
-        entry: what to write.
-        log_id: uint64 of the log, which the frame's CRC depends on.
-        run_seed: uint64; seeds of steps of this run are written in a few bits, others in full.
+    """Returns an entry as a frame of the log; seeds of steps of its run take a few bits.
 
     Raises:
         LogError: numbers that are not finite, or more than a log takes.
     """
-    return write_entry(entry, StepSeeds(run_seed), salt_of(log_id))
+    kind, body = (SKIP, b"") if entry.empty else (ENTRY, _body(entry, run_seed))
+    return frame(kind, entry.number, body, log_id)
 
 
-def write_entry(entry: LogEntry, seeds: StepSeeds, salt: int) -> bytes:
-    """``encode_entry`` for a caller that writes many."""
-    if entry.empty:
-        return frame(SKIP, entry.number, b"", salt)
-    return frame(ENTRY, entry.number, _body(entry, seeds), salt)
-
-
-def _body(entry: LogEntry, seeds: StepSeeds) -> bytes:
+def _body(entry: LogEntry, run_seed: int | None) -> bytes:
     terms, number = entry.terms, entry.number
     coefs = _matrix(terms.coefs)
     # What no reader would take must not be written: a log that cannot be read is lost.
     if coefs.size > MAX_COEFS:
         raise LogError(f"an entry of {coefs.size} coefficients; at most {MAX_COEFS} are allowed")
-    decay = None if entry.decay is None else _decays(entry.decay, len(coefs))
-    if not np.isfinite(coefs).all() or (decay is not None and not np.isfinite(decay).all()):
+    decay = torch.zeros(1) if entry.decay is None else entry.decay.detach().float().cpu().flatten()
+    if len(decay) not in (1, len(coefs)):
+        raise LogError(f"decays of {len(decay)} groups in an entry of {len(coefs)}")
+    if not np.isfinite(coefs).all() or not decay.isfinite().all():
         raise LogError(f"coefficients and decays of entry {number} must be finite")
     # The step's own seed is known to whoever reads the header, so it is not written.
-    own = None if seeds.run_seed is None else seeds.of(number)
+    own = None if run_seed is None else seed_of(run_seed, number)
     flags, fields = 0, []
     count = len(terms.seeds)
     if set(terms.seeds) <= {own} and terms.samples == tuple(range(count)):
         fields.append(varint(count))
     else:
         flags |= _PATTERN
-        fields.append(encode_pattern(terms.seeds, terms.samples, number, seeds.finder(number)))
+        fields.append(encode_pattern(terms.seeds, terms.samples, number, run_seed))
     if entry.rounding_seed != own:
         flags |= _ROUNDING
-        fields.append(_U64.pack(entry.rounding_seed))
-    if decay is not None and (decay != 0).any():
-        flags |= _DECAY if _same(decay) else _DECAYS
-        fields.append(decay[: 1 if _same(decay) else None].tobytes())
+        fields.append(U64.pack(entry.rounding_seed))
+    if decay.any():
+        same = bool((decay == decay[0]).all())
+        flags |= _DECAY if same else _DECAYS
+        fields.append(decay[: 1 if same else None].numpy().astype("<f4").tobytes())
     if entry.base is not None:
         flags |= _BASE
-        fields.append(_U64.pack(entry.base))
+        fields.append(U64.pack(entry.base))
     if entry.mask_version:
         flags |= _MASKS
         fields.append(_U32.pack(entry.mask_version))
@@ -149,19 +123,14 @@ def _body(entry: LogEntry, seeds: StepSeeds) -> bytes:
     if any((part.columns != 0).any() for part in parts):
         flags |= _MAPPED
     for part in parts:
-        fields += _part_fields(part, flags)
+        rows, columns = part.coefs.shape
+        if flags & _PARTS:
+            fields.append(varint(rows))
+        if flags & _MAPPED:
+            # -1 becomes the largest number, which is no column.
+            fields += [varint(columns), part.columns.astype(_map_type(columns)).tobytes()]
+        fields.append(part.coefs.astype("<f4").tobytes())
     return bytes([flags]) + b"".join(fields)
-
-
-def _part_fields(part: _Part, flags: int) -> Iterator[bytes]:
-    rows, columns = part.coefs.shape
-    if flags & _PARTS:
-        yield varint(rows)
-    if flags & _MAPPED:
-        yield varint(columns)
-        # -1 becomes the largest number, which is no column.
-        yield part.columns.astype(_map_type(columns)).tobytes()
-    yield part.coefs.astype("<f4").tobytes()
 
 
 def _map_type(columns: int) -> str:
@@ -170,35 +139,24 @@ def _map_type(columns: int) -> str:
 
 def _matrix(coefs: Tensor) -> npt.NDArray[np.float32]:
     """Coefficients on the host; -0 becomes 0, which changes no weight either."""
-    plain = coefs.detach().to("cpu", torch.float32).numpy()
-    matrix: npt.NDArray[np.float32] = np.add(plain, 0, dtype=np.float32)
-    return matrix
+    return (coefs.detach().to("cpu", torch.float32) + 0).numpy()
 
 
-def _decays(decay: Tensor, groups: int) -> npt.NDArray[np.float32]:
-    column = decay.detach().to("cpu", torch.float32).reshape(-1)
-    if len(column) not in (1, groups):
-        raise LogError(f"decays of {len(column)} groups in an entry of {groups}")
-    return column.expand(groups).numpy().astype("<f4")
+class _Part(NamedTuple):
+    """Consecutive terms that move the same groups: in a round with own directions, a client's."""
 
-
-def _same(values: npt.NDArray[np.float32]) -> bool:
-    return bool((values == values[:1]).all())
+    columns: npt.NDArray[np.int64]  # [groups], column of each group; -1 where it is not moved
+    coefs: npt.NDArray[np.float32]  # [terms, columns]
 
 
 def _parts(coefs: npt.NDArray[np.float32]) -> list[_Part]:
     """Splits the columns of coefs [groups, terms] where other groups are moved."""
-    groups, terms = coefs.shape
     moved = coefs != 0
     starts = [0]
     # A term whose coefficients are all 0 fits any mask: a scalar of 0 starts no part of its own.
-    last: npt.NDArray[np.bool_] | None = None
-    for k in np.flatnonzero(moved.any(axis=0)).tolist() if groups > 1 else ():
-        if last is not None and (moved[:, k] != last).any():
-            starts.append(k)
-        last = moved[:, k]
-    ends = [*starts[1:], terms]
-    return [_part(coefs[:, start:end]) for start, end in zip(starts, ends, strict=True)]
+    some = np.flatnonzero(moved.any(axis=0)).tolist() if len(coefs) > 1 else []
+    starts += [k for last, k in pairwise(some) if (moved[:, k] != moved[:, last]).any()]
+    return [_part(coefs[:, start:end]) for start, end in pairwise([*starts, coefs.shape[1]])]
 
 
 def _part(coefs: npt.NDArray[np.float32]) -> _Part:
@@ -206,25 +164,16 @@ def _part(coefs: npt.NDArray[np.float32]) -> _Part:
     if len(coefs) == 1 or (coefs == coefs[:1]).all():
         return _Part(np.zeros(len(coefs), np.int64), np.ascontiguousarray(coefs[:1].T))
     # Groups that the same clients covered have equal rows, to the bit: one column serves them all.
-    rows = np.flatnonzero((coefs != 0).any(axis=1))
     known: dict[bytes, int] = {}
     columns = np.full(len(coefs), -1, np.int64)
-    for row in rows.tolist():
+    for row in np.flatnonzero((coefs != 0).any(axis=1)).tolist():
         columns[row] = known.setdefault(coefs[row].tobytes(), len(known))
     first = [int(np.argmax(columns == column)) for column in range(len(known))]
     return _Part(columns, np.ascontiguousarray(coefs[first].T))
 
 
-# --- Entries of bytes -----------------------------------------------------------------------------
-
-
 def decode_entries(
-    data: bytes | memoryview,
-    count: int,
-    first: int,
-    num_groups: int,
-    log_id: int,
-    run_seed: int | None = None,
+    data: bytes, count: int, first: int, num_groups: int, log_id: int, run_seed: int | None = None
 ) -> list[LogEntry]:
     """Returns ``count`` entries, numbered from ``first``, that fill ``data``.
 
@@ -232,22 +181,21 @@ def decode_entries(
         DamagedLogError: bytes were cut or changed, or are of another log.
         LogError: they are whole, but make no sense or have other numbers.
     """
-    view, salt, seeds = memoryview(data), salt_of(log_id), StepSeeds(run_seed)
+    view, at = memoryview(data), 0
     entries: list[LogEntry] = []
-    at = 0
     # Entries in a plan are consecutive: a gap would leave a replica one round behind for ever.
     for number in range(first, first + count):
-        found = unframe(view, at, salt)
+        found = unframe(view, at, log_id)
         if found.number != number or found.kind == END:
             raise LogError(f"expected entry {number}, found {found.number} of kind {found.kind}")
-        entries.append(read_entry(found, num_groups, seeds))
+        entries.append(read_entry(found, num_groups, run_seed))
         at = found.end
     if at != len(view):
         raise LogError(f"{len(view) - at} bytes follow the last of {count} entries")
     return entries
 
 
-def read_entry(found: Frame, groups: int, seeds: StepSeeds) -> LogEntry:
+def read_entry(found: Frame, groups: int, run_seed: int | None) -> LogEntry:
     """Returns the entry of a frame; raises LogError if it makes no sense."""
     # Field by field in the order of the flags' table in docs/log.md.
     reader = BodyReader(found.body)
@@ -257,29 +205,28 @@ def read_entry(found: Frame, groups: int, seeds: StepSeeds) -> LogEntry:
     (flags,) = reader.raw(1, "an entry")
     if flags & _PATTERN:
         runs = decode_pattern(reader)
-        count = count_terms(runs)
     else:
         count = reader.varint("number of terms")
+        runs = [Run(None, 0, 0, count)] if count else []
+    count = sum(run.samples * run.seeds for run in runs)
     # Checked before anything of this size is made.
     if count > MAX_TERMS or count * groups > MAX_COEFS:
         raise LogError(f"an entry of {count} terms and {groups} groups is over the limits")
-    rounding_seed = (
-        reader.unpack(_U64, "rounding seed")[0] if flags & _ROUNDING else seeds.of(found.number)
-    )
+    if flags & _ROUNDING:
+        (rounding_seed,) = reader.unpack(U64, "rounding seed")
+    else:
+        rounding_seed = seed_of(run_seed, found.number)
     decay = None
     if flags & (_DECAY | _DECAYS):
-        rows = groups if flags & _DECAYS else 1
-        decay = torch.from_numpy(_finite(reader.array("<f4", rows, "decays"))).expand(groups)
-    base = reader.unpack(_U64, "base fingerprint")[0] if flags & _BASE else None
+        decays = _reals(reader, groups if flags & _DECAYS else 1, "decays")
+        decay = torch.from_numpy(decays).expand(groups)
+    base = reader.unpack(U64, "base fingerprint")[0] if flags & _BASE else None
     version = reader.unpack(_U32, "mask version")[0] if flags & _MASKS else 0
     coefs = _read_coefs(reader, flags, count, groups)
     reader.end()
     # Last: by now the body is known to have a coefficient for each term that it claims.
-    if flags & _PATTERN:
-        names = resolve(runs, found.number, seeds.of)
-    else:
-        names = ((seeds.of(found.number),) * count, tuple(range(count)))
-    return LogEntry(found.number, NoiseTerms(*names, coefs), rounding_seed, decay, base, version)
+    terms = NoiseTerms(*resolve(runs, found.number, run_seed), coefs)
+    return LogEntry(found.number, terms, rounding_seed, decay, base, version)
 
 
 def _read_coefs(reader: BodyReader, flags: int, terms: int, groups: int) -> Tensor:
@@ -289,8 +236,7 @@ def _read_coefs(reader: BodyReader, flags: int, terms: int, groups: int) -> Tens
     count = reader.varint("number of parts") if flags & _PARTS else 1
     if not 1 <= count <= max(terms, 1):
         raise LogError(f"{terms} terms in {count} parts")
-    parts = []
-    left = terms
+    parts, left = [], terms
     for _ in range(count):
         rows = reader.varint("terms of a part") if flags & _PARTS else terms
         columns = reader.varint("number of columns") if flags & _MAPPED else 1
@@ -298,44 +244,22 @@ def _read_coefs(reader: BodyReader, flags: int, terms: int, groups: int) -> Tens
         if rows > left or columns > groups:
             raise LogError(f"a part of {rows} terms and {columns} columns is too large")
         left -= rows
-        places = None
+        places = np.zeros(1, np.int64)  # one column for all groups: expanded, it takes no memory
         if flags & _MAPPED:
             places = reader.array(_map_type(columns), groups, "columns").astype(np.int64)
             places[places == (255 if columns < 255 else 65535)] = columns
             if (places > columns).any():
                 raise LogError(f"columns of groups must be below {columns}")
-        coefs = _finite(reader.array("<f4", rows * columns, "coefficients")).reshape(rows, columns)
-        parts.append(_spread(coefs, places, groups))
+        coefs = _reals(reader, rows * columns, "coefficients").reshape(rows, columns).T
+        padded = np.vstack([coefs, np.zeros((1, rows), np.float32)])  # of groups not moved
+        parts.append(torch.from_numpy(padded[places]).expand(groups, -1))
     if left:
         raise LogError(f"{left} of {terms} terms are in no part")
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _spread(
-    coefs: npt.NDArray[np.float32], places: npt.NDArray[np.int64] | None, groups: int
-) -> Tensor:
-    """Gives each group its column of coefs [terms, columns]; the one behind the last is 0."""
-    if places is None:
-        # A view: thousands of groups with one row of coefficients take no memory.
-        return torch.from_numpy(np.ascontiguousarray(coefs.T)).expand(groups, -1)
-    padded = np.zeros((coefs.shape[1] + 1, coefs.shape[0]), np.float32)
-    padded[:-1] = coefs.T
-    return torch.from_numpy(padded[places])
-
-
-def _finite(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _reals(reader: BodyReader, count: int, what: str) -> npt.NDArray[np.float32]:
+    values = reader.array("<f4", count, what).astype(np.float32)
     if not np.isfinite(values).all():
-        raise LogError("coefficients and decays of an entry are not all finite")
-    return values.astype(np.float32)
-
-
-def end_frame(number: int, fingerprint: int, salt: int) -> bytes:
-    """Returns the frame that ends a finished run: the fingerprint of the weights after it."""
-    return frame(END, number, _U64.pack(fingerprint), salt)
-
-
-def read_end(found: Frame) -> int:
-    """Returns the fingerprint of an end."""
-    if len(found.body) != _U64.size:
-        raise DamagedLogError(f"the end has {len(found.body)} bytes, expected {_U64.size}")
-    return int(_U64.unpack(found.body)[0])
+        raise LogError(f"{what} of an entry are not all finite")
+    return values

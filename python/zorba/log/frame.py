@@ -12,21 +12,23 @@ import struct
 import zlib
 from typing import NamedTuple
 
-from zorba.log.binary import Reader
-from zorba.log.errors import DamagedLogError, LogError
+from zorba.log.binary import U64, Reader
 
-# An entry of 2**20 terms with a column each fits many times over; a length above this is a lie, and
-# is refused before anybody allocates for it.
-MAX_BODY_BYTES = 1 << 26
-
+# Kinds of frames: a change of the weights, a number that changed nothing, the end of a run.
 ENTRY, SKIP, END = 1, 2, 3
-"""Kinds of frames: a change of the weights, a number that changed nothing, the end of a run."""
+MAX_BODY_BYTES = 1 << 26  # a larger length is a lie, refused before anybody allocates for it
 
-_ID = struct.Struct("<Q")
 _CHECK = struct.Struct("<H")
-_CRC = struct.Struct("<I")
-_MAX_HEAD_BYTES = 1 + 9 + 9 + _CHECK.size
+CRC = struct.Struct("<I")
 _SEARCH = 8  # times the bytes behind a damage that a search for whole frames may read
+
+
+class LogError(RuntimeError):
+    """A log cannot be written, read or replayed; the message says why."""
+
+
+class DamagedLogError(LogError):
+    """Bytes were cut or changed."""
 
 
 class BodyReader(Reader):
@@ -49,20 +51,19 @@ class BodyReader(Reader):
         raise self.error(f"{what} is not a number")
 
 
+class HeadReader(BodyReader):
+    """Takes values off what was not checked yet."""
+
+    error = DamagedLogError
+
+
 class Frame(NamedTuple):
-    """A frame that was checked.
+    """A frame that was checked."""
 
-    Attributes:
-        kind: ``ENTRY``, ``SKIP`` or ``END``.
-        number: of the step or round.
-        body: a view of its bytes.
-        end: offset of the first byte behind it.
-    """
-
-    kind: int
+    kind: int  # ENTRY, SKIP or END
     number: int
     body: memoryview
-    end: int
+    end: int  # offset of the first byte behind it
 
 
 def varint(value: int) -> bytes:
@@ -75,80 +76,61 @@ def varint(value: int) -> bytes:
     return bytes(out)
 
 
-def salt_of(log_id: int) -> int:
-    """Returns the CRC from which those of a log's frames are continued."""
-    return zlib.crc32(_ID.pack(log_id))
-
-
-def frame(kind: int, number: int, body: bytes, salt: int) -> bytes:
+def frame(kind: int, number: int, body: bytes, log_id: int) -> bytes:
     """Returns a frame."""
     if len(body) > MAX_BODY_BYTES:
         raise LogError(f"an entry of {len(body)} bytes; at most {MAX_BODY_BYTES} are allowed")
     # The number is written out: a reader that meets damage must tell whether what follows fits.
     head = bytes([kind]) + varint(number) + varint(len(body))
-    crc = zlib.crc32(head, salt)
+    crc = zlib.crc32(head, zlib.crc32(U64.pack(log_id)))
     # Not over the check as well: data that is followed by its own CRC leaves a constant, whatever
     # the data, and the last CRC would say nothing of the head.
-    return head + _CHECK.pack(crc & 0xFFFF) + body + _CRC.pack(zlib.crc32(body, crc))
+    return head + _CHECK.pack(crc & 0xFFFF) + body + CRC.pack(zlib.crc32(body, crc))
 
 
-def unframe(view: memoryview, at: int, salt: int) -> Frame:
-    """Checks the frame at an offset and returns it.
-
-    Raises:
-        DamagedLogError: there is no whole, unchanged frame.
-    """
-    number, length, start, crc = _head(view, at, salt)
+def unframe(view: memoryview, at: int, log_id: int) -> Frame:
+    """Returns the frame at an offset; DamagedLogError where there is no whole, unchanged one."""
+    number, length, start, crc = _head(view, at, log_id)
     # The head has passed its check, so a length that reaches past the end means a torn tail.
-    end = start + length + _CRC.size
+    end = start + length + CRC.size
     if end > len(view):
         raise DamagedLogError(f"an entry says {length} bytes, {len(view) - start} are left")
     body = view[start : start + length]
-    if _CRC.unpack_from(view, end - _CRC.size)[0] != zlib.crc32(body, crc):
+    if CRC.unpack_from(view, end - CRC.size)[0] != zlib.crc32(body, crc):
         raise DamagedLogError("the CRC of an entry does not match")
     return Frame(view[at], number, body, end)
 
 
-def frame_follows(view: memoryview, at: int, salt: int) -> bool:
-    """Returns whether a whole frame starts anywhere behind an offset.
-
-    Raises:
-        LogError: so much of what follows looks like frames that nothing but a forgery explains it.
-    """
+def frame_follows(view: memoryview, at: int, log_id: int) -> bool:
+    """Returns whether a whole frame starts behind an offset; LogError for a forgery of many."""
     # The check of a head lets one offset in 65,536 of arbitrary bytes through, and few of these say
     # a large length. A file that was made to cost quadratic time is refused instead.
     budget = _SEARCH * (len(view) - at)
     for start in range(at + 1, len(view)):
         try:
-            _, length, body, _ = _head(view, start, salt)
+            _, length, body, _ = _head(view, start, log_id)
             if body + length > len(view):
                 continue
             budget -= length
             if budget < 0:
                 raise LogError(f"offset {start}: these bytes are a log's neither whole nor torn")
-            unframe(view, start, salt)
+            unframe(view, start, log_id)
             return True
         except DamagedLogError:
             continue
     return False
 
 
-def _head(view: memoryview, at: int, salt: int) -> tuple[int, int, int, int]:
+def _head(view: memoryview, at: int, log_id: int) -> tuple[int, int, int, int]:
     """Returns number, length, offset of the body, and the CRC of kind, number and length."""
     if at >= len(view) or view[at] not in (ENTRY, SKIP, END):
         raise DamagedLogError("an entry does not start with a known kind")
-    # A slice of the longest head: a varint that never ends stops there, not at the end of the file.
-    reader = BodyReader(view[at : at + _MAX_HEAD_BYTES])
-    before = reader.left
-    try:
-        reader.raw(1, "the kind of an entry")
-        number = reader.varint("the number of an entry")
-        length = reader.varint("the length of an entry")
-        middle = at + before - reader.left
-        (check,) = reader.unpack(_CHECK, "the check of an entry")
-    except LogError as error:
-        raise DamagedLogError(str(error)) from None
-    crc = zlib.crc32(view[at:middle], salt)
+    reader = HeadReader(view[at + 1 :])
+    number = reader.varint("the number of an entry")
+    length = reader.varint("the length of an entry")
+    middle = len(view) - reader.left
+    (check,) = reader.unpack(_CHECK, "the check of an entry")
+    crc = zlib.crc32(view[at:middle], zlib.crc32(U64.pack(log_id)))
     if check != crc & 0xFFFF or length > MAX_BODY_BYTES:
         raise DamagedLogError("the head of an entry does not match its check")
     return number, length, middle + _CHECK.size, crc

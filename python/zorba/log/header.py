@@ -8,38 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 
-from zorba.identity import ModelIdentity, package_version
-from zorba.log.errors import DamagedLogError, LogError
+from zorba.identity import MAX_BLOCKS, ModelIdentity, package_version
+from zorba.log.frame import CRC, DamagedLogError, HeadReader, LogError
 from zorba.tables import TableLike, each_table
-from zorba_kernels.noise import (
-    DISTRIBUTIONS,
-    MAX_ELEMENTS,
-    NOISE_VERSION,
-    ROUNDINGS,
-    Distribution,
-    Rounding,
-)
+from zorba_kernels.noise import DISTRIBUTIONS, NOISE_VERSION, ROUNDINGS, Distribution, Rounding
 from zorba_kernels.table import DTYPE_CODES
 
 MAGIC = b"ZORBALOG"
 FORMAT = 2
-MAX_GROUPS = 65534
-"""65535 marks a group without a column."""
-MAX_TEXT_BYTES = 1 << 26
-"""Neither the compressed nor the plain text of a header is longer."""
+MAX_TEXT_BYTES = 1 << 26  # of a header, plain
 
 _FIXED = struct.Struct("<8sHHII")
-_CRC = struct.Struct("<I")
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPE_CODES}
 _OLD = (b"ZORBAZOT", MAGIC + b"\1\0")  # starts of 0.1.0's trajectories and logs
 
 
@@ -89,29 +76,26 @@ class LogHeader:
     def __post_init__(self) -> None:
         """Raises LogError where fields make no sense."""
         me = self.identity
-        words = {"log_id": self.log_id, "run_seed": self.run_seed or 0, "first": self.first}
-        words |= {"origin": me.origin or 0, "start": me.start, "layout": me.layout}
-        # bool is an int to Python, and 1.0 equals 1: only plain integers have one encoding.
-        for what, value in words.items():
-            if type(value) is not int or not 0 <= value < 1 << 64:
+        numbers = {"log_id": self.log_id, "run_seed": self.run_seed, "first": self.first}
+        for what, value in (numbers | vars(me)).items():
+            # bool is an int to Python, and 1.0 equals 1: only plain integers have one encoding.
+            fits = type(value) is int and 0 <= value < 1 << 64
+            if not fits and not (value is None and what in ("run_seed", "origin")):
                 raise LogError(f"{what} must be a uint64, got {value!r}")
-        if type(me.num_blocks) is not int or not 1 <= me.num_blocks <= MAX_GROUPS:
-            raise LogError(f"{me.num_blocks} groups; a log has 1 to {MAX_GROUPS}")
+        if not 1 <= me.num_blocks <= MAX_BLOCKS:
+            raise LogError(f"{me.num_blocks} groups; a log has 1 to {MAX_BLOCKS}")
         if self.distribution not in DISTRIBUTIONS or self.rounding not in ROUNDINGS:
             raise LogError(f"unknown noise {self.distribution!r} or rounding {self.rounding!r}")
         texts = [self.package, *(t for t in (self.architecture, self.dtype) if t is not None)]
         if not isinstance(self.settings, Mapping) or not all(isinstance(t, str) for t in texts):
             raise LogError("settings are no mapping, or a name is no text")
+        dtypes = set(map(dtype_name, DTYPE_CODES))
         for p in self.parameters:
             sizes_fit = all(type(n) is int and n >= 0 for n in p.shape)
-            if not isinstance(p.name, str) or not sizes_fit or math.prod(p.shape) > MAX_ELEMENTS:
-                raise LogError(f"parameter {p.name!r} of shape {p.shape}")
-            if (
-                p.dtype not in _DTYPES
-                or type(p.group) is not int
-                or not 0 <= p.group < me.num_blocks
-            ):
-                raise LogError(f"parameter {p.name!r} of dtype {p.dtype!r} in group {p.group!r}")
+            group_fits = type(p.group) is int and 0 <= p.group < me.num_blocks
+            known = isinstance(p.name, str) and p.dtype in dtypes
+            if not (known and sizes_fit and group_fits):
+                raise LogError(f"{p} makes no sense in a log of {me.num_blocks} groups")
         if len({p.name for p in self.parameters}) != len(self.parameters):
             raise LogError("two parameters have one name")
 
@@ -130,23 +114,21 @@ class LogHeader:
         """Returns the header's bytes."""
         # JSON, since a header is read by people too (``python -m json.tool`` after inflating), and
         # written once a run: only entries must be small.
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values["identity"] = asdict(self.identity)
-        values["settings"] = dict(self.settings)
+        values = vars(self) | {"identity": vars(self.identity), "settings": dict(self.settings)}
         # Columns, not rows: names that repeat a pattern compress better side by side.
-        columns = ([getattr(p, f.name) for p in self.parameters] for f in fields(Parameter))
-        values["parameters"] = list(columns)
+        values["parameters"] = [
+            [getattr(p, f.name) for p in self.parameters] for f in fields(Parameter)
+        ]
         try:
             text = json.dumps(values, separators=(",", ":"), allow_nan=False).encode()
         except (TypeError, ValueError) as error:
-            raise LogError(
-                f"settings must be plain JSON (text, finite numbers, lists, ...): {error}"
-            ) from None
+            told = "settings must be plain JSON (text, finite numbers, lists, ...)"
+            raise LogError(f"{told}: {error}") from None
         if len(text) > MAX_TEXT_BYTES:
             raise LogError(f"names and settings take {len(text)} bytes: too many")
         packed = zlib.compress(text, 9)
         data = _FIXED.pack(MAGIC, FORMAT, 0, len(text), len(packed)) + packed
-        return data + _CRC.pack(zlib.crc32(data))
+        return data + CRC.pack(zlib.crc32(data))
 
     def difference(self, other: LogHeader) -> str | None:
         """Returns a sentence on the first thing in which another log differs, or None."""
@@ -156,96 +138,69 @@ class LogHeader:
                 return f"another {what}: {theirs}, expected {mine}"
         return self.identity.difference(other.identity)
 
-    def parameter_difference(self, others: Iterable[Parameter], groups: bool = True) -> str | None:
-        """Returns a sentence on the first thing in which other parameters differ, or None.
-
-        Args:
-            others: in any order.
-            groups: whether groups must agree.
-        """
+    def parameter_difference(self, others: Iterable[Parameter]) -> str | None:
+        """Returns a sentence on the first thing in which other parameters differ, or None."""
         theirs = {p.name: p for p in others}
         mine = {p.name: p for p in self.parameters}
         for names, what in ((mine.keys() - theirs, "missing"), (theirs.keys() - mine, "too many")):
             if names:
                 shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
                 return f"{len(names)} parameters are {what}: {shown}"
-        # Names agree by now. Groups are the caller's to choose where it builds the table anew.
         for name, p in mine.items():
-            for what in ("shape", "dtype", *(["group"] if groups else [])):
-                have, want = getattr(theirs[name], what), getattr(p, what)
+            for what, want in vars(p).items():
+                have = getattr(theirs[name], what)
                 if have != want:
                     return f"{name!r} has {what} {have}, expected {want}"
         return None
 
 
 def decode_header(data: bytes | memoryview) -> tuple[LogHeader, int]:
-    """Returns the header that a file starts with, and where it ends.
-
-    Raises:
-        DamagedLogError: it is cut or changed.
-        LogError: it is of another format or noise version, or makes no sense.
-    """
+    """Returns the header that a file starts with, and where it ends; or raises LogError."""
     view = memoryview(data)
     start = bytes(view[:10])
     if start.startswith(_OLD):
         raise LogError("format 1, of version 0.1.0: read it with the package that wrote it")
     if start[:8] != MAGIC[: len(start)] or not start:
         raise LogError(f"this is no trajectory and no log: it starts with {start[:8]!r}")
-    if len(view) < _FIXED.size:
-        raise DamagedLogError(f"a log has at least {_FIXED.size} bytes, {len(view)} are there")
-    _, version, zero, plain_bytes, packed_bytes = _FIXED.unpack_from(view)
+    reader = HeadReader(view)
+    _, version, zero, plain_bytes, packed_bytes = reader.unpack(_FIXED, "the start of a log")
     if version != FORMAT or zero:
         raise LogError(f"log format {version}, this package reads {FORMAT}")
-    end = _FIXED.size + packed_bytes + _CRC.size
-    if end > len(view):
-        raise DamagedLogError(f"the header takes {end} bytes, {len(view)} are there")
+    packed = reader.raw(packed_bytes, "the header of a log")
+    (crc,) = reader.unpack(CRC, "the CRC of the header")
+    end = len(view) - reader.left
     # The CRC first: what does not pass it is damage, what passes and makes no sense is a lie.
-    if _CRC.unpack_from(view, end - _CRC.size)[0] != zlib.crc32(view[: end - _CRC.size]):
+    if crc != zlib.crc32(view[: end - CRC.size]):
         raise DamagedLogError("the header is damaged: its CRC does not match")
-    text = _inflate(view[_FIXED.size : end - _CRC.size], plain_bytes)
     # Whatever JSON may hold here, it ends as a checked LogHeader or as one sentence.
     try:
+        # Never unpacked further than the header says: a small file may hold gigabytes of zeros.
+        stream = zlib.decompressobj()
+        text = stream.decompress(packed, min(plain_bytes, MAX_TEXT_BYTES) + 1)
+        if len(text) != plain_bytes or not stream.eof or stream.unused_data:
+            raise LogError(f"the header's text should have {plain_bytes} bytes unpacked")
         values = json.loads(text)
-        noise = values["noise_version"]
         values["identity"] = ModelIdentity(**values["identity"])
-        columns = (list(column) for column in values["parameters"])
-        rows = zip(*columns, strict=True)
+        rows = zip(*values["parameters"], strict=True)
         values["parameters"] = tuple(Parameter(n, tuple(s), d, g) for n, s, d, g in rows)
         header = LogHeader(**values)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (zlib.error, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise LogError(f"the header's text makes no sense: {error!r}") from None
     # Noise of another version has other values: replaying it would build another model.
-    if noise != NOISE_VERSION:
+    if header.noise_version != NOISE_VERSION:
         raise LogError(
-            f"the log is of noise version {noise}, this package makes version {NOISE_VERSION}: "
-            "replay it with the package that wrote it"
+            f"the log is of noise version {header.noise_version}, this package makes version "
+            f"{NOISE_VERSION}: replay it with the package that wrote it"
         )
     return header, end
-
-
-def _inflate(packed: memoryview, size: int) -> bytes:
-    # Never unpacked further than the header says: a small file may hold gigabytes of zeros.
-    stream = zlib.decompressobj()
-    if size > MAX_TEXT_BYTES:
-        raise LogError(f"the header's text says {size} bytes; at most {MAX_TEXT_BYTES} are allowed")
-    try:
-        text = stream.decompress(packed, size + 1)
-    except zlib.error as error:
-        raise LogError(f"the header's text cannot be unpacked: {error}") from None
-    if len(text) != size or not stream.eof or stream.unused_data:
-        raise LogError(f"the header's text should have {size} bytes unpacked")
-    return text
 
 
 def parameters_of(tables: TableLike) -> tuple[Parameter, ...]:
     """Returns the parameters that a header lists."""
     entries = [entry for table in each_table(tables) for entry in table.entries]
-    for entry in entries:
-        if entry.offset:
-            raise LogError(
-                f"{entry.name!r} is a shard (offset {entry.offset}); a trajectory is of whole "
-                "parameters: gather them first"
-            )
+    for e in entries:
+        if e.offset:
+            raise LogError(f"{e.name!r} is a shard (from element {e.offset}): gather it first")
     return tuple(
         Parameter(e.name, tuple(e.tensor.shape), dtype_name(e.tensor.dtype), e.group)
         for e in entries

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,23 +11,22 @@ from torch import nn
 
 import zorba_kernels as zk
 from zorba.blocks import find_blocks
-from zorba.identity import layout_of, model_fingerprint
+from zorba.identity import layout_of, model_fingerprint, recordable
 from zorba.log.entry import LogEntry
-from zorba.log.errors import LogError, WrongBaseError
-from zorba.log.header import LogHeader, Parameter, dtype_name, parameters_of
-from zorba.log.reader import Log
+from zorba.log.file import Log
+from zorba.log.frame import LogError
+from zorba.log.header import LogHeader, parameters_of
 from zorba.tables import DeviceTables, TableLike, each_table, fingerprint
 from zorba_kernels.noise import Distribution, Rounding, canonical_name
-from zorba_kernels.table import DTYPE_CODES
 
+# Entries that one pass applies: enough that reading and writing the weights costs nothing beside
+# the arithmetic, few enough that progress is seen.
 ROUNDS_A_PASS = 64
-"""Entries that one pass applies: enough that reading and writing the weights costs nothing beside
-the arithmetic, few enough that progress is seen."""
-COEFS_A_PASS = 1 << 20
-"""Coefficients of a pass (groups times terms), where a single entry does not have more."""
+COEFS_A_PASS = 1 << 20  # groups times terms, where a single entry does not have more
 
-Progress = Callable[[int, int], None]
-"""Gets the number of entries that were replayed, and how many there are."""
+
+class WrongBaseError(LogError):
+    """A model is not the one that a log starts from."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +50,12 @@ class ReplayReport:
 
 
 def apply_entries(
-    tables: TableLike,
-    entries: Sequence[LogEntry],
-    distribution: Distribution,
-    rounding: Rounding,
+    tables: TableLike, entries: Sequence[LogEntry], distribution: Distribution, rounding: Rounding
 ) -> None:
-    """Applies log entries in one pass over each table, in place.
+    """Applies log entries to tables in place, in one pass over each, in order.
 
-    Weights are rounded after each entry: R entries in one call leave the bits of R calls.
-
-    Args:
-        tables: the active parameters; modified. Groups are the rows of the entries' coefficients.
-        entries: in order; empty ones change nothing.
-        distribution: of the noise.
-        rounding: of 16-bit weights.
+    Groups of the tables are the rows of the entries' coefficients. Weights are rounded after each
+    entry: R entries in one call leave the bits of R calls. Empty entries change nothing.
     """
     changing = [entry for entry in entries if not entry.empty]
     if not changing:
@@ -91,7 +82,7 @@ def replay(
     log: Log,
     *,
     verify: bool = True,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ReplayReport:
     """Turns a log's base into the fine-tuned model, in place, bit for bit.
 
@@ -99,7 +90,7 @@ def replay(
         target: the base, a model or the tables of its active parameters; its weights are modified.
         log: of a fine-tune or of a federation.
         verify: whether to compare fingerprints. The base is checked in any case.
-        progress: called after each pass.
+        progress: gets, after each pass, how many entries were applied, and how many there are.
 
     Raises:
         WrongBaseError: the target is not the model that the log starts from; nothing was modified.
@@ -107,137 +98,114 @@ def replay(
         Any exception that interrupts a pass (Ctrl-C): the weights then are somewhere on their way.
     """
     # Before a weight is touched: replaying twice, or on another model, must leave it as it is.
-    tables = check_base(target, log)
-    header = log.header
-    # A finished run tells the fingerprint at its end; a federation tells, in most entries, that of
-    # the weights before the entry. The last one that is known is compared.
+    tables, header = check_base(target, log), log.header
     known = _last_known(log) if verify else None
-    if known is not None and known < log.first:  # a run without a step
-        _compare(tables, log, known)
+    # A pass ends where the weights are compared.
+    stop = log.last if known is None else known
+    ranges = [(log.first, stop)]
+    if stop < log.last:
+        ranges.append((stop + 1, log.last))
     done = passes = 0
     seconds = 0.0
-    for last, chunk in _chunks(log.entries(), header.num_groups, known):
-        started = time.perf_counter()
-        apply_entries(tables, chunk, header.distribution, header.rounding)
-        seconds += time.perf_counter() - started
-        passes += bool(chunk)
-        done += len(chunk)
-        if last == known:
-            _compare(tables, log, last)
-        if chunk and progress is not None:
-            progress(done, log.num_steps)
-    return ReplayReport(done, passes, seconds, fingerprint(tables), known)
+    for first, last in ranges:
+        for entries in _passes(log.entries(first, last), header.num_groups):
+            started = time.perf_counter()
+            apply_entries(tables, entries, header.distribution, header.rounding)
+            seconds += time.perf_counter() - started
+            passes += 1
+            done += len(entries)
+            if progress is not None:
+                progress(done, log.num_steps)
+        found, expected = fingerprint(tables), log.fingerprint_after(last)
+        if last == known and found != expected:
+            raise LogError(
+                f"after entry {last} the fingerprint is {found:#018x}, that of the run was "
+                f"{expected:#018x}: something else than the recorded entries changed weights in "
+                'the run (placement "inplace" restores to rounding)'
+            )
+    return ReplayReport(done, passes, seconds, found, known)
 
 
 def _last_known(log: Log) -> int | None:
+    """Number of the last entry after which the log tells the weights, if it is not the base."""
+    # A finished run tells them at its end; a federation, in most entries, before the entry.
     if log.fingerprint is not None:
         return log.last
-    unknown = (None, log.header.identity.start)  # the base itself was compared already
-    numbers = range(log.last, log.first - 1, -1)
+    unknown, numbers = (None, log.header.identity.start), range(log.last, log.first - 1, -1)
     return next((n for n in numbers if log.fingerprint_after(n) not in unknown), None)
 
 
-def _compare(tables: TableLike, log: Log, number: int) -> None:
-    found = fingerprint(tables)
-    expected = log.fingerprint if number == log.last else None
-    if expected is None:
-        expected = log.fingerprint_after(number)
-    if found != expected:
-        raise LogError(
-            f"after entry {number} the fingerprint is {found:#018x}, that of the run was "
-            f"{expected:#018x}: something else than the recorded entries changed weights in the "
-            'run (placement "inplace" restores to rounding)'
-        )
-
-
-def _chunks(
-    entries: Iterator[LogEntry], groups: int, stop: int | None
-) -> Iterator[tuple[int, list[LogEntry]]]:
-    """Splits the entries that change weights into passes, each with the number it leads up to.
-
-    A pass ends with entry ``stop``, whether that one changes weights or not.
-    """
+def _passes(entries: Iterable[LogEntry], groups: int) -> Iterator[list[LogEntry]]:
+    """Splits the entries that change weights into passes."""
     chunk: list[LogEntry] = []
-    coefs, last = 0, -1
+    coefs = 0
     for entry in entries:
         # Bounded in coefficients too: with many groups and momentum, 64 entries may be a gigabyte.
-        more = 0 if entry.empty else groups * len(entry.terms.seeds)
+        more = groups * len(entry.terms.seeds)
         if chunk and (len(chunk) == ROUNDS_A_PASS or coefs + more > COEFS_A_PASS):
-            yield last, chunk
+            yield chunk
             chunk, coefs = [], 0
-        last = entry.number
         if not entry.empty:
             chunk.append(entry)
             coefs += more
-        if last == stop:
-            yield last, chunk
-            chunk, coefs = [], 0
     if chunk:
-        yield last, chunk
-
-
-# --- Is this the model that the log starts from? --------------------------------------------------
+        yield chunk
 
 
 def check_base(target: nn.Module | TableLike, log: Log) -> TableLike:
-    """Returns tables of the active parameters, or raises WrongBaseError; modifies nothing.
+    """Returns tables of the active parameters of a log's base, or raises WrongBaseError.
 
-    Args:
-        target: see ``replay``.
-        log: whose base it must be.
+    ``target`` is as in ``replay``; nothing is modified.
     """
-    header = log.header
-    if isinstance(target, nn.Module):
-        tables: TableLike = _tables_of(target, header)
-    else:
-        tables = target
-        groups = {table.num_groups for table in each_table(tables)}
-        wrong = None
-        if groups != {header.num_groups}:
-            wrong = f"{sorted(groups)} groups, expected {header.num_groups}"
-        elif header.parameters:
-            wrong = header.parameter_difference(parameters_of(tables))
-        if not wrong and layout_of(tables) != header.identity.layout:
-            wrong = "names, shapes, dtypes or groups of the parameters differ"
-        if wrong:
-            raise WrongBaseError(f"not the log's base: {wrong}")
+    try:
+        tables = _tables_of(target, log.header) if isinstance(target, nn.Module) else target
+        wrong = _difference(tables, target, log)
+    except (TypeError, ValueError) as error:  # weights of a kind that no table takes
+        wrong = str(error)
+    if wrong:
+        raise WrongBaseError(f"not the log's base: {wrong}")
+    return tables
+
+
+def _difference(tables: TableLike, target: nn.Module | TableLike, log: Log) -> str | None:
+    """Returns a sentence on the first thing in which a target differs from the log's base."""
     # From cheap to dear: names and shapes cost nothing, a fingerprint reads every weight.
-    found, start = fingerprint(tables), header.identity.start
-    if found == start:
-        if isinstance(target, nn.Module) and header.identity.origin is not None:
-            _check_whole(target, header.identity.origin)
-        return tables
-    # The likeliest mistake gets a sentence of its own.
-    if found == log.fingerprint:
-        raise WrongBaseError(
-            f"the log is applied already: fingerprint {found:#018x} is that of its end"
+    header, base = log.header, log.header.identity
+    if header.parameters and (wrong := header.parameter_difference(parameters_of(tables))):
+        return wrong
+    groups = {table.num_groups for table in each_table(tables)}
+    if groups != {header.num_groups}:
+        return f"{sorted(groups)} groups, expected {header.num_groups}"
+    if layout_of(tables) != base.layout:
+        return "names, shapes, dtypes or groups of the parameters differ"
+    found = fingerprint(tables)
+    if found != base.start:
+        # The likeliest mistake gets a sentence of its own.
+        if found == log.fingerprint:
+            return f"the log is applied already, fingerprint {found:#018x} is that of its end"
+        return (
+            f"the fingerprint of its active parameters is {found:#018x}, expected "
+            f"{base.start:#018x}; names, shapes and dtypes agree, values do not"
         )
-    raise WrongBaseError(
-        f"not the log's base: the fingerprint of its active parameters is {found:#018x}, expected "
-        f"{start:#018x}; names, shapes and dtypes agree, values do not"
-    )
+    if isinstance(target, nn.Module) and base.origin is not None:
+        found = model_fingerprint(recordable(target))
+        if found != base.origin:
+            return (
+                "its active parameters agree, its frozen ones do not (the fingerprint of all is "
+                f"{found:#018x}, expected {base.origin:#018x})"
+            )
+    return None
 
 
 def _tables_of(model: nn.Module, header: LogHeader) -> DeviceTables:
+    """Returns tables of the parameters that the log is about, as far as the model has them."""
     named = {canonical_name(name): p for name, p in model.named_parameters()}
-    if not header.parameters:
-        return _tables_by_layout(model, named, header)
-    active = {p.name: named[p.name] for p in header.parameters if p.name in named}
-    found = [Parameter(name, tuple(t.shape), dtype_name(t.dtype), 0) for name, t in active.items()]
-    wrong = header.parameter_difference(found, groups=False)
-    if wrong:
-        raise WrongBaseError(f"{type(model).__name__} is not the log's base: {wrong}")
-    return DeviceTables(active, {p.name: p.group for p in header.parameters}, header.num_groups)
-
-
-def _tables_by_layout(
-    model: nn.Module, named: dict[str, nn.Parameter], header: LogHeader
-) -> DeviceTables:
-    """Finds the blocks that a federation trained, whose server knows only their number and layout.
-
-    The hash of the layout (names, shapes, dtypes, blocks) proves a guess right.
-    """
-    # All blocks, or the last ones, as a fine-tune mostly trains; the first ones for completeness.
+    if header.parameters:
+        groups = {p.name: p.group for p in header.parameters if p.name in named}
+        return DeviceTables({name: named[name] for name in groups}, groups, header.num_groups)
+    # A federation's server knows only the number of its blocks and their layout, whose hash (names,
+    # shapes, dtypes, blocks) proves a guess right: all blocks, or the last ones, as a fine-tune
+    # mostly trains; the first ones for completeness.
     blocks, count = find_blocks(model), header.num_groups
     for chosen in (blocks[-count:], blocks[:count]):
         groups = {name: b for b, block in enumerate(chosen) for name in block.parameters}
@@ -249,12 +217,3 @@ def _tables_by_layout(
         f"blocks of {len(blocks)} have the names, shapes and dtypes that the log was made for; "
         "give the tables of the active parameters instead"
     )
-
-
-def _check_whole(model: nn.Module, origin: int) -> None:
-    found = model_fingerprint((n, p) for n, p in model.named_parameters() if p.dtype in DTYPE_CODES)
-    if found != origin:
-        raise WrongBaseError(
-            "not the log's base: its active parameters agree, its frozen ones do not (the "
-            f"fingerprint of all is {found:#018x}, expected {origin:#018x})"
-        )

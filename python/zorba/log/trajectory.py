@@ -9,16 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zorba.identity import identity_of, model_fingerprint
+from zorba.identity import identity_of, model_fingerprint, recordable
 from zorba.log.entry import LogEntry
-from zorba.log.errors import LogError
 from zorba.log.file import LogFile
+from zorba.log.frame import LogError
 from zorba.log.header import LogHeader, dtype_name, parameters_of
 from zorba.optim import NoiseTerms
-from zorba.tables import TableLike, each_table, fingerprint
-from zorba_kernels.noise import DISTRIBUTIONS, ROUNDINGS, Distribution, Rounding
-from zorba_kernels.program import check_choice, check_uint64
-from zorba_kernels.table import DTYPE_CODES
+from zorba.tables import TableLike, fingerprint
+from zorba_kernels.noise import Distribution, Rounding
+from zorba_kernels.program import check_uint64
 
 SUFFIX = ".zot"
 
@@ -37,9 +36,7 @@ class TrajectoryWriter:
     """
 
     def __init__(self, log: LogFile, tables: TableLike) -> None:
-        """Use ``create`` or ``resume``."""
-        self.log = log
-        self._tables = tables
+        self.log, self._tables = log, tables
 
     @staticmethod
     def create(
@@ -69,10 +66,13 @@ class TrajectoryWriter:
         Raises:
             LogError: the file exists, or the table cannot be recorded.
         """
-        check_choice("distribution", distribution, DISTRIBUTIONS)
-        check_choice("rounding", rounding, ROUNDINGS)
+        if Path(path).exists() and Path(path).stat().st_size:
+            raise LogError(f"{path} exists: give another path, or resume it")
         # One read of all weights now lets a replay refuse a base whose frozen part differs.
-        weights = [] if model is None else _weights(model)
+        weights = {} if model is None else recordable(model)
+        sizes: Counter[str] = Counter()
+        for p in weights.values():
+            sizes[dtype_name(p.dtype)] += p.numel()
         header = LogHeader(
             log_id=0,
             identity=identity_of(tables, model_fingerprint(weights) if weights else None),
@@ -83,22 +83,17 @@ class TrajectoryWriter:
             parameters=parameters_of(tables),
             settings=settings or {},
             architecture=None if model is None else type(model).__name__,
-            dtype=_main_dtype(weights),
+            dtype=max(sizes, key=lambda dtype: sizes[dtype], default=None),
         ).with_own_id()
         # A step takes milliseconds, an fsync may take as long: checkpoints ask for one (``sync``).
-        return TrajectoryWriter(LogFile(path, header, durable=False, new=True), tables)
+        return TrajectoryWriter(LogFile(path, header, durable=False), tables)
 
     @staticmethod
     def resume(path: str | Path, tables: TableLike, step: int) -> TrajectoryWriter:
         """Goes on with a trajectory whose run continues with ``step``.
 
         The entries of that step and later ones, which the run will make again, are cut, and so is a
-        torn tail.
-
-        Args:
-            path: of the file.
-            tables: the active parameters as they are before ``step``.
-            step: number of the step that comes next.
+        torn tail. ``tables`` are the active parameters as they are before ``step``.
 
         Raises:
             LogError: the file is damaged, of other parameters, or ends before ``step``; it is left
@@ -116,21 +111,6 @@ class TrajectoryWriter:
             raise
         return TrajectoryWriter(log, tables)
 
-    @property
-    def path(self) -> Path:
-        """Path of the file."""
-        return self.log.path
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        return self.log.size
-
-    @property
-    def next_step(self) -> int:
-        """Number of the step that must come next."""
-        return self.log.last + 1
-
     def append(
         self,
         step: int,
@@ -138,13 +118,7 @@ class TrajectoryWriter:
         rounding_seed: int | None = None,
         decay: Tensor | None = None,
     ) -> None:
-        """Records an update, given the arguments of ``Placement.update``.
-
-        Args:
-            step: number of the step; must be ``next_step``.
-            terms: final coefficients, learning rate included; seeds may be of older steps.
-            rounding_seed: uint64; the first seed of ``terms`` by default.
-            decay: float32 [groups], or None.
+        """Records an update, given its number and the arguments of ``Placement.update``.
 
         Raises:
             LogError: the step is out of order or cannot be recorded, or the file could not be
@@ -158,15 +132,9 @@ class TrajectoryWriter:
         """Records that a step left the weights alone; raises as ``append`` does."""
         self.log.append(LogEntry(step, NoiseTerms.none(self.log.header.num_groups), 0))
 
-    def finish(self) -> int:
-        """Ends the file with the fingerprint of the weights as they are now, and closes it.
-
-        Returns:
-            The fingerprint.
-        """
-        now = fingerprint(each_table(self._tables))
-        self.log.finish(now)
-        return now
+    def finish(self) -> None:
+        """Ends the file with the fingerprint of the weights as they are now, and closes it."""
+        self.log.finish(fingerprint(self._tables))
 
     def sync(self) -> None:
         """Makes what was appended survive a power cut; to be called before a checkpoint is."""
@@ -177,23 +145,9 @@ class TrajectoryWriter:
         self.log.close()
 
     def __enter__(self) -> TrajectoryWriter:
-        """Returns the writer itself."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Finishes or closes."""
         if kind is None and not self.log.closed:
             self.finish()
         self.close()
-
-
-def _weights(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters that have a fingerprint: those of quantised dtypes have none."""
-    return [(n, p) for n, p in model.named_parameters() if p.dtype in DTYPE_CODES]
-
-
-def _main_dtype(weights: list[tuple[str, Tensor]]) -> str | None:
-    counts: Counter[str] = Counter()
-    for _, p in weights:
-        counts[dtype_name(p.dtype)] += p.numel()
-    return counts.most_common(1)[0][0] if counts else None

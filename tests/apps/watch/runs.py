@@ -26,27 +26,12 @@ HOSTILE = (
 
 
 class Run:
-    """Writes the events of a made-up run.
-
-    Args:
-        path: of the folder.
-        names: of the clients.
-        blocks: how many.
-        rounds: that are to be done.
-        draw: of the mask and the losses.
-        budgets: whether the plan knows budgets.
-    """
+    """Writes the events of a made-up run of some clients, with a mask and losses that are drawn."""
 
     def __init__(
-        self,
-        path: Path,
-        names: Iterable[str],
-        blocks: int,
-        rounds: int,
-        draw: random.Random,
-        budgets: bool = True,
+        self, path: Path, names: Iterable[str], blocks: int, rounds: int, draw: random.Random
     ) -> None:
-        self.path, self.names, self.draw = path, list(names), draw
+        self.path, self.names, self.rounds, self.draw = path, list(names), rounds, draw
         path.mkdir(parents=True, exist_ok=True)
         self.writer = EventWriter(path / "events.jsonl")
         self.mask = [[b == 0 or draw.random() < 0.6 for b in range(blocks)] for _ in self.names]
@@ -54,13 +39,9 @@ class Run:
             "clients": self.names,
             "blocks": [f"layers.{b}" for b in range(blocks)],
             "mask": ["".join("01"[a] for a in row) for row in self.mask],
+            "budgets": [2**30 * (n % 4 + 1) for n in range(len(self.names))],
+            "memory": [2**29 * (n % 4 + 1) for n in range(len(self.names))],
         }
-        if budgets:
-            self.plan |= {
-                "budgets": [2**30 * (n % 4 + 1) for n in range(len(self.names))],
-                "memory": [2**29 * (n % 4 + 1) for n in range(len(self.names))],
-            }
-        self.rounds = rounds
         self.start(0)
 
     def start(self, after: int, **more: Any) -> None:
@@ -97,11 +78,8 @@ class Run:
             "losses": losses,
             "bytes_up": dict.fromkeys(there, 82),
             "bytes_down": dict.fromkeys(asked, 234),
-            "uncovered": [],
             "failures": failures,
             "refusals": refusals,
-            "problem": "",
-            "fingerprints_equal": True,
         }
         self.writer.write("round", fields | more)
 
@@ -111,8 +89,6 @@ class Run:
             "round": self.rounds,
             "replicas_identical": True,
             "fingerprints": dict.fromkeys(self.names, "00ab" * 4),
-            "flush_bytes_down": {},
-            "failures": {},
         }
         self.writer.write("end", fields | more)
         self.writer.close()

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from zorba.apps.watch import Follower
-from zorba.apps.watch.live import LiveView
-from zorba.apps.watch.terminal import RunView, sparkline
+from zorba.apps.watch.live import LiveView, view_run
 from zorba.federated import RunFolderError
 
 from tests.apps.watch.runs import HOSTILE, Run
@@ -22,12 +21,20 @@ from tests.command import zorba
 
 def show(path: Path, width: int, height: int = 40, after: float = 0.0) -> str:
     state = Follower(path / "events.jsonl").update()
-    console = Console(file=io.StringIO(), width=width, height=height, color_system=None)
-    now = (state.last_event or state.starts[0][0]) + timedelta(seconds=after)  # type: ignore[operator]
-    console.print(RunView(state, now))
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    assert all(len(line) <= width for line in text.splitlines())
-    return text
+    output = io.StringIO()
+    console = Console(file=output, width=width, height=height, color_system=None)
+    assert state.last_event is not None
+    console.print(view_run(state, console, state.last_event + timedelta(seconds=after)))
+    assert all(len(line) <= width for line in output.getvalue().splitlines())
+    return output.getvalue()
+
+
+def view_lines(path: Path) -> tuple[LiveView, str]:
+    """A view of a run that ends, where there is no terminal, and what it printed."""
+    output = io.StringIO()
+    with LiveView(path / "events.jsonl", Console(file=output, width=200)) as view:
+        assert view.ended.wait(30)
+    return view, output.getvalue()
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
@@ -68,38 +75,31 @@ def test_texts_of_clients_are_shown_as_they_are(
 ) -> None:
     run = Run(tmp_path, ["ada", bad], 4, 5, draw)
     run.start(0, job=bad + "[/]")
+    run.writer.write("evaluation", {"round": 0, bad: 0.5})
     run.round(1, failures={bad: bad})
     run.end()
     text = show(tmp_path, 200)
-    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202e]", text)
     assert "ada" in text
     if "bold red" in bad:
         assert "failed: [bold red]markup[/bold red]" in text
-    output = io.StringIO()
-    with LiveView(tmp_path / "events.jsonl", Console(file=output, width=200)) as view:
-        assert view.ended.wait(10)
-    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202e]", output.getvalue())
+    for shown in (text, view_lines(tmp_path)[1]):
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202e]", shown)
 
 
 def test_lines_where_there_is_no_terminal(tmp_path: Path, draw: random.Random) -> None:
     """Events that come while it is shown, from another thread."""
-    output = io.StringIO()
-    (tmp_path / "run").mkdir()
-    view = LiveView(tmp_path / "run" / "events.jsonl", Console(file=output, width=200))
 
     def serve() -> None:
-        run = Run(tmp_path / "run", ["ada", "bob"], 4, 50, draw)
+        run = Run(tmp_path, ["ada", "bob"], 4, 50, draw)
         for t in range(1, 51):
             run.round(t, refusals={"bob": f"it measured after round {t - 9}"})
         run.writer.write("evaluation", {"round": 50, "accuracy": 0.75})
         run.end()
 
-    server = threading.Thread(target=serve)
-    with view:
-        server.start()
-        assert view.ended.wait(30)
+    server = threading.Timer(0.1, serve)
+    server.start()
+    lines = view_lines(tmp_path)[1].splitlines()
     server.join()
-    lines = output.getvalue().splitlines()
     assert len(lines) == 1 + 1 + 50 + 1 + 1
     assert re.fullmatch(r"\d\d:\d\d:\d\d reviews: rounds 1 to 50, 2 clients, 4 blocks", lines[0])
     assert "round 1: bob refused: it measured after round -8" in lines[1]
@@ -113,26 +113,25 @@ def test_a_terminal_gets_the_view_and_a_few_lines(tmp_path: Path, draw: random.R
     output = io.StringIO()
     console = Console(file=output, width=100, force_terminal=True, _environ={"TERM": "xterm"})
     run = Run(tmp_path, ["ada", "bob"], 4, 50, draw)
-    with LiveView(tmp_path / "events.jsonl", console, every=1000) as view:
+    with LiveView(tmp_path / "events.jsonl", console) as view:
         for t in range(1, 31):
             run.round(t)
         run.end()
         assert view.ended.wait(10)
     assert "Ended after round 30" in output.getvalue()
+    assert "round 30/50" not in output.getvalue()
     assert "\x1b[?25h" in output.getvalue(), "the cursor is back"
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_text("hello\n")
-    output = io.StringIO()
-    with LiveView(tmp_path / "events.jsonl", Console(file=output, width=200)) as view:
-        assert view.ended.wait(10)
+    view, output = view_lines(tmp_path)
     assert isinstance(view.error, RunFolderError)
-    assert "the view of the run stopped" in output.getvalue()
+    assert "the view of the run stopped" in output
     for path, words in ((tmp_path, "names no schema"), (tmp_path / "x", "there is no run at")):
         result = zorba("watch", path)
         assert result.exit_code == 1
-        assert words in result.output.replace("\n", " ")
+        assert words in result.text
 
 
 def test_command(tmp_path: Path, draw: random.Random) -> None:
@@ -142,13 +141,6 @@ def test_command(tmp_path: Path, draw: random.Random) -> None:
     assert once.exit_code == 0
     assert once.output.count("client-") == 60
     run.end()
-    whole = zorba("watch", tmp_path / "events.jsonl")
+    whole = zorba("watch", tmp_path)
     assert whole.exit_code == 0
     assert "rounds 1 to 3, 60 clients" in whole.output
-
-
-def test_sparkline() -> None:
-    assert sparkline([], 10) == ""
-    assert sparkline([1.0, 1.0], 10) == "▁▁"
-    assert sparkline([0, 7, 3.5], 10) == "▁█▅"
-    assert len(sparkline(list(range(1000)), 12)) == 12

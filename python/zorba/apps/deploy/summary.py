@@ -7,20 +7,21 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from zorba.apps.watch.events import Event
 from zorba.apps.watch.state import RunState
 from zorba.apps.watch.words import Fact, facts
 
 
 def summarise(state: RunState) -> dict[str, Any]:
     """Returns the content of ``summary.json``, over all starts of the server."""
-    end = state.end or {}
+    end = state.end or Event()
     return {
         "job": state.job,
-        "final_round": end.get("round", state.round),
-        "replicas_identical": end.get("replicas_identical", False),
-        "fingerprints": end.get("fingerprints", {}),
-        "failures": end.get("failures", {}),
-        "privacy": end.get("privacy", {}),
+        "final_round": end.round or state.round,
+        "replicas_identical": end.replicas_identical,
+        "fingerprints": end.fingerprints,
+        "failures": end.failures,
+        "privacy": end.privacy,
         "server_starts": len(state.starts),
         "round_seconds": sum(r.seconds for r in state.rounds) / max(1, len(state.rounds)),
         "sites": {
@@ -34,7 +35,7 @@ def summarise(state: RunState) -> dict[str, Any]:
 
 def rows(state: RunState) -> list[Fact]:
     """Returns the rows of the table: the figures of every run, and each private site's epsilon."""
-    privacy = (state.end or {}).get("privacy", {})
+    privacy = state.end.privacy if state.end else {}
     spent = [
         (
             f"{name} has told",

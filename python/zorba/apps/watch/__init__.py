@@ -3,7 +3,7 @@
 See ``docs/watching.md``.
 """
 
-from zorba.apps.watch.records import Status
+from zorba.apps.watch.events import Status
 from zorba.apps.watch.state import Follower, RunState
 
 __all__ = ["Follower", "RunState", "Status"]

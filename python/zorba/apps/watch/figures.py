@@ -1,4 +1,4 @@
-"""Pictures of a run over its rounds. The page shows them as SVG, the demo writes two as PNG.
+"""Pictures of a run. The page shows them as SVG, the demo writes two as PNG.
 
 A picture is a function that draws a state on axes and returns a caption, which is empty where
 there is nothing to draw.
@@ -7,32 +7,36 @@ there is nothing to draw.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
+from zorba.apps.watch.events import Status
 from zorba.apps.watch.state import RunState
-from zorba.apps.watch.words import decimal, metric, usual_range
+from zorba.apps.watch.words import decimal, metric
+from zorba.planning.picture import IDLE, MARK, draw_coverage, draw_mask, draw_memory
 from zorba.sizes import show_bytes
 
-if TYPE_CHECKING:
-    from matplotlib.artist import Artist
-    from matplotlib.axes import Axes
+MOST_ROWS = 200
+"""Clients in a picture, and blocks."""
 
-Picture = Callable[["Axes", RunState], str]
-
-_COLOURS = ("#2a6a9e", "#c2542f", "#2b7d57", "#7a5aa6")
-_QUIET = "#98a2ad"
+_MOST_COLUMNS = 384
+# From pale to dark as the status gets worse: colours alone are not for every eye.
+_STATUS_COLOURS = (IDLE, "#a9cbe4", "#63b491", "#e8bb5f", MARK, "#7d1128")
 
 
 @contextmanager
 def plain_text() -> Iterator[None]:
     """Draws texts as they are: names are no formulas, and rare letters are no warnings."""
-    from matplotlib import rc_context
-
     # A client's name between dollar signs would be parsed as mathematics, and could fail there.
     with rc_context({"text.parse_math": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")
@@ -41,8 +45,6 @@ def plain_text() -> Iterator[None]:
 
 def write_curves(path: Path, state: RunState) -> None:
     """Writes a picture of loss and scores; the extension of the path is its format."""
-    from matplotlib.figure import Figure
-
     with plain_text():
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -55,59 +57,95 @@ def write_curves(path: Path, state: RunState) -> None:
 
 def loss_picture(axes: Axes, state: RunState) -> str:
     """Draws the clients' loss over the rounds, and the evaluations' loss."""
-    seen = [(r.number, r.loss) for r in state.rounds if r.loss is not None]
+    seen = [(r.round, r.loss) for r in state.rounds if r.loss is not None]
     if not seen:
         return ""
     numbers, losses = (np.array(values) for values in zip(*seen, strict=True))
     # One absurd loss must neither flatten the curve nor move the mean: it is cut first.
-    shown, width = np.clip(losses, *usual_range(losses.tolist())), max(1, len(losses) // 10)
+    limit = 10 * np.quantile(np.abs(losses), 0.95, method="lower")
+    shown, width = np.clip(losses, -limit, limit), max(1, len(losses) // 10)
     means = np.convolve(shown, np.full(width, 1 / width), mode="valid")
-    axes.plot(numbers, shown, marker=_marker(len(shown)), color=_QUIET, lw=1, label="round")
-    axes.plot(numbers[width - 1 :], means, color=_COLOURS[0], lw=2, label=f"mean of {width}")
-    _mark_value(axes, (numbers[-1], means[-1]), _COLOURS[0])
-    tests = [(at, scores["loss"]) for at, scores in state.evaluations if "loss" in scores]
-    if tests:
-        axes.plot(*zip(*tests, strict=True), "o-", color=_COLOURS[1], ms=4, label="evaluation")
-        _mark_value(axes, tests[-1], _COLOURS[1])
-    _finish(axes, state, "loss")
-    words = "Mean of the clients' batches, weighted by their examples."
-    silent, outside = len(state.rounds) - len(seen), int((losses != shown).sum())
-    words += f" In {silent} rounds nobody replied." if silent else ""
-    return words + (f" {outside} rounds lie outside of the picture." if outside else "")
+    axes.plot(numbers, shown, ".-", color="0.7", ms=2, lw=1, label="round")
+    _curve(axes, numbers[width - 1 :], means, "-", f"mean of {width}")
+    if tests := {at: scores["loss"] for at, scores in state.evaluations if "loss" in scores}:
+        _curve(axes, list(tests), list(tests.values()), "o-", "evaluation")
+    _finish(axes, state)
+    words, outside = "Mean of the clients' batches, weighted by their examples.", losses != shown
+    return words + (f" {outside.sum()} rounds lie outside of the picture." if outside.any() else "")
 
 
 def scores_picture(axes: Axes, state: RunState) -> str:
     """Draws the scores of the evaluations, except the loss."""
-    names = list(dict.fromkeys(n for _, scores in state.evaluations for n in scores if n != "loss"))
-    for name, colour in zip(names, _COLOURS, strict=False):
-        points = [(at, scores[name]) for at, scores in state.evaluations if name in scores]
-        axes.plot(*zip(*points, strict=True), "o-", color=colour, ms=4, label=short(metric(name)))
-        _mark_value(axes, points[-1], colour)
-    if not names:
-        return ""
-    _finish(axes, state, "score")
-    more = len(names) - len(_COLOURS)
-    return "On the evaluation data." + (f" {more} more are not drawn." if more > 0 else "")
+    names = dict.fromkeys(n for _, scores in state.evaluations for n in scores if n != "loss")
+    for name in names:
+        points = {at: scores[name] for at, scores in state.evaluations if name in scores}
+        _curve(axes, list(points), list(points.values()), "o-", short(metric(name)))
+    if names:
+        _finish(axes, state)
+    return "On the evaluation data." if names else ""
 
 
 def traffic_picture(axes: Axes, state: RunState) -> str:
     """Draws the bytes of all clients over the rounds."""
     if not state.rounds:
         return ""
-    numbers = [r.number for r in state.rounds]
-    ways = {"down": [r.bytes_down for r in state.rounds], "up": [r.bytes_up for r in state.rounds]}
-    for (way, values), colour in zip(ways.items(), _COLOURS, strict=False):
-        axes.plot(numbers, values, marker=_marker(len(numbers)), color=colour, label=way)
-    _finish(axes, state, "all clients, a round")
-    top = max(usual_range(values, reach=3.0)[1] for values in ways.values())
-    axes.set_ylim(0, 1.05 * max(1.0, top))
+    numbers = [r.round for r in state.rounds]
+    axes.plot(numbers, [sum(r.bytes_down.values()) for r in state.rounds], ".-", ms=2, label="down")
+    axes.plot(numbers, [sum(r.bytes_up.values()) for r in state.rounds], ".-", ms=2, label="up")
+    # A client that comes back after a month gets a month's log; a round without messages is 0.
+    axes.set_yscale("symlog", base=2, linthresh=64)
     axes.yaxis.set_major_formatter(lambda value, _: show_bytes(value))
-    words = "Encoded messages: down to the clients, up to the server."
-    most, number = max((max(r.bytes_down, r.bytes_up), r.number) for r in state.rounds)
-    if most > top:
-        words += " A client that comes back gets everything that it missed: rounds such as "
-        words += f"{number:,}, with {show_bytes(most)}, are cut here."
-    return words
+    _finish(axes, state)
+    return "Encoded messages of all clients: down to them, up to the server."
+
+
+def activation_picture(axes: Axes, state: RunState) -> str:
+    """Draws who activates which block under the plan in force, with coverage and memory beside."""
+    plan = state.plan
+    clients, blocks = plan.clients[:MOST_ROWS], plan.blocks[:MOST_ROWS]
+    if not clients or not blocks:
+        return ""
+    place: Any = axes.get_subplotspec()
+    grid = place.subgridspec(2, 2, width_ratios=[6, 1], height_ratios=[3, len(clients)])
+    axes.set_subplotspec(grid[1, 0])
+    active = np.array([[c == "1" for c in row[:MOST_ROWS]] for row in plan.mask])
+    draw_mask(axes, list(map(short, clients)), list(map(short, blocks)), active[:MOST_ROWS])
+    for mesh in axes.collections:
+        mesh.set_rasterized(True)  # a path for each of 40,000 cells would make 5 MB of SVG
+    # An earlier start may have had another plan.
+    done = [state.clients[name].history[state.rounds_before_start :] for name in plan.clients]
+    shares = [history.count(Status.MEASURED) / max(1, len(history)) for history in done]
+    above = axes.figure.add_subplot(grid[0, 0], sharex=axes)
+    draw_coverage(above, active.sum(axis=0).tolist(), (np.array(shares) @ active).tolist())
+    words = "Bars: coverage of the plan. Marks: mean coverage of the rounds since the last start."
+    budgets, memory = [count or 0 for count in plan.budgets[:MOST_ROWS]], plan.memory[:MOST_ROWS]
+    if memory and all(budgets):
+        draw_memory(axes.figure.add_subplot(grid[1, 1], sharey=axes), memory, budgets)
+        words += " At the right: memory, as predicted."
+    return words + _cut(plan.clients, "clients") + _cut(plan.blocks, "blocks")
+
+
+def status_picture(axes: Axes, state: RunState) -> str:
+    """Draws what each client did over the rounds."""
+    if not state.rounds or not state.clients:
+        return ""
+    names, count = list(state.clients)[:MOST_ROWS], len(state.rounds)
+    history = np.array([np.frombuffer(state.clients[name].history, np.uint8) for name in names])
+    columns = min(count, _MOST_COLUMNS)
+    begins = [count * column // columns for column in range(columns)]
+    worst = np.maximum.reduceat(history, begins, axis=1)
+    edges = (state.rounds[0].round - 0.5, state.rounds[-1].round + 0.5, len(names) - 0.5, -0.5)
+    colours = ListedColormap(_STATUS_COLOURS)
+    image = axes.imshow(worst, colours, aspect="auto", interpolation="none", extent=edges)
+    image.set_clim(-0.5, len(Status) - 0.5)
+    there = [Status(value) for value in np.unique(history)]
+    _finish(axes, state, [Patch(color=_STATUS_COLOURS[s], label=s.words) for s in there])
+    axes.set_xlim(edges[:2])
+    axes.set_yticks(range(len(names)), list(map(short, names)))
+    words = "What each client did in each round."
+    if columns < count:
+        words += f" Each column is the worst of about {round(count / columns)} rounds."
+    return words + _cut(state.clients, "clients")
 
 
 def short(text: str, length: int = 18) -> str:
@@ -115,35 +153,26 @@ def short(text: str, length: int = 18) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def finish_rounds(axes: Axes, state: RunState) -> None:
-    """Labels the axis of rounds, and marks where the server started again."""
-    from matplotlib.ticker import MaxNLocator
+def _curve(axes: Axes, rounds: Any, values: Any, style: str, label: str) -> None:
+    (line,) = axes.plot(rounds, values, style, ms=4, label=label)
+    last = (rounds[-1], values[-1])
+    note = {"textcoords": "offset points", "color": line.get_color()}
+    axes.annotate(decimal(last[1]), last, (6, -3), **note)
 
-    for _, after in state.starts[1:]:
-        axes.axvline(after + 0.5, color=_QUIET, lw=1, ls="--")
+
+def _finish(axes: Axes, state: RunState, handles: list[Patch] | None = None) -> None:
+    """Labels the axis of rounds, marks where the server started again, and adds a legend."""
+    for start in state.starts[1:]:
+        axes.axvline(start.round + 0.5, color="0.6", lw=1, ls="--")
     axes.set_xlabel("round")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-
-
-def legend_above(axes: Axes, handles: Sequence[Artist] | None = None) -> None:
-    """Writes the legend in a line above the axes, where it hides nothing."""
-    handles = handles or axes.get_legend_handles_labels()[0]
-    corner = {"bbox_to_anchor": (0, 1), "ncols": len(handles), "frameon": False}
-    axes.legend(handles=handles, loc="lower left", handlelength=1.2, **corner)
-
-
-def _finish(axes: Axes, state: RunState, title: str) -> None:
-    finish_rounds(axes, state)
-    axes.set_ylabel(title)
-    axes.margins(x=0.08)
-    axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    legend_above(axes)
+    # In a line above the axes, where it hides nothing.
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": len(Status)}
+    axes.legend(handles=handles, handlelength=1.2, frameon=False, **place)
 
 
-def _mark_value(axes: Axes, point: tuple[float, float], colour: str) -> None:
-    axes.annotate(decimal(point[1]), point, (6, -3), textcoords="offset points", color=colour)
-
-
-def _marker(count: int) -> str:
-    return "." if count < 3 else ""  # one point makes no line
+def _cut(names: Sized, what: str) -> str:
+    if len(names) <= MOST_ROWS:
+        return ""
+    return f" Only the first {MOST_ROWS} of {len(names):,} {what} are shown."

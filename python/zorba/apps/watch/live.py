@@ -5,32 +5,34 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from pathlib import Path
-from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
-from zorba.apps.watch.fields import Event, moment
-from zorba.apps.watch.state import Follower, RunState
-from zorba.apps.watch.terminal import RunView
-from zorba.apps.watch.words import event_line
+from zorba.apps.watch.events import Event, Status
+from zorba.apps.watch.state import ClientState, Follower, RunState
+from zorba.apps.watch.words import decimal, duration, event_line, facts, fault_line, status, tally
 from zorba.federated.errors import RunFolderError
 from zorba.federated.run_folder import RunFolder
+from zorba.sizes import show_bytes
 
 _POLL_SECONDS = 0.25
+_STYLES = ("dim", "green", "cyan", "yellow", "red", "bold red")  # of a client's status
+_MOODS = {"good": "green", "warn": "yellow", "bad": "red"}
 
 
 def read_run(path: Path) -> tuple[RunFolder, RunState]:
     """Returns a run's folder, and the state that its events add up to.
 
-    Args:
-        path: of the folder, or of its ``events.jsonl``.
-
     Raises:
         RunFolderError: there is no run, or its events cannot be read.
     """
-    folder = RunFolder(path.parent if path.name == "events.jsonl" else path)
+    folder = RunFolder(path)
     if not folder.events.is_file():
         raise RunFolderError(
             f"there is no run at {path}: expected a folder with events.jsonl, as a server writes it"
@@ -38,21 +40,16 @@ def read_run(path: Path) -> tuple[RunFolder, RunState]:
     return folder, Follower(folder.events).update()
 
 
-def watch_run(path: Path, console: Console | None = None, once: bool = False) -> None:
-    """Shows a run until it ends or Ctrl-C is pressed.
-
-    Args:
-        path: of the folder.
-        console: to show it on; None for the standard output.
-        once: show the state of now, and return.
+def watch_run(path: Path, once: bool = False) -> None:
+    """Shows a run until it ends or Ctrl-C is pressed; with ``once`` only its state of now.
 
     Raises:
         RunFolderError: there is no run, or its events cannot be read.
     """
-    console = console or Console()
+    console = Console()
     folder, state = read_run(path)
     if once:
-        console.print(RunView(state, rows=len(state.clients) or None))
+        console.print(view_run(state, console, every_client=True))
         return
     try:
         with LiveView(folder.events, console) as view:
@@ -89,11 +86,7 @@ class LiveView:
         self._thread = threading.Thread(target=self._run, name="zorba live view", daemon=True)
         self._faults = 0
         self._next_line = 0.0
-        self._live = (
-            Live(console=console, auto_refresh=False, vertical_overflow="crop")
-            if console.is_interactive
-            else None
-        )
+        self._live = Live(console=console, auto_refresh=False) if console.is_interactive else None
 
     def __enter__(self) -> LiveView:
         """Starts to show."""
@@ -102,12 +95,7 @@ class LiveView:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Shows the last state and stops."""
         self._stop.set()
         self._thread.join()
@@ -127,32 +115,89 @@ class LiveView:
                 self._stop.wait(_POLL_SECONDS)
         except Exception as error:  # a view must not end the run that it shows
             self.error = error
-            text = f"the view of the run stopped: {error}"
-            self._console.print(text, markup=False, highlight=False)
+            self._say(f"the view of the run stopped: {error}")
             self.ended.set()
 
     def _update(self) -> None:
         for event in self._follower.events():
-            at = moment(event)
-            clock = f"{at.astimezone():%H:%M:%S} " if at else ""
+            clock = f"{event.time.astimezone():%H:%M:%S} " if event.time else ""
             for line in self._lines(event):
-                self._console.print(clock + line, markup=False, highlight=False)
+                self._say(clock + line)
         state = self._follower.state
         if self._live is not None:
-            self._live.update(RunView(state), refresh=True)
+            self._live.update(view_run(state, self._console), refresh=True)
         if state.end is not None:
             self.ended.set()
 
     def _lines(self, event: Event) -> Iterator[str]:
         """Yields the lines that an event leaves: on a terminal above the view, else all."""
-        state, kind = self._follower.state, event["event"]
-        for fault in state.faults[self._faults :]:
-            yield f"round {fault.rounds[-1]}: {fault.words}"
+        state = self._follower.state
+        yield from map(fault_line, list(state.faults.values())[self._faults :])
         self._faults = len(state.faults)
-        if self._live is None and kind == "round":
+        if event.event == "round":
             if time.monotonic() < self._next_line:
                 return
             self._next_line = time.monotonic() + self._every
         line = event_line(event, state)
-        if line is not None and (kind == "evaluation" or self._live is None):
+        if line is not None and (self._live is None or event.event == "evaluation"):
             yield line
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False)
+
+
+# Every text is a Text of rich: markup in names and reasons means nothing.
+def view_run(
+    state: RunState, console: Console, now: datetime | None = None, every_client: bool = False
+) -> Group:
+    """Returns facts and clients of a run: those that fit on the console, or all of them."""
+    now = now or datetime.now(timezone.utc)
+    head = Table.grid(padding=(0, 2))
+    head.add_column(style="bold", no_wrap=True)
+    head.add_column()
+    width = max(5, console.width - 40)
+    bar = ProgressBar(max(1, state.last_round), state.round, width, complete_style="cyan")
+    head.add_row(Text(state.job or "run"), bar)
+    mood, words = status(state, now)
+    head.add_row("state", _line(words, _MOODS[mood]))
+    for name, figure, note in facts(state):
+        head.add_row(Text(name), _line(figure).append(f"  {note}", "dim"))
+    # The head, a line on each side of the table's header, and one for the clients left out.
+    most = len(state.clients) if every_client else max(3, console.height - head.row_count - 4)
+    # Whoever failed comes first: the rest may not fit on the screen.
+    ranked = sorted(state.clients.items(), key=lambda item: item[1].status < Status.NOT_USED)
+    shown = ranked if len(ranked) <= most else ranked[: most - 1]
+    rest = [client.status for _, client in ranked[len(shown) :]]
+    more = [_line(f"and {len(rest)} more: {tally(rest)}", "dim")] if rest else []
+    return Group(head, Text(), _client_table(state, shown, console.width, now), *more)
+
+
+def _client_table(
+    state: RunState, clients: list[tuple[str, ClientState]], width: int, now: datetime
+) -> Table:
+    wide, masked = width >= 78, 0 < len(state.plan.blocks) <= width // 4
+    masks = dict(zip(state.plan.clients, state.plan.mask, strict=True))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("client", no_wrap=True, overflow="ellipsis", max_width=24)
+    if masked:
+        table.add_column("blocks", no_wrap=True)
+    for name in ("last round", "seen", *(("loss", "up", "down") if wide else ())):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("state")  # the one that gives way
+    for name, client in clients:
+        cells, seen = [name], client.last_seen
+        if masked:
+            cells.append(masks.get(name, "").translate(str.maketrans("01", "·█")))
+        cells.append(str(client.last_round or "-"))
+        cells.append("never" if seen is None else duration((now - seen).total_seconds()))
+        if wide:
+            cells.append("" if client.loss is None else decimal(client.loss))
+            cells += [show_bytes(client.bytes_up), show_bytes(client.bytes_down)]
+        did = _line(client.status.words if state.rounds else "waiting", _STYLES[client.status])
+        table.add_row(*map(Text, cells), did.append(f": {client.reason}" if client.reason else ""))
+    return table
+
+
+def _line(text: str, style: str = "") -> Text:
+    """Text that is cut at the edge of its column."""
+    return Text(text, style, no_wrap=True, overflow="ellipsis")

@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Mapping
+from base64 import b64encode
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from jinja2 import Environment, PackageLoader
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from zorba.apps.watch import figures, maps
-from zorba.apps.watch.fields import clean
+from zorba.apps.watch import figures
+from zorba.apps.watch.events import MAX_TEXT, Status, clean
 from zorba.apps.watch.live import read_run
-from zorba.apps.watch.records import Status
 from zorba.apps.watch.state import RunState
-from zorba.apps.watch.svg import draw_svg
 from zorba.apps.watch.words import decimal, facts, status
-from zorba.federated.run_folder import RunFolder
 from zorba.files import write_whole
 from zorba.identity import package_version
 from zorba.sizes import show_bytes
 
-_MOST_TABLE_ROWS = 500
 _CURVES = {
     "Loss": figures.loss_picture,
     "Scores": figures.scores_picture,
     "Traffic": figures.traffic_picture,
 }
 _MAPS = {
-    "Activation map, coverage and memory": maps.activation_picture,
-    "Coverage over the rounds": maps.coverage_picture,
-    "Status of each client": maps.status_picture,
+    "Activation map, coverage and memory": figures.activation_picture,
+    "Status of each client": figures.status_picture,
 }
 
 
@@ -48,88 +47,68 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         OSError: the page cannot be written.
     """
     folder, state = read_run(run)
-    page = render_page(state, summary=_read_summary(folder))
+    try:
+        summary = dict(json.loads(folder.summary.read_text()))
+    except (OSError, TypeError, ValueError, RecursionError):  # the events alone make a page
+        summary = {}
     path = out or folder.report
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, page)
+    write_whole(path, render_page(state, summary))
     return path
 
 
-def render_page(
-    state: RunState, summary: Mapping[str, Any] | None = None, now: datetime | None = None
-) -> str:
-    """Returns the page of a run.
+def render_page(state: RunState, summary: Mapping[str, Any], now: datetime | None = None) -> str:
+    """Returns the page of a run, with the summary of the program that ran it.
 
     Texts of clients, configurations and files stand in it as text: nothing of them is markup, and
     the page's policy allows no script and no request.
-
-    Args:
-        state: of the run, at any time of it.
-        summary: of the program that ran it, by name.
-        now: for the age of a run that has not ended; None for the present.
     """
-    environment = Environment(
-        loader=PackageLoader("zorba.apps.watch"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = Environment(loader=PackageLoader("zorba.apps.watch"), autoescape=True)
     environment.filters |= {"size": show_bytes, "clock": _clock, "decimal": decimal}
-    mood, sentence = status(state, now or datetime.now(timezone.utc))
     tables = {
-        "Summary of the program": summary or {},
+        "Summary of the program": summary,
         "Settings": state.settings,
         "Machine of the server": state.machine,
     }
+    plan, height = state.plan, 1.2 + 0.19 * min(len(state.clients), figures.MOST_ROWS)
     return environment.get_template("page.html").render(
         state=state,
-        title=f"Federation {state.job or 'without a name'}",
-        mood=mood,
-        status=sentence,
+        status=status(state, now or datetime.now(timezone.utc)),
         facts=facts(state),
-        sections=_sections(state),
-        faults=sorted(state.faults, key=lambda fault: -len(fault.rounds)),
+        curves=_draw(_CURVES, state, (4.3, 2.9)),
+        maps=_draw(_MAPS, state, (11.0, height)),
+        faults=sorted(state.faults.values(), key=lambda fault: -len(fault.rounds)),
         clients=sorted(state.clients.items(), key=lambda item: item[1].status < Status.NOT_USED),
-        active=dict(zip(state.plan.clients, state.plan.mask.sum(axis=1).tolist(), strict=True)),
-        most=_MOST_TABLE_ROWS,
-        tables={heading: _pairs(values) for heading, values in tables.items()},
+        masks=dict(zip(plan.clients, plan.mask, strict=True)),
+        memory=dict(zip(plan.clients, plan.memory, strict=False)),
+        budgets=dict(zip(plan.clients, plan.budgets, strict=False)),
+        tables={heading: _short_values(values) for heading, values in tables.items()},
         version=package_version(),
     )
 
 
-def _sections(state: RunState) -> dict[str, list[tuple[str, Markup, str]]]:
-    """Returns title, picture and caption of each picture that has content, by heading."""
-    curves = [(name, *draw_svg(draw, state, name, (4.3, 2.9))) for name, draw in _CURVES.items()]
-    sections = {"Over the rounds": [curve for curve in curves if curve[1]]}
-    for heading, draw in _MAPS.items():
-        rows = state.plan.blocks if draw is maps.coverage_picture else state.clients
-        height = 1.2 + 0.19 * min(len(rows), maps.MOST_ROWS)
-        picture, caption = draw_svg(draw, state, heading, (11.0, height))
-        sections[heading] = [("", picture, caption)] if picture else []
-    return sections
+def _draw(
+    pictures: Mapping[str, Callable[[Axes, RunState], str]],
+    state: RunState,
+    size: tuple[float, float],  # in inches
+) -> list[tuple[str, str, str]]:
+    """Returns name, image and caption of the pictures that have content."""
+    found = []
+    for name, draw in pictures.items():
+        figure, file = Figure(figsize=size, layout="constrained"), io.BytesIO()
+        with figures.plain_text(), rc_context({"svg.fonttype": "none", "font.size": 9}):
+            if caption := draw(figure.add_subplot(), state):
+                figure.savefig(file, format="svg", transparent=True, dpi=150)
+                # An image is inert, whatever its SVG holds, and keeps its ids for itself.
+                encoded = b64encode(file.getvalue()).decode()
+                found.append((name, f"data:image/svg+xml;base64,{encoded}", caption))
+    return found
 
 
-def _pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _short_values(values: Mapping[str, Any]) -> dict[str, str]:
     """Returns the values that are a few words; longer ones, such as curves, are in pictures."""
-    rows = []
-    for name, value in values.items():
-        if isinstance(value, list) and len(value) <= 16:
-            value = ", ".join(map(str, value))
-        if isinstance(value, float):
-            value = f"{value:.6g}"
-        if value is None or isinstance(value, str | int):
-            rows.append((clean(name), "none" if value is None else clean(value)))
-    return rows
-
-
-def _read_summary(folder: RunFolder) -> dict[str, Any]:
-    """Returns ``summary.json``; an empty summary where there is none, or no object."""
-    try:
-        content = json.loads(folder.summary.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    known = {name: str(value) for name, value in values.items() if value is not None}
+    return {clean(name): clean(text) for name, text in known.items() if len(text) <= MAX_TEXT}
 
 
 def _clock(time: datetime | None) -> str:

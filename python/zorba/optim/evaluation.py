@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +22,7 @@ from zorba.optim.terms import NoiseTerms
 from zorba.optim.thread import GeneratorState, ThreadState, deferred_interrupts
 
 Run = Callable[[NoiseTerms], Any]
-"""Returns the loss at a noise."""
 Losses = Callable[[Sequence[NoiseTerms]], list[Any]]
-T = TypeVar("T")
 
 
 class Evaluator:
@@ -50,10 +48,8 @@ class Evaluator:
 
     @contextmanager
     def step(self, closure: Callable[[], Any]) -> Iterator[Losses]:
-        """Context of a step, with a function that returns the closure's loss at each noise.
-
-        Ctrl-C reaches the closure. Elsewhere it waits, at the longest until the step is done.
-        """
+        """Context of a step, with a function that returns the closure's loss at each noise."""
+        # Ctrl-C reaches the closure. Elsewhere it waits, at the longest until the step is done.
         with deferred_interrupts() as gate, ExitStack() as stack:
             # Autocast's copies are of perturbed weights: no forward behind the step may find them.
             stack.callback(torch.clear_autocast_cache)
@@ -68,8 +64,7 @@ class Evaluator:
 
             def run(terms: NoiseTerms) -> Any:
                 self._placement.move_to(terms)
-                # Autocast keeps its copies of weights by their tensors: they would miss a
-                # perturbation.
+                # Autocast keeps copies of weights by their tensors: they would miss the noise.
                 torch.clear_autocast_cache()
                 if generators is not None:
                     generators.rewind()
@@ -81,21 +76,19 @@ class Evaluator:
             yield partial(self._losses, run)
 
     def _losses(self, run: Run, noises: Sequence[NoiseTerms]) -> list[Any]:
-        losses = [] if self._watched else [self._first(run, noises[0])]
+        losses: list[Any] = [] if self._watched else [self._first(run, noises[0])]
         calls = [partial(run, terms) for terms in noises[len(losses) :]]
         offload = self._offload
         if offload is None or not offload.idle or not self._placement.side_by_side:
             return [*losses, *map(self._repeated, calls)]
         # Side by side, so that each idle block is brought to the device once. Reused blocks do not
         # run in every evaluation: nobody could wait there for the others.
-        reused = self._reuse.modules
+        reused, draws = self._reuse.modules, self._model.training
         blocks = [block.module for block in offload.blocks if block.module not in reused]
-        draws = self._model.training
-        return losses + self._repeated(
-            partial(_side_by_side, calls, blocks, self._placement, draws)
-        )
+        together = partial(_side_by_side, calls, blocks, self._placement, draws)
+        return [*losses, *self._repeated(together)]
 
-    def _repeated(self, call: Callable[[], T]) -> T:
+    def _repeated(self, call: Callable[[], Any]) -> Any:
         """Calls, and calls again without reuse where blocks were skipped that should have run."""
         try:
             return call()
@@ -131,7 +124,7 @@ class Evaluator:
         # states of several of them), so reuse is proven on the loss itself before it is relied on.
         if reuse.kept:
             again = self._repeated(partial(run, terms))
-            if reuse.enabled and _bits(again) != _bits(loss):
+            if reuse.enabled and not np.array_equal(again, loss, equal_nan=True):
                 self._give_up("it changes the loss: the model reads more of them than their output")
         return loss
 
@@ -139,11 +132,6 @@ class Evaluator:
         # At the caller of ``step``: behind methods of this file, and torch's wrappers.
         warnings.warn(f"prefix reuse is switched off: {why}", stacklevel=7)
         self._reuse.disable()
-
-
-def _bits(loss: Any) -> bytes:
-    numbers = np.asarray(loss, dtype=np.float64)
-    return np.where(np.isnan(numbers), np.nan, numbers).tobytes()  # one NaN for all of them
 
 
 @dataclass
@@ -171,8 +159,8 @@ def _side_by_side(
     brought once. Where they draw, each goes on with its own random numbers. If one raises, the
     others are ended first.
     """
-    try:
-        from greenlet import getcurrent, greenlet  # optional: only offloading needs it
+    try:  # optional: only offloading needs it
+        from greenlet import getcurrent, greenlet
     except ImportError as error:
         raise ImportError(
             "steps with idle blocks off the device need the package greenlet: pip install "

@@ -94,7 +94,7 @@ def active_parameters(model: nn.Module, blocks: Blocks = "all") -> dict[str, nn.
     """Returns the parameters to fine-tune, by canonical name: those that require a gradient.
 
     Args:
-        model: any module.
+        model: whose parameters to take.
         blocks: "all" for no other condition; "last:4" for the parameters of the last 4 transformer
             blocks; or a mask, one boolean a block in the order of ``zorba.hf.find_blocks``.
 
@@ -143,10 +143,8 @@ def block_mask(blocks: Blocks, count: int) -> list[bool]:
 def active_table(model: nn.Module, groups: Mapping[str, int] | None = None) -> zk.ParamTable:
     """Returns the table of a model's active parameters.
 
-    Args:
-        model: any module.
-        groups: group of each active parameter by canonical name; None means all that require a
-            gradient, in group 0.
+    ``groups`` are those of the active parameters, by canonical name; by default all that require a
+    gradient are in group 0.
     """
     named = _named(model)
     if groups is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from typing import Any
@@ -36,11 +36,11 @@ class Owner:
         self.names = {name for name, _ in parameters}
         entries = [entry for entry in whole.entries if entry.name in self.names]
         self._weights = {entry.name: entry.tensor for entry in entries}
-        self._groups = {entry.name: entry.group for entry in entries}
-        self._num_groups = whole.num_groups
+        groups = {entry.name: entry.group for entry in entries}
+        self._table_of = partial(zk.ParamTable, groups=groups, num_groups=whole.num_groups)
         self._targets: dict[int, tuple[zk.ParamTable, list[Tensor]]] = {}
         self.weights = [self._weights[name] for name, _ in self._parameters]  # one a parameter
-        self.groups = frozenset(self._groups.values())
+        self.groups = frozenset(groups.values())
         self.nbytes = sum(map(padded_bytes, self._weights.values()))  # of scratch
         self.depth = 0  # how many forwards of the module are running: it may call itself
         self.buffer: Tensor | None = None  # scratch that the parameters read now
@@ -72,9 +72,6 @@ class Owner:
         # modules, optimizers) sees the exchange.
         for (_, p), tensor in zip(self._parameters, tensors, strict=True):
             p.data = tensor
-
-    def _table_of(self, tensors: Mapping[str, Tensor]) -> zk.ParamTable:
-        return zk.ParamTable(tensors, self._groups, num_groups=self._num_groups)
 
 
 def find_owners(model: nn.Module, table: zk.ParamTable, held: Collection[str] = ()) -> list[Owner]:
@@ -130,10 +127,7 @@ class Probe(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Finds out how an evaluation uses the parameters: through their modules, or directly."""
 
     def __init__(
-        self,
-        owners: Sequence[Owner],
-        table: zk.ParamTable,
-        on_functional: Callable[[], None] = lambda: None,
+        self, owners: Sequence[Owner], table: zk.ParamTable, on_functional: Callable[[], None]
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.functional: set[str] = set()  # read outside of forwards of their modules

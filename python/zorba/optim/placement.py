@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -70,8 +71,8 @@ class Placement(ABC):
             then: where the next session moves to first. The weights may be left there, in the same
                 pass, until ``restore`` or the next session takes it off again.
         """
+        self._show_weights()  # what is shown perturbed would be refused as moved
         how = self.distribution, rounding, rounding_seed
-        self._show_weights()
         program = zk.Program(terms.seeds, terms.coefs, *how, samples=terms.samples, decay=decay)
         self._run(self.table, program)
 
@@ -82,18 +83,13 @@ class Placement(ABC):
         """Takes off what ``update`` left on the weights for the next session."""
 
     def hold(self, names: Collection[str]) -> None:  # noqa: B027
-        """Is told of parameters that are used without the forward of their module.
+        """Is told, between evaluations, what is used without the forward of its module."""
 
-        A head that multiplies with the weight of the embedding, for example; between evaluations.
-        """
-
-    def park(self) -> Any:
+    def park(self) -> Any:  # noqa: B027
         """Takes perturbed weights away amid an evaluation; returns what ``resume`` takes."""
-        raise NotImplementedError
 
-    def resume(self, parked: Any) -> None:
+    def resume(self, parked: Any) -> None:  # noqa: B027
         """Goes on with an evaluation where ``park`` left it."""
-        raise NotImplementedError
 
     def refresh(self) -> None:
         """Follows parameters that have moved, to a device or another dtype; between sessions."""
@@ -103,6 +99,10 @@ class Placement(ABC):
             groups = {entry.name: entry.group for entry in table.entries}
             offsets = {entry.name: entry.offset for entry in table.entries}
             self.table = zk.ParamTable(tensors, groups, offsets, table.num_groups)
+            self._find_owners()
+
+    def _find_owners(self) -> None:  # noqa: B027
+        """Looks where the parameters of a new table are."""
 
     def _run(
         self, table: zk.ParamTable, program: zk.Program, out: zk.ParamTable | None = None
@@ -118,10 +118,7 @@ class InplacePlacement(Placement):
     """Perturbs the weights themselves. No extra memory; restoring rounds, so 16-bit weights drift.
 
     A central difference costs three passes: perturb, flip, and one that restores and updates; two,
-    where that one also perturbs for the next step (``then``).
-
-    Attributes:
-        ahead: whether the weights carry what the next session begins with.
+    where that one also perturbs for the next step (``then``): the weights are ``ahead`` until then.
     """
 
     def __init__(
@@ -177,10 +174,7 @@ class InplacePlacement(Placement):
         self._current, self.ahead = target, then is not None
 
     def guard(self, model: nn.Module) -> Callable[[], None]:
-        """Restores the weights before the model uses them outside of a step.
-
-        Returns a function that restores for the last time and removes the hooks.
-        """
+        """Restores weights before the model uses them outside of a step; returns what ends this."""
         # Forwards of the modules that hold active parameters, and both state dicts of all modules:
         # each may be called on a part of the model alone. Within a step weights are never
         # ``ahead``, and the hooks do nothing.
@@ -195,11 +189,11 @@ class InplacePlacement(Placement):
         return hooks.close
 
 
+@dataclass
 class _Restore:
     """A hook. In a copy of the model it does nothing: the copy's weights are no placement's."""
 
-    def __init__(self, placement: InplacePlacement | None = None) -> None:
-        self.placement = placement
+    placement: InplacePlacement | None = None
 
     def __call__(self, *arguments: Any) -> None:
         if self.placement is not None and self.placement.ahead:

@@ -57,12 +57,7 @@ class _Stack:
 class PrefixReuse:
     """Skips, for the length of a session, what one evaluation of a step has computed already.
 
-    Args:
-        model: a model with transformer blocks; without any, nothing is reused.
-        placement: of its active parameters.
-
-    Attributes:
-        enabled: whether there is anything to reuse.
+    It is ``enabled`` where the model has blocks in front of everything that the placement perturbs.
     """
 
     def __init__(self, model: nn.Module, placement: Placement) -> None:
@@ -79,13 +74,14 @@ class PrefixReuse:
         """Context of a step; the model is as it was after it."""
         with ExitStack() as stack:
             stack.callback(self.forget)
-            for prefix in self._stacks if self.enabled else ():
-                for number, module in enumerate(prefix.modules):
-                    forward = partial(self._forward, prefix, number, module.forward)
-                    stack.enter_context(replaced_forward(module, forward))
-            # Hooks, not the stack's order: an active module may run between frozen blocks.
-            for module in self._active if self.enabled else ():
-                stack.enter_context(module.register_forward_pre_hook(self.close))
+            if self.enabled:
+                for prefix in self._stacks:
+                    for number, module in enumerate(prefix.modules):
+                        forward = partial(self._forward, prefix, number, module.forward)
+                        stack.enter_context(replaced_forward(module, forward))
+                # Hooks, not the stack's order: an active module may run between frozen blocks.
+                for module in self._active:
+                    stack.enter_context(module.register_forward_pre_hook(self.close))
             yield
 
     def begin(self) -> None:

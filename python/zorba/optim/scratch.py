@@ -23,12 +23,8 @@ class ScratchPlacement(Placement):
     length of the forward), so any module works, tied weights and modules called twice among them.
     The weights themselves are written by ``update`` alone: an evaluation leaves every bit of them
     as it was. Extra memory: the largest module's own active parameters; where modules with active
-    parameters are nested, the largest of each level; and all parameters that ``hold`` names.
-
-    Args:
-        model: whose modules are hooked during a session.
-        table: its active parameters; names must be the model's canonical ones.
-        distribution: of the noise.
+    parameters are nested, the largest of each level; and all parameters that ``hold`` names. Names
+    of the table must be the model's canonical ones.
     """
 
     by_module = True
@@ -53,22 +49,11 @@ class ScratchPlacement(Placement):
         self._free: list[list[Tensor]] = [[] for _ in levels]
 
     def hold(self, names: Collection[str]) -> None:
-        """See ``Placement.hold``; they are perturbed for whole evaluations, in their own scratch.
-
-        Raises:
-            ValueError: a name is not in the table.
-        """
-        self._put_all_back()
+        """See ``Placement.hold``: perturbed for whole evaluations, in scratch of their own."""
+        self._show_weights()
         self._moving = frozenset()
         self._held |= set(names)
         self._find_owners()
-
-    def refresh(self) -> None:
-        """See ``Placement.refresh``."""
-        before = self.table
-        super().refresh()
-        if self.table is not before:
-            self._find_owners()
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -93,11 +78,11 @@ class ScratchPlacement(Placement):
     @deferred_interrupts()
     def _leave(self) -> None:
         self._hooks.close()
-        self._put_all_back()
+        self._show_weights()
 
     def move_to(self, terms: NoiseTerms) -> None:
         """See ``Placement.move_to``; costs nothing until a forward runs."""
-        self._put_all_back()
+        self._show_weights()
         self._moving = frozenset(g for g in range(self.table.num_groups) if terms.active(g))
         # Made once for all modules: checking and packing the terms costs more than a small pass.
         how = self.distribution
@@ -111,7 +96,7 @@ class ScratchPlacement(Placement):
         shown = [
             (o, o.depth, o.buffer, o.before) for o in self.owners if o.depth or o.buffer is not None
         ]
-        self._put_all_back()
+        self._show_weights()
         return self._program, self._moving, shown
 
     def resume(self, parked: Any) -> None:
@@ -126,10 +111,6 @@ class ScratchPlacement(Placement):
                 free[:] = [other for other in free if other is not buffer]
                 self._show(owner, buffer)
                 owner.before = before
-
-    def _show_weights(self) -> None:
-        # Parameters that are held read scratch until here, and would be refused as moved.
-        self._put_all_back()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         owner = self._owner_of.get(module)  # none where all its parameters are held by now
@@ -171,7 +152,7 @@ class ScratchPlacement(Placement):
         if buffer is not None:
             self._free[owner.level].append(buffer)
 
-    def _put_all_back(self) -> None:
+    def _show_weights(self) -> None:
         for owner in self.owners:
             owner.depth = 0  # an evaluation that was cut short has not left its modules
             if owner.buffer is not None:

@@ -199,12 +199,10 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         """Takes the next step's perturbation off the weights, where ``two_pass`` left one there."""
         self.placement.restore()
 
+    eval = flush  # Trainer calls it before it evaluates and saves
+
     def train(self) -> None:
         """Does nothing; the counterpart of ``eval``."""
-
-    def eval(self) -> None:
-        """Makes the weights fit for evaluation and saving, as ``flush``."""
-        self.flush()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float | Tensor] | None = None) -> Tensor:  # type: ignore[override]

@@ -1,9 +1,8 @@
 """NoiseTerms: combinations of seeded noises, at which losses are taken and by which weights move.
 
-A scalar ``g[p]`` is a finite-difference estimate of the derivative of the loss F along ``M z(seed,
-p)``, for perturbation p and a mask M of groups: ``central``, ``(F(w + eps M z) - F(w - eps M z)) /
-(2 eps)`` (MeZO, arXiv 2305.17333, definition 1), or ``forward``, ``(F(w + eps M z) - F(w)) / eps``,
-with one F(w) for all p.
+A scalar ``g[p]`` is the finite difference of the loss F along ``M z(seed, p)``, M being a mask of
+groups: ``central``, ``(F(w + eps M z) - F(w - eps M z)) / (2 eps)`` (MeZO, arXiv 2305.17333,
+definition 1), or ``forward``, ``(F(w + eps M z) - F(w)) / eps``, with one F(w) for all p.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class NoiseTerms:
     coefs: Tensor
 
     def __post_init__(self) -> None:
-        """Checks that the parts belong together."""
+        """Raises ValueError unless the parts belong together."""
         terms = len(self.seeds)
         if len(self.samples) != terms or self.coefs.ndim != 2 or self.coefs.shape[1] != terms:
             raise ValueError(
@@ -76,8 +75,7 @@ class NoiseTerms:
 
 
 Evaluate = Callable[[Sequence[NoiseTerms]], Sequence[float]]
-"""Returns the loss at the weights plus each of the given noises; leaves the weights as they are.
-
+"""Returns the loss at the weights plus each of the noises, and leaves the weights as they are.
 It gets all evaluations of a step at once, so that it may run them side by side."""
 
 
@@ -98,13 +96,9 @@ def evaluation_noises(
 ) -> list[NoiseTerms]:
     """Returns the noises at which to evaluate: 2P, or P + 1 for ``forward``.
 
-    Args:
-        seed: uint64, shared by the perturbations; perturbation p is its sample p.
-        eps: distance of the evaluations, positive.
-        num_perturbations: P, at least 1.
-        estimator: "central" or "forward".
-        active: the mask M, one number a group: 1 for a block that is perturbed, else 0.
-        pending: noise that the weights are understood to carry already (local steps not written).
+    Perturbation p is sample p of the uint64 ``seed``, ``eps`` away. ``active`` is the mask M: 1 for
+    a group that is perturbed, else 0. ``pending`` is noise that the weights are understood to carry
+    already (local steps not written).
     """
     mask = torch.as_tensor(active, dtype=torch.float32)
     base = NoiseTerms.none(len(mask)) if pending is None else pending

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zorba import ZerothOrderSGD
 from zorba.optim import InplacePlacement, NoiseTerms, active_table
 
-from tests.optim.models import assert_close, count_passes, same_bits, snapshot, task
+from tests.optim.models import assert_close, same_bits, snapshot
 
 
 class _Breaks(nn.Module):
@@ -80,15 +80,6 @@ def test_an_interrupt_during_a_pass_is_delivered_after_it(monkeypatch: pytest.Mo
     with pytest.raises(KeyboardInterrupt), placement.session():
         placement.move_to(NoiseTerms.single(1, 0, [1.0]))
     assert_close(model, before, "restored in place")
-
-
-def test_inplace_costs_three_passes_a_central_difference(
-    monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
-) -> None:
-    model, closure = task(generator)
-    passes = count_passes(monkeypatch)
-    ZerothOrderSGD(model, lr=0.1, placement="inplace").step(closure)
-    assert len(passes) == 3
 
 
 def test_inplace_decay_acts_on_the_unperturbed_weights() -> None:

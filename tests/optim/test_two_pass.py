@@ -23,10 +23,8 @@ EPS = 1e-2
 
 def close(model: nn.Module, expected: dict[str, Tensor]) -> bool:
     """Equal up to the rounding of a few passes, which is far below a perturbation."""
-    return all(
-        torch.allclose(p.detach(), expected[n], rtol=0, atol=bound("steps in place"))
-        for n, p in model.named_parameters()
-    )
+    limit = bound("steps in place")
+    return all((p - expected[n]).abs().max() <= limit for n, p in model.named_parameters())
 
 
 @pytest.fixture
@@ -112,16 +110,18 @@ def test_the_end_of_the_optimizer_restores(generator: torch.Generator) -> None:
     assert not model._state_dict_pre_hooks
 
 
-def test_two_passes_a_step(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("two_pass", [False, True])
+def test_passes_a_step(
+    two_pass: bool, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
     model, closure = task(generator)
     passes = count_passes(monkeypatch)
-    optimizer = ZerothOrderSGD(model, lr=0.1, placement="inplace", two_pass=True)
-    counts = []
-    for _ in range(3):
+    optimizer = ZerothOrderSGD(model, lr=0.1, placement="inplace", two_pass=two_pass)
+    # The first of two has nobody to perturb for it.
+    for count in [3, 2, 2] if two_pass else [3, 3, 3]:
         optimizer.step(closure)
-        counts.append(len(passes))
+        assert len(passes) == count
         passes.clear()
-    assert counts == [3, 2, 2], "the first step has nobody to perturb for it"
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -156,18 +156,3 @@ def test_a_change_of_eps_between_steps(stepped: Any) -> None:
     model.load_state_dict(expected, strict=False)
     zk.add_noise_(optimizer.placement.table, optimizer.last_step.seed, 2 * EPS)
     assert close(model, seen[0])
-
-
-def test_it_resumes(stepped: Any, generator: torch.Generator) -> None:
-    model, optimizer, _ = stepped
-    copy = Tied()
-    copy.load_state_dict(model.state_dict())
-    again = ZerothOrderSGD(copy, lr=0.01, eps=EPS, placement="inplace", two_pass=True)
-    again.load_state_dict(optimizer.state_dict())
-    ids, labels = batch(generator)
-    for m, o in ((model, optimizer), (copy, again)):
-        for _ in range(2):
-            o.step(lambda m=m: loss_of(m, ids, labels))
-        o.flush()
-    for name, p in model.named_parameters():
-        assert torch.equal(p, copy.get_parameter(name))

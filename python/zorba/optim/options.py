@@ -36,9 +36,9 @@ def check_options(**options: Any) -> dict[str, Any]:
         raise ValueError(f"momentum must be at least 0 and below 1, got {options['momentum']!r}")
     if options["clip"] is not None:
         _check_number("clip", options["clip"], _TINY)
-    choices = {"estimator": ESTIMATORS, "distribution": DISTRIBUTIONS, "rounding": ROUNDINGS}
-    for name, allowed in choices.items():
-        check_choice(name, options[name], allowed)
+    check_choice("estimator", options["estimator"], ESTIMATORS)
+    check_choice("distribution", options["distribution"], DISTRIBUTIONS)
+    check_choice("rounding", options["rounding"], ROUNDINGS)
     _check_group(options)
     own = {"num_perturbations": count, "seed": check_uint64(options["seed"], "seed")}
     # ``step`` is the number of the next one. Noise of another version would make another run.

@@ -34,9 +34,8 @@ class Owner:
         # Several of one name where equal weights are tied by their storage alone.
         self._parameters = parameters
         self.names = {name for name, _ in parameters}
-        entries = [entry for entry in whole.entries if entry.name in self.names]
-        self._weights = {entry.name: entry.tensor for entry in entries}
-        groups = {entry.name: entry.group for entry in entries}
+        self._weights = {e.name: e.tensor for e in whole.entries if e.name in self.names}
+        groups = {e.name: e.group for e in whole.entries if e.name in self.names}
         self._table_of = partial(zk.ParamTable, groups=groups, num_groups=whole.num_groups)
         self._targets: dict[int, tuple[zk.ParamTable, list[Tensor]]] = {}
         self.weights = [self._weights[name] for name, _ in self._parameters]  # one a parameter

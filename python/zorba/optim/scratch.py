@@ -93,9 +93,7 @@ class ScratchPlacement(Placement):
 
     def park(self) -> Any:
         """See ``Placement.park``."""
-        shown = [
-            (o, o.depth, o.buffer, o.before) for o in self.owners if o.depth or o.buffer is not None
-        ]
+        shown = [(owner, owner.depth, owner.buffer, owner.before) for owner in self.owners]
         self._show_weights()
         return self._program, self._moving, shown
 

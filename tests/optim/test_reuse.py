@@ -43,12 +43,13 @@ def calls_of(model: nn.Module) -> list[int]:
     blocks = find_blocks(model)
     counts = [0] * len(blocks)
 
-    def count(index: int) -> None:
-        counts[index] += 1
-
     for index, block in enumerate(blocks):
+
+        def count(*hook_arguments: Any, index: int = index) -> None:
+            counts[index] += 1
+
         inside = [m for m in block.module.modules() if not isinstance(m, nn.ModuleList)]
-        inside[1].register_forward_hook(lambda *hook, index=index: count(index))
+        inside[1].register_forward_hook(count)
     return counts
 
 

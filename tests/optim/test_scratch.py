@@ -33,17 +33,6 @@ class Functional(nn.Module):
         return self.plain(hidden) @ self.embed.weight.T
 
 
-class Experts(nn.Module):
-    """Two experts, of which the input decides which one runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
-
-    def forward(self, x: Tensor, which: int) -> Tensor:
-        return self.experts[which](x)
-
-
 class TiedInside(nn.Module):
     """A bias that a module and a layer in it both own, as in BERT's masked head."""
 
@@ -180,14 +169,14 @@ def test_a_probe_tells_uses_apart() -> None:
 
 def test_experts_that_no_input_reaches() -> None:
     """A warning that names them; other inputs may reach them later."""
-    model, x = Experts(), torch.randn(3, 4)
-    optimizer = ZerothOrderSGD(model, lr=0.01)
-    with pytest.warns(UserWarning, match=r"experts\.1\.weight") as caught:
-        optimizer.step(lambda: model(x, 0).square().mean())
+    experts, x = nn.ModuleList(nn.Linear(4, 4) for _ in range(2)), torch.randn(3, 4)
+    optimizer = ZerothOrderSGD(experts, lr=0.01)
+    with pytest.warns(UserWarning, match=r"1\.weight") as caught:
+        optimizer.step(lambda: experts[0](x).square().mean())
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        optimizer.step(lambda: model(x, 1).square().mean())
+        optimizer.step(lambda: experts[1](x).square().mean())
     assert optimizer.last_step.scalars[0] != 0.0, "the second expert was perturbed"
 
 

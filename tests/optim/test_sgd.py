@@ -202,11 +202,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(
         ({"model": Tied().parameters()}, TypeError, "model"),
         ({"model": Tied().requires_grad_(False)}, ValueError, "requires_grad"),
         ({"two_pass": True}, ValueError, "two_pass is for"),
-        (
-            {"two_pass": True, "placement": "inplace", "estimator": "forward"},
-            ValueError,
-            "two_pass is for",
-        ),
+        ({"two_pass": True, "placement": "inplace", "estimator": "forward"}, ValueError, "central"),
     ],
 )
 def test_bad_arguments_say_what_was_wrong(
@@ -218,14 +214,13 @@ def test_bad_arguments_say_what_was_wrong(
 
 def test_what_comes_too_late_is_refused() -> None:
     optimizer = ZerothOrderSGD(Tied(), lr=0.1)
+    other = ZerothOrderSGD(Tied(), lr=0.1, distribution="rademacher")
     with pytest.raises(ValueError, match="closure"):
         optimizer.step()
     with pytest.raises(ValueError, match="takes its parameters from the model"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
     with pytest.raises(ValueError, match="distribution 'rademacher'"):
-        optimizer.load_state_dict(
-            ZerothOrderSGD(Tied(), lr=0.1, distribution="rademacher").state_dict()
-        )
+        optimizer.load_state_dict(other.state_dict())
     assert optimizer.param_groups[0]["distribution"] == "gaussian"
 
 

@@ -2,34 +2,57 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import secrets
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
+from zorba import machine
 
+import zorba_kernels as zk
 from benchmarks import sizes
-from benchmarks.timing import Call, Times, peak_bandwidth, time_in_turn
+from zorba_kernels.backends import reference
 
 GPU_BACKENDS = ("cuda", "triton")
 """Both must serve an NVIDIA GPU."""
 NOISE = 1.05
 """A pass that is this many times as fast as its limit was measured beside a disturbed one."""
+Call = Callable[[], object]
+Mark = torch.cuda.Event | float
+WARM_UP = 3
+PEAK_BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.04e12, "B200": 8.0e12}
+"""Bytes a second, from the data sheets; the first name that is part of the device's."""
 
 
-def rehearses(config: pytest.Config) -> bool:
-    """Whether this run goes through everything in small, on the CPU."""
-    return bool(config.getoption("rehearse", False))
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a call, in the order of its runs."""
+
+    each: list[float]
+    extra_bytes: int | None = None  # most that the call held beside what was there; None on a CPU
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.each)
+
+    def over(self, other: Times) -> float:
+        """Returns the median ratio to the call beside it: what drifts, drifts for both."""
+        return statistics.median(a / b for a, b in zip(self.each, other.each, strict=True))
 
 
 def sizes_of(config: pytest.Config) -> sizes.Sizes:
-    """Returns how much to do: on the GPU, where there is one."""
-    if rehearses(config):
+    """Returns how much to do: on the GPU, where there is one and this is no rehearsal."""
+    if config.getoption("rehearse", False):
         return sizes.REHEARSAL
     return sizes.GPU if torch.cuda.is_available() else sizes.CPU
 
@@ -38,17 +61,16 @@ class Bench:
     """One test's device and findings; its report carries these (``user_properties``).
 
     Attributes:
-        device: the GPU, where there is one.
-        sizes: how much to do there.
         facts: what belongs beside the outcome, such as the number of elements compared.
         measures: rows of tables: "group", "name" and figures, whose keys hold their unit.
         targets: figures beside what they should be. They decide nothing.
     """
 
     def __init__(self, item: pytest.Item) -> None:
-        on_gpu = torch.cuda.is_available() and not rehearses(item.config)
-        self.device = torch.device("cuda" if on_gpu else "cpu")
         self.sizes = sizes_of(item.config)
+        self.device = torch.device("cuda" if self.sizes is sizes.GPU else "cpu")
+        # A copy on a CPU reads the memory that it writes to as well: there add_ is the limit.
+        self.limit = "copy" if self.device.type == "cuda" else "plain"
         self._deadline = item.config.getoption("deadline", None) or time.monotonic() + 3600
         self.facts: dict[str, Any] = {}
         self.measures: list[dict[str, Any]] = []
@@ -60,8 +82,6 @@ class Bench:
     @cached_property
     def backends(self) -> list[str]:
         """Backends to compare and measure on the device, the preferred one first."""
-        import zorba_kernels as zk
-
         wanted = GPU_BACKENDS if self.device.type == "cuda" else ("cpu",)
         serving = {row.name for row in zk.backends(self.device) if row.available}
         return [name for name in wanted if name in serving]
@@ -88,31 +108,15 @@ class Bench:
         self.measures.append({"group": group, "name": name, **figures})
 
     def target(
-        self, name: str, figure: float, unit: str, *, least: float | None = None, most: float = 0.0
+        self, name: str, figure: float, unit: str, *, least: float = 0.0, most: float = float("inf")
     ) -> None:
-        """Adds a figure that should be at least, or else at most, a bound."""
-        met = figure >= least if least is not None else figure <= most
-        bound = f"at least {least}" if least is not None else f"at most {most}"
-        row = {"name": name, "figure": figure, "unit": unit, "wanted": bound, "met": met}
-        self.targets.append(row)
-
-    @property
-    def limit(self) -> str:
-        """Name of the pass that only moves bytes: a copy on a GPU, torch's ``add_`` on a CPU.
-
-        A copy on a CPU reads the memory that it writes to as well.
-        """
-        return "copy" if self.device.type == "cuda" else "plain"
+        """Adds a figure that should be at least, or at most, a bound."""
+        bound = f"at least {least}" if least else f"at most {most}"
+        row = {"name": name, "figure": figure, "unit": unit, "wanted": bound}
+        self.targets.append({**row, "met": least <= figure <= most})
 
     def passes(self, group: str, times: Mapping[str, Times], weights: int, moved: int) -> None:
-        """Adds passes that move the same bytes, ``limit`` among them.
-
-        Args:
-            group: of the rows.
-            times: of the passes.
-            weights: number that each goes over.
-            moved: bytes that each reads and writes.
-        """
+        """Adds passes over ``weights``, ``limit`` among them, that all move ``moved`` bytes."""
         peak = peak_bandwidth(self.device)
         for name, t in times.items():
             share = times[self.limit].median / t.median
@@ -127,3 +131,114 @@ class Bench:
             if t.extra_bytes is not None:
                 figures["extra_mib"] = t.extra_bytes / 2**20
             self.measure(f"{group}; limit: {self.limit}", name, **figures)
+
+
+# --- Times -------------------------------------------------------------------------------------
+
+
+def time_in_turn(
+    calls: Mapping[str, Call], device: torch.device, runs: int, seconds: float
+) -> dict[str, Times]:
+    """Times every call ``runs`` times, round robin, so that a change of clocks meets all alike.
+
+    On a GPU with events, and nothing waits in between: the time is that of the device, unless the
+    host falls behind. Tables must be much larger than the L2 cache for what they find to be cold.
+
+    Raises:
+        TimeoutError: the runs are estimated to take longer than ``seconds``.
+    """
+    for call in calls.values():
+        for _ in range(WARM_UP):
+            call()
+    synchronize(device)
+    start = time.perf_counter()
+    for call in calls.values():
+        call()
+    synchronize(device)
+    estimate = (time.perf_counter() - start) * runs
+    if estimate > seconds:
+        raise TimeoutError(f"{runs} runs of {len(calls)} calls would take {estimate:.0f} s")
+    on_gpu = device.type == "cuda"
+    extra = {name: machine.peak_bytes(c, "cuda") if on_gpu else None for name, c in calls.items()}
+    marks: dict[str, list[tuple[Mark, Mark]]] = {name: [] for name in calls}
+    gc.collect()
+    gc.disable()  # a collection in the middle of a call would count as the call's time
+    try:
+        for _ in range(runs):
+            for name, call in calls.items():
+                begin = mark(device)
+                call()
+                marks[name].append((begin, mark(device)))
+        synchronize(device)
+    finally:
+        gc.enable()
+    return {name: Times([between(*m) for m in some], extra[name]) for name, some in marks.items()}
+
+
+def mark(device: torch.device) -> Mark:
+    """Returns a point of the CUDA stream, or of the host's time."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(begin: Mark, end: Mark) -> float:
+    """Returns the seconds between two marks, which the device has passed."""
+    return end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1e3
+
+
+def host_seconds(call: Call, device: torch.device, calls: int) -> float:
+    """Returns what a call costs the host: the median of batches, without waiting for the device."""
+    batch = max(1, calls // 20)
+    for _ in range(WARM_UP):
+        call()
+    each = []
+    for _ in range(20):
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(batch):
+            call()
+        each.append((time.perf_counter() - start) / batch)
+    synchronize(device)
+    return statistics.median(each)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_bandwidth(device: torch.device) -> float | None:
+    """Returns the bytes a second that the data sheet promises, if the device has a known one."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((rate for part, rate in PEAK_BANDWIDTH.items() if part in name), None)
+
+
+# --- Exact bits --------------------------------------------------------------------------------
+
+SLICE = 1 << 28  # elements: bounds the memory of a comparison
+_WORDS = {2: torch.int16, 4: torch.int32}
+
+
+def assert_equal_bits(actual: Tensor, expected: Tensor, what: str) -> None:
+    """Fails, saying where, unless two contiguous tensors of one device hold the same bits."""
+    kinds = [(t.dtype, t.shape) for t in (actual, expected)]
+    assert kinds[0] == kinds[1], f"{what}: {kinds[0]} is compared with {kinds[1]}"
+    words = [t.reshape(-1).view(_WORDS[t.element_size()]) for t in (actual, expected)]
+    for start in range(0, actual.numel(), SLICE):
+        mine, theirs = (w[start : start + SLICE] for w in words)
+        if not torch.equal(mine, theirs):
+            at = start + int((mine != theirs).nonzero()[0])
+            values = [t.reshape(-1)[at].item() for t in (actual, expected)]
+            bits = [hex(int(w[at]) & (1 << 8 * w.element_size()) - 1) for w in words]
+            raise AssertionError(
+                f"{what}: element {at} is {values[0]!r} ({bits[0]}) and should be {values[1]!r} "
+                f"({bits[1]}); {int((mine != theirs).sum())} differ from there on"
+            )
+
+
+def reference_chunk(elements: int) -> mock._patch[int]:
+    """Lets the oracle work on more at a time: a GPU has the memory, and launches cost."""
+    return mock.patch.object(reference, "CHUNK", elements)

@@ -3,21 +3,20 @@
     python -m pytest benchmarks/bench_passes.py
 
 On a GPU, if there is one; else on the CPU. Nothing can be faster than the limit of a pass: a copy
-of the same bytes on a GPU, torch's ``w.add_(c)`` on a CPU, where a copy reads the memory that it
-writes to as well.
+of the same bytes on a GPU, torch's ``w.add_(c)`` on a CPU.
 """
 
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
-import torch
 from torch import Tensor
 
 import zorba_kernels as zk
-from benchmarks.bench import Bench
-from benchmarks.timing import Call, count_of, flat_weights, host_seconds
+from benchmarks.bench import Bench, Call, host_seconds
+from benchmarks.sizes import count_of, flat_weights
 from zorba_kernels.noise import DISTRIBUTIONS, ROUNDINGS
 
 EPS = 1e-3
@@ -41,31 +40,26 @@ def bench_pass(bench: Bench, title: str) -> None:
     table, out = zk.ParamTable(weights), zk.ParamTable(outputs)
     calls = limits(weights, flat, flat_out)
     for b, d, r in itertools.product(bench.backends, DISTRIBUTIONS, ROUNDINGS):
-        calls[f"{b}, {d}, {r}, in place"] = lambda b=b, d=d, r=r: zk.add_noise_(
-            table, 1, EPS, d, r, backend=b
-        )
-        calls[f"{b}, {d}, {r}, out of place"] = lambda b=b, d=d, r=r: zk.add_noise(
-            table, out, 1, EPS, d, r, backend=b
-        )
+        rest = (1, EPS, d, r)
+        calls[f"{b}, {d}, {r}, in place"] = partial(zk.add_noise_, table, *rest, backend=b)
+        calls[f"{b}, {d}, {r}, out of place"] = partial(zk.add_noise, table, out, *rest, backend=b)
     times = bench.in_turn(calls)
     group = f"one pass over {count_of(table.numel)} bf16 weights, {title}"
     bench.passes(group, times, table.numel, 2 * table.nbytes)
     for b, d in itertools.product(bench.backends, OF_LIMIT):
-        share = times[bench.limit].median / times[f"{b}, {d}, nearest, in place"].median
-        name = f"{b}, {d}, nearest, in place, {title}"
-        bench.target(name, share, f"of the {bench.limit}'s speed", least=OF_LIMIT[d])
+        name = f"{b}, {d}, nearest, in place"
+        share = times[bench.limit].median / times[name].median
+        unit = f"of the {bench.limit}'s speed"
+        bench.target(f"{name}, {title}", share, unit, least=OF_LIMIT[d])
 
 
 def bench_fingerprint(bench: Bench, title: str) -> None:
     _, weights = flat_weights(bench.sizes.tables[title](), bench.device)
     table = zk.ParamTable(weights)
-    calls: dict[str, Call] = {
-        b: lambda b=b: zk.fingerprint(table, backend=b) for b in bench.backends
-    }
+    calls = {b: partial(zk.fingerprint, table, backend=b) for b in bench.backends}
+    group = f"fingerprint of {count_of(table.numel)} bf16 weights, {title}"
     for b, t in bench.in_turn(calls).items():
-        gb = table.nbytes / t.median / 1e9
-        group = f"fingerprint of {count_of(table.numel)} bf16 weights, {title}"
-        bench.measure(group, b, ms=t.median * 1e3, gb_per_s=gb)
+        bench.measure(group, b, ms=t.median * 1e3, gb_per_s=table.nbytes / t.median / 1e9)
 
 
 def bench_passes_of_a_step(bench: Bench) -> None:
@@ -84,37 +78,32 @@ def bench_passes_of_a_step(bench: Bench) -> None:
         for coef in (EPS, -2 * EPS, EPS - 1e-6):
             zk.add_noise_(table, 1, coef, distribution, backend=backend)
 
-    calls: dict[str, Call] = {
+    mine: dict[str, Call] = {
+        f"{b}, {d}": partial(passes, d, b)
+        for b, d in itertools.product(bench.backends, DISTRIBUTIONS)
+    }
+    plain: dict[str, Call] = {
         "copy": copies,
         "plain": lambda: [w.add_(EPS) for _ in range(3) for w in weights.values()],
     }
-    for b, d in itertools.product(bench.backends, DISTRIBUTIONS):
-        calls[f"{b}, {d}"] = lambda b=b, d=d: passes(d, b)
-    times = bench.in_turn(calls)
-    group = f"perturb, flip, restore and update {bench.sizes.step_title}, bf16"
-    bench.passes(group, times, table.numel, 3 * 2 * table.nbytes)
-    for name in calls.keys() - {"copy", "plain"}:
+    times = bench.in_turn(plain | mine)
+    weighs = f"{count_of(table.numel)} bf16 weights"
+    bench.passes(f"passes of a step over {weighs}", times, table.numel, 3 * 2 * table.nbytes)
+    for name in mine:
         figure = times[name].median * 1e3
-        bench.target(f"step of {bench.sizes.step_title}, {name}", figure, "ms", most=STEP_MS)
+        bench.target(f"step of {weighs}, {name}", figure, "ms", most=STEP_MS)
 
 
 @pytest.mark.parametrize("tensors", [1, 291])
 def bench_host_time(bench: Bench, tensors: int) -> None:
     """On tables of 64 weights a tensor, too small to take the device any time."""
-    table, out = (
-        zk.ParamTable(
-            {
-                f"{i}": torch.zeros(64, dtype=torch.bfloat16, device=bench.device)
-                for i in range(tensors)
-            }
-        )
-        for _ in range(2)
-    )
+    shapes = {f"{i}": (64,) for i in range(tensors)}
+    table, out = (zk.ParamTable(flat_weights(shapes, bench.device)[1]) for _ in range(2))
     for b in bench.backends:
-        calls: dict[str, Call] = {
-            "in place": lambda b=b: zk.add_noise_(table, 1, EPS, backend=b),
-            "out of place": lambda b=b: zk.add_noise(table, out, 1, EPS, backend=b),
-            "8 terms": lambda b=b: zk.add_noise_(table, range(8), [EPS] * 8, backend=b),
+        calls = {
+            "in place": partial(zk.add_noise_, table, 1, EPS, backend=b),
+            "out of place": partial(zk.add_noise, table, out, 1, EPS, backend=b),
+            "8 terms": partial(zk.add_noise_, table, range(8), [EPS] * 8, backend=b),
         }
         for name, call in calls.items():
             us = host_seconds(call, bench.device, bench.sizes.calls) * 1e6

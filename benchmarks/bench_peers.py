@@ -5,31 +5,30 @@ python -m pytest benchmarks/bench_peers.py
 
 from __future__ import annotations
 
+import itertools
+from functools import partial
+
 import torch
 
 import zorba_kernels as zk
-from benchmarks.bench import Bench
+from benchmarks.bench import Bench, synchronize
 from benchmarks.bench_passes import EPS, limits
 from benchmarks.peers import mezo
-from benchmarks.timing import count_of, flat_weights, synchronize
+from benchmarks.sizes import count_of, flat_weights
+from zorba_kernels.noise import DISTRIBUTIONS
 
 
 def bench_peers(bench: Bench, compared_title: str) -> None:
-    shapes = bench.sizes.tables[compared_title]()
-    flat, weights = flat_weights(shapes, bench.device)
+    flat, weights = flat_weights(bench.sizes.tables[compared_title](), bench.device)
     table, parameters = zk.ParamTable(weights), list(weights.values())
     # MeZO's pass puts new tensors in the place of the old: it gets parameters of its own.
     own = [torch.nn.Parameter(w.clone(), requires_grad=False) for w in parameters]
-    peers = {
-        "MeZO": lambda: mezo.perturb(own, 1, 1.0, EPS),
-        "MeZO, compiled": lambda: mezo.perturb_compiled(
-            parameters, 1, 1.0, EPS, bench.sizes.compiler
-        ),
-    }
+    compiled = partial(mezo.perturb_compiled, parameters, 1, 1.0, EPS, bench.sizes.compiler)
+    peers = {"MeZO": partial(mezo.perturb, own, 1, 1.0, EPS), "MeZO, compiled": compiled}
     if bench.device.type == "cuda":  # Triton compiles for no CPU
         from benchmarks.peers import tl_randn
 
-        peers["tl.randn"] = lambda: tl_randn.perturb(parameters, 1, EPS)
+        peers["tl.randn"] = partial(tl_randn.perturb, parameters, 1, EPS)
     for name in list(peers):
         try:  # a peer that does not run here must not take the others with it
             peers[name]()
@@ -38,12 +37,10 @@ def bench_peers(bench: Bench, compared_title: str) -> None:
             del peers[name]
             bench.facts[f"{name}, left out"] = str(error)[:2000]
     mine = {
-        f"{b}, {d}": lambda b=b, d=d: zk.add_noise_(table, 1, EPS, d, backend=b)
-        for b in bench.backends
-        for d in ("gaussian", "rademacher")
+        f"{b}, {d}": partial(zk.add_noise_, table, 1, EPS, d, backend=b)
+        for b, d in itertools.product(bench.backends, DISTRIBUTIONS)
     }
-    calls = limits(weights, flat, torch.empty_like(flat)) | peers | mine
-    times = bench.in_turn(calls)
+    times = bench.in_turn(limits(weights, flat, torch.empty_like(flat)) | peers | mine)
     group = f"{count_of(table.numel)} bf16 weights in place, {compared_title}, against others"
     bench.passes(group, times, table.numel, 2 * table.nbytes)
     for name in mine:

@@ -18,18 +18,9 @@ from zorba.optim import NoiseTerms, step_seed
 import zorba_kernels as zk
 from benchmarks.bench import Bench
 from benchmarks.peers import mezo
-from benchmarks.sizes import shapes_of, smollm_config
-from benchmarks.timing import flat_weights
+from benchmarks.sizes import flat_weights, shapes_of, smollm_config
 
 STEPS = 64
-
-
-def record(path: Path, table: zk.ParamTable, distribution: str) -> Log:
-    """Steps that nobody took: only replaying them is measured."""
-    with TrajectoryWriter.create(path, table, 1, distribution, "stochastic") as writer:
-        for step in range(STEPS):
-            writer.append(step, NoiseTerms.single(step_seed(1, step), 0, [1e-6]))
-    return Log.read(path)
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
@@ -39,7 +30,11 @@ def bench_replay(
     _, weights = flat_weights(shapes_of(smollm_config()), bench.device)
     table = zk.ParamTable(weights)
     parameters = [torch.nn.Parameter(w.clone(), requires_grad=False) for w in weights.values()]
-    log = record(tmp_path / "run.zot", table, distribution)
+    path = tmp_path / "run.zot"
+    with TrajectoryWriter.create(path, table, 1, distribution, "stochastic") as writer:
+        for step in range(STEPS):  # nobody took these steps: only replaying them is measured
+            writer.append(step, NoiseTerms.single(step_seed(1, step), 0, [1e-6]))
+    log = Log.read(path)
     # The weights change all the time: what is measured needs no right base.
     monkeypatch.setitem(replay.__globals__, "check_base", lambda *_: (table,))
 

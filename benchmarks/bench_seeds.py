@@ -11,65 +11,60 @@ import pytest
 import torch
 
 import zorba_kernels as zk
-from benchmarks.bench import Bench
-from benchmarks.gpu.bits import assert_equal_bits
-from benchmarks.timing import Call, count_of, flat_weights
+from benchmarks.bench import Bench, Call, assert_equal_bits
+from benchmarks.sizes import count_of, flat_weights
 from zorba_kernels.noise import DISTRIBUTIONS
 
 SEEDS = 64
 FASTER = 10.0  # target of Rademacher on a GPU
 
 pytestmark = pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-Ways = dict[str, Callable[[zk.ParamTable], object]]
+Ways = Callable[[zk.ParamTable, str], dict[str, Call]]
 
 
 @pytest.fixture
-def ways(bench: Bench, distribution: str) -> Callable[[str], Ways]:
-    """Returns the same 64 terms, by backend, in the ways to add them."""
+def ways(bench: Bench, distribution: str) -> Ways:
+    """Returns the ways to add the same 64 terms to a table with a backend."""
     seeds = [bench.rng.getrandbits(64) for _ in range(SEEDS)]
     coefs = [bench.rng.gauss(0.0, 1e-4) for _ in range(SEEDS)]
 
-    def of(backend: str) -> Ways:
-        def add(table: zk.ParamTable, seeds: object, coefs: object, **more: object) -> None:
-            zk.add_noise_(table, seeds, coefs, distribution, backend=backend, **more)  # type: ignore[arg-type]
-
-        def passes(table: zk.ParamTable) -> None:
-            for seed, coef in zip(seeds, coefs, strict=True):
-                add(table, seed, coef)
+    def of(table: zk.ParamTable, backend: str) -> dict[str, Call]:
+        def add(*terms: object, **more: object) -> None:
+            zk.add_noise_(table, *terms, distribution, backend=backend, **more)  # type: ignore[arg-type]
 
         return {
-            "64 passes": passes,
-            "one pass, one round": lambda table: add(table, seeds, coefs),
-            "one pass, 64 rounds": lambda table: add(table, seeds, coefs, rounds=[1] * SEEDS),
+            "64 passes": lambda: [add(*term) for term in zip(seeds, coefs, strict=True)],
+            "one pass, one round": lambda: add(seeds, coefs),
+            "one pass, 64 rounds": lambda: add(seeds, coefs, rounds=[1] * SEEDS),
         }
 
     return of
 
 
-def bench_bits(bench: Bench, ways: Callable[[str], Ways]) -> None:
+def bench_bits(bench: Bench, ways: Ways) -> None:
     """64 rounds of a term are 64 passes; a round of 64 terms is what the cpu backend makes."""
     shapes = bench.sizes.many_seeds()
     flat, _ = flat_weights(shapes, bench.device)
 
-    def after(backend: str, way: str, place: torch.device) -> torch.Tensor:
+    def after(way: str, backend: str, place: torch.device) -> torch.Tensor:
         own, views = flat_weights(shapes, place, like=flat)
-        ways(backend)[way](zk.ParamTable(views))
+        ways(zk.ParamTable(views), backend)[way]()
         return own.to(bench.device)
 
     bench.facts["elements"] = flat.numel()
-    on_cpu = after("cpu", "one pass, one round", torch.device("cpu"))
+    on_cpu = after("one pass, one round", "cpu", torch.device("cpu"))
+    names = ("64 passes", "one pass, one round", "one pass, 64 rounds")
     for b in bench.backends:
-        passes, one, rounds = (after(b, way, bench.device) for way in ways(b))
+        passes, one, rounds = (after(name, b, bench.device) for name in names)
         assert_equal_bits(rounds, passes, f"{b}, 64 rounds against 64 passes")
         assert_equal_bits(one, on_cpu, f"{b}, one round of 64 terms")
 
 
-def bench_speed(bench: Bench, distribution: str, ways: Callable[[str], Ways]) -> None:
+def bench_speed(bench: Bench, distribution: str, ways: Ways) -> None:
     _, weights = flat_weights(bench.sizes.many_seeds(), bench.device)
     table = zk.ParamTable(weights)
     for b in bench.backends:
-        calls: dict[str, Call] = {n: lambda way=way: way(table) for n, way in ways(b).items()}
-        times = bench.in_turn(calls)
+        times = bench.in_turn(ways(table, b))
         group = f"64 seeds over {count_of(table.numel)} bf16 weights, {b}, {distribution}"
         for name, t in times.items():
             faster = times["64 passes"].median / t.median

@@ -15,14 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from zorba import machine
 from zorba.federated import FederationSettings, Hello, ModelIdentity, Reply, Server, decode
 from zorba.federated.aggregate import aggregate
 from zorba.federated.settings import AGGREGATIONS
 from zorba.identity import package_version
-from zorba.log import LogEntry, LogFile, LogHeader
-from zorba.optim import NoiseTerms
 
 CLIENTS = int(os.environ.get("ZORBA_BENCH_CLIENTS", "100000"))
 BLOCKS, SAMPLES = 32, 5
@@ -47,28 +44,20 @@ class Crowd:
 
     def greet(self, names: list[str], after: int = 0) -> None:
         """Admits clients whose replicas are after this round."""
-        for name in names:
-            hello = Hello(
-                name, self.settings.job_id, IDENTITY, "gaussian", "stochastic", after,
-                self.fingerprint(after), package_version(),
-            )  # fmt: skip
-            assert self.server.receive(name, hello.encode()).accepted
-
-    def fingerprint(self, after: int) -> int:
-        """What replicas would tell; nobody knows better, so any number does."""
-        return IDENTITY.start + after
+        # Nobody knows what replicas would tell, so any number does for their fingerprint.
+        fixed = (self.settings.job_id, IDENTITY, "gaussian", "stochastic", after)
+        rest = (*fixed, IDENTITY.start + after, package_version())
+        self.answer((name, Hello(name, *rest).encode()) for name in names)
 
     def replies(self, names: list[str]) -> Iterator[tuple[str, bytes]]:
         """Replies to the round that is under way, by client."""
         scalars = self.numbers.normal(size=(len(names), 1, SAMPLES)).astype(np.float32)
-        after = self.server.round - 1
-        now = self.fingerprint(after)
+        job, after = self.settings.job_id, self.server.round - 1
         for name, measured in zip(names, scalars, strict=True):
-            reply = Reply(self.settings.job_id, after + 1, name, after, now, measured, 8, 0.5)
-            yield name, reply.encode()
+            now = IDENTITY.start + after
+            yield name, Reply(job, after + 1, name, after, now, measured, 8, 0.5).encode()
 
     def answer(self, replies: Iterable[tuple[str, bytes]]) -> None:
-        """Gives the server all replies."""
         for name, data in replies:
             assert self.server.receive(name, data).accepted
 
@@ -78,13 +67,6 @@ class Crowd:
             self.server.begin_round(names)
             self.answer(self.replies(names))
             self.server.end_round()
-
-
-@pytest.fixture
-def crowd(tmp_path: Path) -> Iterator[Crowd]:
-    made = Crowd(tmp_path)
-    yield made
-    made.server.close()
 
 
 def hold_rounds(ready: Callable[[], None], folder: str, rounds: int) -> None:
@@ -105,56 +87,49 @@ def bench_aggregate(benchmark: Any, rule: Any, columns: int) -> None:
     numbers = np.random.default_rng(0)
     scalars = numbers.normal(size=(CLIENTS, 1, SAMPLES)).astype(np.float32)
     masks = numbers.random((CLIENTS, columns)) < 0.5
-    examples = numbers.integers(1, 64, CLIENTS)
+    arguments = (scalars, masks, numbers.integers(1, 64, CLIENTS), 0.01)
+    how = {"aggregation": rule, "clip": 3.0}
     note(benchmark, columns=columns)
-    benchmark.pedantic(
-        aggregate,
-        (scalars, masks, examples, 0.01),
-        {"aggregation": rule, "clip": 3.0},
-        rounds=9,
-        warmup_rounds=1,
-    )
+    benchmark.pedantic(aggregate, arguments, how, rounds=9, warmup_rounds=1)
 
 
 @pytest.mark.benchmark(group=f"round: {GROUP}")
 @pytest.mark.parametrize("part", ["begin", "decode", "receive", "end"])
-def bench_round(benchmark: Any, crowd: Crowd, part: str) -> None:
+def bench_round(benchmark: Any, tmp_path: Path, part: str) -> None:
     """Each part of a round by itself; the parts before it are no part of its time."""
-    facts: dict[str, int] = {}
-
-    def setup() -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if part == "begin":
-            return (), {}
-        plans = crowd.server.begin_round()
-        replies = list(crowd.replies(crowd.names))
-        first = crowd.names[0]
-        facts.update(plan_bytes=len(plans[first]), reply_bytes=len(replies[0][1]))
-        if part == "end":
-            facts["log_bytes_before"] = crowd.server.log.size
-            crowd.answer(replies)
-            return (), {}
-        return (replies,), {}
-
-    calls: dict[str, Callable[..., object]] = {
-        "begin": crowd.server.begin_round,
-        "decode": lambda replies: [decode(data) for _, data in replies],
-        "receive": crowd.answer,
-        "end": crowd.server.end_round,
-    }
+    crowd = Crowd(tmp_path)
+    server, replies, facts = crowd.server, [], {}
     if part == "begin":
         crowd.play(1, crowd.names)  # so that a plan has an entry of the log in it
+
+    def setup() -> None:
+        if part == "begin":
+            return
+        plan = server.begin_round()[crowd.names[0]]
+        replies[:] = crowd.replies(crowd.names)
+        facts.update(plan_bytes=len(plan), reply_bytes=len(replies[0][1]))
+        if part == "end":
+            facts["log_bytes_before"] = server.log.size
+            crowd.answer(replies)
+
+    calls: dict[str, Callable[[], object]] = {
+        "begin": server.begin_round,
+        "decode": lambda: [decode(data) for _, data in replies],
+        "receive": lambda: crowd.answer(replies),
+        "end": server.end_round,
+    }
     benchmark.pedantic(calls[part], setup=setup, rounds=3)
     if part == "end":
-        facts["entry_bytes"] = crowd.server.log.size - facts.pop("log_bytes_before")
+        facts["entry_bytes"] = server.log.size - facts.pop("log_bytes_before")
     note(benchmark, **facts)
+    server.close()
 
 
 @pytest.mark.benchmark(group=f"admit all, and run a round: {GROUP}")
 @pytest.mark.parametrize("rounds", [0, 1])
 def bench_memory(benchmark: Any, tmp_path: Path, rounds: int) -> None:
     """Look at ``peak_bytes``: the time is mostly that of the clients' own messages."""
-    arguments = (hold_rounds, str(tmp_path), rounds)
-    apart = benchmark.pedantic(machine.run_apart, arguments, rounds=1)
+    apart = benchmark.pedantic(machine.run_apart, (hold_rounds, str(tmp_path), rounds), rounds=1)
     note(benchmark, peak_bytes=apart.above)
 
 
@@ -184,18 +159,3 @@ def bench_catch_up(benchmark: Any, tmp_path: Path, away: int) -> None:
         all_plans_bytes=sum(map(len, plans.values())),
     )
     crowd.server.close()
-
-
-@pytest.mark.benchmark(group=f"open a log, {BLOCKS} blocks, each with a column of its own")
-@pytest.mark.parametrize("rounds", [1000, 10_000])
-def bench_open_log(benchmark: Any, tmp_path: Path, rounds: int) -> None:
-    """What a server does before it goes on after a kill."""
-    numbers = np.random.default_rng(0)
-    path = tmp_path / "job.log"
-    with LogFile(path, LogHeader(1, IDENTITY, "gaussian", "stochastic"), durable=False) as log:
-        for n in range(1, rounds + 1):
-            coefs = torch.from_numpy(numbers.normal(size=(BLOCKS, SAMPLES)).astype(np.float32))
-            terms = NoiseTerms((n,) * SAMPLES, tuple(range(SAMPLES)), coefs)
-            log.append(LogEntry(n, terms, rounding_seed=n, base=n, mask_version=1))
-    benchmark.pedantic(lambda: LogFile(path).close(), rounds=3, warmup_rounds=1)
-    note(benchmark, log_bytes=path.stat().st_size)

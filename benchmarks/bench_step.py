@@ -10,7 +10,6 @@ that is sought: the median ratio of a step to the forwards beside it is what cou
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -38,7 +37,7 @@ def model() -> Any:
 
 
 @pytest.fixture(scope="module")
-def closure(model: Any) -> Callable[[], torch.Tensor]:
+def closure(model: Any) -> Any:
     ids = torch.randint(0, 49152, (16, 32), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     answers = torch.arange(16, device=DEVICE) % 2
 
@@ -49,52 +48,39 @@ def closure(model: Any) -> Callable[[], torch.Tensor]:
     return loss
 
 
-@pytest.fixture
-def measure_step(
-    bench: Bench, closure: Callable[[], torch.Tensor]
-) -> Callable[[str, Callable[[], object]], None]:
+@torch.no_grad()
+def two_forwards(closure: Any) -> None:
+    closure()
+    closure()
+
+
+def measure(bench: Bench, closure: Any, name: str, step: Any) -> None:
     """Times a step beside its two forwards."""
-
-    def run(name: str, step: Callable[[], object]) -> None:
-        times = bench.in_turn({"forwards": lambda: two_forwards(closure), "step": step})
-        forwards, of_step = times["forwards"], times["step"]
-        bench.measure(
-            GROUP,
-            name,
-            ms=of_step.median * 1e3,
-            over_forwards=of_step.over(forwards),
-            fastest=min(of_step.each) / min(forwards.each),
-            peak_mib=peak_bytes(step, DEVICE) / 2**20,
-        )
-
-    return run
+    times = bench.in_turn({"forwards": lambda: two_forwards(closure), "step": step})
+    forwards, of_step = times["forwards"], times["step"]
+    bench.measure(
+        GROUP,
+        name,
+        ms=of_step.median * 1e3,
+        over_forwards=of_step.over(forwards),
+        fastest=min(of_step.each) / min(forwards.each),
+        peak_mib=peak_bytes(step, DEVICE) / 2**20,
+    )
 
 
-def two_forwards(closure: Callable[[], torch.Tensor]) -> None:
-    with torch.no_grad():
-        closure()
-        closure()
-
-
-def bench_two_forwards(measure_step: Any, closure: Callable[[], torch.Tensor]) -> None:
+def bench_two_forwards(bench: Bench, closure: Any) -> None:
     """Against themselves: how far a ratio is off by chance."""
-    measure_step("two forwards", lambda: two_forwards(closure))
+    measure(bench, closure, "two forwards", lambda: two_forwards(closure))
 
 
-def bench_mezo(measure_step: Any, model: Any, closure: Callable[[], torch.Tensor]) -> None:
+def bench_mezo(bench: Bench, model: Any, closure: Any) -> None:
     weights = list(model.parameters())
-    measure_step("MeZO", lambda: mezo.step(weights, closure, 1, 1e-3, 1e-7))
+    measure(bench, closure, "MeZO", lambda: mezo.step(weights, closure, 1, 1e-3, 1e-7))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
-def bench_zorba(
-    measure_step: Any,
-    model: Any,
-    closure: Callable[[], torch.Tensor],
-    distribution: Any,
-    scheme: str,
-) -> None:
+def bench_zorba(bench: Bench, model: Any, closure: Any, distribution: Any, scheme: str) -> None:
     optimizer = ZerothOrderSGD(model, lr=1e-7, distribution=distribution, **SCHEMES[scheme])
-    measure_step(f"{scheme}, {distribution}", lambda: optimizer.step(closure))
+    measure(bench, closure, f"{scheme}, {distribution}", lambda: optimizer.step(closure))
     optimizer.flush()

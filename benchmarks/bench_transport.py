@@ -51,24 +51,14 @@ GROUP = f"round: {len(SITES)} sites, P = {SAMPLES}, measured for free"
 _FREE = """
 import sys
 if any("worker_process" in word for word in sys.orig_argv):
-    from benchmarks.bench_transport import measure_for_free
-    measure_for_free()
+    from benchmarks.bench_transport import build, free
+    build.ModelObjective = free
 """
 
 
-class Free:
-    """An objective that costs nothing, in the place of ``ModelObjective``."""
-
-    def __init__(self, *_: object, **__: object) -> None: ...
-
-    def __call__(self, round_number: int, step: int) -> tuple[Any, int]:
-        """See ``zorba.federated.Objective``."""
-        return lambda noises: [0.0] * len(noises), 4
-
-
-def measure_for_free() -> None:
-    """Has the clients of this process measure for free."""
-    build.ModelObjective = Free  # type: ignore[misc, assignment]
+def free(*_: object, **__: object) -> Any:
+    """Makes an objective that costs nothing, in the place of ``ModelObjective``."""
+    return lambda round_number, step: (lambda noises: [0.0] * len(noises), 4)
 
 
 @pytest.fixture
@@ -78,24 +68,18 @@ def project(tmp_path: Path) -> Path:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
+    folder = tmp_path / "project"
+    model, rows = str(tmp_path / "model"), str(tmp_path / "rows.jsonl")
     init_project(
         InitSettings(
-            folder=tmp_path / "project",
-            site=SITES,
-            model=str(tmp_path / "model"),
-            data=str(tmp_path / "rows.jsonl"),
-            template="{sentence} It was",
-            words=" terrible, great",
-            address=f"localhost:{port}",
-            job="overhead",
-            rounds=10 * (ROUNDS + WARM_UP),
-            perturbations=SAMPLES,
+            folder=folder, site=SITES, model=model, data=rows, template="{sentence} It was",
+            words=(" terrible", " great"), address=f"localhost:{port}", job="overhead",
+            rounds=10 * (ROUNDS + WARM_UP), perturbations=SAMPLES,
         )
-    )
-    for name in SITES:
-        folder = tmp_path / "project" / "sites" / name
-        SiteConfig.read(folder).model_copy(update={"threads": 1}).write(folder)
-    return tmp_path / "project"
+    )  # fmt: skip
+    for site in (folder / "sites").iterdir():
+        SiteConfig.read(site).model_copy(update={"threads": 1}).write(site)
+    return folder
 
 
 def measure(benchmark: Any, call: Callable[[], object]) -> None:
@@ -130,22 +114,21 @@ def running(project: Path) -> Iterator[EventReader]:
 @pytest.mark.benchmark(group=GROUP)
 def bench_deployed(benchmark: Any, project: Path) -> None:
     """From the end of a round to the end of the next."""
+    measured: list[dict[str, Any]] = []
     with running(project) as events:
-        ended: list[dict[str, Any]] = []
-        taken = 0
 
-        def next_round() -> None:
-            nonlocal taken
-            deadline = time.monotonic() + PATIENCE
-            while len(ended) <= taken:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"no round within {PATIENCE} s: see the engine.log's")
-                ended.extend(event for event in events.poll() if event["event"] == "round")
-                time.sleep(0.002)
-            taken += 1
+        def rounds() -> Iterator[dict[str, Any]]:
+            while True:
+                deadline = time.monotonic() + PATIENCE
+                while not (found := [e for e in events.poll() if e["event"] == "round"]):
+                    if time.monotonic() > deadline:
+                        raise TimeoutError(f"no round within {PATIENCE} s: see the engine.log's")
+                    time.sleep(0.002)
+                yield from found
 
-        measure(benchmark, next_round)
-    measured = ended[WARM_UP : WARM_UP + ROUNDS]
+        ended = rounds()
+        measure(benchmark, lambda: measured.append(next(ended)))
+    measured = measured[WARM_UP:]
     assert all(event["clients"] == list(SITES) for event in measured)
     assert all(event["loss"] == 0.0 for event in measured), "somebody measured a model"
     assert measured[-1]["bytes_down"] == dict.fromkeys(SITES, PLAN_BYTES)
@@ -159,7 +142,7 @@ def bench_deployed(benchmark: Any, project: Path) -> None:
 @pytest.mark.benchmark(group=GROUP)
 def bench_local(benchmark: Any, project: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "ModelObjective", Free)
+        patch.setattr(build, "ModelObjective", free)
         clients = {site: build.build_client(project / "sites" / site) for site in SITES}
     config = ServerConfig.read(project / "server")
     server = build.build_server(config, RunFolder(project.parent / "run"))

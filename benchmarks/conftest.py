@@ -7,24 +7,23 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.bench import Bench, rehearses, sizes_of
+from benchmarks.bench import Bench, sizes_of
 from benchmarks.record import lines
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keeps collections of garbage out of what pytest-benchmark times."""
     config.option.benchmark_disable_gc = True
-    if rehearses(config):
+    if config.getoption("rehearse", False):
         torch.set_num_threads(1)  # small work is done before other threads are awake
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips checks of a GPU where there is none, unless they are rehearsed."""
-    if torch.cuda.is_available() or rehearses(config):
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="torch.cuda.is_available() is False"))
+    """Leaves out checks of a GPU where there is none, unless they are rehearsed."""
+    if not torch.cuda.is_available() and not config.getoption("rehearse", False):
+        gpu = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if item not in gpu]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

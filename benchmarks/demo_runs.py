@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from zorba.apps.reviews import data, federation, packages
+from zorba.apps.reviews import packages
+from zorba.apps.reviews.data import read_reviews
+from zorba.apps.reviews.federation import build
 from zorba.apps.reviews.settings import ReviewSettings
-from zorba.apps.reviews.task import Pool
 from zorba.federated import (
     Client,
     FederationResult,
@@ -37,38 +37,22 @@ def described(settings: ReviewSettings) -> dict[str, Any]:
 class DemoRuns:
     """Model, data and frozen prefixes of ``zorba demo``, for runs that differ in other things.
 
-    Args:
-        settings: of the demo; its plan gives each client as many blocks as ``clients`` says.
-
     Attributes:
-        federation: as the demo has it.
+        masks: the plan's, bool [clients, blocks].
         start_accuracy: of the held-out set, at the original weights.
     """
 
     def __init__(self, settings: ReviewSettings) -> None:
         self.settings = settings
         model, tokenizer = packages.load_model(settings.cache)
-        parts, evaluation = federation.read_data(settings, tokenizer)
-        total = len(evaluation) + len(parts) * settings.pool // settings.batch_size
-        done = count(1)
-
-        def on_batch() -> None:
-            if (n := next(done)) % 20 == 0:
-                print(f"frozen prefix: {n} of {total} batches", flush=True)
-
-        answers = data.answer_ids(tokenizer)
-        made = federation.build(settings, model, parts, evaluation, answers, on_batch)
+        made = build(settings, model, read_reviews(settings, tokenizer))
         self.federation = made
+        self.masks: Masks = np.array(made.plan.mask, dtype=bool)
         self._start = {
             key: [entry.tensor.clone() for entry in replica.table.entries]
             for key, replica in made.replicas.items()
         }
         self.start_accuracy = self.accuracy()
-
-    @property
-    def masks(self) -> Masks:
-        """The plan's, bool [clients, blocks]."""
-        return np.array(self.federation.plan.mask, dtype=bool)
 
     def run(
         self,
@@ -79,7 +63,7 @@ class DemoRuns:
         on_round: Callable[[RoundReport], None] | None = None,
         **changes: Any,
     ) -> FederationResult:
-        """Runs a federation from the original weights.
+        """Runs a federation from the original weights; the replicas then hold its weights.
 
         Args:
             masks: bool [clients, blocks], which trainable blocks each client activates.
@@ -87,16 +71,13 @@ class DemoRuns:
             wrap: makes the client that takes part of a name and the honest one.
             on_round: called after each round.
             changes: fields of ``FederationSettings`` that differ from the demo's.
-
-        Returns:
-            What the run came to; the replicas hold its weights.
         """
         made = self.federation
         replicas = {key: self._restored(key) for key in made.replicas}
         clients = {}
         for n, (name, pool) in enumerate(made.pools.items()):
             seed = pool.seed if order is None else order * 1000 + n
-            own = Pool(pool.suffix, pool.prefixes, list(masks[n]), pool.local_steps, seed)
+            own = replace(pool, first=int(masks[n].argmax()), seed=seed)
             replica = replicas.get(name, replicas["shared"])
             clients[name] = wrap(name, Client(name, replica, own.objective))
         settings, identity = replace(made.settings, **changes), replicas["shared"].identity

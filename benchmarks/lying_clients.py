@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -25,17 +25,11 @@ def opposite(scalars: Scalars, numbers: np.random.Generator) -> Scalars:
     return -10 * scalars
 
 
-LIES: Mapping[str, Lie] = {"garbage": garbage, "opposite": opposite}
+LIES: dict[str, Lie] = {"garbage": garbage, "opposite": opposite}
 
 
 class LyingClient(Client):
-    """A client whose replies carry other scalars than it measured.
-
-    Args:
-        honest: whose replica, data and name it has.
-        lie: makes its scalars of those that it measured.
-        seed: of the lies.
-    """
+    """An honest client whose replies carry other scalars than it measured."""
 
     def __init__(self, honest: Client, lie: Lie, seed: int) -> None:
         super().__init__(honest.name, honest.replica, honest.objective)
@@ -43,7 +37,6 @@ class LyingClient(Client):
         self._numbers = np.random.default_rng(seed)
 
     def handle(self, data: bytes) -> bytes:
-        """Answers like ``Client.handle``, but for the scalars."""
         answer = super().handle(data)
         message = decode(answer)
         if not isinstance(message, Reply):

@@ -3,27 +3,24 @@
 Every client has room for all four trainable blocks, so that each block has eight clients; the two
 that lie are drawn by the seed. All else is as in ``zorba demo``: model, data, split, noise.
 
-    python -m benchmarks.lying_curves [--rounds 40] [--only NAME ...] [--draw-only]
+    python -m benchmarks.lying_curves
 
 Runs are kept in the JSON file as they end, and only those that are missing are made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from zorba.apps.reviews.settings import CLIENTS, ReviewSettings
 from zorba.federated import Client, RoundReport
 
-from benchmarks import curves
+from benchmarks import experiment
 from benchmarks.demo_runs import DemoRuns, described
-from benchmarks.kept_runs import KeptRuns
 from benchmarks.lying_clients import LIES, LyingClient
 
 BLOCKS = 4
@@ -80,14 +77,9 @@ def run_case(runs: DemoRuns, case: Case) -> dict[str, Any]:
             print(f"  round {report.round}: {scores[-1][1]:.3f}", flush=True)
 
     result = runs.run(
-        np.ones_like(runs.masks),
-        wrap=wrap,
-        on_round=on_round,
-        aggregation=case.aggregation,
-        clip=case.clip,
-        lr=lambda round_: case.lr * (1 - (round_ - 1) / settings.rounds),
-        trim=0.25,
-    )
+        np.ones_like(runs.masks), wrap=wrap, on_round=on_round, trim=0.25, clip=case.clip,
+        aggregation=case.aggregation, lr=lambda at: case.lr * (1 - (at - 1) / settings.rounds),
+    )  # fmt: skip
     return {
         "case": asdict(case),
         "liars": liars if case.lie else [],
@@ -100,53 +92,35 @@ def run_case(runs: DemoRuns, case: Case) -> dict[str, Any]:
 
 def draw(path: Path, runs: dict[str, dict[str, Any]]) -> None:
     """Draws accuracy over rounds, a panel for each lie and clip."""
-    figure, panels = curves.panels(12, 3.6, len(PANELS), sharey=True)
+    figure, panels = experiment.panels(12, 3.6, len(PANELS), sharey=True)
     for axes, ((lie, clip), title) in zip(panels, PANELS.items(), strict=True):
         for run in runs.values():
-            case = run["case"]
-            if case["clip"] != clip or case["lie"] not in (None, lie):
-                continue
-            style = {"color": COLORS[case["aggregation"]], "label": case["aggregation"]}
-            if case["lie"] is None:
-                style = {"color": "#555555", "label": "nobody lies, mean", "linestyle": "--"}
-            axes.plot(*zip(*run["scores"], strict=True), linewidth=1.8, **style)
+            case = Case(**run["case"])
+            if case.clip == clip and case.lie in (None, lie):
+                style = {"color": COLORS[case.aggregation], "label": case.aggregation}
+                if case.lie is None:
+                    style = {"color": "#555555", "label": "nobody lies, mean", "linestyle": "--"}
+                axes.plot(*zip(*run["scores"], strict=True), linewidth=1.8, **style)
         axes.set_xlabel("round")
         axes.set_title(title, fontsize=10)
-        axes.legend(frameon=False, loc="best", fontsize=8)
+        axes.legend(frameon=False, fontsize=8)
     panels[0].set(ylabel="accuracy, SST-2 validation")
-    curves.save(figure, path)
+    experiment.save(figure, path)
 
 
-def main(
-    rounds: int = 40,
-    only: Sequence[str] = tuple(CASES),
-    draw_only: bool = False,
-    out: Path = Path("docs/images/lying.png"),
-    json: Path = Path("benchmarks/results/lying.json"),
-) -> None:
-    """Makes the runs that are missing, prints their accuracies and draws them.
-
-    Args:
-        rounds: Of the federation.
-        only: Names of cases to run.
-        draw_only: Only draw what is in the JSON file.
-        out: Picture.
-        json: File that runs are kept in.
-    """
-    settings = ReviewSettings(
-        clients=dict.fromkeys(CLIENTS, BLOCKS), rounds=rounds, out=Path("runs/lying")
-    )
-    kept = KeptRuns(json, described(settings))
+def main() -> None:
+    """Makes the runs that are missing, prints their accuracies and draws them."""
+    clients = dict.fromkeys(CLIENTS, BLOCKS)
+    settings = ReviewSettings(clients=clients, rounds=40, out=Path("runs/lying"))
+    kept = experiment.Results(Path("benchmarks/results/lying.json"), described(settings))
     runs = cache(lambda: DemoRuns(settings))
-    for name in [] if draw_only else only:
-        if kept.runs.get(name, {}).get("case") != asdict(CASES[name]):
-            kept.runs.pop(name, None)
-        kept.get(name, lambda name=name: run_case(runs(), CASES[name]))  # type: ignore[misc]
-    for name, run in kept.runs.items():
+    for name, case in CASES.items():
+        kept.run(name, lambda case=case: run_case(runs(), case))  # type: ignore[misc]
+    for name, run in kept.part("runs").items():
         (_, first), (_, last) = run["scores"][0], run["scores"][-1]
         print(f"{name:28} accuracy {first:.3f} before, {last:.3f} after")
-    draw(out, kept.runs)
+    draw(Path("docs/images/lying.png"), kept.part("runs"))
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    main()

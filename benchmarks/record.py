@@ -26,7 +26,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Starts recording."""
     if config.getoption("record"):
         recorder = Recorder(config.getoption("record"), config.getoption("stage"))
         config.pluginmanager.register(recorder)
@@ -40,7 +39,6 @@ class Recorder:
         self.tests: list[dict[str, Any]] = []
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """Keeps files that cannot be collected."""
         if report.failed:
             self._add(report, 0.0)
 
@@ -54,7 +52,6 @@ class Recorder:
             self._add(report, report.duration, **dict(report.user_properties))
 
     def pytest_sessionfinish(self) -> None:
-        """Writes what the last test found."""
         self.write()
 
     def write(self, **more: Any) -> None:
@@ -76,8 +73,7 @@ class Recorder:
 
 def read_results(path: Path) -> dict[str, Any]:
     """Returns what is in the file; nothing where there is none."""
-    whole: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return whole
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def write_results(path: Path, whole: dict[str, Any]) -> None:
@@ -96,9 +92,7 @@ def lines(measures: list[dict[str, Any]]) -> Iterator[str]:
     for group, rows in groups.items():
         keys = [key for key in rows[0] if key not in ("group", "name")]
         wide = max(len(row["name"]) for row in rows)
-        yield ""
-        yield group
-        yield "  " + " " * wide + "".join(f"  {key:>10}" for key in keys)
+        yield f"\n{group}\n  " + " " * wide + "".join(f"  {key:>10}" for key in keys)
         for row in rows:
             cells = (f"  {short(row.get(key, '')):>{max(len(key), 10)}}" for key in keys)
             yield f"  {row['name']:<{wide}}" + "".join(cells)

@@ -4,7 +4,7 @@ A small Llama is trained with AdamW on sequences with strides of 1 to 3, and the
 gradients to a stride of 5, at a learning rate whose updates are a quarter of a bfloat16 step of a
 typical weight. Start, batches and noise are the same for all runs of a seed.
 
-    python -m benchmarks.rounding_curves [--steps 2000] [--out docs/images/rounding.png]
+    python -m benchmarks.rounding_curves
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 from zorba import ZerothOrderSGD, machine
 
-from benchmarks import curves
+from benchmarks import experiment
 from benchmarks.sizes import llama_config
 
 VOCABULARY, LENGTH, BATCH = 32, 12, 32
-RUNS: dict[str, tuple[torch.dtype, str]] = {
-    "float32": (torch.float32, "nearest"),
-    "bfloat16, stochastic": (torch.bfloat16, "stochastic"),
-    "bfloat16, nearest": (torch.bfloat16, "nearest"),
+STEPS, SEEDS, LR = 2000, (1, 2, 3), 1e-5
+PICTURE, RESULT = Path("docs/images/rounding.png"), Path("benchmarks/results/rounding.json")
+RUNS: dict[str, tuple[torch.dtype, Any, str]] = {
+    "float32": (torch.float32, "nearest", "#555555"),
+    "bfloat16, stochastic": (torch.bfloat16, "stochastic", "#1f77b4"),
+    "bfloat16, nearest": (torch.bfloat16, "nearest", "#d62728"),
 }
-COLORS = {"float32": "#555555", "bfloat16, stochastic": "#1f77b4", "bfloat16, nearest": "#d62728"}
+"""Dtype, rounding and colour."""
 
 
 def make_model(seed: int) -> Any:
@@ -62,21 +63,15 @@ def pretrained(seed: int) -> Any:
     return model.to(torch.bfloat16).to(torch.float32)
 
 
-def train(name: str, base: Any, seed: int, steps: int, lr: float) -> list[float]:
+def train(name: str, base: Any, seed: int) -> list[float]:
     """Returns the loss of each step."""
-    dtype, rounding = RUNS[name]
+    dtype, rounding, _ = RUNS[name]
     model = copy.deepcopy(base).to(dtype)
-    optimizer = ZerothOrderSGD(
-        model,
-        lr=lr,
-        eps=1e-2,
-        distribution="rademacher",
-        rounding=rounding,  # type: ignore[arg-type]
-        seed=seed,
-    )
+    options: dict[str, Any] = {"distribution": "rademacher", "rounding": rounding, "seed": seed}
+    optimizer = ZerothOrderSGD(model, lr=LR, eps=1e-2, **options)
     losses = []
-    for step in range(steps):
-        ids = batch_of(seed * steps + step, (5, 5))
+    for step in range(STEPS):
+        ids = batch_of(seed * STEPS + step, (5, 5))
         loss = optimizer.step(lambda ids=ids: model(input_ids=ids, labels=ids).loss)  # type: ignore[misc]
         losses.append(float(loss))
     return losses
@@ -84,43 +79,29 @@ def train(name: str, base: Any, seed: int, steps: int, lr: float) -> list[float]
 
 def draw(path: Path, losses: dict[str, list[list[float]]]) -> None:
     """Draws every run, smoothed over 50 steps, and the mean of each kind."""
-    figure, (axes,) = curves.panels(7, 4)
+    figure, (axes,) = experiment.panels(7, 4)
     for name, runs in losses.items():
         before = np.repeat(np.array(runs)[:, :1], 49, axis=1)
         padded = np.concatenate([before, runs], axis=1)
         smooth = np.lib.stride_tricks.sliding_window_view(padded, 50, axis=1).mean(axis=2)
-        axes.plot(smooth.T, color=COLORS[name], linewidth=0.7, alpha=0.35)
-        style = "--" if name == "float32" else "-"
-        axes.plot(smooth.mean(axis=0), style, color=COLORS[name], linewidth=2, label=name)
+        color, style = RUNS[name][2], "--" if name == "float32" else "-"
+        axes.plot(smooth.T, color=color, linewidth=0.7, alpha=0.35)
+        axes.plot(smooth.mean(axis=0), style, color=color, linewidth=2, label=name)
     axes.set(xlabel="step", ylabel="training loss", title="Rounding of updates to bfloat16 weights")
     axes.legend(frameon=False)
-    curves.save(figure, path)
+    experiment.save(figure, path)
 
 
-def main(
-    steps: int = 2000,
-    seeds: int = 3,
-    lr: float = 1e-5,
-    out: Path = Path("docs/images/rounding.png"),
-    result: Path = Path("benchmarks/results/rounding.json"),
-) -> None:
-    """Trains, prints the areas under the curves and writes picture and figures.
-
-    Args:
-        steps: Of a run.
-        seeds: Runs of each kind.
-        lr: Learning rate.
-        out: Picture.
-        result: JSON file.
-    """
+def main() -> None:
+    """Trains, prints the areas under the curves and writes picture and figures."""
     torch.set_num_threads(1)
     losses: dict[str, list[list[float]]] = {name: [] for name in RUNS}
-    for seed in range(1, 1 + seeds):
+    for seed in SEEDS:
         base = pretrained(seed)
         for name, runs in losses.items():
-            runs.append(train(name, base, seed, steps, lr))
+            runs.append(train(name, base, seed))
             print(f"seed {seed}, {name}: done", flush=True)
-    report: dict[str, Any] = {"machine": machine.describe(), "lr": lr, "runs": {}}
+    report: dict[str, Any] = {"machine": machine.describe(), "lr": LR, "runs": {}}
     exact = np.mean(losses["float32"], axis=1)
     for name, runs in losses.items():
         ratios = (np.mean(runs, axis=1) / exact).tolist()
@@ -128,9 +109,9 @@ def main(
         report["runs"][name] = {"area_over_float32": ratios, "mean_of_the_last_100": ends}
         said = ", ".join(f"{r:.4f}" for r in ratios)
         print(f"{name:22} area over float32's: {said}; loss at the end {np.mean(ends):.3f}")
-    result.write_text(json.dumps(report, indent=2) + "\n")
-    draw(out, losses)
+    RESULT.write_text(json.dumps(report, indent=2) + "\n")
+    draw(PICTURE, losses)
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    main()

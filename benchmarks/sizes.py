@@ -1,4 +1,4 @@
-"""How much each benchmark does: on a GPU, on a CPU, and in a rehearsal."""
+"""How much each benchmark does: on a GPU, on a CPU, and in a rehearsal; and the weights for it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 def squares(count: int, side: int) -> Shapes:
-    """Shapes of square matrices."""
     return {f"layers.{i}.weight": (side, side) for i in range(count)}
 
 
@@ -52,45 +52,50 @@ def shapes_of(config: Any) -> Shapes:
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
+def flat_weights(
+    shapes: Shapes, device: torch.device, like: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns bf16 weights in one piece of memory, which one copy can move, and their views.
+
+    They are copies of the flat weights ``like``, or else random.
+    """
+    counts = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    flat = torch.empty(sum(counts.values()), dtype=torch.bfloat16, device=device)
+    if like is not None:
+        flat.copy_(like)
+    else:
+        for piece in flat.split(1 << 30):
+            piece.normal_(0.0, 0.02)
+    pieces = flat.split(list(counts.values()))
+    return flat, {n: p.view(shapes[n]) for n, p in zip(counts, pieces, strict=True)}
+
+
+def count_of(weights: int) -> str:
+    """Returns a number of weights as people say it."""
+    if weights < 1e6:
+        return f"{weights:,}"
+    return f"{weights / 1e9:.1f} B" if weights >= 1e9 else f"{weights / 1e6:.3g} M"
+
+
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of elements, shapes of tables, numbers of runs.
+    """Numbers of elements, shapes of bf16 tables, numbers of runs."""
 
-    Attributes:
-        elements: that noise is compared at, from index 0 on, for each seed.
-        chunk: elements at a time between two backends of the device.
-        chunk_other: elements at a time against the cpu and reference backends.
-        least_other: elements that those two must reach, whatever time is left.
-        seeds: that noise is compared for, by distribution.
-        weights: shapes of the weights that are compared, for each dtype.
-        runs: of every call that is timed.
-        tables: bf16 weights that one pass goes over, by title.
-        compared: the titles of those that other implementations go over too.
-        step: bf16 weights that the passes of a step go over.
-        step_title: of those.
-        many_seeds: bf16 weights that 64 seeds go over.
-        calls: small calls whose cost to the host is measured.
-        offload: ``LlamaConfig`` of the model whose idle blocks are on the host.
-        offload_active: number of its active blocks.
-        compiler: backend of ``torch.compile``.
-    """
-
-    elements: int
-    chunk: int
-    chunk_other: int
-    least_other: int
-    seeds: Mapping[str, int]
-    weights: tuple[tuple[int, ...], ...]
-    runs: int
-    tables: Mapping[str, Callable[[], Shapes]]
-    compared: tuple[str, ...]
-    step: Callable[[], Shapes]
-    step_title: str
-    many_seeds: Callable[[], Shapes]
-    calls: int
-    offload: Callable[[], Any]
-    offload_active: int
-    compiler: str = "inductor"
+    elements: int  # that noise is compared at, from index 0 on, for each seed
+    chunk: int  # elements at a time between two backends of the device
+    chunk_other: int  # elements at a time against the cpu and reference backends
+    least_other: int  # elements that those two must reach, whatever time is left
+    seeds: Mapping[str, int]  # that noise is compared for, by distribution
+    weights: tuple[tuple[int, ...], ...]  # shapes that are compared, for each dtype
+    runs: int  # of every call that is timed
+    tables: Mapping[str, Callable[[], Shapes]]  # that one pass goes over, by title
+    compared: tuple[str, ...]  # titles of those that other implementations go over too
+    step: Callable[[], Shapes]  # that the passes of a step go over
+    many_seeds: Callable[[], Shapes]  # that 64 seeds go over
+    calls: int  # small calls whose cost to the host is measured
+    offload: Callable[[], Any]  # LlamaConfig of the model whose idle blocks are on the host
+    offload_active: int  # number of its active blocks
+    compiler: str = "inductor"  # backend of torch.compile
 
 
 GPU = Sizes(
@@ -110,7 +115,6 @@ GPU = Sizes(
     },
     compared=("matrices of 4096 x 4096",),
     step=lambda: shapes_of(llama_config(40, 5120, 13824, 32000)),
-    step_title="13 B weights",
     many_seeds=lambda: squares(16, 4096),
     calls=2000,
     offload=lambda: llama_config(24, 2048, 5632, 256),
@@ -128,7 +132,6 @@ REHEARSAL = Sizes(
     tables={"matrices of 64 x 64": lambda: squares(3, 64)},
     compared=("matrices of 64 x 64",),
     step=lambda: shapes_of(llama_config(2, 64, 96, 128)),
-    step_title="a tiny model",
     many_seeds=lambda: squares(2, 64),
     calls=5,
     offload=lambda: llama_config(4, 64, 96, 256),
@@ -147,7 +150,6 @@ CPU = replace(
     },
     compared=("matrices of 1000 x 1000", "matrices of 4096 x 4096"),
     step=lambda: shapes_of(smollm_config()),
-    step_title="135 M weights",
     many_seeds=lambda: squares(10, 1000),
     calls=2000,
     offload=smollm_config,

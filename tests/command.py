@@ -14,15 +14,10 @@ from zorba.apps.cli import main
 
 @dataclass(frozen=True)
 class Result:
-    """End of a command.
-
-    Attributes:
-        exit_code: 0 where it succeeded.
-        output: standard output and standard error, as they came.
-    """
+    """End of a command."""
 
     exit_code: int
-    output: str
+    output: str  # standard output and standard error, as they came
 
     @property
     def text(self) -> str:

@@ -40,13 +40,12 @@ def pytest_configure() -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests that need a GPU where there is none."""
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="torch.cuda.is_available() is False"))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out tests that need a GPU where there is none."""
+    if not torch.cuda.is_available():
+        gpu = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if item not in gpu]
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
@@ -59,8 +58,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Prints the seed of the test's random inputs when it fails."""
     report = yield
     if report.failed and _rng_seed in item.stash:
-        seed = item.stash[_rng_seed]
-        report.sections.append(("random inputs", f"repeat with ZORBA_TEST_SEED={seed}"))
+        said = f"repeat with ZORBA_TEST_SEED={item.stash[_rng_seed]}"
+        report.sections.append(("random inputs", said))
     return report
 
 
@@ -90,12 +89,15 @@ class Random:
 
     def integer(self, bits: int) -> int:
         """Uniform below 2**bits, for up to 64 bits."""
-        low, high = (self._below(1 << 32) for _ in range(2))
+        low, high = torch.randint(1 << 32, (2,), generator=self.generator).tolist()
         return (high << 32 | low) >> (64 - bits)
 
     def integers(self, count: int, bits: int = 64) -> list[int]:
-        """Several of them."""
         return [self.integer(bits) for _ in range(count)]
+
+    def key(self) -> dict[str, int]:
+        """Arguments that tell one noise from others."""
+        return {"seed": self.integer(64), "stream": self.integer(64), "sample": self.integer(31)}
 
     def coefs(self, *shape: int) -> Tensor:
         """Finite float32 of magnitudes from 1e-8 to 1."""
@@ -117,9 +119,6 @@ class Random:
         # The spread of magnitudes reaches beyond float16, in about one draw of a million.
         normal = normal.clamp(-largest, largest)
         return torch.where(zero, 0.0, torch.where(tiny, normal * small, normal)).to(dtype)
-
-    def _below(self, bound: int) -> int:
-        return int(torch.randint(bound, (), generator=self.generator))
 
 
 @pytest.fixture

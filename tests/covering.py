@@ -12,12 +12,7 @@ from typing import Any
 
 
 def combinations(axes: Mapping[str, Collection[Any]], full: bool) -> list[tuple[Any, ...]]:
-    """Returns rows with a value of each axis: all there are, or enough for every pair.
-
-    Args:
-        axes: the values by name of the axis.
-        full: whether to return the product.
-    """
+    """Returns rows with a value of each axis: all if ``full``, else enough for every pair."""
     values = [list(column) for column in axes.values()]
     if full or len(values) < 3 or not all(values):
         return list(itertools.product(*values))

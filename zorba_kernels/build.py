@@ -32,7 +32,7 @@ def extension() -> tuple[Any, str | None]:
     if getattr(compiled, "program_fields", None) != fields:
         return None, (
             f"the compiled part is of another build than the Python part, which packs programs in "
-            f" in {fields}: build the package again"
+            f"{fields} fields: build the package again"
         )
     return compiled, None
 
@@ -45,16 +45,12 @@ def build_info() -> dict[str, Any]:
     ``cuda`` (whether the CUDA part was built).
     """
     compiled, reason = extension()
-    info: dict[str, Any] = {
+    isas = ("avx512", "avx2", "baseline")
+    return {
         "compiled": compiled is not None,
         "reason": reason,
         "noise_version": NOISE_VERSION,
-        "compiler": None,
-        "cpu_isas": [],
-        "cuda": False,
+        "compiler": compiled.compiler if compiled else None,
+        "cpu_isas": [isa for isa in isas if compiled.cpu_runs(isa)] if compiled else [],
+        "cuda": compiled.cuda if compiled else False,
     }
-    if compiled is not None:
-        info["compiler"] = compiled.compiler
-        info["cpu_isas"] = [i for i in ("avx512", "avx2", "baseline") if compiled.cpu_runs(i)]
-        info["cuda"] = compiled.cuda
-    return info

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from zorba_kernels.noise import Distribution
+
 if TYPE_CHECKING:
-    from zorba_kernels.noise import Distribution
     from zorba_kernels.program import Program
     from zorba_kernels.table import ParamTable
 
@@ -20,43 +21,29 @@ class BackendUnavailableError(RuntimeError):
     """A backend was asked for that cannot serve."""
 
 
-class NoiseFunction(Protocol):
-    """Makes z at indices ``offset .. offset + numel``: float32 [numel]."""
+class NoiseKey(NamedTuple):
+    """What tells one noise from another; all in range."""
 
-    def __call__(
-        self,
-        numel: int,
-        offset: int,
-        seed: int,
-        stream: int,
-        sample: int,
-        distribution: Distribution,
-        device: torch.device,
-    ) -> Tensor:
-        """The arguments are in range."""
-        ...
+    seed: int
+    stream: int
+    sample: int
+    distribution: Distribution
 
 
 @dataclass(frozen=True)
 class Backend:
-    """Functions that serve the operations. All backends give the same bits.
+    """Functions that serve the operations. All backends give the same bits."""
 
-    Attributes:
-        name: that ``backend=`` and ``ZORBA_BACKEND`` know it by.
-        devices: types of devices that it serves without being named; None: all that it can.
-        unavailable: returns why it cannot serve tensors on a device, or None.
-        run: ``out <- round(table + noise)``, of a table, its ``out`` and a program; both tables
-            are contiguous, alike, and on the device.
-        noise: makes the values themselves.
-        fingerprint: of a contiguous table, in [0, 2**64).
-    """
-
-    name: str
-    devices: tuple[str, ...] | None
+    name: str  # that ``backend=`` and ``ZORBA_BACKEND`` know it by
+    devices: tuple[str, ...] | None  # types that it serves without being named; None: all it can
+    # Returns why it cannot serve tensors on a device, or None.
     unavailable: Callable[[torch.device], str | None]
+    # ``out <- round(table + noise)``, of a table, its ``out`` and a program; both tables are
+    # contiguous, alike, and on the device.
     run: Callable[[ParamTable, ParamTable, Program], None]
-    noise: NoiseFunction
-    fingerprint: Callable[[ParamTable], int]
+    # Makes z at indices ``offset .. offset + numel``, float32 [numel], of numel, offset, key.
+    noise: Callable[[int, int, NoiseKey, torch.device], Tensor]
+    fingerprint: Callable[[ParamTable], int]  # of a contiguous table, in [0, 2**64)
 
 
 @dataclass(frozen=True)
@@ -84,12 +71,10 @@ def backends(device: str | torch.device = "cpu") -> list[BackendStatus]:
 
 
 def choose(name: str | None, device: torch.device) -> Backend:
-    """Returns the backend for tensors on the device.
+    """Returns the backend of a name for tensors on the device.
 
-    Args:
-        name: a backend, or None for the one that ``ZORBA_BACKEND`` names, or else the first that
-            can serve (for CPU tensors ``cpu`` when ``ZORBA_CPU_ISA`` is set).
-        device: where the tensors are.
+    Without a name it is the one that ``ZORBA_BACKEND`` names, or else the first that can serve (for
+    CPU tensors ``cpu`` when ``ZORBA_CPU_ISA`` is set).
 
     Raises:
         ValueError: an unknown name.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -62,13 +63,9 @@ def identity_of(tensor: Tensor) -> Identity:
 
 def refuse_duplicates(names: Iterable[str]) -> None:
     """Raises ValueError if a name occurs twice."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise ValueError(
-                f"parameter name {name!r} is given twice (wrapper prefixes are left out)"
-            )
-        seen.add(name)
+    for name, times in Counter(names).items():
+        if times > 1:
+            raise ValueError(f"{name!r} is given twice (wrapper prefixes are left out)")
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
@@ -113,9 +110,8 @@ def refuse_overlap(entries: Iterable[Entry]) -> None:
         if t.numel():
             # Up to the last element that the strides reach, not numel: views have gaps.
             reach = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1
-            spans.append(
-                (t.device, t.data_ptr(), t.data_ptr() + reach * t.element_size(), entry.name)
-            )
+            end = t.data_ptr() + reach * t.element_size()
+            spans.append((t.device, t.data_ptr(), end, entry.name))
     # Sorted by address, a span can only run into the next one.
     spans.sort(key=lambda s: (str(s[0]), s[1]))
     for before, after in itertools.pairwise(spans):

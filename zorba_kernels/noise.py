@@ -88,26 +88,17 @@ def philox4x32(counter: Sequence[int], key: Sequence[int]) -> tuple[int, int, in
     Raises:
         ValueError: a wrong count, or a value outside uint32.
     """
-    words = [int(v) for v in counter]
-    low_high = [int(v) for v in key]
-    if len(words) != 4 or len(low_high) != 2:
-        raise ValueError(
-            f"philox4x32 takes 4 counter words and 2 key words, got {len(words)} and "
-            f"{len(low_high)}"
-        )
-    if any(not 0 <= v <= _MASK32 for v in words + low_high):
-        raise ValueError(f"philox4x32 words must be uint32, got {words} and {low_high}")
+    counts, words = (len(counter), len(key)), [int(v) for v in (*counter, *key)]
+    if counts != (4, 2):
+        raise ValueError(f"philox4x32 takes 4 counter words and 2 key words, got {counts}")
+    if any(not 0 <= v <= _MASK32 for v in words):
+        raise ValueError(f"philox4x32 words must be uint32, got {words[:4]} and {words[4:]}")
     # Python's integers do not wrap, which makes the high halves plain shifts.
-    c0, c1, c2, c3 = words
-    k0, k1 = low_high
+    c0, c1, c2, c3, k0, k1 = words
     for _ in range(10):
         p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
-        c0, c1, c2, c3 = (
-            (p1 >> 32) ^ c1 ^ k0,
-            p1 & _MASK32,
-            (p0 >> 32) ^ c3 ^ k1,
-            p0 & _MASK32,
-        )
+        c0, c1 = (p1 >> 32) ^ c1 ^ k0, p1 & _MASK32
+        c2, c3 = (p0 >> 32) ^ c3 ^ k1, p0 & _MASK32
         # The key schedule of the paper: a Weyl sequence.
         k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
     return c0, c1, c2, c3

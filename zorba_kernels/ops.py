@@ -145,15 +145,9 @@ def _fingerprint(table: ParamTable, backend: str | None) -> int:
 
 
 def _noise(
-    size: torch.Size,
-    seed: int,
-    stream: int,
-    sample: int,
-    distribution: Distribution,
-    device: torch.device,
-    offset: int,
-    backend: str | None,
-) -> Tensor:
+    size: torch.Size, seed: int, stream: int, sample: int, distribution: Distribution,
+    device: torch.device, offset: int, backend: str | None,
+) -> Tensor:  # fmt: skip
     check_choice("distribution", distribution, DISTRIBUTIONS)
     offset = integer(offset, "offset")
     if any(n < 0 for n in size):
@@ -161,9 +155,9 @@ def _noise(
     count = size.numel()
     if offset < 0 or offset + count > MAX_ELEMENTS:
         raise ValueError(f"elements {offset} to {offset + count} are outside of [0, 2**35)")
-    key = check_uint64(seed, "seed"), check_uint64(stream, "stream"), check_sample(sample)
-    z = dispatch.choose(backend, device).noise(count, offset, *key, distribution, device)
-    return z.reshape(size)
+    words = check_uint64(seed, "seed"), check_uint64(stream, "stream"), check_sample(sample)
+    key = dispatch.NoiseKey(*words, distribution)
+    return dispatch.choose(backend, device).noise(count, offset, key, device).reshape(size)
 
 
 # --- Arguments of an operator --------------------------------------------------------------------
@@ -223,12 +217,8 @@ def _unsigned(word: Tensor) -> int:
 
 
 def _layout(table: ParamTable) -> tuple[list[str], list[int], list[int], int]:
-    return (
-        [e.name for e in table.entries],
-        [e.group for e in table.entries],
-        [e.offset for e in table.entries],
-        table.num_groups,
-    )
+    groups, offsets = [e.group for e in table.entries], [e.offset for e in table.entries]
+    return table.names, groups, offsets, table.num_groups
 
 
 def _tensors(table: ParamTable) -> list[Tensor]:
@@ -262,35 +252,37 @@ def _run_noise(shape: Sequence[int], seed: Tensor, stream: Tensor, *rest: Any) -
     return _noise(torch.Size(shape), _unsigned(seed), _unsigned(stream), *rest)
 
 
-_OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
-    f"add_noise_(Tensor(a!)[] tensors, {_LAYOUT}, {_schema()}) -> ()": (
-        "add_noise_",
-        _run_in_place,
-        lambda *arguments, **kwargs: None,
-    ),
-    f"add_noise(Tensor[] tensors, Tensor(a!)[] out, {_LAYOUT}, {_schema()}) -> ()": (
-        "add_noise",
-        _run_out_of_place,
-        lambda *arguments, **kwargs: None,
-    ),
-    f"fingerprint(Tensor[] tensors, {_LAYOUT}, str? backend) -> Tensor": (
-        "fingerprint",
-        _run_fingerprint,
-        lambda *arguments: torch.empty((), dtype=torch.int64),
-    ),
-    "noise(SymInt[] shape, Tensor seed, Tensor stream, SymInt sample, str distribution, "
-    "Device device, SymInt offset, str? backend) -> Tensor": (
-        "noise",
-        _run_noise,
-        lambda shape, seed, stream, sample, distribution, device, *rest: torch.empty(
-            shape, dtype=torch.float32, device=device
-        ),
-    ),
-}
-
 # Implemented for every device at once: the backend is chosen by table.run, not by torch.
 _library: Any = torch.library.Library("zorba_kernels", "DEF")  # type: ignore[no-untyped-call]  # the operators live as long as it
-for _declaration, (_name, _implementation, _fake) in _OPERATORS.items():
-    _library.define(_declaration)
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"zorba_kernels::{_name}", _fake, lib=_library)
+
+
+def _define(declaration: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = declaration.split("(")[0]
+    _library.define(declaration)
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"zorba_kernels::{name}", fake, lib=_library)
+
+
+_define(
+    f"add_noise_(Tensor(a!)[] tensors, {_LAYOUT}, {_schema()}) -> ()",
+    _run_in_place,
+    lambda *arguments, **kwargs: None,
+)
+_define(
+    f"add_noise(Tensor[] tensors, Tensor(a!)[] out, {_LAYOUT}, {_schema()}) -> ()",
+    _run_out_of_place,
+    lambda *arguments, **kwargs: None,
+)
+_define(
+    f"fingerprint(Tensor[] tensors, {_LAYOUT}, str? backend) -> Tensor",
+    _run_fingerprint,
+    lambda *arguments: torch.empty((), dtype=torch.int64),
+)
+_define(
+    "noise(SymInt[] shape, Tensor seed, Tensor stream, SymInt sample, str distribution, "
+    "Device device, SymInt offset, str? backend) -> Tensor",
+    _run_noise,
+    lambda shape, seed, stream, sample, distribution, device, *rest: torch.empty(
+        shape, dtype=torch.float32, device=device
+    ),
+)

@@ -89,16 +89,16 @@ class Program:
         self.samples = zeros if samples is None else tuple(map(check_sample, _listed(samples)))
         if len(self.samples) != terms:
             raise ValueError(f"{terms} seeds but {len(self.samples)} samples")
-        lengths = (
-            [terms] if rounds is None else [integer(n, "terms of a round") for n in _listed(rounds)]
-        )
+        given = [terms] if rounds is None else _listed(rounds)
+        lengths = [integer(n, "terms of a round") for n in given]
         if any(n < 0 for n in lengths) or sum(lengths) != terms:
-            raise ValueError(
-                f"rounds {lengths} must be terms per round and add up to {terms} seeds"
-            )
-        self.round_ends = tuple(itertools.accumulate(lengths))
-        self.rounding_seeds = self._first_seeds()
-        if rounding_seed is not None:
+            raise ValueError(f"rounds {lengths} must be terms a round and add up to {terms} seeds")
+        self.round_ends = ends = tuple(itertools.accumulate(lengths))
+        if rounding_seed is None:
+            # The first seed of each round: nothing else uses its rounding domain.
+            parts = zip((0, *ends), ends, strict=False)
+            self.rounding_seeds = tuple(self.seeds[a] if a < b else 0 for a, b in parts)
+        else:
             self.rounding_seeds = _uint64s(rounding_seed, "rounding_seed")
         if len(self.rounding_seeds) != len(lengths):
             raise ValueError(f"{len(lengths)} rounds but {len(self.rounding_seeds)} rounding seeds")
@@ -110,12 +110,6 @@ class Program:
         self._coefs_shape(self._coefs.shape[0] if self._coefs.ndim == 2 else 1)
         self._backend = backend
         self._kept: dict[Hashable, Any] = {}
-
-    def _first_seeds(self) -> tuple[int, ...]:
-        """The first seed of each round: nothing else uses its rounding domain."""
-        ends = self.round_ends
-        starts = (0, *ends)[: len(ends)]
-        return tuple(self.seeds[a] if a < b else 0 for a, b in zip(starts, ends, strict=True))
 
     def _coefs_shape(self, groups: int) -> tuple[int, int]:
         terms = len(self.seeds)
@@ -129,19 +123,11 @@ class Program:
         return groups, terms
 
     def coefs(self, groups: int) -> Tensor:
-        """Returns the coefficients of a table of so many groups: float32 [groups, terms].
-
-        Raises:
-            ValueError: the program was made for another number of groups.
-        """
+        """Returns float32 [groups, terms], or raises ValueError if made for other groups."""
         return self._coefs.expand(self._coefs_shape(groups))
 
     def decays(self, groups: int) -> Tensor:
-        """Returns the decays of a table of so many groups: float32 [groups, rounds].
-
-        Raises:
-            ValueError: the program was made for another number of groups.
-        """
+        """Returns float32 [groups, rounds], or raises ValueError if made for other groups."""
         rounds = len(self.round_ends)
         # One dimension means one a group, as coefficients are one a term: torch would take rounds.
         column = self._decays.unsqueeze(1) if self._decays.ndim == 1 else self._decays
@@ -154,11 +140,7 @@ class Program:
             ) from None
 
     def backend(self, device: torch.device) -> dispatch.Backend:
-        """Returns the backend that runs the program on a device.
-
-        Raises:
-            BackendUnavailableError, ValueError: see ``dispatch.choose``.
-        """
+        """Returns the backend that runs the program on a device; see ``dispatch.choose``."""
         return self.once(device, lambda: dispatch.choose(self._backend, device))
 
     def packed(self, groups: int) -> PackedProgram:
@@ -168,21 +150,16 @@ class Program:
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """Returns the result of ``make``, called for the first time only; backends keep theirs."""
         # Not weak: what is kept is as good as the program for as long as it lives.
-        kept = self._kept
-        if key not in kept:
-            kept[key] = make()
-        return cast(T, kept[key])
+        if key not in self._kept:
+            self._kept[key] = make()
+        return cast(T, self._kept[key])
 
 
 class PackedProgram:
     """A program in the memory of a device, for tables of a number of groups.
 
-    Attributes:
-        terms, rounds, groups: how many.
-        distribution: its code.
-        stochastic: how 16-bit weights are rounded.
-        address: of ``struct Program`` (csrc/packed.h), which is in host memory: the addresses of
-            the arrays, then the numbers.
+    ``address`` is that of ``struct Program`` (csrc/packed.h), which is in host memory: addresses of
+    the arrays, then the numbers.
     """
 
     ARRAYS = ("seeds", "samples", "round_ends", "rounding_seeds", "coefs", "decays")
@@ -195,7 +172,8 @@ class PackedProgram:
         self.stochastic = program.rounding == "stochastic"
         # The order of ARRAYS, and of the struct.
         words = (program.seeds, program.samples, program.round_ends, program.rounding_seeds)
-        self._counts = [*map(len, words), groups * self.terms, groups * self.rounds]
+        counts = (self.terms, self.rounds)
+        self._sizes = [8 * len(values) for values in words] + [4 * groups * n for n in counts]
         integers = torch.tensor([as_int64(v) for values in words for v in values]).long()
         reals = (program.coefs(groups).reshape(-1), program.decays(groups).reshape(-1))
         # Words first: every array is then aligned to its type.
@@ -205,17 +183,11 @@ class PackedProgram:
             # Pinned, so that the copy is ordered on the stream and the host goes on at once.
             memory = memory.pin_memory().to(device, non_blocking=True)
         self._memory = memory
-        sizes = [self._size_of(name) * n for name, n in zip(self.ARRAYS, self._counts, strict=True)]
         # Addresses by arithmetic: views of the memory cost more than all the rest of packing.
-        starts = itertools.accumulate(sizes[:-1], initial=memory.data_ptr())
+        starts = itertools.accumulate(self._sizes[:-1], initial=memory.data_ptr())
         numbers = (int(getattr(self, name)) for name in self.NUMBERS)
         self._struct = torch.tensor([*starts, *numbers], dtype=torch.int64)
         self.address = self._struct.data_ptr()
-
-    @staticmethod
-    def _size_of(name: str) -> int:
-        """Bytes of an element of an array."""
-        return 4 if name in ("coefs", "decays") else 8
 
     @functools.cached_property
     def arrays(self) -> dict[str, Tensor]:
@@ -224,17 +196,10 @@ class PackedProgram:
         ``seeds`` and ``rounding_seeds`` (bits of the uint64), ``samples`` and ``round_ends`` are
         int64; ``coefs`` [groups, terms] and ``decays`` [groups, rounds] are float32.
         """
-        made: dict[str, Tensor] = {}
-        start = 0
-        for name, count in zip(self.ARRAYS, self._counts, strict=True):
-            size = self._size_of(name)
-            part = self._memory[start : start + count * size]
-            start += count * size
-            if size == 8:
-                made[name] = part.view(torch.int64)
-            else:
-                made[name] = part.view(torch.float32).view(self.groups, -1)
-        return made
+        *words, coefs, decays = torch.split(self._memory, self._sizes)
+        reals = [part.view(torch.float32).view(self.groups, -1) for part in (coefs, decays)]
+        integers = [part.view(torch.int64) for part in words]
+        return dict(zip(self.ARRAYS, [*integers, *reals], strict=True))
 
 
 def check_choice(what: str, value: str, choices: Sequence[str]) -> None:

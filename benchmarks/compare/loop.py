@@ -1,31 +1,44 @@
-"""The loop: the same rounds, counters and evaluations for every method."""
+"""The loop, the same rounds, counters and evaluations for every method; and one client alone.
+
+A client that is measured runs in a process of its own: how much memory it takes, and how long a
+round. Everything that any method needs is imported here, so that all have the same baseline.
+"""
 
 from __future__ import annotations
 
+import statistics
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
-from zorba.apps.reviews.task import Score
-from zorba.files import write_whole
+import transformers
+from zorba.apps.plan.measure import own_memory
+from zorba.apps.reviews.federation import Score
+from zorba.hf import find_blocks
+from zorba.machine import GIVING_BACK, run_apart
+from zorba.offload import Offload
 
+from benchmarks.compare.methods import make_method
+from benchmarks.compare.settings import PLANS, Settings
+from benchmarks.compare.task import AnswerLoss, load_model, measured_work
 from benchmarks.peers.method import Method
+
+_IMPORTED = (peft, transformers)
 
 
 @dataclass
 class Record:
-    """What a run saw.
+    """What a run saw."""
 
-    Attributes:
-        rounds: of each round: mean loss of the clients, seconds of a client (mean), and bytes up
-            and down of a client (mean), ``numbers`` and as ``encoded`` (``Message``).
-        scores: after which round, of how many sentences, accuracy and AUC.
-    """
-
+    # Of each round: mean loss of the clients, seconds of a client (mean), and bytes up and down of
+    # a client (mean), the numbers alone and as encoded (see ``Message``).
     rounds: list[dict[str, float]] = field(default_factory=list)
+    # After which round, of how many sentences, accuracy and AUC.
     scores: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -69,43 +82,89 @@ def run(
     clients: list[str],
     rounds: int,
     evaluation: Evaluation,
-    keep: Path,
-    resume: bool = False,
     on_round: Callable[[Record], None] = lambda record: None,
-    until: float = float("inf"),
-) -> tuple[Record, bool]:
-    """Runs a method, from its start or from where it was stopped.
-
-    Args:
-        method: on a replica of the original weights.
-        clients: that take part, in every round.
-        rounds: in all.
-        evaluation: how and when the global model is scored.
-        keep: file that state and record are kept in, after every round.
-        resume: continue from that file, where there is one.
-        on_round: called with the record after each round, and after the first evaluation.
-        until: ``time.monotonic()`` at which the run stops.
-
-    Returns:
-        The record, and whether the run came to its end.
-    """
+) -> Record:
+    """Runs rounds with all clients; ``on_round`` gets the record after each, and before them."""
     record = Record()
-    keep.parent.mkdir(parents=True, exist_ok=True)
-    if resume and keep.exists():
-        kept = torch.load(keep, weights_only=False)
-        method.restore(kept.pop("state"))
-        record = Record(**kept)
-    else:
-        evaluation.add(record, ends=False)
+    evaluation.add(record, ends=False)
     on_round(record)
-    while len(record.rounds) < rounds:
-        round_ = len(record.rounds) + 1
+    for round_ in range(1, rounds + 1):
         record.rounds.append(run_round(method, round_, clients))
         if round_ % evaluation.every == 0 or round_ == rounds:
             evaluation.add(record, ends=round_ == rounds)
         on_round(record)
-        content = {**asdict(record), "state": method.state()}
-        write_whole(keep, lambda part, content=content: torch.save(content, part))  # type: ignore[misc]
-        if time.monotonic() >= until:
-            break
-    return record, len(record.rounds) == rounds
+    return record
+
+
+# --- One client alone ---------------------------------------------------------------------------
+
+_ANSWERS = (5, 9)  # any two tokens: memory and time do not depend on which
+
+
+@dataclass(frozen=True)
+class Row:
+    """A client that is measured."""
+
+    method: str  # key of PLANS
+    client: str = "client"  # whose mask ZorBA's client has; those of other methods are all alike
+    options: tuple[tuple[str, Any], ...] = ()  # that differ from the method's
+
+    @property
+    def key(self) -> str:
+        """Name in the results."""
+        return " ".join([self.method, self.client, *(name for name, _ in self.options)])
+
+
+ROWS = (
+    *(Row("zorba", name) for name in ("phone-1", "tablet-1", "laptop-1", "laptop-2", "desktop-1")),
+    *(Row(name) for name in ("decomfl", "fedkseed", "mezo", "fedavg-lora")),
+    Row("fedavg-lora", options=(("checkpointing", True),)),
+)
+
+
+def client(
+    ready: Any, row: Row, mask: Sequence[bool], settings: Settings, folder: Path, threads: int
+) -> list[float]:
+    """The life of a client, for ``run_apart``: model, some rounds with a server that has only it.
+
+    Returns the seconds of each round.
+    """
+    torch.set_num_threads(threads)
+    ready()
+    model = load_model(folder)
+    with tempfile.TemporaryDirectory(dir=settings.out) as scratch:
+        here = Path(scratch)
+        if row.method == "zorba":  # its idle blocks stream from files
+            blocks = zip(find_blocks(model), mask, strict=True)
+            Offload(model, [block.name for block, on in blocks if on], folder=here / "idle")
+        else:
+            own_memory(model, "cpu")
+        work = measured_work(AnswerLoss(model, _ANSWERS), row.client, settings.measured_shape)
+        own = replace(settings, out=here)
+        method = make_method(row.method, work, own, {row.client: mask}, **dict(row.options))
+        rounds = range(1, settings.measured_rounds + 1)
+        return [run_round(method, r, [row.client])["seconds"] for r in rounds]
+
+
+def measure(row: Row, mask: Sequence[bool], settings: Settings, folder: Path) -> dict[str, Any]:
+    """Measures a client of ``ROWS`` with the model in ``folder``.
+
+    Returns its peak bytes of anonymous memory above the baseline, and seconds of a round. Of the
+    blocks ``mask`` are active, bool [blocks]; all of them for other methods than ZorBA.
+    """
+    settings.out.mkdir(parents=True, exist_ok=True)
+    arguments = (row, mask, settings, folder, torch.get_num_threads())
+    seen = run_apart(client, *arguments, environment=GIVING_BACK)
+    return {
+        "method": row.method,
+        "client": row.client,
+        "options": dict(row.options),
+        "local_steps": PLANS[row.method].local_steps,
+        "active_blocks": sum(mask),
+        "blocks": len(mask),
+        "seconds": seen.result,
+        "peak_bytes": seen.above,
+        "baseline_bytes": seen.baseline,
+        # The first round also finds out how the model uses its weights.
+        "seconds_round": statistics.median(seen.result[1:] or seen.result),
+    }

@@ -8,27 +8,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import curves
-from benchmarks.compare.apart import ROWS, Row
+from benchmarks import experiment
+from benchmarks.compare.loop import ROWS, Row
 from benchmarks.compare.settings import PLANS, SHARES
 
-COLORS = {
-    "zorba": "#c8553d",
-    "decomfl": "#3b6fa0",
-    "fedkseed": "#5b9e6f",
-    "mezo": "#888888",
-    "fedavg-lora": "#8a63a6",
-}
 MIB = 2**20
 
 
-def label_of(row: Row, short: bool = False) -> str:
+def label_of(row: Row) -> str:
     """Returns what a measured client is called."""
-    plan = PLANS[row.method]
-    title = plan.short if short else plan.title
+    title = PLANS[row.method].title
     if row.method == "zorba":
-        return f"{title}, {SHARES[row.client]:.0%}" + ("" if short else " of the blocks")
-    return title + "".join(f", {name}" for name, _ in row.options)
+        return f"{title}, {SHARES[row.client]:.0%} of the blocks"
+    return ", ".join([title, *(name for name, _ in row.options)])
 
 
 def print_table(console: Console, data: dict[str, Any]) -> None:
@@ -41,27 +33,21 @@ def print_table(console: Console, data: dict[str, Any]) -> None:
     full = clients.get(Row("decomfl").key)
     for row in ROWS:
         run, seen = methods.get(row.method), clients.get(row.key)
-        scored = run and not row.options  # other options were measured, not trained with
-        cells = [label_of(row, short=True), *(_curve_cells(run) if scored else ["-"] * 3)]
+        cells = ["-"] * 8
+        if run and not row.options:  # other options were measured, not trained with
+            end = max(run["scores"], key=lambda score: score["sentences"])  # on the whole set
+            cells[:3] = [f"{end['accuracy']:.3f}", f"{end['auc']:.3f}", str(len(run["rounds"]))]
         if seen:
-            share = f"{seen['peak_bytes'] / full['peak_bytes']:.2f}" if full else "-"
-            cells += [f"{seen['peak_bytes'] / MIB:,.0f}", share]
-        else:
-            cells += ["-"] * 2
-        cells += _traffic_cells(run) if run else ["-"] * 2
-        cells.append(f"{seen['seconds_round']:.1f}" if seen else "-")
-        table.add_row(*cells)
+            cells[3] = f"{seen['peak_bytes'] / MIB:,.0f}"
+            cells[4] = f"{seen['peak_bytes'] / full['peak_bytes']:.2f}" if full else "-"
+            cells[7] = f"{seen['seconds_round']:.1f}"
+        if run:
+            cells[5:7] = [_traffic(run, way) for way in ("up", "down")]
+        table.add_row(label_of(row), *cells)
     table.caption = "up, down: bytes of a client and round (as encoded); s: seconds of a round"
-    if data["start"]:
-        start = data["start"]
+    if start := data["start"]:
         table.caption += f"\nbefore: accuracy {start['accuracy']:.3f}, AUC {start['auc']:.3f}"
     console.print(table)
-
-
-def end_of(run: dict[str, Any]) -> dict[str, Any]:
-    """Returns the last score, on the whole evaluation set."""
-    score: dict[str, Any] = max(run["scores"], key=lambda score: score["sentences"])
-    return score
 
 
 def mean_of(run: dict[str, Any], key: str) -> float:
@@ -73,11 +59,11 @@ def mean_of(run: dict[str, Any], key: str) -> float:
 
 def draw_accuracy(path: Path, data: dict[str, Any]) -> None:
     """Draws accuracy and training loss against rounds."""
-    figure, (left, right) = curves.panels(9.5, 3.8, 2)
+    figure, (left, right) = experiment.panels(9.5, 3.8, 2)
     for name, run in data["methods"].items():
         sentences = min(score["sentences"] for score in run["scores"])
         points = [score for score in run["scores"] if score["sentences"] == sentences]
-        style = {"color": COLORS[name], "label": PLANS[name].title}
+        style = {"color": PLANS[name].color, "label": PLANS[name].title}
         at = [p["round"] for p in points]
         left.plot(at, [p["accuracy"] for p in points], marker="o", markersize=4, **style)
         losses = [r["loss"] for r in run["rounds"]]
@@ -85,46 +71,35 @@ def draw_accuracy(path: Path, data: dict[str, Any]) -> None:
     left.set(xlabel="round", title="SST-2 accuracy")
     right.set(xlabel="round", title="loss of the clients' batches (mean of 5 rounds)")
     left.legend(frameon=False, fontsize=8)
-    curves.save(figure, path)
+    experiment.save(figure, path)
 
 
 def draw_costs(path: Path, data: dict[str, Any]) -> None:
     """Draws memory and time of a client, and what it sends and gets."""
-    figure, (left, right, last) = curves.panels(12.5, 4.2, 3, width_ratios=[1.25, 1, 1])
+    figure, (left, right, last) = experiment.panels(12.5, 4.2, 3, width_ratios=[1.25, 1, 1])
     rows = [row for row in ROWS if row.key in data["clients"]][::-1]
     seen = [data["clients"][row.key] for row in rows]
-    labels, colors = [label_of(row) for row in rows], [COLORS[row.method] for row in rows]
+    labels, colors = [label_of(row) for row in rows], [PLANS[row.method].color for row in rows]
     _bars(left, labels, [c["peak_bytes"] / MIB for c in seen], colors, "{:,.0f}")
-    left.set(title="peak memory of a client, MiB", yticks=range(len(labels)))
-    left.set_yticklabels(labels, fontsize=8)
-    _bars(right, labels, [c["seconds_round"] for c in seen], colors, "{:.1f}")
-    right.set(title="time of a client and round, s", yticks=[])
-    runs = [(name, run) for name, run in data["methods"].items() if mean_of(run, "up") > 0][::-1]
-    names, heights, tints = [], [], []
-    for name, run in runs:
-        for way in ("down", "up"):
-            names.append(f"{PLANS[name].title.split(' (')[0]}, {way}")
-            heights.append(mean_of(run, way))
-            tints.append(COLORS[name])
+    left.set(title="peak memory of a client, MiB")
+    _bars(right, [""] * len(rows), [c["seconds_round"] for c in seen], colors, "{:.1f}")
+    right.set(title="time of a client and round, s")
+    moved = [
+        (f"{PLANS[name].title.split(' (')[0]}, {way}", mean_of(run, way), PLANS[name].color)
+        for name, run in list(data["methods"].items())[::-1]
+        if mean_of(run, "up") > 0
+        for way in ("down", "up")
+    ]
+    names, heights, tints = ([row[k] for row in moved] for k in range(3))
     _bars(last, names, heights, tints, "{:,.0f}")
-    last.set(xscale="log", title="bytes of a client and round", yticks=range(len(names)))
+    last.set(xscale="log", title="bytes of a client and round")
     last.set_xlim(1, 30 * max(heights, default=1))
-    last.set_yticklabels(names, fontsize=8)
-    curves.save(figure, path)
+    experiment.save(figure, path)
 
 
-def _curve_cells(run: dict[str, Any]) -> list[str]:
-    end = end_of(run)
-    return [f"{end['accuracy']:.3f}", f"{end['auc']:.3f}", str(len(run["rounds"]))]
-
-
-def _traffic_cells(run: dict[str, Any]) -> list[str]:
-    cells = []
-    for way in ("up", "down"):
-        numbers, encoded = mean_of(run, way), mean_of(run, f"{way}_encoded")
-        more = f" ({encoded:,.0f})" if encoded != numbers else ""
-        cells.append(f"{numbers:,.0f}{more}")
-    return cells
+def _traffic(run: dict[str, Any], way: str) -> str:
+    numbers, encoded = mean_of(run, way), mean_of(run, f"{way}_encoded")
+    return f"{numbers:,.0f}" + (f" ({encoded:,.0f})" if encoded != numbers else "")
 
 
 def _bars(
@@ -132,6 +107,7 @@ def _bars(
 ) -> None:
     axes.barh(range(len(labels)), values, color=colors, height=0.65)
     axes.grid(visible=False, axis="y")
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.bar_label(axes.containers[0], [pattern.format(v) for v in values], padding=4, fontsize=8)
     axes.margins(x=0.15)
 

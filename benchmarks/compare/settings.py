@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ The other methods need the whole model on every client: these budgets bind ZorBA
 class Plan:
     """How long a method runs, and its options."""
 
-    title: str  # as pictures show it
-    short: str  # as the table shows it
+    title: str
+    color: str  # in the pictures
     options: dict[str, Any]  # of the method's class
     rounds: int = 100
     every: int = 25  # rounds between evaluations
@@ -35,13 +34,13 @@ class Plan:
 
 
 PLANS = {
-    "zorba": Plan("ZorBA", "ZorBA", {"lr": 3e-4}),
+    "zorba": Plan("ZorBA", "#c8553d", {"lr": 3e-4}),
     "fedavg-lora": Plan(
-        "FedAvg with LoRA, AdamW (FedIT)", "FedAvg-LoRA", {"lr": 3e-4}, 12, every=2, local_steps=4
+        "FedAvg with LoRA, AdamW (FedIT)", "#8a63a6", {"lr": 3e-4}, 12, every=2, local_steps=4
     ),
-    "decomfl": Plan("full-model ZO (DeComFL)", "DeComFL", {"lr": 1e-4}),
-    "fedkseed": Plan("seed-pool ZO (FedKSeed)", "FedKSeed", {"lr": 3e-4, "pool": 1024}),
-    "mezo": Plan("MeZO, one machine", "MeZO", {"lr": 1e-4}),
+    "decomfl": Plan("full-model ZO (DeComFL)", "#3b6fa0", {"lr": 1e-4}),
+    "fedkseed": Plan("seed-pool ZO (FedKSeed)", "#5b9e6f", {"lr": 3e-4, "pool": 1024}),
+    "mezo": Plan("MeZO, one machine", "#888888", {"lr": 1e-4}),
 }
 
 
@@ -57,13 +56,6 @@ class Settings:
     measured_shape: tuple[int, int] = (16, 40)  # sentences, tokens, for memory and time
     subset: int = 3  # the curve is taken on every so-manieth sentence, its end on all of them too
     eps: float = 1e-3  # distance at which zeroth-order methods take losses
-    methods: dict[str, Plan] = field(default_factory=lambda: dict(PLANS))
     measured_rounds: int = 3  # of a client in a process of its own
     cache: Path = Path(".cache")
     out: Path = Path("runs/compare")
-
-    def changed(self, method: str, options: Mapping[str, Any], out: Path) -> Settings:
-        """Returns settings with other options of a method, and another folder."""
-        plan = self.methods[method]
-        plan = replace(plan, options={**plan.options, **options})
-        return replace(self, methods={**self.methods, method: plan}, out=out)

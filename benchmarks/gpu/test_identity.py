@@ -7,8 +7,8 @@ as there is time.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,23 +16,23 @@ import torch
 from torch import Tensor
 
 import zorba_kernels as zk
-from benchmarks.bench import Bench
-from benchmarks.gpu.bits import assert_equal_bits, reference_chunk
+from benchmarks.bench import Bench, assert_equal_bits, reference_chunk
 
 pytestmark = pytest.mark.gpu
+
+STREAM = zk.noise.stream_of("w")
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
 def test_all_counters(bench: Bench, distribution: str) -> None:
     """The backends of a GPU; a rehearsal has one, and compares it with the oracle."""
-    one, other = [*bench.backends, "reference"][:2]
-    bench.facts.update(backends=[one, other], elements=0, counters=0)
+    names = [*bench.backends, "reference"][:2]
+    bench.facts.update(backends=names, elements=0, counters=0)
     for _ in range(bench.sizes.seeds[distribution]):
-        key = random_key(bench.rng, distribution)
+        key = random_key(bench, distribution)
         for offset in range(0, bench.sizes.elements, bench.sizes.chunk):
             mine, theirs = (
-                zk.noise(bench.sizes.chunk, **key, offset=offset, device=bench.device, backend=name)
-                for name in (one, other)
+                zk.noise(bench.sizes.chunk, **key, offset=offset, backend=name) for name in names
             )
             assert_equal_bits(mine, theirs, f"{key} from index {offset}")
             del mine, theirs  # before the next two are made: there is no memory for four
@@ -51,22 +51,16 @@ def test_all_counters(bench: Bench, distribution: str) -> None:
 def test_chunks_in_random_order(bench: Bench, distribution: str, other: str, share: float) -> None:
     """Each takes its share of the time that is left, and a least number of elements."""
     stop = bench.left() * (1 - 0.9 * share)
-    key = random_key(bench.rng, distribution)
-    chunk = bench.sizes.chunk_other
+    key, chunk = random_key(bench, distribution), bench.sizes.chunk_other
     offsets = list(range(0, bench.sizes.elements, chunk))
     bench.rng.shuffle(offsets)
     bench.facts.update(backends=[bench.backends[0], other], elements=0, counters=0)
-    through_weights = noise_through_weights(bench.device, key, chunk)
+    make = partial(zk.noise, chunk, **key)
+    theirs = partial(make, backend=other) if other == "reference" else through_weights(key, chunk)
     with reference_chunk(chunk):
         for offset in offsets:
-            mine = zk.noise(
-                chunk, **key, offset=offset, device=bench.device, backend=bench.backends[0]
-            )
-            if other == "cpu":
-                theirs = through_weights(offset)
-            else:
-                theirs = zk.noise(chunk, **key, offset=offset, device=bench.device, backend=other)
-            assert_equal_bits(mine, theirs, f"{key} from index {offset}")
+            mine = make(offset=offset, backend=bench.backends[0])
+            assert_equal_bits(mine, theirs(offset=offset), f"{key} from index {offset}")
             count(bench, chunk, distribution)
             if bench.left() < stop and bench.facts["elements"] >= bench.sizes.least_other:
                 break
@@ -78,30 +72,22 @@ def count(bench: Bench, elements: int, distribution: str) -> None:
     bench.facts["counters"] += elements // zk.noise.BLOCK_ELEMENTS[distribution]
 
 
-def random_key(rng: random.Random, distribution: str) -> dict[str, Any]:
-    """Returns arguments of ``noise`` besides the range; the stream is that of the name ``w``."""
-    return {
-        "seed": rng.getrandbits(64),
-        "stream": zk.noise.stream_of("w"),
-        "sample": rng.getrandbits(31),
-        "distribution": distribution,
-    }
+def random_key(bench: Bench, distribution: str) -> dict[str, Any]:
+    """Returns arguments of ``noise`` besides the range and the backend."""
+    key = {"seed": bench.rng.getrandbits(64), "stream": STREAM, "sample": bench.rng.getrandbits(31)}
+    return {**key, "distribution": distribution, "device": bench.device}
 
 
-def noise_through_weights(
-    device: torch.device, key: dict[str, Any], count: int
-) -> Callable[[int], Tensor]:
+def through_weights(key: dict[str, Any], count: int) -> Callable[..., Tensor]:
     """Returns what makes z with the cpu backend as 0 + 1 * z, where the device reads it fast."""
     zeros = torch.zeros(count)
-    held = torch.empty(count, pin_memory=device.type == "cuda")
-    there = torch.empty(count, device=device)
+    held = torch.empty(count, pin_memory=key["device"].type == "cuda")
+    there = torch.empty(count, device=key["device"])
 
     def noise(offset: int) -> Tensor:
         table, out = (zk.ParamTable({"w": t}, offsets={"w": offset}) for t in (zeros, held))
-        samples = [key["sample"]]
-        zk.add_noise(
-            table, out, key["seed"], 1.0, key["distribution"], samples=samples, backend="cpu"
-        )
+        call = {"distribution": key["distribution"], "samples": [key["sample"]]}
+        zk.add_noise(table, out, key["seed"], 1.0, **call, backend="cpu")
         return there.copy_(held)
 
     return noise

@@ -7,27 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import zorba_kernels as zk
-from benchmarks.bench import Bench
-from benchmarks.gpu.bits import assert_equal_bits, reference_chunk
+from benchmarks.bench import Bench, assert_equal_bits, reference_chunk
 
 pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REFERENCE_CHUNK = 1 << 25  # elements
-
-Weights = dict[str, Tensor]
-
-
-def weights_of(bench: Bench) -> Weights:
-    """Returns weights of every dtype on the CPU."""
-    return {
-        f"{i}.{dtype}": torch.randn(shape).mul_(0.02).to(dtype)
-        for dtype in DTYPES
-        for i, shape in enumerate(bench.sizes.weights)
-    }
 
 
 def program(kind: str, rng: random.Random) -> dict[str, Any]:
@@ -48,15 +35,18 @@ def program(kind: str, rng: random.Random) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["one term", "rounds of terms"])
 def test_weights(bench: Bench, kind: str, distribution: str, rounding: str) -> None:
     """The cpu backend gives what the others, the oracle on the device among them, must give."""
-    weights = weights_of(bench)
-    there = {name: w.to(bench.device) for name, w in weights.items()}
+    weights = {
+        f"{i}.{dtype}": torch.randn(shape).mul_(0.02).to(dtype)
+        for dtype in DTYPES
+        for i, shape in enumerate(bench.sizes.weights)
+    }
+    there = {name: w.to(bench.device, copy=True) for name, w in weights.items()}
     call = {**program(kind, bench.rng), "distribution": distribution, "rounding": rounding}
     groups = {name: i % 3 for i, name in enumerate(weights)}
-    on_cpu = {name: w.clone() for name, w in weights.items()}
-    expected_table = zk.ParamTable(on_cpu, groups=groups)
+    expected_table = zk.ParamTable(weights, groups=groups)
     zk.add_noise_(expected_table, **call, backend="cpu")
     fingerprint = zk.fingerprint(expected_table, backend="cpu")
-    expected = {name: w.to(there[name].device) for name, w in on_cpu.items()}
+    expected = {name: w.to(bench.device) for name, w in weights.items()}
     bench.facts["elements"] = expected_table.numel
     bench.facts["backends"] = ["cpu", *bench.backends, "reference"]
 

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 
-from benchmarks.peers.in_place import InPlaceWeights, seed_of
-from benchmarks.peers.method import Message, Work, bare
+from benchmarks.peers.method import InPlaceWeights, Message, Work, seed_of
 
 SEED_BYTES = 8
 SCALAR_BYTES = 4
@@ -24,10 +23,10 @@ SCALAR_BYTES = 4
 
 @dataclass(frozen=True)
 class Round:
-    """What the server keeps of a round: uint64 seeds [K], mean scalars float32 [K, P]."""
+    """What the server keeps of a round."""
 
-    seeds: tuple[int, ...]
-    scalars: np.ndarray
+    seeds: list[int]  # uint64 [K]
+    scalars: np.ndarray  # float32 [K, P], means over the clients
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,8 @@ class Pull:
     """The server's message: rounds ``first``, ``first + 1``, ..., and seeds of the new steps."""
 
     first: int
-    rounds: tuple[Round, ...]
-    seeds: tuple[int, ...]
+    rounds: list[Round]
+    seeds: list[int]
 
     @property
     def nbytes(self) -> int:
@@ -46,66 +45,49 @@ class Pull:
         return SCALAR_BYTES * scalars + SEED_BYTES * seeds
 
 
+@dataclass
 class DeComFL:
-    """Server and clients on one shared replica; see ``benchmarks.peers.method.Method``.
+    """Server and clients on one shared replica; see ``benchmarks.peers.method.Method``."""
 
-    Args:
-        work: model and data.
-        lr: step size eta.
-        eps: smoothing parameter mu.
-        local_steps: K.
-        perturbations: P.
-        seed: from which the seeds of rounds are drawn.
-    """
+    work: Work
+    lr: float  # step size eta
+    eps: float = 1e-3  # smoothing parameter mu
+    local_steps: int = 1  # K
+    perturbations: int = 1  # P
+    seed: int = 0  # from which the seeds of rounds are drawn
 
-    def __init__(
-        self,
-        work: Work,
-        lr: float,
-        eps: float = 1e-3,
-        local_steps: int = 1,
-        perturbations: int = 1,
-        seed: int = 0,
-    ) -> None:
-        self.work, self.lr, self.eps, self.seed = work, lr, eps, seed
-        self.local_steps, self.perturbations = local_steps, perturbations
-        self.weights = InPlaceWeights(work.model)
+    def __post_init__(self) -> None:
+        self.weights = InPlaceWeights(self.work.model)
         self.history: list[Round] = []
         self.applied = 0  # rounds of the history that the replica has
-        self._known = dict.fromkeys(work.clients, 0)  # rounds that a client was sent
+        self._known = dict.fromkeys(self.work.sizes, 0)  # rounds that a client was sent
 
     def begin(self, round_: int, clients: Sequence[str]) -> dict[str, Message]:
-        """See ``Method``: seeds for the local steps, and all that the client lacks."""
-        seeds = tuple(seed_of(self.seed, round_, k) for k in range(self.local_steps))
         messages = {}
         for client in clients:
             first = self._known[client]
-            pull = Pull(first, tuple(self.history[first:]), seeds)
-            messages[client] = bare(pull, pull.nbytes)
+            pull = Pull(first, self.history[first:], self._seeds(round_))
+            messages[client] = Message(pull, pull.nbytes)
             self._known[client] = len(self.history)
         return messages
 
     def local(self, client: str, round_: int, message: Message) -> Message:
-        """See ``Method``: pull, K local steps, revert."""
+        """Pulls, takes K local steps, and reverts them."""
         pull: Pull = message.content
         self.apply(pull.first, pull.rounds)
         scalars = np.zeros((len(pull.seeds), self.perturbations), dtype=np.float32)
         losses = []
         with self.weights.local_steps() as step:
             for k, seed in enumerate(pull.seeds):
-                batch = self.work.batch(client, round_, k)
-                scalars[k], loss = self.weights.forward(
-                    lambda batch=batch: self.work.loss(batch), seed, self.eps, self.perturbations
-                )
+                loss = partial(self.work.loss, self.work.batch(client, round_, k))
+                scalars[k], base = self.weights.forward(loss, seed, self.eps, self.perturbations)
                 step(*self._step(seed, scalars[k]))
-                losses.append(loss)
-        return bare(scalars, SCALAR_BYTES * scalars.size, sum(losses) / len(losses))
+                losses.append(base)
+        return Message(scalars, SCALAR_BYTES * scalars.size, sum(losses) / len(losses))
 
     def aggregate(self, round_: int, replies: Mapping[str, Message]) -> None:
-        """See ``Method``: the mean of the clients' scalars."""
         mean = np.mean([reply.content for reply in replies.values()], axis=0, dtype=np.float64)
-        seeds = tuple(seed_of(self.seed, round_, k) for k in range(self.local_steps))
-        self.history.append(Round(seeds, mean.astype(np.float32)))
+        self.history.append(Round(self._seeds(round_), mean.astype(np.float32)))
         self.apply(len(self.history) - 1, self.history[-1:])
 
     def apply(self, first: int, rounds: Sequence[Round]) -> None:
@@ -118,19 +100,11 @@ class DeComFL:
             raise ValueError(f"the replica is at round {self.applied}, it got those from {first}")
         for entry in rounds[self.applied - first :]:
             for seed, scalars in zip(entry.seeds, entry.scalars, strict=True):
-                seeds, coefs = self._step(seed, scalars)
-                self.weights.add(seeds, coefs, range(len(seeds)))
+                self.weights.add(*self._step(seed, scalars), range(len(scalars)))
             self.applied += 1
 
-    def state(self) -> Any:
-        """See ``Method``: the history, from which weights are rebuilt."""
-        return [(entry.seeds, entry.scalars.tolist()) for entry in self.history]
-
-    def restore(self, state: Any) -> None:
-        """See ``Method``."""
-        self.history = [Round(tuple(s), np.array(g, dtype=np.float32)) for s, g in state]
-        self._known = dict.fromkeys(self._known, max(0, len(self.history) - 1))
-        self.apply(0, self.history)
+    def _seeds(self, round_: int) -> list[int]:
+        return [seed_of(self.seed, round_, k) for k in range(self.local_steps)]
 
     def _step(self, seed: int, scalars: np.ndarray) -> tuple[list[int], list[float]]:
         """Terms of ``-lr / P * sum_p scalars[p] z(seed, p)``."""

@@ -10,95 +10,67 @@ index and scalar. The server adds them to A, each client weighted by its share o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from benchmarks.peers.in_place import InPlaceWeights, seed_of
-from benchmarks.peers.method import Message, Work, bare
+from benchmarks.peers.method import InPlaceWeights, Message, Work, seed_of
 
-SCALAR_BYTES = 4
-INDEX_BYTES = 4
-POOL_SEED_BYTES = 4
+SCALAR_BYTES = INDEX_BYTES = POOL_SEED_BYTES = 4
 
 
+@dataclass
 class FedKSeed:
     """Server and clients on one shared replica; see ``benchmarks.peers.method.Method``.
 
     A client of the paper computes the model from w_0 every round. The shared replica moves by the
     change of A instead, which is the same but for float32 rounding, as does the paper's own
     simulation.
-
-    Args:
-        work: model and data.
-        lr: learning rate, constant: the model is a function of A.
-        eps: perturbation scale.
-        pool: K, number of candidate seeds.
-        local_steps: tau.
-        seed: from which the pool and the clients' draws are made.
     """
 
-    def __init__(
-        self,
-        work: Work,
-        lr: float,
-        eps: float = 1e-3,
-        pool: int = 1024,
-        local_steps: int = 1,
-        seed: int = 0,
-    ) -> None:
-        self.work, self.lr, self.eps, self.seed = work, lr, eps, seed
-        self.local_steps = local_steps
-        self.weights = InPlaceWeights(work.model)
-        self.pool = [seed_of(seed, j) for j in range(pool)]
-        self.accumulated = np.zeros(pool)
-        self._applied = np.zeros(pool)  # what the replica carries
+    work: Work
+    lr: float  # constant: the model is a function of A
+    eps: float = 1e-3
+    pool: int = 1024  # K, number of candidate seeds
+    local_steps: int = 1  # tau
+    seed: int = 0  # from which the pool and the clients' draws are made
+
+    def __post_init__(self) -> None:
+        self.weights = InPlaceWeights(self.work.model)
+        self.seeds = [seed_of(self.seed, j) for j in range(self.pool)]
+        self.accumulated = np.zeros(self.pool)
+        self._applied = np.zeros(self.pool)  # what the replica carries
 
     def begin(self, round_: int, clients: Sequence[str]) -> dict[str, Message]:
-        """See ``Method``: the accumulated scalars, and the seed of the pool."""
-        nbytes = POOL_SEED_BYTES + SCALAR_BYTES * len(self.pool)
-        return {client: bare(self.accumulated.copy(), nbytes) for client in clients}
+        """The accumulated scalars, and the seed of the pool."""
+        nbytes = POOL_SEED_BYTES + SCALAR_BYTES * self.pool
+        return {client: Message(self.accumulated.copy(), nbytes) for client in clients}
 
     def local(self, client: str, round_: int, message: Message) -> Message:
-        """See ``Method``: tau local steps, then back."""
         self._pull(message.content)
         rng = np.random.default_rng([self.seed, round_, *client.encode()])
         losses, pairs = [], []
         with self.weights.local_steps() as step:
             for k in range(self.local_steps):
-                j = int(rng.integers(len(self.pool)))
-                batch = self.work.batch(client, round_, k)
-                scalar, loss = self.weights.central(
-                    lambda batch=batch: self.work.loss(batch), self.pool[j], self.eps
-                )
-                step([self.pool[j]], [-self.lr * scalar])
+                j = int(rng.integers(self.pool))
+                loss = partial(self.work.loss, self.work.batch(client, round_, k))
+                scalar, mean = self.weights.central(loss, self.seeds[j], self.eps)
+                step([self.seeds[j]], [-self.lr * scalar])
                 pairs.append((j, scalar))
-                losses.append(loss)
-        nbytes = (INDEX_BYTES + SCALAR_BYTES) * len(pairs)
-        return bare(pairs, nbytes, sum(losses) / len(losses))
+                losses.append(mean)
+        return Message(pairs, (INDEX_BYTES + SCALAR_BYTES) * len(pairs), sum(losses) / len(losses))
 
     def aggregate(self, round_: int, replies: Mapping[str, Message]) -> None:
-        """See ``Method``: ``A[j] += sum_i c_i g_i[j]``, c_i the client's share of the examples."""
-        total = sum(self.work.sizes[client] for client in replies)
-        for client, reply in replies.items():
-            for j, scalar in reply.content:
-                self.accumulated[j] += scalar * self.work.sizes[client] / total
-        self._pull(self.accumulated)
-
-    def state(self) -> Any:
-        """See ``Method``: the accumulated scalars are all there is."""
-        return self.accumulated.tolist()
-
-    def restore(self, state: Any) -> None:
-        """See ``Method``."""
-        self.accumulated = np.array(state)
+        """``A[j] += sum_i c_i g_i[j]``, c_i the client's share of the examples."""
+        for client, share in self.work.shares(replies).items():
+            for j, scalar in replies[client].content:
+                self.accumulated[j] += scalar * share
         self._pull(self.accumulated)
 
     def _pull(self, accumulated: np.ndarray) -> None:
         """Brings the replica to ``w_0 - lr * sum_j accumulated[j] z(seed_j)``."""
         change = accumulated - self._applied
         moved = np.flatnonzero(change)
-        self.weights.add(
-            [self.pool[j] for j in moved], [-self.lr * float(change[j]) for j in moved]
-        )
+        self.weights.add([self.seeds[j] for j in moved], (-self.lr * change[moved]).tolist())
         self._applied = accumulated.copy()

@@ -4,11 +4,10 @@ A warp scheduler issues one instruction a cycle, so the instructions on the hot 
 divided by the weights that a lane handles there, bound its speed from above. These are counts, not
 measured times: a kernel may be slower (latencies, caches), never faster.
 
-    python -m benchmarks.sass [--record] [FILE]
+    python -m benchmarks.sass [--record]
 
-FILE is anything cuobjdump reads (an extension, an object, a cubin); the installed extension by
-default. Exits with 1 when a kernel spills, exceeds its limit, or exceeds its count in recorded.json
-by more than 10 %; ``--record`` writes that file instead of comparing with it.
+Exits with 1 when a kernel of the installed extension or of the Triton backend spills, exceeds its
+limit, or exceeds its count in recorded.json by more than 10 %; ``--record`` writes that file.
 
 disassembly.py reads the machine code, flow.py finds the hot paths, terms.py the loop over terms,
 pipes.py knows the throughput of the pipes, rows.py counts, triton_code.py compiles Triton kernels

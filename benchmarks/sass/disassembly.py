@@ -12,7 +12,9 @@ from functools import cached_property
 from pathlib import Path
 
 LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
+RESOURCES = re.compile(r"Function (\S+):\s*REG:(\d+) STACK:(\d+)(?: SHARED:\d+ LOCAL:(\d+))?")
 PRODUCER = re.compile(rb"Cuda compilation tools, release [0-9.]+, V([0-9.]+)")
+REGISTER = re.compile(r"[-|~]*R(\d+)(\.\w+)*\|?")
 STORED = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}  # bytes; 4 without a size
 
 
@@ -27,12 +29,14 @@ class Instruction:
 
     @cached_property
     def opcode(self) -> str:
-        """Name without suffixes."""
         return self.name.split(".")[0]
 
     @cached_property
+    def suffixes(self) -> list[str]:
+        return self.name.split(".")[1:]
+
+    @cached_property
     def arguments(self) -> list[str]:
-        """The operands, one by one."""
         return [part.strip() for part in self.operands.split(",")]
 
     @cached_property
@@ -40,22 +44,17 @@ class Instruction:
         """What a lane stores to global memory with it."""
         if self.opcode not in ("ST", "STG"):
             return 0
-        return next((STORED[s] for s in self.name.split(".") if s in STORED), 4)
+        return next((STORED[s] for s in self.suffixes if s in STORED), 4)
 
     @property
     def is_wide_store(self) -> bool:
         """Whether it stores 16 bytes to memory that the compiler knows to be global."""
         return self.opcode == "STG" and self.stored_bytes == 16
 
-    @property
-    def is_local(self) -> bool:
-        """Whether it accesses local memory: a spill, or an array that is not in registers."""
-        return self.opcode in ("LDL", "STL")
-
 
 def register(argument: str) -> int | None:
     """Number of the register that an argument names: 5 for R5, -R5.reuse and |R5|."""
-    found = re.fullmatch(r"[-|~]*R(\d+)(\.\w+)*\|?", argument)
+    found = REGISTER.fullmatch(argument)
     return int(found[1]) if found else None
 
 
@@ -70,28 +69,22 @@ class Code:
 
     @property
     def local_accesses(self) -> int:
-        """Number of instructions that access local memory."""
-        return sum(i.is_local for i in self.instructions)
+        """Instructions that access local memory: spills, and arrays that are not in registers."""
+        return sum(i.opcode in ("LDL", "STL") for i in self.instructions)
 
 
 def find_tool() -> str | None:
     """Path of cuobjdump: on the PATH, or the one in the triton wheel."""
-    found = shutil.which("cuobjdump")
-    if found:
-        return found
     spec = importlib.util.find_spec("triton")
-    if spec is not None and spec.origin is not None:
-        shipped = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        if shipped.is_file():
-            return str(shipped)
-    return None
+    shipped = Path(spec.origin).parent / "backends/nvidia/bin" if spec and spec.origin else None
+    return shutil.which("cuobjdump") or (shipped and shutil.which("cuobjdump", path=shipped))
 
 
 def run_tool(*arguments: str, folder: Path | None = None) -> str:
     """What cuobjdump prints."""
     tool = find_tool()
     if tool is None:
-        raise FileNotFoundError("cuobjdump is neither on the PATH nor in a triton wheel")
+        raise RuntimeError("cuobjdump is neither on the PATH nor in a triton wheel")
     command = [tool, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     if done.returncode != 0:
@@ -110,18 +103,15 @@ def disassemble(path: Path, arch: str | None = None) -> list[Code]:
 def functions(listing: str) -> Iterator[tuple[str, list[Instruction]]]:
     """Yields name and instructions of every kernel of a listing."""
     for part in listing.split("Function : ")[1:]:
-        lines = part.splitlines()
+        name, *lines = part.splitlines()
         found = [m for m in map(LINE.match, lines) if m]
-        yield (
-            lines[0].strip(),
-            [Instruction(int(m[1], 16), (m[2] or "").strip(), m[3], m[4].strip()) for m in found],
-        )
+        code = [Instruction(int(m[1], 16), (m[2] or "").strip(), m[3], m[4].strip()) for m in found]
+        yield name.strip(), code
 
 
 def resources(listing: str) -> dict[str, tuple[int, int]]:
     """(registers, bytes of stack and local memory) of every kernel."""
-    pattern = r"Function (\S+):\s*REG:(\d+) STACK:(\d+)(?: SHARED:\d+ LOCAL:(\d+))?"
-    found = re.findall(pattern, listing)
+    found = RESOURCES.findall(listing)
     return {name: (int(regs), int(stack) + int(local or 0)) for name, regs, stack, local in found}
 
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import heapq
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from itertools import count, pairwise
+from itertools import pairwise
 
 from benchmarks.sass.disassembly import Instruction
 
@@ -24,6 +24,7 @@ JUMPS = ("BRA", "BRX", "JMP", "EXIT", "RET")
 ENDS = ("EXIT", "RET", "BRX")  # nothing follows that this reads
 
 Path = list[Instruction]
+Walk = tuple[int, list[int]]  # number of instructions, and addresses of blocks
 
 
 @dataclass
@@ -42,11 +43,6 @@ class Block:
     def stored_bytes(self) -> int:
         """What a lane stores to global memory here."""
         return sum(i.stored_bytes for i in self.instructions)
-
-    @property
-    def exits(self) -> bool:
-        """Whether a lane may leave the kernel here."""
-        return any(i.opcode == "EXIT" for i in self.instructions)
 
 
 Blocks = dict[int, Block]
@@ -85,32 +81,33 @@ def instructions_of(blocks: Blocks, addresses: list[int]) -> Path:
     return [i for a in addresses for i in blocks[a].instructions]
 
 
-def shortest(blocks: Blocks, start: int) -> dict[int, tuple[int, list[int]]]:
-    """Fewest instructions from the end of a block to the end of every other (and of itself)."""
-    best: dict[int, tuple[int, list[int]]] = {}
-    queue = [(len(blocks[s].instructions), [s]) for s in blocks[start].successors]
+def walks(
+    blocks: Blocks, starts: list[int], state: Callable[[list[int]], Hashable]
+) -> Iterator[Walk]:
+    """Yields the shortest walk from one of the starts into every state, the shortest first."""
+    queue = [(len(blocks[s].instructions), [s]) for s in starts]
     heapq.heapify(queue)
+    seen: set[Hashable] = set()
     while queue:
         length, path = heapq.heappop(queue)
-        at = path[-1]
-        if at in best:
+        if (here := state(path)) in seen:
             continue
-        best[at] = (length, path)
-        for s in blocks[at].successors:
-            if s not in best:
-                heapq.heappush(queue, (length + len(blocks[s].instructions), [*path, s]))
-    return best
+        seen.add(here)
+        yield length, path
+        for s in blocks[path[-1]].successors:
+            heapq.heappush(queue, (length + len(blocks[s].instructions), [*path, s]))
 
 
-def store_blocks(blocks: Blocks) -> list[int]:
-    """Blocks with 16-byte stores or, if there are none, with any stores to global memory."""
-    wide = [a for a, b in blocks.items() if any(i.is_wide_store for i in b.instructions)]
-    return wide or [a for a, b in blocks.items() if b.stored_bytes]
+def shortest(blocks: Blocks, start: int) -> dict[int, Walk]:
+    """Fewest instructions from the end of a block to the end of every other (and of itself)."""
+    found = walks(blocks, blocks[start].successors, lambda path: path[-1])
+    return {walk[1][-1]: walk for walk in found}
 
 
 def store_loops(blocks: Blocks) -> Iterator[Path]:
     """Yields the loop around each store: from the nearest arithmetic in front of it, and back."""
-    stores = store_blocks(blocks)
+    wide = [a for a, b in blocks.items() if any(i.is_wide_store for i in b.instructions)]
+    stores = wide or [a for a, b in blocks.items() if b.stored_bytes]
     bodies = [a for a, b in blocks.items() if b.is_body]
     reach = {a: shortest(blocks, a) for a in {*stores, *bodies}}
     for store in stores:
@@ -130,25 +127,16 @@ def straight_path(blocks: Blocks) -> Path:
 
     For kernels without a store in a loop; a loop that stores nothing is passed as fast as it can.
     """
-    entry = next(iter(blocks))
-    order = count()  # among equals, the first found
-    queue = [(len(blocks[entry].instructions), next(order), blocks[entry].stored_bytes, [entry])]
-    seen: set[tuple[int, int]] = set()
+
+    def stored(path: list[int]) -> int:
+        return sum(blocks[a].stored_bytes for a in path)
+
     found: list[tuple[int, int, list[int]]] = []
-    while queue:
-        length, _, stored, path = heapq.heappop(queue)
-        at = path[-1]
-        if (at, stored) in seen:
-            continue
-        seen.add((at, stored))
-        if blocks[at].exits:
-            found.append((-stored, length, path))
-        for s in blocks[at].successors:
-            if blocks[s].stored_bytes and s in path:
-                raise ValueError("the kernel stores in a loop without arithmetic")
-            more = stored + blocks[s].stored_bytes
-            length_of = len(blocks[s].instructions)
-            heapq.heappush(queue, (length + length_of, next(order), more, [*path, s]))
+    for length, path in walks(blocks, [next(iter(blocks))], lambda path: (path[-1], stored(path))):
+        if blocks[path[-1]].stored_bytes and path[-1] in path[:-1]:
+            raise ValueError("the kernel stores in a loop without arithmetic")
+        if any(i.opcode == "EXIT" for i in blocks[path[-1]].instructions):
+            found.append((-stored(path), length, path))
     if not found or min(found)[0] == 0:
         raise ValueError("no path from entry to exit stores anything")
     return instructions_of(blocks, min(found)[2])

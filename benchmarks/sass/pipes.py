@@ -20,25 +20,21 @@ from collections.abc import Mapping
 
 from benchmarks.sass.flow import Path
 
-CYCLES = {
-    "fma": 1,
-    "alu": 2,
-    "imad": 2,
-    "xu": 8,
-    "memory": 4,
-    "tensor": 4,
-    "other": 1,
-}  # a scheduler's
-OPCODES = {
-    "fma": "FFMA FADD FMUL HFMA2 HADD2 HMUL2",
-    "alu": "LOP3 PLOP3 SHF PRMT SEL FSEL ISETP FSETP FSET IADD3 IADD VIADD VIADDMNMX VIMNMX "
-    "IMNMX FMNMX HMNMX2 HSETP2 HSET2 IABS LEA MOV P2R R2P SGXT BMSK VOTE I2FP F2FP",
-    "imad": "IMAD IDP",
-    "xu": "MUFU I2F F2I F2F I2I FRND POPC FLO BREV",
-    "tensor": "HMMA IMMA",
-    "memory": "LD LDG LDS LDC LDL LDSM ST STG STS STL STSM ATOM ATOMG ATOMS RED REDG SHFL",
+PIPES = {
+    "fma": (1, "FFMA FADD FMUL HFMA2 HADD2 HMUL2"),
+    "alu": (
+        2,
+        "LOP3 PLOP3 SHF PRMT SEL FSEL ISETP FSETP FSET IADD3 IADD VIADD VIADDMNMX VIMNMX "
+        "IMNMX FMNMX HMNMX2 HSETP2 HSET2 IABS LEA MOV P2R R2P SGXT BMSK VOTE I2FP F2FP",
+    ),
+    "imad": (2, "IMAD IDP"),
+    "xu": (8, "MUFU I2F F2I F2F I2I FRND POPC FLO BREV"),
+    "memory": (4, "LD LDG LDS LDC LDL LDSM ST STG STS STL STSM ATOM ATOMG ATOMS RED REDG SHFL"),
+    "tensor": (4, "HMMA IMMA"),
+    "other": (1, ""),
 }
-PIPE = {opcode: pipe for pipe, opcodes in OPCODES.items() for opcode in opcodes.split()}
+"""Cycles of a scheduler for an instruction, and the instructions."""
+PIPE = {opcode: pipe for pipe, (_, opcodes) in PIPES.items() for opcode in opcodes.split()}
 
 # An H200. Its memory is rated at 4.8 TB/s; 4.3 is what a good copy reaches.
 LANES = 132 * 4 * 32  # multiprocessors, schedulers, lanes
@@ -49,12 +45,12 @@ BYTES_A_SECOND = 4.3e12
 def count_pipes(path: Path) -> dict[str, int]:
     """Instructions of each pipe; "other" are branches, barriers and the uniform datapath."""
     found = Counter(PIPE.get(i.opcode, "other") for i in path)
-    return {pipe: found[pipe] for pipe in CYCLES}
+    return {pipe: found[pipe] for pipe in PIPES}
 
 
 def bound(pipes: Mapping[str, float]) -> float:
     """Cycles of a scheduler that the busiest of its parts needs."""
-    return max(sum(pipes.values()), *(CYCLES[pipe] * n for pipe, n in pipes.items()))
+    return max(sum(pipes.values()), *(PIPES[pipe][0] * n for pipe, n in pipes.items()))
 
 
 def budget(dtype: str) -> float:

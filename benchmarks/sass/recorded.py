@@ -33,18 +33,14 @@ class Recorded:
 
     @classmethod
     def load(cls, file: Path = FILE) -> Recorded:
-        """Reads it."""
         return cls(**json.loads(file.read_text())) if file.is_file() else cls({}, {})
 
     def save(self, file: Path = FILE) -> None:
-        """Writes it."""
         file.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
 
     def updated(self, rows: list[Row], versions: dict[str, str]) -> Recorded:
         """With other rows for the backends that were counted."""
-        kept = {
-            name: slots for name, slots in self.slots.items() if backend_of(name) not in versions
-        }
+        kept = {n: slots for n, slots in self.slots.items() if backend_of(n) not in versions}
         counted = {row.name: row.slots_per_weight for row in rows}
         return Recorded({**self.versions, **versions}, {**kept, **counted})
 
@@ -56,8 +52,7 @@ def backend_of(name: str) -> str:
 
 def limit_of(row: Row) -> float | None:
     """Returns the most slots that a CUDA kernel may take, where there is such a limit."""
-    single = row.backend == "cuda" and row.kernel.endswith("/single")
-    return LIMITS.get((row.distribution, row.rounding)) if single and row.is_plain else None
+    return LIMITS.get((row.distribution, row.rounding)) if row.is_plain else None
 
 
 def cuda_slots(row: Row, rows: list[Row], recorded: Recorded) -> float | None:
@@ -72,10 +67,7 @@ def cuda_slots(row: Row, rows: list[Row], recorded: Recorded) -> float | None:
 def failures(rows: list[Row], versions: dict[str, str], recorded: Recorded) -> list[str]:
     """Everything that is wrong with some rows.
 
-    Args:
-        rows: what was counted.
-        versions: compilers, by backend; only the rows of these are expected to be there.
-        recorded: what they are compared with.
+    ``versions`` are the compilers, by backend: only the rows of these are expected to be there.
     """
     found = []
     for row in rows:
@@ -91,8 +83,7 @@ def failures(rows: list[Row], versions: dict[str, str], recorded: Recorded) -> l
     for name, times in Counter(row.name for row in rows).items():
         if times > 1:
             found.append(f"{name}: {times} hot paths look alike; expected one: see rows.py")
-    missing = recorded.slots.keys() - {row.name for row in rows}
-    for name in sorted(missing):
+    for name in sorted(recorded.slots.keys() - {row.name for row in rows}):
         if backend_of(name) in versions and backend_of(name) != "peer":
             found.append(f"{name}: recorded, but not found in the machine code; {RECORD}")
     return found
@@ -100,17 +91,15 @@ def failures(rows: list[Row], versions: dict[str, str], recorded: Recorded) -> l
 
 def over_limit(row: Row, rows: list[Row], recorded: Recorded) -> list[str]:
     """The limits that do not depend on what was recorded."""
-    slots, limit = row.slots_per_weight, limit_of(row)
-    if limit is not None and slots > limit:
-        return [f"{row.name}: {slots} slots a weight; the limit is {limit}"]
-    if row.backend == "triton" and row.is_plain and (row.distribution, row.rounding) in LIMITS:
+    limit, said = limit_of(row), ""
+    if limit is not None and row.backend == "triton":
         cuda = cuda_slots(row, rows, recorded)
         if cuda is None:
             return [f"{row.name}: there is no CUDA count to compare with; {RECORD}"]
-        if slots > TRITON_TO_CUDA * cuda:
-            most = f"{TRITON_TO_CUDA} x CUDA's {cuda}"
-            return [f"{row.name}: {slots} slots a weight; the limit is {most}"]
-    return []
+        limit, said = TRITON_TO_CUDA * cuda, f"{TRITON_TO_CUDA} x CUDA's {cuda}"
+    if limit is None or row.slots_per_weight <= limit:
+        return []
+    return [f"{row.name}: {row.slots_per_weight} slots a weight; the limit is {said or limit}"]
 
 
 def over_recorded(row: Row, versions: dict[str, str], recorded: Recorded) -> list[str]:

@@ -4,36 +4,23 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks.sass import pipes
 from benchmarks.sass.disassembly import Code, disassemble, register
 from benchmarks.sass.flow import Blocks, Path, blocks_of, hot_paths
-from benchmarks.sass.terms import Loop, makes_noise, sign_batch, term_loops
+from benchmarks.sass.terms import Loop, sign_batch, term_loops, wide_products
 from zorba_kernels.noise import DISTRIBUTIONS
 
 ARCH = "sm_90"
 HELD = 16  # weights that a lane of a CUDA kernel holds while it goes through the terms of a program
-
 BATCH = 32  # terms whose signs a warp makes together (csrc/cuda/signs.h)
 SIGNS_HELD = 32  # weights that a lane holds meanwhile
 
 CUDA_KERNEL = re.compile(r"add_noise\w*ILN\w*?Distribution\w*?E([01])ELb([01])E\w*?(Single|Many)")
-
-
-class Compiled(NamedTuple):
-    """A Triton kernel that was compiled for sm_90."""
-
-    kernel: str
-    distribution: str
-    rounding: str
-    terms: str  # "one" or "many"
-    dtype: str
-    decay: bool
-    cubin: bytes
 
 
 @dataclass(frozen=True)
@@ -77,17 +64,11 @@ class Row:
 
     @property
     def slots_per_weight(self) -> float:
-        """Issue slots."""
         return round(self.slots / self.weights, 2)
 
     @property
-    def pipes_per_weight(self) -> dict[str, float]:
-        """Issue slots of each pipe."""
-        return {pipe: round(n / self.weights, 2) for pipe, n in self.pipes.items()}
-
-    @property
     def bound(self) -> float:
-        """Cycles of a scheduler, see pipes.py."""
+        """Cycles of a scheduler a weight, see pipes.py."""
         return round(pipes.bound(self.pipes) / self.weights, 2)
 
     @property
@@ -98,26 +79,18 @@ class Row:
 
 def row_of(code: Code, path: Path, weights: int, **about: Any) -> Row:
     """Counts a path."""
-    return Row(
-        **about,
-        weights=weights,
-        slots=len(path),
-        pipes=pipes.count_pipes(path),
-        registers=code.registers,
-        stack_bytes=code.stack_bytes,
-        local_accesses=code.local_accesses,
-    )
+    used = {name: getattr(code, name) for name in ("registers", "stack_bytes", "local_accesses")}
+    return Row(**about, weights=weights, slots=len(path), pipes=pipes.count_pipes(path), **used)
 
 
 def term_rows(code: Code, blocks: Blocks, loops: list[Loop], **about: Any) -> Iterator[Row]:
     """The loop over terms, in the cheapest of its forms: others start or end a round."""
-    if not loops:
-        return
-    loop = min(loops, key=lambda one: one.slots_per_weight)
-    yield row_of(code, loop.path, loop.added, terms="each", **about)
-    batch = None if makes_noise(loop.path) else sign_batch(blocks, loop.path)
-    if batch is not None:
-        yield row_of(code, batch, BATCH * SIGNS_HELD, terms="signs", **about)
+    if loops:
+        loop = min(loops, key=lambda one: one.slots_per_weight)
+        yield row_of(code, loop.path, loop.added, terms="each", **about)
+        batch = None if loop.makes_noise else sign_batch(blocks, loop.path)
+        if batch is not None:
+            yield row_of(code, batch, BATCH * SIGNS_HELD, terms="signs", **about)
 
 
 def stored_dtype(path: Path) -> str:
@@ -139,9 +112,9 @@ def stored_dtype(path: Path) -> str:
     return "float16" if any(i.name.startswith(half) for i in path) else "bfloat16"
 
 
-def cuda_rows(path: FilePath, arch: str = ARCH) -> list[Row]:
+def cuda_rows(path: FilePath) -> list[Row]:
     """Counts every add_noise kernel of a file."""
-    return [row for code in disassemble(path, arch) for row in rows_of_cuda(code)]
+    return [row for code in disassemble(path, ARCH) for row in rows_of_cuda(code)]
 
 
 def rows_of_cuda(code: Code) -> list[Row]:
@@ -165,45 +138,34 @@ def rows_of_cuda(code: Code) -> list[Row]:
         weights = sum(i.stored_bytes for i in hot if i.is_wide_store) // itemsize(dtype)
         found.append(row_of(code, hot, weights, terms="one", dtype=dtype, **about))
     found.sort(key=lambda r: (r.dtype, r.slots))
-    kept: list[Row] = []
-    for row in found:
-        # A loop comes twice for each dtype: without decay, and with it.
-        again = any(other.dtype == row.dtype for other in kept)
-        kept.append(replace(row, decay=True) if again else row)
-    return kept
+    # A loop comes twice for each dtype: without decay, and with it, which takes more slots.
+    firsts = {row.dtype: row for row in reversed(found)}
+    return [replace(row, decay=row is not firsts[row.dtype]) for row in found]
 
 
-def triton_rows(kernels: Iterable[Compiled], backend: str = "triton") -> Iterator[Row]:
-    """Counts Triton kernels, each of which serves one dtype.
+def triton_rows(cubin: bytes, **about: Any) -> list[Row]:
+    """Counts a Triton kernel, which serves one dtype; ``about`` are fields of ``Row``.
 
     A lane's weights are what it stores on the hot path. Of a kernel of many terms only the loop
     over them is counted.
     """
-    for compiled in map(Compiled._make, kernels):
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.cubin)
-            file.flush()
-            (code,) = disassemble(FilePath(file.name))
-        about: dict[str, Any] = {
-            "backend": backend,
-            **{name: value for name, value in compiled._asdict().items() if name != "cubin"},
-        }
-        blocks = blocks_of(code.instructions)
-        if about.pop("terms") == "many":
-            loops = term_loops(blocks, 1)
-            # A round that passes all its terms by is a loop that adds to float32 weights, too, but
-            # makes no noise: it has few wide products. All of a Philox call need not be there
-            # either, as those that are alike for all lanes may be made elsewhere.
-            products = [sum("IMAD.WIDE" in i.name for i in loop.path) for loop in loops]
-            noisy = [a for a, n in zip(loops, products, strict=True) if 2 * n >= max(products)]
-            yield from term_rows(code, blocks, noisy, **about)
-            continue
-        counted = [
-            (hot, sum(i.stored_bytes for i in hot) // itemsize(compiled.dtype))
-            for hot in hot_paths(blocks)
-        ]
-        hot, weights = min(counted, key=lambda found: len(found[0]) / found[1])
-        yield row_of(code, hot, weights, terms="one", **about)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        (code,) = disassemble(FilePath(file.name))
+    blocks = blocks_of(code.instructions)
+    if about.pop("terms") == "many":
+        loops = term_loops(blocks, 1)
+        # A round that passes all its terms by is a loop that adds to float32 weights, too, but
+        # makes no noise: it has few wide products. All of a Philox call need not be there
+        # either, as those that are alike for all lanes may be made elsewhere.
+        most = max((wide_products(loop.path) for loop in loops), default=0)
+        noisy = [loop for loop in loops if 2 * wide_products(loop.path) >= most]
+        return list(term_rows(code, blocks, noisy, **about))
+    size = itemsize(about["dtype"])
+    counted = [(hot, sum(i.stored_bytes for i in hot) // size) for hot in hot_paths(blocks)]
+    hot, weights = min(counted, key=lambda found: len(found[0]) / found[1])
+    return [row_of(code, hot, weights, terms="one", **about)]
 
 
 def itemsize(dtype: str) -> int:

@@ -7,50 +7,13 @@ round takes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from benchmarks.sass.disassembly import Instruction, register
-from benchmarks.sass.flow import Block, Blocks, Path, instructions_of, shortest
+from benchmarks.sass.flow import Blocks, Path, instructions_of, shortest
 
 PHILOX_PRODUCTS = 20  # two products of 64 bits in each of ten rounds
-
-Origins = dict[int, int]  # register that a value began in: terms added to it since
-
-
-@dataclass
-class Sums:
-    """Follows additions along a path, from the values that registers had at its beginning."""
-
-    origins: dict[int, Origins] = field(default_factory=dict)
-    last: dict[int, tuple[str, int]] = field(default_factory=dict)  # guard of the last addition
-    written: dict[str, int] = field(default_factory=dict)  # when a predicate was last written
-
-    def of(self, source: int) -> Origins:
-        """What a register's value is a sum of."""
-        return self.origins.get(source, {source: 0})
-
-    def follow(self, at: int, i: Instruction) -> None:
-        """Takes one instruction into account, the one with number ``at``."""
-        target = next((r for r in map(register, i.arguments[:2]) if r is not None), None)
-        if target is not None and not i.opcode.startswith("ST"):
-            added, kept = addends(i), carried(i)
-            guard = (i.guard, self.written.get(i.guard.lstrip("@!"), -1))
-            other = (opposite(i.guard), guard[1])
-            if i.guard and target in added and self.last.get(target) == other:
-                kept = [target]  # the other sign of an addition that counts already
-            terms = 0 if kept else 1
-            merged: Origins = {}
-            for source in kept or added:
-                for origin, n in self.of(source).items():
-                    merged[origin] = max(merged.get(origin, 0), n + terms)
-            for k in range(1, results(i)):
-                self.origins[target + k] = {}
-            self.origins[target] = merged
-            self.last[target] = guard
-        for argument in i.arguments[:2]:
-            self.written[argument] = at
-        if i.opcode == "R2P":
-            self.written = {f"P{p}": at for p in range(7)}
+BATCH_PRODUCTS = 60  # wide products in the block where a lane makes signs for several terms
 
 
 def additions(path: Path) -> dict[int, int]:
@@ -60,16 +23,32 @@ def additions(path: Path) -> dict[int, int]:
     additions: FADD, or FFMA by its addend. ``@P FADD`` and ``@!P FADD`` of one register, which add
     a coefficient with either sign, are one addition in two slots.
     """
-    sums = Sums()
-    for at, instruction in enumerate(path):
-        sums.follow(at, instruction)
-    added = {name: origins.get(name, 0) for name, origins in sums.origins.items()}
-    return {name: terms for name, terms in added.items() if terms}
-
-
-def opposite(guard: str) -> str:
-    """The guard that holds where this one does not."""
-    return "@" + guard[2:] if guard.startswith("@!") else "@!" + guard[1:]
+    # Of each register that was written: the registers that its value began in, and terms since.
+    origins: dict[int, dict[int, int]] = {}
+    last: dict[int, tuple[str, int]] = {}  # guard of what was added last, and when it was written
+    written: dict[str, int] = {}  # when a predicate was last written
+    for at, i in enumerate(path):
+        target = next((r for r in map(register, i.arguments[:2]) if r is not None), None)
+        if target is not None and not i.opcode.startswith("ST"):
+            added, kept = addends(i), carried(i)
+            since = written.get(i.guard.lstrip("@!"), -1)
+            opposite = "@" + i.guard[2:] if i.guard.startswith("@!") else "@!" + i.guard[1:]
+            if i.guard and target in added and last.get(target) == (opposite, since):
+                kept = [target]  # the other sign of an addition that counts already
+            terms = 0 if kept else 1
+            merged: dict[int, int] = {}
+            for source in kept or added:
+                for origin, n in origins.get(source, {source: 0}).items():
+                    merged[origin] = max(merged.get(origin, 0), n + terms)
+            # An instruction writes up to four registers, from its first operand on.
+            wide = 4 if "128" in i.suffixes else 2 if {"64", "WIDE"} & {*i.suffixes} else 1
+            origins.update({target + k: {} for k in range(1, wide)})
+            origins[target], last[target] = merged, (i.guard, since)
+        written.update(dict.fromkeys(i.arguments[:2], at))
+        if i.opcode == "R2P":
+            written = {f"P{p}": at for p in range(7)}
+    sums = {name: began.get(name, 0) for name, began in origins.items()}
+    return {name: terms for name, terms in sums.items() if terms}
 
 
 def addends(i: Instruction) -> list[int]:
@@ -85,18 +64,6 @@ def carried(i: Instruction) -> list[int]:
     return [r for r in map(register, by) if r is not None]
 
 
-def results(i: Instruction) -> int:
-    """How many registers an instruction writes, from its first operand on."""
-    suffixes = i.name.split(".")
-    return 4 if "128" in suffixes else 2 if "64" in suffixes or "WIDE" in suffixes else 1
-
-
-def makes_noise(path: Path) -> bool:
-    """Whether there is a whole call of Philox on the path."""
-    products = (i for i in path if i.opcode == "IMAD" and {"WIDE", "HI"} & {*i.name.split(".")})
-    return sum(1 for _ in products) >= PHILOX_PRODUCTS
-
-
 @dataclass(frozen=True)
 class Loop:
     """A loop over terms."""
@@ -108,6 +75,12 @@ class Loop:
     def slots_per_weight(self) -> float:
         """Issue slots for one term."""
         return len(self.path) / self.added
+
+    @property
+    def makes_noise(self) -> bool:
+        """Whether there is a whole call of Philox on the path."""
+        products = (i for i in self.path if i.opcode == "IMAD" and {"WIDE", "HI"} & {*i.suffixes})
+        return sum(1 for _ in products) >= PHILOX_PRODUCTS
 
 
 def term_loops(blocks: Blocks, least: int) -> list[Loop]:
@@ -124,7 +97,8 @@ def term_loops(blocks: Blocks, least: int) -> list[Loop]:
     return list(found.values())
 
 
-BATCH_PRODUCTS = 60  # wide products in the block where a lane makes signs for several terms
+def wide_products(path: Path) -> int:
+    return sum("WIDE" in i.name for i in path)
 
 
 def sign_batch(blocks: Blocks, loop: Path) -> Path | None:
@@ -134,15 +108,11 @@ def sign_batch(blocks: Blocks, loop: Path) -> Path | None:
     and back; None where signs are not made in batches.
     """
     start = loop[0].address
-    making = [a for a, b in blocks.items() if _wide_products(b) >= BATCH_PRODUCTS]
     from_loop = shortest(blocks, start)
-    for body in making:
-        from_body = shortest(blocks, body)
-        if body in from_loop and body in from_body and start in from_body:
-            there, again, back = from_loop[body][1], from_body[body][1], from_body[start][1]
-            return instructions_of(blocks, [*there, *again, *back[:-1]])
+    for body, block in blocks.items():
+        if wide_products(block.instructions) >= BATCH_PRODUCTS and body in from_loop:
+            from_body = shortest(blocks, body)
+            if body in from_body and start in from_body:
+                there, again, back = from_loop[body][1], from_body[body][1], from_body[start][1]
+                return instructions_of(blocks, [*there, *again, *back[:-1]])
     return None
-
-
-def _wide_products(block: Block) -> int:
-    return sum("WIDE" in i.name for i in block.instructions)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from benchmarks.peers import tl_randn
-from benchmarks.sass.disassembly import assembler
-from benchmarks.sass.rows import Compiled
-from benchmarks.sass.threads import compiling_threads
 from zorba_kernels.backends.triton_variants import Variant, variants
 from zorba_kernels.noise import DISTRIBUTIONS
 from zorba_kernels.table import DTYPE_CODES
 
 TARGET = GPUTarget("cuda", 90, 32)
+Compiled = tuple[bytes, dict[str, Any]]  # a cubin, and the fields of ``Row`` that it is for
 
 
 def cubin_of(
@@ -26,10 +28,10 @@ def cubin_of(
     aligned: tuple[str, ...] = (),
     **options: object,
 ) -> bytes:
-    """Compiles a kernel.
+    """Compiles a kernel of ``triton.jit``.
 
     Args:
-        kernel: of ``triton.jit``.
+        kernel: to compile.
         signature: type of each argument that is no constant, such as "*bf16", "i32" or "fp32".
         constants: the values of the others.
         aligned: arguments that are a multiple of 16, as a launch finds out by itself.
@@ -39,43 +41,58 @@ def cubin_of(
     types = {name: "constexpr" if name in constants else signature[name] for name in names}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, types, dict(constants), attributes)
-    compiled = triton.compile(source, target=TARGET, options=options)
-    return bytes(compiled.asm["cubin"])
+    return bytes(triton.compile(source, target=TARGET, options=options).asm["cubin"])
+
+
+@contextmanager
+def compiling_threads() -> Iterator[ThreadPoolExecutor]:
+    """Two threads that compile, without garbage collection.
+
+    Until CPython 3.11.8 the depth that ``ast.parse`` counts is shared by all threads: where a
+    finalizer, run by a collection in the middle of a parse, lets the other thread parse, both fail
+    with "AST constructor recursion depth mismatch" (github.com/python/cpython/issues/106905).
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            yield pool
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def compile_all(some: Iterable[Variant], arch: int) -> list[CompiledKernel]:
+    with compiling_threads() as pool:
+        return list(pool.map(lambda variant: variant.compile(arch), some))
 
 
 def add_noise() -> list[Compiled]:
     """Every variant of the backend's ``add_noise``, with the configuration of small tables."""
-    with compiling_threads() as pool:
-        return list(pool.map(_compiled, (v for v in variants() if v.op == "add_noise")))
+    some = [v for v in variants() if v.op == "add_noise"]
+    kernels = compile_all(some, TARGET.arch)
+    return [(bytes(k.asm["cubin"]), about(v)) for v, k in zip(some, kernels, strict=True)]
 
 
-def _compiled(variant: Variant) -> Compiled:
+def about(variant: Variant) -> dict[str, Any]:
+    """Returns the fields of ``Row``."""
     flags = variant.flags
     names = {code: str(dtype).removeprefix("torch.") for dtype, code in DTYPE_CODES.items()}
-    return Compiled(
-        variant.op,
-        DISTRIBUTIONS[flags["DISTRIBUTION"]],
-        "stochastic" if flags["STOCHASTIC"] else "nearest",
-        "many" if flags["MANY"] else "one",
-        names[flags["DTYPE"]],
-        flags["DECAYS"] and not flags["MANY"],  # that of a round is no part of its terms
-        bytes(variant.compile(TARGET.arch).asm["cubin"]),
-    )
+    return {
+        "backend": "triton",
+        "kernel": variant.op,
+        "distribution": DISTRIBUTIONS[flags["DISTRIBUTION"]],
+        "rounding": "stochastic" if flags["STOCHASTIC"] else "nearest",
+        "terms": "many" if flags["MANY"] else "one",
+        "dtype": names[flags["DTYPE"]],
+        "decay": flags["DECAYS"] and not flags["MANY"],  # that of a round is no part of its terms
+    }
 
 
 def peer() -> Compiled:
     """``tl.randn``, 8 bfloat16 weights a lane."""
-    cubin = cubin_of(
-        tl_randn.add_randn,
-        {"p_w": "*bf16", "n": "i32", "seed": "i32", "eps": "fp32"},
-        {"block": 1024},
-        aligned=("p_w", "n"),
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
-    return Compiled("tl.randn", "gaussian", "nearest", "one", "bfloat16", False, cubin)
-
-
-def versions(compiled: Compiled) -> str:
-    """What made a cubin."""
-    return f"triton {triton.__version__}, ptxas {assembler(compiled.cubin)}"
+    types = {"p_w": "*bf16", "n": "i32", "seed": "i32", "eps": "fp32"}
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    cubin = cubin_of(tl_randn.add_randn, types, {"block": 1024}, ("p_w", "n"), **options)
+    what = {"backend": "peer", "kernel": "tl.randn", "distribution": "gaussian", "terms": "one"}
+    return cubin, {**what, "rounding": "nearest", "dtype": "bfloat16", "decay": False}

@@ -70,8 +70,8 @@ def find_blocks(model: nn.Module) -> list[Block]:
     stacks = _stacks(model)
     if not stacks:
         raise ValueError(
-            f"no transformer blocks found in {_name(model)}: it has no ModuleList of equally built "
-            "modules with a substantial part of the parameters. Fine-tune it as a whole"
+            f"no transformer blocks found in {name_of(model)}: it has no ModuleList of equally "
+            "built modules with a substantial part of the parameters. Fine-tune it as a whole"
         )
     # named_parameters tells a tied parameter once, under its first name: so do blocks, or a mask
     # would count it twice.
@@ -175,18 +175,18 @@ def _outermost(stacks: list[_Stack]) -> list[_Stack]:
 def _refuse_parallel_lists(model: nn.Module, stacks: list[_Stack]) -> None:
     # XLM keeps the attentions of all blocks in one list, their feed-forwards in another: each list
     # looks like blocks, and a mask would move half of one.
-    places = Counter((name.rpartition(".")[0], len(stack)) for name, stack in stacks)
-    together = [
-        name
-        for name, stack in stacks
-        if places[parent := name.rpartition(".")[0], len(stack)] > 1
-        and not isinstance(model.get_submodule(parent), nn.ModuleList)
-    ]
-    if together:
-        raise ValueError(
-            f"{_name(model)} has lists of one length side by side ({', '.join(together)}): its "
-            "transformer blocks are spread over them, or cannot be told. Fine-tune it as a whole"
-        )
+    places: dict[tuple[str, int], list[str]] = {}
+    for name, stack in stacks:
+        parent = name.rpartition(".")[0]
+        if not isinstance(model.get_submodule(parent), nn.ModuleList):
+            places.setdefault((parent, len(stack)), []).append(name)
+    for together in places.values():
+        if len(together) > 1:
+            raise ValueError(
+                f"{name_of(model)} has lists of one length side by side "
+                f"({', '.join(together)}): its transformer blocks are spread over them, or cannot "
+                "be told. Fine-tune it as a whole"
+            )
 
 
 def _refuse_shared_parameters(model: nn.Module, blocks: list[Block]) -> None:
@@ -196,13 +196,14 @@ def _refuse_shared_parameters(model: nn.Module, blocks: list[Block]) -> None:
             first = owner.setdefault(name, block)
             if first is not block:
                 raise ValueError(
-                    f"{_name(model)} shares parameters between its transformer blocks: {name!r} "
+                    f"{name_of(model)} shares parameters between its transformer blocks: {name!r} "
                     f"belongs to {first.name} and to {block.name}, so that a mask cannot move one "
                     "without the other. Fine-tune it as a whole"
                 )
 
 
-def _name(model: nn.Module) -> str:
+def name_of(model: nn.Module) -> str:
+    """Returns class and model type, for errors."""
     kind = next((getattr(config, "model_type", "") for config in _configs(model)), "")
     return type(model).__name__ + (f" (model type {kind})" if kind else "")
 

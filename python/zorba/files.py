@@ -16,20 +16,15 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_whole(path: Path, content: str | bytes | Callable[[Path], None]) -> None:
+def write_whole(path: Path, content: str | Callable[[Path], None]) -> None:
     """Puts a file at ``path`` in one step: readers see what was there before, or all of it.
 
-    Args:
-        path: of the file; an existing one is replaced. Its folder must exist.
-        content: text, written as UTF-8; bytes; or what writes the content to the path it is given,
-            which is in the same folder.
+    ``content`` is text, or what writes to the path that it is given, in the same folder.
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if isinstance(content, str):
             draft.write_text(content, encoding="utf-8")
-        elif isinstance(content, bytes):
-            draft.write_bytes(content)
         else:
             content(draft)
         with draft.open("rb") as handle:

@@ -5,11 +5,7 @@ from __future__ import annotations
 import re
 
 _LETTERS = "kmgt"
-_UNITS = {"": 1, "b": 1}
-for _power, _letter in enumerate(_LETTERS, start=1):
-    _UNITS[f"{_letter}b"] = 1000**_power
-    _UNITS[f"{_letter}ib"] = 1024**_power
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*")
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:(?:([kmgt])(i?))?b)?\s*", re.IGNORECASE)
 
 
 def parse_bytes(text: str | int) -> int:
@@ -21,12 +17,13 @@ def parse_bytes(text: str | int) -> int:
         ValueError: the text is no number of bytes.
     """
     match = _SIZE.fullmatch(str(text))
-    unit = None if match is None else _UNITS.get(match[2].lower())
-    if isinstance(text, bool) or match is None or unit is None:
+    if match is None:
         raise ValueError(f"{text!r} is no number of bytes: write 900MB, 2GiB or 1500000000")
+    number, letter, binary = match.groups()
+    unit = (1024 if binary else 1000) ** (1 + _LETTERS.index(letter.lower())) if letter else 1
     # In integers: a float would round a large budget, and budgets hold to the byte.
-    whole, _, fraction = match[1].partition(".")
-    return int(int(whole + fraction) * unit // 10 ** len(fraction))
+    whole, _, fraction = number.partition(".")
+    return int(whole + fraction) * unit // 10 ** len(fraction)
 
 
 def unit_of(count: float) -> tuple[int, str]:

@@ -3,48 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 from tyro.conf import Positional, Suppress, UseAppendAction
 from zorba import ZerothOrderSGD, ZOArguments, defaults
 from zorba.apps.cli import COMMANDS, FEDERATE, parse
-from zorba.apps.needs import check_needs
+from zorba.apps.command import Command
 from zorba.apps.plan.settings import PlanSettings
 from zorba.apps.plan.workload import Workload
+from zorba.apps.reviews.settings import ReviewSettings
 from zorba.federated import FederationSettings
 
 import zorba_kernels as zk
 from tests.command import zorba
 
 ROOT = Path(__file__).parents[2]
-SETTINGS: dict[str, type] = {
-    **{name: kind for name, (kind, _) in COMMANDS.items()},
-    **{f"federate {name}": kind for name, (kind, _) in FEDERATE.items()},
-}
-
-# --- Help ----------------------------------------------------------------------------------------
-
-
-def shown(value: Any) -> str:
-    text = ",".join(value) if isinstance(value, tuple) else str(value)
-    return shlex.quote(text)
+EVERY = COMMANDS | {f"federate {name}": command for name, command in FEDERATE.items()}
+SETTINGS = {name: command.settings for name, command in EVERY.items()}
 
 
 @pytest.mark.parametrize("command", SETTINGS)
 def test_help_shows_each_field_with_its_default_and_choices(command: str) -> None:
+    module, _, function = EVERY[command].function.partition(":")
+    assert callable(getattr(importlib.import_module(f"zorba.apps.{module}"), function))
     result = zorba(*command.split(), "--help")
     assert result.exit_code == 0
     hints = get_type_hints(SETTINGS[command], include_extras=True)
     for field in dataclasses.fields(SETTINGS[command]):
-        marks = getattr(hints[field.name], "__metadata__", ())
-        flag = "--" + field.name.replace("_", "-")
+        hint, flag = hints[field.name], "--" + field.name.replace("_", "-")
+        marks = getattr(hint, "__metadata__", ())
         if get_args(Suppress[int])[1] in marks:
             assert flag not in result.text
         elif get_args(Positional[int])[1] in marks:
@@ -58,13 +53,15 @@ def test_help_shows_each_field_with_its_default_and_choices(command: str) -> Non
             found = re.search(rf"{flag}(?:, --no-\S+)? (.+?) \(default: (.+?)\) ", result.text)
             assert found, flag
             assert len(found[1].split()) > 1, flag
-            assert found[2] == shown(field.default)
-            choices = [c for c in get_args(hints[field.name]) if isinstance(c, str)]
-            if choices:
+            value = field.default
+            shown = ",".join(value) if isinstance(value, tuple) else str(value)
+            assert found[2] == shlex.quote(shown)
+            if choices := [c for c in get_args(hint) if isinstance(c, str)]:
                 assert found[1].startswith("{" + ",".join(choices) + "}")
 
 
 def test_help_loads_neither_torch_nor_transformers() -> None:
+    assert zorba().output == zorba("--help").output
     script = """
 import contextlib, io, json, sys
 from zorba.apps.cli import COMMANDS, FEDERATE, main
@@ -91,12 +88,6 @@ def test_commands_in_the_documentation_make_sense() -> None:
     assert found >= 10
 
 
-# --- Defaults ------------------------------------------------------------------------------------
-
-TUNED = {"DemoSettings"}
-"""Settings whose values were tuned for one task."""
-
-
 def test_defaults_are_the_same_everywhere() -> None:
     expected = {
         "distribution": defaults.DISTRIBUTION,
@@ -106,7 +97,7 @@ def test_defaults_are_the_same_everywhere() -> None:
     }
     compared = set()
     for kind in {*SETTINGS.values(), ZOArguments, FederationSettings, Workload, ZerothOrderSGD}:
-        if kind.__name__ in TUNED:
+        if kind is ReviewSettings:  # tuned for one task
             continue
         for name, parameter in inspect.signature(kind).parameters.items():
             knob = name.removeprefix("zo_").removeprefix("num_")
@@ -121,15 +112,6 @@ def test_choices_are_those_of_the_code_that_takes_them() -> None:
     planned, run = get_type_hints(PlanSettings), get_type_hints(Workload)
     for name in ("estimator", "loss", "idle"):
         assert set(get_args(planned[name])) == set(get_args(run[name])), name
-
-
-# --- How a command ends --------------------------------------------------------------------------
-
-
-def test_no_arguments_show_help() -> None:
-    result = zorba()
-    assert result.exit_code == 0
-    assert all(name in result.output for name in (*COMMANDS, "federate"))
 
 
 @pytest.mark.parametrize(
@@ -157,9 +139,7 @@ def test_a_failure_is_one_sentence_with_text_from_outside_as_it_is(tmp_path: Pat
 
 
 def test_a_missing_package_is_named_with_its_extra(capsys: pytest.CaptureFixture[str]) -> None:
-    check_needs("finetune", ["json", "torch"], "finetune")
-    with pytest.raises(SystemExit) as end:
-        check_needs("finetune", ["json", "no_such_package"], "finetune,offload")
-    assert end.value.code == 1
-    expected = "it needs no_such_package: pip install 'zorba-kernels[finetune,offload]'"
-    assert capsys.readouterr().err == f"zorba finetune: {expected}\n"
+    with pytest.raises(SystemExit, match="1"):
+        Command(int, "replay:none", "demo,hf", ("json", "no_such_package")).run("replay", None)
+    words = "it needs no_such_package: run pip install '.[demo,hf]' in a clone of zorba-kernels"
+    assert capsys.readouterr().err == f"zorba replay: {words}\n"

@@ -1,11 +1,10 @@
-"""The comparison's loop, resuming, counters and pictures, on a tiny random Llama."""
+"""The comparison's loop, counters and pictures, on a tiny random Llama."""
 
 from __future__ import annotations
 
 import copy
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,11 @@ from zorba.apps.reviews import data
 from zorba.hf import find_blocks
 
 from benchmarks.compare import report
-from benchmarks.compare.apart import ROWS
-from benchmarks.compare.loop import Evaluation, Record, run
+from benchmarks.compare.loop import ROWS, Evaluation, Record, run
 from benchmarks.compare.methods import make_method, plan_masks
 from benchmarks.compare.settings import PLANS, SHARES, Settings
 from benchmarks.compare.task import POOLED, AnswerLoss, Batch, batch_of, work_of
-from benchmarks.kept_runs import KeptRuns, Results
-from benchmarks.peers.method import Method
+from benchmarks.experiment import Results
 from tests.hf.tiny import build, case_of
 
 ROUNDS = 4
@@ -46,111 +43,76 @@ def examples(generator: torch.Generator) -> dict[str, list[data.Example]]:
     return {name: [example(i % 2) for i in range(8 + n)] for n, name in enumerate(SHARES)}
 
 
-class Run:
-    """A method on a replica of its own."""
+@pytest.fixture
+def train(settings, examples):
+    """Runs a method on a replica of its own; returns the record, and the model before and after."""
 
-    def __init__(self, name: str, settings: Settings, examples: dict[str, list[data.Example]]):
-        self.plan = settings.methods[name]
-        self.loss = AnswerLoss(build(case_of("llama")), [5, 9])
-        self.work = work_of(
-            self.loss, examples, settings, self.plan.local_steps, together=name == "mezo"
-        )
-        plan = plan_masks(self.loss.model, SHARES)
+    def run_it(name: str) -> tuple[Record, nn.Module, nn.Module]:
+        loss = AnswerLoss(build(case_of("llama")), [5, 9])
+        work = work_of(loss, examples, settings, PLANS[name].local_steps, name == "mezo")
+        plan, before = plan_masks(loss.model, SHARES), copy.deepcopy(loss.model)
         masks = {c: [bool(a) for a in row] for c, row in zip(SHARES, plan.mask, strict=True)}
-        self.method: Method = make_method(name, self.work, settings, masks)
+        method = make_method(name, work, settings, masks)
         batches = [batch_of(own) for own in examples.values()]
-        self.evaluation = Evaluation(self.loss.score, batches[:1], batches, every=2)
-        self.keep = settings.out / f"{name}.pt"
+        evaluation = Evaluation(loss.score, batches[:1], batches, every=2)
+        return run(method, list(work.sizes), ROUNDS, evaluation), before, loss.model
 
-    def run(self, resume: bool = False, until: float = float("inf")) -> tuple[Record, bool]:
-        clients = list(self.work.clients)
-        return run(self.method, clients, ROUNDS, self.evaluation, self.keep, resume, until=until)
-
-    def logits(self) -> torch.Tensor:
-        with torch.no_grad():
-            return torch.cat([self.loss.logits(batch) for batch in self.evaluation.whole])
+    return run_it
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_a_run_that_is_stopped_continues_where_it_was(
-    name: str, settings: Settings, examples: dict[str, list[data.Example]]
-) -> None:
-    whole = Run(name, settings, examples)
-    start = whole.logits()
-    record, ended = whole.run()
-    assert ended
+def test_every_method_trains_and_is_scored(name: str, train) -> None:
+    record, before, after = train(name)
     assert [r["loss"] > 0 for r in record.rounds] == [True] * ROUNDS
-    assert [s["round"] for s in record.scores] == [0, 2, 4, 4]
-    assert not torch.equal(start, whole.logits())
-
-    other = replace(settings, out=settings.out / "other")
-    first = Run(name, other, examples)
-    stopped, ended = first.run(until=0.0)
-    assert not ended
-    assert len(stopped.rounds) == 1
-    second = Run(name, other, examples)
-    again, ended = second.run(resume=True)
-    assert ended
-    # Peers come back from a perturbation to rounding, and that is not repeated when they resume.
-    for one, two in zip(record.rounds, again.rounds, strict=True):
-        assert one["loss"] == pytest.approx(two["loss"], abs=1e-4)
-        for way in ("up", "down"):
-            assert one[way] == two[way]
-    torch.testing.assert_close(whole.logits(), second.logits(), rtol=0, atol=1e-4)
+    assert [(s["round"], s["sentences"]) for s in record.scores] == [
+        (0, 8),
+        (2, 8),
+        (4, 8),
+        (4, 92),
+    ]
+    ids = torch.arange(3, 10)[None]
+    assert not torch.equal(before(ids).logits, after(ids).logits)
 
 
-def test_zorba_sends_scalars_and_keeps_frozen_weights(
-    settings: Settings, examples: dict[str, list[data.Example]]
-) -> None:
-    one = Run("zorba", settings, examples)
-    before = copy.deepcopy(dict(one.loss.model.named_parameters()))
-    record, _ = one.run()
-    trained = {name for block in find_blocks(one.loss.model) for name in block.parameters}
-    for name, p in one.loss.model.named_parameters():
-        assert torch.equal(p, before[name]) == (name not in trained), name
+def test_zorba_sends_scalars_and_keeps_frozen_weights(train) -> None:
+    record, before, after = train("zorba")
+    trained = {name for block in find_blocks(after) for name in block.parameters}
+    for name, p in after.named_parameters():
+        assert torch.equal(p, before.get_parameter(name)) == (name not in trained), name
     assert [r["up"] for r in record.rounds] == [4.0] * ROUNDS
     assert record.rounds[0]["down"] == 8  # the seed alone; then with the log entry before it
     assert all(8 < r["down"] < r["down_encoded"] for r in record.rounds[1:])
 
 
 def test_the_budgets_are_shares_of_the_blocks() -> None:
-    model = build(case_of("llama"))
-    plan = plan_masks(model, {"small": 0.3, "large": 1.0})
+    plan = plan_masks(build(case_of("llama")), {"small": 0.3, "large": 1.0})
     assert plan.mask.sum(axis=1).tolist() == [1, 3]
     assert min(plan.coverage) >= 1
 
 
-def test_every_batch_of_a_client_comes_before_one_comes_again(
-    settings: Settings, examples: dict[str, list[data.Example]]
-) -> None:
+def rows_of(batch: Batch) -> list[tuple[int, ...]]:
+    pairs = zip(batch.ids.tolist(), batch.last.tolist(), strict=True)
+    return [tuple(ids[: last + 1]) for ids, last in pairs]
+
+
+def test_every_batch_of_a_client_comes_before_one_comes_again(settings, examples) -> None:
     work = work_of(AnswerLoss(nn.Identity(), [5, 9]), examples, settings, local_steps=2)
     client = list(SHARES)[-1]  # 12 of its 15 sentences: 3 batches
-    seen = [work.batch(client, r, k) for r in (1, 2, 3) for k in (0, 1)]
-
-    def key(batch: Batch) -> str:
-        return str(batch.ids.tolist())
-
-    assert len({key(b) for b in seen[:3]}) == 3
-    assert {key(b) for b in seen[:3]} == {key(b) for b in seen[3:]}
-    assert all(b.labels.tolist() == [0, 0, 1, 1] for b in seen)
+    batches = [work.batch(client, r, k) for r in (1, 2, 3) for k in (0, 1)]
+    seen = [str(rows_of(batch)) for batch in batches]
+    assert len(set(seen[:3])) == 3
+    assert set(seen[:3]) == set(seen[3:])
+    assert all(batch.labels.tolist() == [0, 0, 1, 1] for batch in batches)
 
 
-def test_one_machine_trains_on_what_the_clients_train_on_together(
-    settings: Settings, examples: dict[str, list[data.Example]]
-) -> None:
+def test_one_machine_trains_on_what_the_clients_train_on_together(settings, examples) -> None:
     loss = AnswerLoss(nn.Identity(), [5, 9])
-    apart = work_of(loss, examples, settings, local_steps=1)
-    pooled = work_of(loss, examples, settings, local_steps=1, together=True)
+    apart, pooled = (work_of(loss, examples, settings, 1, together) for together in (False, True))
     assert set(apart.sizes.values()) == {settings.pool}
     assert pooled.sizes == {POOLED: settings.pool * len(examples)}
-
-    def rows(batch: Batch) -> list[tuple[int, ...]]:
-        pairs = zip(batch.ids.tolist(), batch.last.tolist(), strict=True)
-        return [tuple(ids[: last + 1]) for ids, last in pairs]
-
     for round_ in (1, 2, 5):
-        own = [row for name in apart.clients for row in rows(apart.batch(name, round_, 0))]
-        assert rows(pooled.batch(POOLED, round_, 0)) == own
+        own = [row for name in apart.sizes for row in rows_of(apart.batch(name, round_, 0))]
+        assert rows_of(pooled.batch(POOLED, round_, 0)) == own
 
 
 def test_results_are_kept_shown_and_drawn(tmp_path: Path) -> None:
@@ -167,24 +129,27 @@ def test_results_are_kept_shown_and_drawn(tmp_path: Path) -> None:
         Results(path).put("clients", {row.key: seen})
     results = Results(path).data
     assert results == json.loads(path.read_text())
-    assert set(results["methods"]) == {"zorba", "decomfl"}
     console = Console(record=True, width=200)
     report.print_table(console, results)
     text = console.export_text()
-    assert "before: accuracy 0.520, AUC 0.700" in text
-    assert "0.750" in text
-    assert "4 (62)" in text
-    report.draw_accuracy(tmp_path / "accuracy.png", results)
-    report.draw_costs(tmp_path / "costs.png", results)
-    assert (tmp_path / "accuracy.png").stat().st_size > 0
-    assert (tmp_path / "costs.png").stat().st_size > 0
+    for part in (
+        "before: accuracy 0.520, AUC 0.700",
+        "0.750",
+        "4 (62)",
+        "ZorBA, 25% of the blocks",
+    ):
+        assert part in text
+    for draw in (report.draw_accuracy, report.draw_costs):
+        draw(tmp_path / "picture.png", results)
+        assert (tmp_path / "picture.png").stat().st_size > 0
+        (tmp_path / "picture.png").unlink()
 
 
 def test_runs_are_made_once_and_only_with_the_same_settings(tmp_path: Path) -> None:
     path = tmp_path / "runs.json"
-    assert KeptRuns(path, {"rounds": 3}).get("one", lambda: {"loss": math.nan}) == {"loss": None}
-    again = KeptRuns(path, {"rounds": 3})
-    assert again.get("one", lambda: pytest.fail("made again")) == {"loss": None}
+    assert Results(path, {"rounds": 3}).run("one", lambda: {"loss": math.nan}) == {"loss": None}
+    again = Results(path, {"rounds": 3})
+    assert again.run("one", lambda: pytest.fail("made again")) == {"loss": None}
     assert again.data["machine"]["torch"] == torch.__version__
     with pytest.raises(SystemExit, match="other settings"):
-        KeptRuns(path, {"rounds": 4})
+        Results(path, {"rounds": 4})

@@ -15,18 +15,17 @@ import gc
 import os
 import random
 import struct
-import sys
 import tempfile
 import time
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from zorba import machine
-from zorba.federated import FederationError, Greeting, Objective, run_federation
+from zorba.federated import Client, FederationError
 from zorba.federated.codec import HEADER_BYTES, MAGIC, SCHEMA
 from zorba.optim import NoiseTerms
-from zorba.optim.terms import Evaluate
 
 from tests.federated.world import World, make_settings
 
@@ -64,20 +63,21 @@ def hostile(chance: random.Random, messages: list[bytes]) -> bytes:
     return sealed(bytes(data)) if chance.random() < 0.5 else bytes(data)
 
 
-def _limited(objective: Objective) -> Objective:
-    """The same, but it refuses to run for as long as a plan may ask."""
+def _limit(client: Client) -> None:
+    """Lets a client refuse to run for as long as a plan may ask."""
+    inner = client.objective
 
-    def limited(round_number: int, step: int) -> tuple[Evaluate, int]:
-        evaluate, examples = objective(round_number, step)
+    def limited(round_number: int, step: int) -> Any:
+        evaluate, examples = inner(round_number, step)
 
-        def evaluate_some(noises: Sequence[NoiseTerms]) -> Sequence[float]:
+        def some(noises: Sequence[NoiseTerms]) -> Sequence[float]:
             if len(noises) > 16:
                 raise FederationError(f"{len(noises)} evaluations are more than this test has time")
             return evaluate(noises)
 
-        return evaluate_some, examples
+        return some, examples
 
-    return limited
+    client.objective = limited
 
 
 class Attack:
@@ -85,13 +85,14 @@ class Attack:
 
     def __init__(self, folder: Path) -> None:
         self.world = World(folder / "job.log", make_settings(num_perturbations=2))
-        run_federation(self.world.server, self.world.transport, 2)
-        self.plans = self.world.server.begin_round()
+        self.world.run(2)
+        plans = self.world.server.begin_round()
         self.client = self.world.clients["ada"]
-        replies = [self.world.clients[name].handle(data) for name, data in self.plans.items()]
-        greeting = Greeting(self.world.settings.job_id).encode()
-        self.client.objective = _limited(self.client.objective)
-        self.messages = [*self.plans.values(), *replies, greeting, self.client.handle(greeting)]
+        replies = [self.world.clients[name].handle(data) for name, data in plans.items()]
+        hello = self.client.handle(self.world.greeting)
+        self.messages = [*plans.values(), *replies, self.world.greeting, hello]
+        _limit(self.client)
+        self._before = self._state()
 
     def messages_of(self, count: int, seed: int) -> Iterator[tuple[str, bytes]]:
         """Yields names of senders and messages."""
@@ -103,28 +104,32 @@ class Attack:
     def strike(self, name: str, data: bytes) -> bool:
         """Sends one message to both; returns whether one of them took it for a message.
 
-        Raises:
-            AssertionError: a refused message changed something, or a reason is a flood itself.
+        AssertionError: a refused message changed something, or a reason is a flood itself.
         """
         server, replica = self.world.server, self.client.replica
-        before = (server.admitted, dict(server.fingerprints))
+        before, applied = dict(server.fingerprints), replica.applied_round
         receipt = server.receive(name, data)
         if not receipt.accepted:
-            assert (server.admitted, dict(server.fingerprints)) == before
+            assert server.fingerprints == before
             assert len(receipt.reason) < 600
-        applied = replica.applied_round
         answer = None
         with contextlib.suppress(FederationError):
             answer = self.client.handle(data)
         assert replica.applied_round == applied
         return receipt.accepted or answer is not None
 
-    def end(self) -> bool:
-        """Goes on as if nothing had been; returns whether all replicas are as they would be."""
+    def _state(self) -> tuple[bytes, int]:
+        """The log, and the client's weights."""
+        return self.world.path.read_bytes(), self.client.replica.fingerprint(fresh=True)
+
+    def end(self) -> None:
+        """Goes on as if nothing had been; AssertionError where something had."""
+        assert self._state() == self._before, "log or weights changed"
         fresh = World(self.world.path.with_name("undisturbed.log"), self.world.settings)
-        expected = run_federation(fresh.server, fresh.transport, 4).fingerprints
-        fresh.server.close()
-        return run_federation(self.world.server, self.world.transport, 2).fingerprints == expected
+        expected = fresh.run(4).fingerprints
+        assert self.world.run(2).fingerprints == expected, "the run ends as an undisturbed one"
+        for world in (fresh, self.world):
+            world.server.close()
 
 
 def main() -> None:
@@ -135,8 +140,6 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         attack = Attack(Path(folder))
-        log = attack.world.path.read_bytes()
-        weights = attack.client.replica.fingerprint(fresh=True)
         taken, sizes = 0, []
         every = max(1, arguments.messages // 10)
         started = time.perf_counter()
@@ -147,16 +150,10 @@ def main() -> None:
                 sizes.append(machine.anonymous_memory(os.getpid()))
                 print(f"{n + 1:>9,} messages, {sizes[-1] / 2**20:.2f} MiB resident", flush=True)
         seconds = time.perf_counter() - started
-        same_log = attack.world.path.read_bytes() == log
-        same_weights = attack.client.replica.fingerprint(fresh=True) == weights
-        same_end = attack.end()
-        growth = (sizes[-1] - sizes[0]) / 1024
         print(f"{arguments.messages:,} messages in {seconds:.0f} s, {taken} of them well-formed")
-        print(f"memory after the first tenth: {growth:+.0f} KiB")
-        print(f"log unchanged: {same_log}; weights unchanged: {same_weights}")
-        print(f"the run ends as an undisturbed one: {same_end}")
-        attack.world.server.close()
-    sys.exit(0 if same_log and same_weights and same_end else 1)
+        print(f"memory after the first tenth: {(sizes[-1] - sizes[0]) / 1024:+.0f} KiB")
+        attack.end()
+        print("log and weights unchanged; the run ends as an undisturbed one")
 
 
 if __name__ == "__main__":

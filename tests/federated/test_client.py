@@ -14,39 +14,35 @@ from zorba.federated import (
     FederationError,
     Greeting,
     Hello,
-    LocalTransport,
     MessageError,
-    Plan,
     ReplicaError,
-    Reply,
     decode,
-    run_federation,
 )
 from zorba.optim import NoiseTerms, one_by_one
 
 import zorba_kernels as zk
-from tests.federated.world import World, copy_table, loss_of, make_settings, weights_of
+from tests.federated.world import (
+    World,
+    copy_table,
+    fail,
+    loss_of,
+    make_objective,
+    make_replica,
+    plan_of,
+    reply_of,
+    spy,
+)
 
-
-def plan_of(data: bytes) -> Plan:
-    """The plan that the bytes are."""
-    plan = decode(data)
-    assert isinstance(plan, Plan)
-    return plan
-
-
-def reply_of(data: bytes) -> Reply:
-    """The reply that the bytes are."""
-    reply = decode(data)
-    assert isinstance(reply, Reply), reply
-    return reply
+ALONE: dict[str, Any] = {"masks": [[True] * 4], "names": ("ada",)}
 
 
 @pytest.mark.parametrize("estimator", ["central", "forward"])
-def test_scalars_are_the_derivatives_along_the_masked_noise(tmp_path: Path, estimator: Any) -> None:
-    world = World(tmp_path / "log", make_settings(estimator=estimator))
+def test_scalars_are_the_derivatives_along_the_masked_noise(
+    make_world: Any, estimator: str
+) -> None:
+    world = make_world(estimator=estimator)
+    replica, (seed,) = world.replicas["ada"], world.settings.seeds_of(1)
     reply = reply_of(world.clients["ada"].handle(world.plan("ada")))
-    replica, seed = world.replicas["ada"], world.settings.seed_of(1, 0)
     for p in range(3):
         slope = 0.0  # of the mean squared distance, in closed form
         for entry in replica.table.entries:
@@ -57,80 +53,74 @@ def test_scalars_are_the_derivatives_along_the_masked_noise(tmp_path: Path, esti
         assert float(reply.scalars[0, p]) == pytest.approx(slope, abs=3e-3)
     assert reply.num_examples == 10
     assert reply.fingerprint == replica.identity.start
-    world.server.close()
-
-
-def test_measuring_leaves_the_weights(world: World) -> None:
-    before = weights_of(world.replicas["bob"])
-    world.clients["bob"].handle(world.plan("bob"))
-    after = weights_of(world.replicas["bob"])
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert replica.fingerprint(fresh=True) == replica.identity.start, "the weights are left alone"
 
 
 def test_the_same_plan_again_gets_the_same_bytes(world: World) -> None:
-    run_federation(world.server, world.transport, 2)
-    calls = []
-    client = world.clients["ada"]
-    inner = client.objective
-    client.objective = lambda r, k: calls.append((r, k)) or inner(r, k)  # type: ignore[func-returns-value]
+    world.run(2)
     data = world.plan("ada")
-    first = client.handle(data)
-    assert client.handle(data) == first
-    assert calls == [(3, 0)]
+    seen = spy(world.clients["ada"])
+    first = world.clients["ada"].handle(data)
+    count = len(seen)
+    assert world.clients["ada"].handle(data) == first
+    assert len(seen) == count > 0, "nothing is measured twice"
 
 
 def test_stale_plan_is_refused(world: World) -> None:
     old = world.plan("ada")
-    run_federation(world.server, world.transport, 3)
+    world.run(3)
     before = world.replicas["ada"].fingerprint(fresh=True)
     with pytest.raises(MessageError, match="plan of round 1 but has applied round 3"):
         world.clients["ada"].handle(old)
     assert world.replicas["ada"].fingerprint(fresh=True) == before
 
 
-def test_missing_entries_are_asked_for(world: World) -> None:
-    run_federation(world.server, world.transport, 3, available=lambda _: ("ada", "bob"))
+def test_missing_entries_are_asked_for(world: World, make_world: Any) -> None:
+    world.run(3, available=lambda _: ("ada", "bob"))
     plan = plan_of(world.server.begin_round()["ada"])
-    fresh = World(world.path.with_name("other")).clients["cleo"]
+    fresh = make_world().clients["cleo"]
     # A plan that starts at round 3 reaches a replica at theta_0.
-    answer = decode(fresh.handle(replace(plan, base_round=3, num_entries=0, frames=b"").encode()))
-    assert isinstance(answer, Hello)
-    assert answer.applied_round == 0
-    flush = replace(plan, base_round=3, num_entries=0, frames=b"", seeds=())
-    assert isinstance(decode(fresh.handle(flush.encode())), Hello)
+    plan = replace(plan, base_round=3, num_entries=0, frames=b"")
+    for late in (plan, replace(plan, seeds=())):
+        answer = decode(fresh.handle(late.encode()))
+        assert isinstance(answer, Hello)
+        assert answer.applied_round == 0
     assert fresh.replica.fingerprint(fresh=True) == fresh.replica.identity.start
 
 
-def test_plan_for_another_replica_is_refused_before_anything_is_applied(world: World) -> None:
-    plan = plan_of(world.plan("ada"))
-    for change, told in (
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
         ({"noise_version": 2}, "noise version 2"),
         ({"distribution": "rademacher"}, "distribution"),
         ({"rounding": "nearest"}, "rounding"),
         ({"mask": (True,) * 3}, "number of blocks"),
-    ):
-        with pytest.raises(MessageError, match=told):
-            world.clients["ada"].handle(replace(plan, **change).encode())
-    run_federation(world.server, world.transport, 1)
-    with pytest.raises(ReplicaError, match="job"):
-        world.clients["ada"].handle(replace(plan, round=9, job=4).encode())
-    with pytest.raises(ReplicaError, match="job"):
-        world.clients["ada"].handle(Greeting(4).encode())
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_plan_for_another_replica_is_refused(
+    world: World, change: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(MessageError, match=told):
+        world.clients["ada"].handle(replace(plan_of(world.plan("ada")), **change).encode())
+
+
+def test_messages_of_another_job_are_refused(world: World) -> None:
+    plan, client = plan_of(world.plan("ada")), world.clients["ada"]
+    world.run(1)
+    for data in (replace(plan, round=9, job=4).encode(), Greeting(4).encode()):
+        with pytest.raises(ReplicaError, match="job"):
+            client.handle(data)
     with pytest.raises(MessageError, match="sends no hello"):
-        world.clients["ada"].handle(world.clients["ada"].handle(Greeting(plan.job).encode()))
+        client.handle(client.handle(world.greeting))
 
 
 def test_objective_that_raises_leaves_the_applied_entries(world: World) -> None:
-    run_federation(world.server, world.transport, 2)
+    world.run(2)
     data = world.server.begin_round()["ada"]
     client, replica = world.clients["ada"], world.replicas["ada"]
-    before = replica.fingerprint(fresh=True)
-    inner = client.objective
-
-    def failing(round_number: int, step: int) -> Any:
-        raise MemoryError("out of memory")
-
-    client.objective = failing
+    before, inner = replica.fingerprint(fresh=True), client.objective
+    fail(client, MemoryError("out of memory"))
     with pytest.raises(MemoryError):
         client.handle(data)
     assert (replica.applied_round, replica.fingerprint(fresh=True)) == (2, before)
@@ -141,126 +131,79 @@ def test_objective_that_raises_leaves_the_applied_entries(world: World) -> None:
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 1e300])
 def test_non_finite_loss_sits_the_round_out(world: World, loss: float) -> None:
     data = world.plan("ada")
-    world.clients["ada"].objective = lambda r, k: (
-        one_by_one(lambda terms: loss * float(terms.coefs.sum())),
-        1,
-    )
+    evaluate = one_by_one(lambda terms: loss * float(terms.coefs.sum()))
+    world.clients["ada"].objective = lambda r, k: (evaluate, 1)
     with pytest.raises(FederationError, match="round 1, step 0"):
         world.clients["ada"].handle(data)
-    report = run_federation(world.server, world.transport, 1).reports[0]
+    report = world.run(1).reports[0]
     assert report.clients == ("bob", "cleo")
     assert "sits the round out" in report.failures["ada"]
 
 
-# --- Local steps ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
-def test_pending_steps_are_the_round_of_a_single_client(tmp_path: Path, distribution: Any) -> None:
+def test_pending_steps_are_the_round_of_a_single_client(make_world: Any, distribution: Any) -> None:
     """The noise that rides along is bit for bit what the log makes of the same scalars."""
-    changes = {"local_steps": 3, "distribution": distribution}
-    world = World(tmp_path / "log", make_settings(**changes), masks=[[True] * 4], names=("ada",))
-    seen: list[NoiseTerms] = []
-    client, replica = world.clients["ada"], world.replicas["ada"]
-    inner = client.objective
-
-    def spying(round_number: int, step: int) -> Any:
-        evaluate, count = inner(round_number, step)
-        return (lambda noises: seen.extend(noises) or evaluate(noises)), count  # type: ignore[func-returns-value]
-
-    client.objective = spying
+    world = make_world(**ALONE, local_steps=3, distribution=distribution)
+    seen, replica = spy(world.clients["ada"]), world.replicas["ada"]
     start = copy_table(replica.table)
-    run_federation(world.server, world.transport, 1)
-    entry = world.server.log.entry(1)
-    terms = entry.terms
+    world.run(1)
+    terms = world.server.log.entry(1).terms
     # The last evaluation saw two pending steps of P = 3 terms, and its own perturbation.
     assert seen[-1].seeds == terms.seeds[:7]
-    assert terms.seeds[::3] == tuple(world.settings.seed_of(1, k) for k in range(3))
+    assert terms.seeds[::3] == world.settings.seeds_of(1)
     assert seen[-1].samples == (0, 1, 2, 0, 1, 2, 2)
     assert torch.equal(seen[-1].coefs[:, :6], terms.coefs[:, :6])
-
-    written = copy_table(start)
-    zk.add_noise_(written, terms.seeds, terms.coefs, distribution, samples=terms.samples)
-    assert zk.fingerprint(written) == replica.fingerprint(fresh=True)
-    world.server.close()
+    zk.add_noise_(start, terms.seeds, terms.coefs, distribution, samples=terms.samples)
+    assert zk.fingerprint(start) == replica.fingerprint(fresh=True)
 
 
-def test_pending_steps_equal_written_steps_to_rounding(tmp_path: Path) -> None:
+def test_pending_steps_equal_written_steps_to_rounding(make_world: Any) -> None:
     """Steps that are written round three times, pending ones once: a few float32 ulps apart."""
-    world = World(
-        tmp_path / "log", make_settings(local_steps=3), masks=[[True] * 4], names=("ada",)
-    )
-    replica = world.replicas["ada"]
-    table, s = copy_table(replica.table), world.settings
-    run_federation(world.server, world.transport, 1)
-    for step in range(3):
+    world = make_world(**ALONE, local_steps=3)
+    replica, s = world.replicas["ada"], world.settings
+    table = copy_table(replica.table)
+    world.run(1)
+    for step, seed in enumerate(s.seeds_of(1)):
         g = []
         for p in range(3):
             losses = []
             for sign in (1.0, -1.0):
                 moved = copy_table(table)
-                zk.add_noise_(moved, s.seed_of(1, step), sign * s.eps, samples=p)
+                zk.add_noise_(moved, seed, sign * s.eps, samples=p)
                 losses.append(loss_of(moved, 0.01 + 0.1 * step))
             g.append((losses[0] - losses[1]) / (2 * s.eps))
         coefs = [-0.05 * value / 3 for value in g]
-        zk.add_noise_(table, [s.seed_of(1, step)] * 3, coefs, samples=[0, 1, 2])
+        zk.add_noise_(table, [seed] * 3, coefs, samples=[0, 1, 2])
     for pending, written in zip(replica.table.entries, table.entries, strict=True):
         # weights of size 1 (ulp 1.2e-7), and scalars that differ by what that does to the losses
         torch.testing.assert_close(pending.tensor, written.tensor, rtol=0, atol=2e-6)
-    world.server.close()
 
 
-def test_masked_blocks_stay_still_while_measuring(tmp_path: Path) -> None:
-    world = World(tmp_path / "log", make_settings(local_steps=2))
-    seen: list[NoiseTerms] = []
-
-    def evaluate(terms: NoiseTerms) -> float:
-        seen.append(terms)
-        return float(terms.coefs.sum())
-
-    world.clients["cleo"].objective = lambda r, k: (one_by_one(evaluate), 4)
+def test_masked_blocks_stay_still_while_measuring(make_world: Any) -> None:
+    world = make_world(local_steps=2)
+    seen: list[NoiseTerms] = spy(world.clients["cleo"])
     reply = reply_of(world.clients["cleo"].handle(world.plan("cleo")))
     assert reply.scalars.shape == (2, 3)
-    assert not any(terms.active(block) for terms in seen for block in (2, 3))
-    assert all(terms.active(block) for terms in seen for block in (0, 1))
-    world.server.close()
+    assert {tuple(map(terms.active, range(4))) for terms in seen} == {(True, True, False, False)}
 
 
-def test_clip_holds_for_pending_steps_too(tmp_path: Path) -> None:
-    settings = make_settings(local_steps=2, clip=1e-3)
-    world = World(tmp_path / "log", settings, masks=[[True] * 4], names=("ada",))
-    seen: list[NoiseTerms] = []
-    client = world.clients["ada"]
-    inner = client.objective
-
-    def spying(round_number: int, step: int) -> Any:
-        evaluate, count = inner(round_number, step)
-        return (lambda noises: seen.extend(noises) or evaluate(noises)), count  # type: ignore[func-returns-value]
-
-    client.objective = spying
-    reply = reply_of(client.handle(world.plan("ada")))
+def test_clip_holds_for_pending_steps_too(make_world: Any) -> None:
+    world = make_world(**ALONE, local_steps=2, clip=1e-3)
+    seen = spy(world.clients["ada"])
+    reply = reply_of(world.clients["ada"].handle(world.plan("ada")))
     assert np.abs(reply.scalars).max() > 1e-3, "scalars go up as they were measured"
-    pending = seen[-1].coefs[:, :-1]
-    assert 0 < float(pending.abs().max()) <= np.float32(0.05 * 1e-3 / 3)
-    run_federation(world.server, world.transport, 1)
-    assert float(world.server.log.entry(1).terms.coefs.abs().max()) <= np.float32(0.05 * 1e-3 / 3)
-    world.server.close()
+    world.run(1)
+    for coefs in (seen[-1].coefs[:, :-1], world.server.log.entry(1).terms.coefs):
+        assert 0 < float(coefs.abs().max()) <= np.float32(0.05 * 1e-3 / 3)
 
 
-# --- Checkpoints ---------------------------------------------------------------------------------
-
-
-def test_client_continues_from_its_checkpoint(tmp_path: Path) -> None:
-    world = World(tmp_path / "log")
-    client = world.clients["ada"]
-    client.checkpoint, client.checkpoint_every = tmp_path / "ada.safetensors", 2
-    run_federation(world.server, world.transport, 6)
-    again = World(tmp_path / "other")
-    again.server.close()
-    again.replicas["ada"].load(tmp_path / "ada.safetensors")
-    assert again.replicas["ada"].applied_round == 6
-    clients = world.clients | {"ada": again.clients["ada"]}
+def test_client_continues_from_its_checkpoint(world: World, tmp_path: Path) -> None:
+    client, path = world.clients["ada"], tmp_path / "ada.safetensors"
+    client.checkpoint, client.checkpoint_every = path, 2
+    world.run(6)
+    replica = make_replica()
+    replica.load(path)
+    assert replica.applied_round == 6
+    client.replica, client.objective = replica, make_objective(replica, 0.0, 10)
     world.restart()  # a server does not know that a client was started again
-    result = run_federation(world.server, LocalTransport(clients), 3)
-    assert result.replicas_identical
-    world.server.close()
+    assert world.run(3).replicas_identical

@@ -16,9 +16,8 @@ from tests.conftest import Random
 from tests.federated.faults import disguises
 from tests.federated.faults.kills import SERVER_POINTS, SITE_POINTS, Kill, Schedule
 from tests.federated.faults.lives import Job
-from tests.federated.faults.run import Outcome, run
-from tests.federated.faults.schedules import one
-from tests.federated.world import NAMES, make_replica, make_settings
+from tests.federated.faults.run import Outcome, run, run_random
+from tests.federated.world import NAMES, make_settings
 
 ROUNDS = 8
 
@@ -39,32 +38,24 @@ def assert_same(disturbed: Outcome, undisturbed: Outcome) -> None:
     assert not [note for note in disturbed.notes if "damaged" in note]
 
 
-@pytest.mark.parametrize("point", SITE_POINTS)
-def test_killed_site_comes_back(
-    tmp_path: Path, undisturbed: Outcome, point: str, rng: Random
+@pytest.mark.parametrize(
+    ("process", "point"),
+    [*(("bob", point) for point in SITE_POINTS), *(("server", point) for point in SERVER_POINTS)],
+)
+def test_killed_process_comes_back(
+    tmp_path: Path, undisturbed: Outcome, process: str, point: str, rng: Random
 ) -> None:
     few = point in ("starting", "drafted", "saved")
-    count = 1 if few else 1 + rng.integer(3) % ROUNDS
-    outcome = run(Job(tmp_path, make_settings(), ROUNDS), Schedule({"bob": [Kill(point, count)]}))
-    assert outcome.kills == (("bob", point),)
-    assert_same(outcome, undisturbed)
-
-
-@pytest.mark.parametrize("point", SERVER_POINTS)
-def test_killed_server_goes_on(
-    tmp_path: Path, undisturbed: Outcome, point: str, rng: Random
-) -> None:
-    count = 1 if point == "starting" else 1 + rng.integer(3) % ROUNDS
-    kills = Schedule({"server": [Kill(point, count)]})
-    outcome = run(Job(tmp_path, make_settings(), ROUNDS), kills)
-    assert outcome.kills == (("server", point),)
+    kill = Kill(point, 1 if few else 1 + rng.integer(3) % ROUNDS)
+    outcome = run(Job(tmp_path, make_settings(), ROUNDS), Schedule({process: [kill]}))
+    assert outcome.kills == ((process, point),)
     assert_same(outcome, undisturbed)
 
 
 @pytest.mark.parametrize("number", range(5))
 def test_random_kill_schedule(tmp_path: Path, number: int, rng: Random) -> None:
     """``python -m tests.federated.faults`` runs a hundred longer ones."""
-    wrong, _ = one(tmp_path, rng.integer(32), rounds=12)
+    wrong, _ = run_random(tmp_path, rng.integer(32), rounds=12)
     assert not wrong
 
 
@@ -130,14 +121,3 @@ def test_site_that_does_not_fit_is_refused(
     assert all(sentence in note["reason"] for note in refused)
     assert outcome.fingerprints.keys() == {"ada", "cleo"}
     assert not outcome.identical
-
-
-def test_log_of_a_disturbed_run_rebuilds_the_model(tmp_path: Path) -> None:
-    kills = Schedule({"server": [Kill("torn", 2), Kill("synced", 2)], "ada": [Kill("during", 5)]})
-    job = Job(tmp_path, make_settings(), ROUNDS)
-    outcome = run(job, kills)
-    assert len(outcome.kills) == 3
-    replica = make_replica()
-    with RoundLog(job.run_folder.log) as log:
-        replica.apply(log.entries(1))
-    assert set(outcome.fingerprints.values()) == {replica.fingerprint(fresh=True)}

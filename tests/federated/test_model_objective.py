@@ -32,7 +32,7 @@ from tests.hf.tiny import VOCABULARY, build, case_of
 CASE = case_of("llama")
 NAMES = ("ada", "bob", "cleo")
 MASKS = [[True, False, False], [False, True, True], [False, False, True]]
-REPLANNED = [[False, True, True], [True, False, False], [True, True, False]]
+LATER_MASKS = [[False, True, True], [True, False, False], [True, True, False]]
 
 
 def batches(number: int) -> Any:
@@ -78,19 +78,16 @@ def federate(path: Path, offloaded: bool, dtype: torch.dtype) -> tuple[Federatio
         }
         settings = make_settings(distribution="rademacher", local_steps=2, num_perturbations=2)
         identity = clients["ada"].replica.identity
-        server = Server(settings, identity, NAMES, MASKS, path / f"log-{offloaded}")
 
         def present(number: int) -> list[str]:
             return [n for n in NAMES if (n != "cleo" or number > 1) and (n != "bob" or number < 5)]
 
-        transport = LocalTransport(clients)
-        run_federation(server, transport, 3, available=present)
-        server.set_masks(NAMES, REPLANNED)
-        result = run_federation(server, transport, 2, available=present)
-        server.close()
+        for masks, rounds in ((MASKS, 3), (LATER_MASKS, 2)):
+            server = Server(settings, identity, NAMES, masks, path / f"log-{offloaded}")
+            result = run_federation(server, LocalTransport(clients), rounds, available=present)
+            server.close()
         assert not result.failures, result.failures
-        fingerprints = {c.replica.fingerprint(fresh=True) for c in clients.values()}
-        return result, fingerprints
+        return result, {c.replica.fingerprint(fresh=True) for c in clients.values()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -101,14 +98,12 @@ def test_offloaded_clients_end_with_the_bits_of_resident_ones(
     offloaded, theirs = federate(tmp_path, True, dtype)
     assert resident.replicas_identical
     assert offloaded.replicas_identical
-    assert len(mine) == 1
-    assert mine == theirs
-    for a, b in zip(resident.reports, offloaded.reports, strict=True):
-        assert a.loss == b.loss
-        assert not b.failures
+    assert len(mine | theirs) == 1
+    assert [r.loss for r in resident.reports] == [r.loss for r in offloaded.reports]
+    assert not any(r.failures for r in offloaded.reports)
 
 
-@pytest.mark.parametrize("place", ["resident", "without reuse", "offloaded"])
+@pytest.mark.parametrize("place", ["resident", "offloaded"])
 def test_losses_of_examples_are_told_apart(tmp_path: Path, place: str) -> None:
     """Each is the loss that the example has alone; the last block is perturbed, two are reused."""
     coefs = torch.tensor([[0.0], [0.0], [1e-2]])
@@ -127,21 +122,15 @@ def test_losses_of_examples_are_told_apart(tmp_path: Path, place: str) -> None:
                 ids = batches(0)(round_number, step)[0][rows]
                 return ids, len(ids)
 
-            reuse = place != "without reuse"
-            objective = ModelObjective(
-                model, inner._table, some, losses, "rademacher", reuse, per_example=True
-            )
-            return list(objective(1, 0)[0](noises))
+            law = ("rademacher", True)
+            return list(ModelObjective(model, inner._table, some, losses, *law)(1, 0)[0](noises))
 
-        plus, minus = told(slice(None))
-        means = inner(1, 0)[0](noises)
-        assert plus.shape == (2,)
-        assert plus.dtype == np.float64
-        assert not np.isclose(plus, minus, rtol=1e-5).any()
-        np.testing.assert_allclose([plus.mean(), minus.mean()], means, rtol=1e-6)
+        both = np.array(told(slice(None)))  # [noises, examples]
+        assert (both.shape, both.dtype) == ((2, 2), np.float64)
+        assert not np.isclose(both[0], both[1], rtol=1e-5).any()
+        np.testing.assert_allclose(both.mean(axis=1), inner(1, 0)[0](noises), rtol=1e-6)
         alone = [told(slice(n, n + 1)) for n in range(2)]
-        np.testing.assert_allclose(plus, [loss[0][0] for loss in alone], rtol=1e-6)
-        np.testing.assert_allclose(minus, [loss[1][0] for loss in alone], rtol=1e-6)
+        np.testing.assert_allclose(both, np.concatenate(alone, axis=1), rtol=1e-6)
 
 
 def test_blocks_follow_the_mask(tmp_path: Path) -> None:

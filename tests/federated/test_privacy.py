@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from dp_accounting import get_epsilon_gaussian
 from zorba.federated import (
     FederationError,
@@ -18,24 +18,23 @@ from zorba.federated import (
     PrivacyAccountant,
     PrivacySpent,
     Reply,
-    decode,
-    run_federation,
 )
-from zorba.optim import NoiseTerms
+from zorba.optim import one_by_one
 
-from tests.conftest import Random
-from tests.federated.test_client import plan_of, reply_of
 from tests.federated.test_messages import make_reply
-from tests.federated.world import World, make_settings
+from tests.federated.world import World, plan_of, reply_of, spy
 
 POLICY = Privacy("client", clip=0.5, noise_multiplier=2.0, delta=1e-5)
 EXAMPLE = replace(POLICY, unit="example")
 
 
 @pytest.fixture
-def numbers(rng: Random) -> np.random.Generator:
-    """numpy's generator, from the test's seed."""
-    return np.random.default_rng(rng.seed)
+def ledger(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.json"
+
+
+def epsilon(path: Path | None = None, further: int = 0) -> float:
+    return PrivacyAccountant(POLICY, path).spent(further).epsilon
 
 
 def quiet(accountant: PrivacyAccountant) -> PrivacyAccountant:
@@ -44,33 +43,26 @@ def quiet(accountant: PrivacyAccountant) -> PrivacyAccountant:
     return accountant
 
 
-def make_private(world: World, name: str, accountant: PrivacyAccountant) -> None:
+def make_private(world: World, name: str, accountant: PrivacyAccountant) -> PrivacyAccountant:
     """Has a client of the world keep its scalars private."""
     client = world.clients[name]
     client.privacy, client._last = accountant, accountant.last
+    return accountant
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("name", "value"),
     [
-        {"unit": "user"},
-        {"clip": 0.0},
-        {"clip": math.inf},
-        {"noise_multiplier": 0.0},
-        {"noise_multiplier": math.nan},
-        {"delta": 0.0},
-        {"delta": 1.0},
-        {"max_epsilon": 0.0},
+        ("unit", "user"),
+        *(("clip", v) for v in (0.0, math.inf)),
+        *(("noise_multiplier", v) for v in (0.0, math.nan)),
+        *(("delta", v) for v in (0.0, 1.0)),
+        ("max_epsilon", 0.0),
     ],
-    ids=str,
 )
-def test_bad_policy_is_named(change: dict[str, Any]) -> None:
-    (name,) = change
+def test_bad_policy_is_named(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=name):
-        replace(POLICY, **change)
-
-
-# --- Sensitivity and noise -----------------------------------------------------------------------
+        replace(POLICY, **{name: value})
 
 
 def test_replacing_an_example_moves_the_mean_no_further_than_the_noise_is_scaled_to(
@@ -88,38 +80,31 @@ def test_replacing_an_example_moves_the_mean_no_further_than_the_noise_is_scaled
         far = max(far, float(np.linalg.norm(moved)))
     limit = 2 * EXAMPLE.clip / examples
     assert far <= limit * (1 + 1e-6)  # scalars are rounded to float32
-    opposite = [one, -one]
-    ends = [
-        accountant.release([*(np.full(examples, x) for x in row.T[0])], examples)
-        for row in opposite
-    ]
+    same = np.repeat(one[:, :1], examples, axis=1)
+    ends = [accountant.release(list(rows), examples) for rows in (same, -same)]
     assert np.linalg.norm(ends[0] - ends[1]) > limit, "the bound is on one example, not on all"
 
 
-def test_small_differences_are_only_averaged(numbers: np.random.Generator) -> None:
+@pytest.mark.parametrize("policy", [POLICY, EXAMPLE], ids=["client", "example"])
+def test_small_differences_are_only_averaged(numbers: np.random.Generator, policy: Privacy) -> None:
     rows = numbers.normal(size=(3, 8)) * 1e-3
-    expected = rows.mean(axis=1)
-    for accountant in map(PrivacyAccountant, (POLICY, EXAMPLE)):
-        told = quiet(accountant).release(list(rows), 8)
-        assert told.dtype == np.float32
-        np.testing.assert_allclose(told, expected, rtol=1e-6, atol=1e-12)
+    told = quiet(PrivacyAccountant(policy)).release(list(rows), 8)
+    assert told.dtype == np.float32
+    np.testing.assert_allclose(told, rows.mean(axis=1), rtol=1e-6, atol=1e-12)
 
 
-def test_noise_has_the_scale_that_is_counted() -> None:
+@pytest.mark.parametrize(("policy", "rows"), [(POLICY, 1), (EXAMPLE, 5)], ids=["client", "example"])
+def test_noise_has_the_scale_that_is_counted(policy: Privacy, rows: int) -> None:
     """Standard errors of 20,000 draws: 1/141 for the mean, 1/200 for the deviation; 6 of each."""
-    count, examples = 20_000, 5
-    for policy, rows in ((POLICY, 1), (EXAMPLE, examples)):
-        told = PrivacyAccountant(policy).release([np.zeros(examples)] * count, examples)
-        scale = policy.noise_multiplier * 2 * policy.clip / rows
-        assert abs(told.mean() / scale) < 6 / 141
-        assert abs(told.std() / scale - 1) < 6 / 200
+    told = PrivacyAccountant(policy).release([np.zeros(5)] * 20_000, 5)
+    scale = policy.noise_multiplier * 2 * policy.clip / rows
+    assert abs(told.mean() / scale) < 6 / 141
+    assert abs(told.std() / scale - 1) < 6 / 200
 
 
-def test_noise_does_not_come_from_seeds(world: World) -> None:
+def test_noise_does_not_come_from_seeds() -> None:
     """Not from the plan's, nor from those of numpy, torch and random."""
     import random
-
-    import torch
 
     told = []
     for _ in range(2):
@@ -131,105 +116,90 @@ def test_noise_does_not_come_from_seeds(world: World) -> None:
 
 
 def test_privacy_of_examples_needs_their_losses(world: World) -> None:
-    make_private(world, "ada", PrivacyAccountant(EXAMPLE))
+    accountant = make_private(world, "ada", PrivacyAccountant(EXAMPLE))
     with pytest.raises(FederationError, match="needs the loss of each of 10 examples"):
         world.clients["ada"].handle(world.plan("ada"))
-    assert world.clients["ada"].privacy is not None
-    assert world.clients["ada"].privacy.spent().epsilon == 0, "nothing was told"
-
-
-# --- What is counted -----------------------------------------------------------------------------
+    assert accountant.spent().epsilon == 0, "nothing was told"
 
 
 def test_epsilon_is_an_upper_bound_and_close_to_the_exact_one() -> None:
     """Steps of one Gaussian each are together one Gaussian of 1 / sqrt(steps) the noise."""
-    accountant = PrivacyAccountant(POLICY)
     for steps in (1, 10, 500):
         exact = get_epsilon_gaussian(POLICY.noise_multiplier / math.sqrt(steps), POLICY.delta)
-        told = accountant.spent(steps).epsilon
-        assert exact <= told <= 1.15 * exact
-    assert accountant.spent().epsilon == 0.0
+        assert exact <= epsilon(further=steps) <= 1.15 * exact
+    assert epsilon() == 0.0
 
 
-def test_earlier_noise_still_counts(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.json"
-    first = PrivacyAccountant(replace(POLICY, noise_multiplier=1.0), path)
+def test_earlier_noise_still_counts(ledger: Path) -> None:
+    first = PrivacyAccountant(replace(POLICY, noise_multiplier=1.0), ledger)
     first.note(3, b"asked", b"answered")
-    later = PrivacyAccountant(replace(POLICY, noise_multiplier=50.0), path)
+    later = PrivacyAccountant(replace(POLICY, noise_multiplier=50.0), ledger)
     assert later.spent().epsilon == first.spent().epsilon
     assert later.last == (b"asked", b"answered")
     with pytest.raises(FederationError, match="keep the unit"):
-        PrivacyAccountant(EXAMPLE, path)
-    path.write_text(path.read_text()[:-20])
+        PrivacyAccountant(EXAMPLE, ledger)
+    ledger.write_text(ledger.read_text()[:-20])
     with pytest.raises(FederationError, match="no privacy ledger"):
-        PrivacyAccountant(POLICY, path)
+        PrivacyAccountant(POLICY, ledger)
 
 
-def test_a_run_tells_what_every_client_spent(tmp_path: Path) -> None:
-    world = World(tmp_path / "log", make_settings(local_steps=2))
+def test_a_run_tells_what_every_client_spent(make_world: Any, tmp_path: Path) -> None:
+    world = make_world(local_steps=2)
     for name in ("ada", "bob"):
         make_private(world, name, PrivacyAccountant(POLICY, tmp_path / name))
-    result = run_federation(world.server, world.transport, 5)
-    world.server.close()
+    result = world.run(5)
     assert result.replicas_identical
-    assert result.privacy.keys() == {"ada", "bob"}
-    exact = PrivacyAccountant(POLICY).spent(10)  # 5 rounds of 2 local steps
-    for told in result.privacy.values():
-        assert told.unit == "client"
-        assert (told.epsilon, told.delta) == pytest.approx((exact.epsilon, exact.delta))
+    spent = PrivacySpent("client", epsilon(further=10), POLICY.delta)  # 5 rounds of 2 local steps
+    assert result.privacy == {"ada": spent, "bob": spent}
     report = result.reports[-1]
     assert math.isnan(report.losses["ada"])
     assert report.loss == pytest.approx(report.losses["cleo"]), "of those who tell it"
 
 
-def test_a_spent_budget_ends_the_client_and_not_the_run(tmp_path: Path) -> None:
-    world = World(tmp_path / "log")
-    budget = PrivacyAccountant(POLICY).spent(2).epsilon
+def test_a_spent_budget_ends_the_client_and_not_the_run(world: World) -> None:
+    budget = epsilon(further=2)
     make_private(world, "ada", PrivacyAccountant(replace(POLICY, max_epsilon=budget)))
-    result = run_federation(world.server, world.transport, 4)
-    world.server.close()
-    told = [("ada" in report.clients, report.failures) for report in result.reports]
-    assert [measured for measured, _ in told] == [True, True, False, False]
-    assert "the privacy budget is spent" in told[2][1]["ada"]
+    result = world.run(4)
+    assert ["ada" in report.clients for report in result.reports] == [True, True, False, False]
+    assert "the privacy budget is spent" in result.reports[2].failures["ada"]
     assert result.replicas_identical, "it still follows the log"
     assert result.privacy["ada"].epsilon == pytest.approx(budget)
 
 
-# --- Asking twice --------------------------------------------------------------------------------
+def test_a_plan_without_seeds_spends_nothing(world: World) -> None:
+    accountant = make_private(world, "ada", PrivacyAccountant(POLICY))
+    world.greet()
+    data = world.server.begin_round(measures=False)["ada"]
+    assert reply_of(world.clients["ada"].handle(data)).privacy == accountant.spent()
+    assert accountant.spent().epsilon == 0
 
 
-def test_the_same_question_has_one_answer_also_after_a_restart(tmp_path: Path) -> None:
-    world = World(tmp_path / "log")
-    path = tmp_path / "ledger.json"
-    make_private(world, "ada", PrivacyAccountant(POLICY, path))
-    assert world.server.receive("ada", world.clients["ada"].handle(world.plan("ada"))).accepted
+def test_the_same_question_has_one_answer_also_after_a_restart(world: World, ledger: Path) -> None:
+    client = world.clients["ada"]
+    make_private(world, "ada", PrivacyAccountant(POLICY, ledger))
+    assert world.answer("ada", world.plan("ada")).accepted
     world.server.end_round()
-    data = world.server.begin_round()["ada"]
-    assert len(plan_of(data).entries) == 1
-    answer = world.clients["ada"].handle(data)
-    spent = PrivacyAccountant(POLICY, path).spent().epsilon
-    assert world.clients["ada"].handle(data) == answer
+    plan = plan_of(world.server.begin_round()["ada"])
+    assert len(plan.entries) == 1
+    answer = client.handle(plan.encode())
+    spent = epsilon(ledger)
+    assert client.handle(plan.encode()) == answer
 
-    make_private(world, "ada", PrivacyAccountant(POLICY, path))  # nothing is left but the file
-    assert world.clients["ada"].handle(data) == answer
-    again = replace(plan_of(data), base_round=1, num_entries=0, frames=b"")
-    assert world.clients["ada"].handle(again.encode()) == answer, "other entries ask nothing new"
-    assert PrivacyAccountant(POLICY, path).spent().epsilon == spent
+    make_private(world, "ada", PrivacyAccountant(POLICY, ledger))  # nothing is left but the file
+    assert client.handle(plan.encode()) == answer
+    again = replace(plan, base_round=1, num_entries=0, frames=b"")
+    assert client.handle(again.encode()) == answer, "other entries ask nothing new"
+    assert epsilon(ledger) == spent
 
-    other = replace(plan_of(data), eps=plan_of(data).eps * 2).encode()
-    assert reply_of(world.clients["ada"].handle(other)).scalars.tolist() != (
-        reply_of(answer).scalars.tolist()
-    )
-    assert PrivacyAccountant(POLICY, path).spent().epsilon > spent, "another question is counted"
-    world.server.close()
+    other = reply_of(client.handle(replace(plan, eps=plan.eps * 2).encode()))
+    assert other.scalars.tolist() != reply_of(answer).scalars.tolist()
+    assert epsilon(ledger) > spent, "another question is counted"
 
 
 def test_nothing_leaves_before_it_is_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, ledger: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = World(tmp_path / "log")
-    accountant = PrivacyAccountant(POLICY, tmp_path / "ledger.json")
-    make_private(world, "ada", accountant)
+    accountant = make_private(world, "ada", PrivacyAccountant(POLICY, ledger))
     data = world.plan("ada")
 
     def full(*_: object) -> None:
@@ -241,65 +211,38 @@ def test_nothing_leaves_before_it_is_counted(
             world.clients["ada"].handle(data)
     assert accountant.spent().epsilon > 0, "counted, though it was not told"
     world.clients["ada"].handle(data)
-    assert accountant.spent().epsilon == PrivacyAccountant(POLICY).spent(2).epsilon
-    world.server.close()
+    assert accountant.spent().epsilon == epsilon(further=2)
 
 
-def test_later_local_steps_see_only_the_private_scalars(tmp_path: Path) -> None:
+def test_later_local_steps_see_only_the_private_scalars(make_world: Any) -> None:
     """The second step rides on the first's scalars, which nobody else ever sees unprivate."""
-    world = World(tmp_path / "log", make_settings(local_steps=2, num_perturbations=2, lr=0.1))
+    world = make_world(local_steps=2, num_perturbations=2, lr=0.1)
     make_private(world, "ada", PrivacyAccountant(POLICY))
-    seen: list[list[NoiseTerms]] = []
-
-    def objective(round_number: int, step: int) -> Any:
-        def evaluate(noises: Sequence[NoiseTerms]) -> list[float]:
-            seen.append(list(noises))
-            return [0.0] * len(noises)
-
-        return evaluate, 10
-
-    world.clients["ada"].objective = objective
-    data = world.plan("ada")
-    first = reply_of(world.clients["ada"].handle(data)).scalars[0].astype(np.float64)
+    world.clients["ada"].objective = lambda r, k: (one_by_one(lambda terms: 0.0), 10)
+    seen = spy(world.clients["ada"])
+    first = reply_of(world.clients["ada"].handle(world.plan("ada"))).scalars[0].astype(np.float64)
     assert (first != 0).all(), "the losses are equal, so this is noise"
-    pending = seen[1][0].coefs[0, :2].numpy()  # of block 0, which ada has active
+    pending = seen[-1].coefs[0, :2].numpy()  # of block 0, which ada has active
     assert pending.tolist() == (-0.1 * first / 2).astype(np.float32).tolist()
-    world.server.close()
 
 
-# --- Messages ------------------------------------------------------------------------------------
+def private(privacy: PrivacySpent, loss: float = math.nan) -> Reply:
+    return replace(make_reply(), loss=loss, privacy=privacy)
 
 
-def test_privacy_comes_back_as_it_went() -> None:
-    for unit in ("example", "client"):
-        spent = PrivacySpent(unit, 2.5, 2.0**-17)  # exact in float32
-        reply = replace(make_reply(), loss=math.nan, privacy=spent)
-        back = decode(reply.encode())
-        assert isinstance(back, Reply)
-        assert back.privacy == spent
-        assert back.encode() == reply.encode()
+@pytest.mark.parametrize("unit", ["example", "client"])
+def test_privacy_comes_back_as_it_went(unit: Any) -> None:
+    reply = private(PrivacySpent(unit, 2.5, 1e-5))
+    back = reply_of(reply.encode())
+    assert back.privacy == reply.privacy
+    assert back.encode() == reply.encode()
 
 
 @pytest.mark.parametrize(
-    "privacy",
-    [
-        PrivacySpent("client", math.nan, 1e-5),
-        PrivacySpent("client", math.inf, 1e-5),
-        PrivacySpent("client", -1.0, 1e-5),
-        PrivacySpent("client", 1.0, 0.0),
-    ],
+    ("spent", "delta"), [(math.nan, 1e-5), (math.inf, 1e-5), (-1.0, 1e-5), (1.0, 0.0)]
 )
-def test_privacy_that_is_none_is_refused(privacy: PrivacySpent) -> None:
+def test_privacy_that_is_none_is_refused(spent: float, delta: float) -> None:
     with pytest.raises(MessageError, match="tells no privacy"):
-        replace(make_reply(), loss=math.nan, privacy=privacy)
+        private(PrivacySpent("client", spent, delta))
     with pytest.raises(MessageError, match="tells a loss"):
-        replace(make_reply(), privacy=PrivacySpent("client", 1.0, 1e-5))
-
-
-def test_a_plan_without_seeds_spends_nothing(world: World) -> None:
-    accountant = PrivacyAccountant(POLICY)
-    make_private(world, "ada", accountant)
-    world.greet()
-    data = world.server.final_plan()["ada"]
-    assert reply_of(world.clients["ada"].handle(data)).privacy == accountant.spent()
-    assert accountant.spent().epsilon == 0
+        private(PrivacySpent("client", 1.0, 1e-5), loss=0.5)

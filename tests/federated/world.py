@@ -11,12 +11,18 @@ import torch
 from torch import Tensor
 from zorba.federated import (
     Client,
+    FederationResult,
     FederationSettings,
+    Greeting,
     LocalTransport,
     LogEntry,
+    Plan,
     Replica,
+    Reply,
     Server,
+    decode,
     model_fingerprint,
+    run_federation,
 )
 from zorba.optim import Evaluate, NoiseTerms, one_by_one
 
@@ -27,27 +33,21 @@ NAMES = ("ada", "bob", "cleo")
 MASKS = [[True, True, False, True], [False, True, True, True], [True, True, False, False]]
 
 
-def make_model(dtype: torch.dtype = torch.float32, frozen: float = 1.0) -> dict[str, Tensor]:
-    """Blocks of odd sizes, and a frozen head of the given value."""
-    generator = torch.Generator().manual_seed(0)
-    model = {
-        f"blocks.{b}.weight": torch.randn(97 + 40 * b, 3, generator=generator).to(dtype)
-        for b in range(BLOCKS)
-    }
-    return model | {"head": torch.full((5,), frozen, dtype=dtype)}
-
-
 def make_replica(
     dtype: torch.dtype = torch.float32,
     distribution: Any = "gaussian",
     rounding: Any = "stochastic",
     frozen: float = 1.0,
 ) -> Replica:
-    """A replica at theta_0."""
-    model = make_model(dtype, frozen)
-    groups = {name: int(name.split(".")[1]) for name in model if name != "head"}
-    table = zk.ParamTable({name: model[name] for name in groups}, groups=groups)
-    return Replica(table, model_fingerprint(model), distribution, rounding)
+    """A replica at theta_0: blocks of odd sizes, beside a frozen head of the given value."""
+    generator = torch.Generator().manual_seed(0)
+    groups = {f"blocks.{b}.weight": b for b in range(BLOCKS)}
+    blocks = {
+        name: torch.randn(97 + 40 * b, 3, generator=generator).to(dtype)
+        for name, b in groups.items()
+    }
+    origin = model_fingerprint(blocks | {"head": torch.full((5,), frozen, dtype=dtype)})
+    return Replica(zk.ParamTable(blocks, groups=groups), origin, distribution, rounding)
 
 
 def copy_table(table: zk.ParamTable) -> zk.ParamTable:
@@ -69,16 +69,10 @@ def make_objective(replica: Replica, target: float, examples: int) -> Callable[[
 
     def objective(round_number: int, step: int) -> tuple[Evaluate, int]:
         def evaluate(terms: NoiseTerms) -> float:
-            perturbed = copy_table(replica.table)
+            moved, law = copy_table(replica.table), replica.distribution
             if terms.seeds:
-                zk.add_noise_(
-                    perturbed,
-                    terms.seeds,
-                    terms.coefs,
-                    replica.distribution,
-                    samples=terms.samples,
-                )
-            return loss_of(perturbed, target + 0.01 * round_number + 0.1 * step)
+                zk.add_noise_(moved, terms.seeds, terms.coefs, law, samples=terms.samples)
+            return loss_of(moved, target + 0.01 * round_number + 0.1 * step)
 
         return one_by_one(evaluate), examples
 
@@ -91,39 +85,65 @@ def make_settings(**changes: Any) -> FederationSettings:
     return FederationSettings(**(defaults | changes))
 
 
-def make_entry(number: int, blocks: int = BLOCKS, columns: int = 2, steps: int = 1) -> LogEntry:
+def make_entry(number: int, blocks: int = BLOCKS, columns: int = 2) -> LogEntry:
     """A round of P = 5 that left the last block alone; an empty one without columns.
 
-    Args:
-        number: of the round.
-        blocks: of the model.
-        columns: how many sets of blocks got coefficients of their own.
-        steps: local steps, K.
+    ``columns`` is how many sets of blocks got coefficients of their own.
     """
     rng = np.random.default_rng(number)
     terms = NoiseTerms.none(blocks)
     if columns:
-        seeds = [int(seed) for seed in rng.integers(0, 1 << 63, steps)]
-        coefs = rng.normal(size=(columns, 5 * steps)).astype(np.float32) * np.float32(0.01)
+        coefs = rng.normal(size=(columns, 5)).astype(np.float32) * np.float32(0.01)
         rows = coefs[np.arange(blocks) % columns]
         rows[-1] = 0
-        terms = NoiseTerms(
-            tuple(seed for seed in seeds for _ in range(5)),
-            tuple(range(5)) * steps,
-            torch.from_numpy(rows),
-        )
-    return LogEntry(
-        number,
-        terms,
-        rounding_seed=(1 << 64) - number,
-        base=123456789 + number if columns else None,
-        mask_version=0xFFFFFFFF,
-    )
+        seed = int(rng.integers(0, 1 << 63))
+        terms = NoiseTerms((seed,) * 5, tuple(range(5)), torch.from_numpy(rows))
+    base = 123456789 + number if columns else None
+    return LogEntry(number, terms, (1 << 64) - number, base=base, mask_version=0xFFFFFFFF)
 
 
 def weights_of(replica: Replica) -> list[Tensor]:
     """Copies of all tensors."""
     return [entry.tensor.clone() for entry in replica.table.entries]
+
+
+def plan_of(data: bytes) -> Plan:
+    """The plan that the bytes are."""
+    plan = decode(data)
+    assert isinstance(plan, Plan), plan
+    return plan
+
+
+def reply_of(data: bytes) -> Reply:
+    """The reply that the bytes are."""
+    reply = decode(data)
+    assert isinstance(reply, Reply), reply
+    return reply
+
+
+def fail(client: Client, error: BaseException, from_round: int = 1) -> None:
+    """Lets the client's objective raise."""
+    inner = client.objective
+
+    def failing(round_number: int, step: int) -> Any:
+        if round_number >= from_round:
+            raise error
+        return inner(round_number, step)
+
+    client.objective = failing
+
+
+def spy(client: Client) -> list[NoiseTerms]:
+    """Returns a list that gets the noises at which the client evaluates."""
+    seen: list[NoiseTerms] = []
+    inner = client.objective
+
+    def spying(round_number: int, step: int) -> Any:
+        evaluate, count = inner(round_number, step)
+        return (lambda noises: seen.extend(noises) or evaluate(noises)), count  # type: ignore[func-returns-value]
+
+    client.objective = spying
+    return seen
 
 
 class World:
@@ -133,9 +153,9 @@ class World:
         self,
         path: Path,
         settings: FederationSettings | None = None,
-        dtype: torch.dtype = torch.float32,
         masks: Any = MASKS,
         names: tuple[str, ...] = NAMES,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.settings = settings or make_settings()
         self.path = path
@@ -147,6 +167,7 @@ class World:
         }
         self.identity = self.replicas[names[0]].identity
         self.masks = masks
+        self.greeting = Greeting(self.settings.job_id).encode()
         self.server = self.start()
         self.transport = LocalTransport(self.clients)
 
@@ -159,15 +180,23 @@ class World:
         self.server.close()
         self.server = self.start()
 
-    def greet(self) -> None:
-        """Admits everyone."""
-        for name, message in self.server.greetings().items():
-            assert self.server.receive(name, self.clients[name].handle(message)).accepted
+    def run(self, rounds: int, **options: Any) -> FederationResult:
+        """Runs rounds with the server and the clients."""
+        return run_federation(self.server, self.transport, rounds, **options)
+
+    def greet(self, *names: str) -> None:
+        """Admits these clients, or everyone."""
+        for name in names or self.clients:
+            assert self.server.receive(name, self.clients[name].handle(self.greeting)).accepted
 
     def plan(self, name: str) -> bytes:
         """The client's plan of a round that is begun now."""
         self.greet()
         return self.server.begin_round()[name]
+
+    def answer(self, name: str, data: bytes) -> Any:
+        """Gives the server what the client answers; returns the receipt."""
+        return self.server.receive(name, self.clients[name].handle(data))
 
     def fingerprints(self) -> set[int]:
         """Of all replicas, read from the weights."""

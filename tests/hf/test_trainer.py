@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +45,21 @@ def arguments(folder: Path, **changes: Any) -> ZOArguments:
     return ZOArguments(**{**options, **changes})
 
 
-def train(folder: Path, model: LlamaForCausalLM, resume: str | None = None, **changes: Any) -> Any:
-    trainer = ZOTrainer(model=model, args=arguments(folder, **changes), train_dataset=rows())
+def train(
+    folder: Path,
+    model: LlamaForCausalLM,
+    resume: str | None = None,
+    loss_of: Callable[..., torch.Tensor] | None = None,
+    **changes: Any,
+) -> ZOTrainer:
+    args = arguments(folder, **changes)
+    trainer = ZOTrainer(model=model, args=args, train_dataset=rows(), compute_loss_func=loss_of)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+def logged(trainer: ZOTrainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 @pytest.mark.parametrize("micro", [1, 2])
@@ -95,11 +108,11 @@ def test_device_map_auto_on_one_device(tmp_path: Path) -> None:
 
 def test_loss_falls_and_logs_tell_of_scalars(tmp_path: Path) -> None:
     trainer = train(tmp_path, tiny(), max_steps=60, zo_perturbations=4, learning_rate=0.02)
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    first, last = (sum(e["loss"] for e in part) / 10 for part in (logs[:10], logs[-10:]))
-    assert last < first - 0.05
-    assert all("zo_scalar" in e and "grad_norm" not in e for e in logs)
-    assert {e["zo_skipped_steps"] for e in logs} == {0}
+    losses = logged(trainer, "loss")
+    assert sum(losses[-10:]) < sum(losses[:10]) - 0.5
+    assert len(logged(trainer, "zo_scalar")) == len(losses) == 60
+    assert not logged(trainer, "grad_norm")
+    assert set(logged(trainer, "zo_skipped_steps")) == {0}
     assert all(p.grad is None for p in trainer.model.parameters())
 
 
@@ -158,16 +171,14 @@ def test_weight_decay_spares_norms(tmp_path: Path) -> None:
     """A flat loss: nothing but decay moves weights."""
     model = tiny()
     before = snapshot(model)
-    args = arguments(
-        tmp_path, weight_decay=0.5, learning_rate=0.1, lr_scheduler_type="constant", max_steps=1
+    options = {"lr_scheduler_type": "constant", "max_steps": 1, "learning_rate": 0.1}
+    train(
+        tmp_path,
+        model,
+        loss_of=lambda o, t, **rest: o.logits.sum() * 0,
+        weight_decay=0.5,
+        **options,
     )
-    trainer = ZOTrainer(
-        model=model,
-        args=args,
-        train_dataset=rows(),
-        compute_loss_func=lambda o, t, **k: o.logits.sum() * 0,
-    )
-    trainer.train()
     for name, p in model.named_parameters():
         expected = before[name] * (1.0 if "norm" in name else 0.95)
         torch.testing.assert_close(p.detach(), expected)
@@ -194,16 +205,9 @@ def test_plain_arguments_a_frozen_embedding_and_the_last_blocks(tmp_path: Path) 
 def test_losses_that_are_not_finite_are_counted(tmp_path: Path) -> None:
     model = tiny()
     before = snapshot(model)
-    trainer = ZOTrainer(
-        model=model,
-        args=arguments(tmp_path),
-        train_dataset=rows(),
-        compute_loss_func=lambda outputs, labels, **k: outputs.logits.sum() * float("nan"),
-    )
-    trainer.train()
+    trainer = train(tmp_path, model, loss_of=lambda o, labels, **rest: o.logits.sum() * math.nan)
     assert same_bits(model, before)
-    logs = [e for e in trainer.state.log_history if "zo_skipped_steps" in e]
-    assert [e["zo_skipped_steps"] for e in logs] == [1, 2, 3, 4]
+    assert logged(trainer, "zo_skipped_steps") == [1, 2, 3, 4]
 
 
 def test_a_trajectory_rebuilds_the_model_also_after_a_resume(tmp_path: Path) -> None:
@@ -228,18 +232,13 @@ def test_a_loss_that_is_a_mean_of_its_batch_is_scaled(tmp_path: Path) -> None:
     """transformers' switch for a compute_loss of one's own, where it has one."""
     losses = []
     for micro in (1, 4):
-        trainer = ZOTrainer(
-            model=tiny(),
-            args=arguments(
-                tmp_path, gradient_accumulation_steps=micro, max_steps=1,
-                per_device_train_batch_size=8 // micro, zo_eps=1e-6,
-            ),
-            train_dataset=rows(8),
-        )  # fmt: skip
+        options = {"gradient_accumulation_steps": micro, "per_device_train_batch_size": 8 // micro}
+        args = arguments(tmp_path, max_steps=1, zo_eps=1e-6, **options)
+        trainer = ZOTrainer(model=tiny(), args=args, train_dataset=rows(8))
         trainer.compute_loss = lambda model, batch, **rest: model(**batch).loss  # type: ignore[method-assign]
         trainer.loss_is_scaled_for_ga = False
         trainer.train()
-        losses.append(next(e["loss"] for e in trainer.state.log_history if "loss" in e))
+        losses += logged(trainer, "loss")
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
@@ -262,14 +261,10 @@ def test_two_processes_take_the_same_steps(tmp_path: Path) -> None:
         textwrap.dedent("""
             import sys, torch, zorba_kernels as zk
             from pathlib import Path
-            from tests.hf.test_trainer import rows, tiny
-            from zorba import ZOArguments, ZOTrainer
+            from tests.hf.test_trainer import arguments, rows, tiny
+            from zorba import ZOTrainer
             torch.set_num_threads(1)
-            args = ZOArguments(
-                sys.argv[1], learning_rate=0.05, max_steps=3, use_cpu=True, report_to=[],
-                save_strategy="no", disable_tqdm=True, per_device_train_batch_size=2,
-                ddp_backend="gloo", zo_eps=1e-2,
-            )
+            args = arguments(sys.argv[1], per_device_train_batch_size=2, ddp_backend="gloo")
             trainer = ZOTrainer(model=tiny(), args=args, train_dataset=rows())
             seen = []
             plain = trainer.compute_loss

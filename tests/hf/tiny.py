@@ -45,18 +45,12 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Case:
-    """An architecture to test.
+    """An architecture to test."""
 
-    Attributes:
-        kind: its ``model_type``.
-        auto: the auto class that builds it, without ``AutoModel``.
-        blocks: lists of blocks that it has, as ``name:length``.
-        changes: what its config needs besides ``SMALL``; a dict for a config nested in it.
-    """
-
-    kind: str
-    auto: str
-    blocks: str
+    kind: str  # its model_type
+    auto: str  # the auto class that builds it, without AutoModel
+    blocks: str  # lists of blocks that it has, as name:length
+    # What its config needs besides SMALL; a dict for a config nested in it.
     changes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -73,108 +67,81 @@ _LIKE_LLAMA = (
 )
 _GPT = "transformer.h:3"
 _PAIR = "model.encoder.layers:3 model.decoder.layers:2"
+_T5 = "encoder.block:3 decoder.block:2"
 _SSM = {"intermediate_size": 64, "state_size": 8, "time_step_rank": 2}
 
+
+def _causal(kind: str, blocks: str = _LLAMA, **changes: Any) -> Case:
+    return Case(kind, "ForCausalLM", blocks, changes)
+
+
+def _classifier(kind: str, blocks: str, **changes: Any) -> Case:
+    return Case(kind, "ForSequenceClassification", blocks, changes)
+
+
+def _pair(kind: str, blocks: str = _PAIR, **changes: Any) -> Case:
+    return Case(kind, "ForSeq2SeqLM", blocks, changes)
+
+
 CASES = [
-    *(Case(kind, "ForCausalLM", _LLAMA) for kind in _LIKE_LLAMA.split()),
-    Case(
-        "gemma3_text",
-        "ForCausalLM",
-        _LLAMA,
-        {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
-    ),
-    Case("gpt_oss", "ForCausalLM", _LLAMA, {"sliding_window": 4}),
-    Case(
+    *map(_causal, _LIKE_LLAMA.split()),
+    _causal("gemma3_text", layer_types=[*["sliding_attention"] * 2, "full_attention"]),
+    _causal("gpt_oss", sliding_window=4),
+    _causal(
         "deepseek_v3",
-        "ForCausalLM",
-        _LLAMA,
-        {
-            **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), 16),
-            **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
-            **dict.fromkeys(("n_group", "topk_group"), 1),
-            "n_routed_experts": 4,
-            "num_key_value_heads": 4,
-            "first_k_dense_replace": 1,
-        },
+        **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), 16),
+        **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
+        **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
+        **dict.fromkeys(("n_routed_experts", "num_key_value_heads"), 4),
     ),
-    Case("gpt2", "ForCausalLM", _GPT),
-    Case("gpt_neo", "ForCausalLM", _GPT, {"attention_types": [[["global", "local", "global"], 1]]}),
-    Case("gptj", "ForCausalLM", _GPT),
-    Case("gpt_bigcode", "ForCausalLM", _GPT),
-    Case("codegen", "ForCausalLM", _GPT),
-    Case("bloom", "ForCausalLM", _GPT),
-    Case("falcon", "ForCausalLM", _GPT, {"ffn_hidden_size": 64}),
-    Case("gpt_neox", "ForCausalLM", "gpt_neox.layers:3"),
-    Case("opt", "ForCausalLM", "model.decoder.layers:3"),
-    Case("mpt", "ForCausalLM", "transformer.blocks:3"),
-    Case("xglm", "ForCausalLM", _LLAMA),
-    Case("mamba", "ForCausalLM", "backbone.layers:3", _SSM),
-    Case("falcon_mamba", "ForCausalLM", "backbone.layers:3", _SSM),
-    Case(
-        "mamba2",
-        "ForCausalLM",
-        "backbone.layers:3",
-        {"num_heads": 8, "n_groups": 2, "chunk_size": 8, "state_size": 8},
-    ),
-    Case("rwkv", "ForCausalLM", "rwkv.blocks:3"),
-    Case(
-        "recurrent_gemma",
-        "ForCausalLM",
-        _LLAMA,
-        {"lru_width": 32, "block_types": ["recurrent", "recurrent", "attention"]},
-    ),
-    Case(
+    _causal("gpt2", _GPT),
+    _causal("gpt_neo", _GPT, attention_types=[[["global", "local", "global"], 1]]),
+    *(_causal(kind, _GPT) for kind in ("gptj", "gpt_bigcode", "codegen", "bloom")),
+    _causal("falcon", _GPT, ffn_hidden_size=64),
+    _causal("gpt_neox", "gpt_neox.layers:3"),
+    _causal("opt", "model.decoder.layers:3"),
+    _causal("mpt", "transformer.blocks:3"),
+    _causal("xglm"),
+    _causal("mamba", "backbone.layers:3", **_SSM),
+    _causal("falcon_mamba", "backbone.layers:3", **_SSM),
+    _causal("mamba2", "backbone.layers:3", num_heads=8, n_groups=2, chunk_size=8, state_size=8),
+    _causal("rwkv", "rwkv.blocks:3"),
+    _causal("recurrent_gemma", lru_width=32, block_types=[*["recurrent"] * 2, "attention"]),
+    _causal(
         "qwen3_next",
-        "ForCausalLM",
-        _LLAMA,
-        {
-            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
-            **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
-            **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
-        },
+        layer_types=[*["linear_attention"] * 2, "full_attention"],
+        **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
+        **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
     ),
-    Case(
+    _causal(
         "jamba",
-        "ForCausalLM",
-        _LLAMA,
-        {
-            **dict.fromkeys(("attn_layer_period", "expert_layer_period"), 2),
-            **dict.fromkeys(("attn_layer_offset", "expert_layer_offset"), 1),
-            **dict.fromkeys(("mamba_d_state", "mamba_dt_rank"), 4),
-        },
+        **dict.fromkeys(("attn_layer_period", "expert_layer_period"), 2),
+        **dict.fromkeys(("attn_layer_offset", "expert_layer_offset"), 1),
+        **dict.fromkeys(("mamba_d_state", "mamba_dt_rank"), 4),
     ),
-    Case("bert", "ForSequenceClassification", "bert.encoder.layer:3"),
+    _classifier("bert", "bert.encoder.layer:3"),
     Case("bert", "ForMaskedLM", "bert.encoder.layer:3"),
-    Case("roberta", "ForSequenceClassification", "roberta.encoder.layer:3"),
-    Case("xlm-roberta", "ForSequenceClassification", "roberta.encoder.layer:3"),
+    _classifier("roberta", "roberta.encoder.layer:3"),
+    _classifier("xlm-roberta", "roberta.encoder.layer:3"),
     Case("modernbert", "ForMaskedLM", _LLAMA),
-    Case("modernbert", "ForSequenceClassification", _LLAMA),
-    Case("deberta-v2", "ForSequenceClassification", "deberta.encoder.layer:3"),
-    Case("electra", "ForSequenceClassification", "electra.encoder.layer:3", {"embedding_size": 16}),
-    Case(
+    _classifier("modernbert", _LLAMA),
+    _classifier("deberta-v2", "deberta.encoder.layer:3"),
+    _classifier("electra", "electra.encoder.layer:3", embedding_size=16),
+    _classifier(
         "albert",
-        "ForSequenceClassification",
         "albert.encoder.albert_layer_groups:2",
-        {"embedding_size": 16, "num_hidden_layers": 4, "num_hidden_groups": 2},
+        **{"embedding_size": 16, "num_hidden_layers": 4, "num_hidden_groups": 2},
     ),
-    Case("distilbert", "ForSequenceClassification", "distilbert.transformer.layer:3"),
-    Case("mpnet", "ForSequenceClassification", "mpnet.encoder.layer:3"),
-    Case(
+    _classifier("distilbert", "distilbert.transformer.layer:3"),
+    _classifier("mpnet", "mpnet.encoder.layer:3"),
+    _classifier(
         "funnel",
-        "ForSequenceClassification",
         "funnel.encoder.blocks.0:2 funnel.encoder.blocks.1:1",
-        {"block_sizes": [2, 1], "block_repeats": [1, 1], "d_head": 8, "d_inner": 64},
+        **{"block_sizes": [2, 1], "block_repeats": [1, 1], "d_head": 8, "d_inner": 64},
     ),
-    Case(
-        "t5",
-        "ForSeq2SeqLM",
-        "encoder.block:3 decoder.block:2",
-        {"decoder_start_token_id": 0},
-    ),
-    Case("mt5", "ForSeq2SeqLM", "encoder.block:3 decoder.block:2"),
-    Case("bart", "ForSeq2SeqLM", _PAIR),
-    Case("mbart", "ForSeq2SeqLM", _PAIR),
-    Case("pegasus", "ForSeq2SeqLM", _PAIR),
+    _pair("t5", _T5, decoder_start_token_id=0),
+    _pair("mt5", _T5),
+    *map(_pair, ("bart", "mbart", "pegasus")),
     Case("vit", "ForImageClassification", "vit.layers:3"),
     Case(
         "swin",
@@ -198,10 +165,7 @@ CASES = [
         "wav2vec2",
         "ForCTC",
         "wav2vec2.encoder.layers:3",
-        {
-            **{"conv_dim": [8] * 7, "num_conv_pos_embeddings": 8},
-            "num_conv_pos_embedding_groups": 2,
-        },
+        {"conv_dim": [8] * 7, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2},
     ),
 ]
 

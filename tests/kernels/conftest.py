@@ -17,6 +17,7 @@ import torch
 import zorba_kernels as zk
 from tests.conftest import INTERPRETED
 from tests.covering import combinations
+from tests.kernels.bits import DTYPES
 from zorba_kernels import dispatch
 from zorba_kernels.build import extension
 from zorba_kernels.dispatch import Backend, choose
@@ -47,7 +48,7 @@ COMPILED = (
 AXES = {
     "server": ("reference", *COMPILED),
     "compiled": COMPILED,  # without the reference: for tests that compare with it
-    "dtype": (torch.float32, torch.bfloat16, torch.float16),
+    "dtype": DTYPES,
     "rounding": zk.noise.ROUNDINGS,
     "distribution": zk.noise.DISTRIBUTIONS,
     "size": (0, 1, 63, 1000, 4097),  # elements, around the edges of blocks, tiles and vectors
@@ -65,7 +66,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header() -> list[str]:
-    """Says which instruction sets this machine does not test."""
     return [f"kernels: cpu-{isa} is not tested: {reason}" for isa, reason in LACKING.items()]
 
 
@@ -73,7 +73,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Gives a test its rows of values; arguments with a ``parametrize`` of their own keep it."""
     mark = metafunc.definition.get_closest_marker("covering")
     axes = dict(mark.kwargs) if mark is not None else {}
-    own = {name for m in metafunc.definition.iter_markers("parametrize") for name in _names(m)}
+    marks = metafunc.definition.iter_markers("parametrize")
+    own = {name for m in marks for name in _names(m)}
     for name, values in AXES.items():
         if name in metafunc.fixturenames and name not in axes and name not in own:
             axes[name] = values
@@ -101,43 +102,30 @@ def _runs(metafunc: pytest.Metafunc, server: str) -> bool:
     return (only is None or only == server) and (server != "triton" or interpreted)
 
 
-def force_server(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes ``reference``, ``cpu-<isa>`` or ``triton`` serve every call that names no backend."""
-    backend, _, isa = name.partition("-")
+@pytest.fixture
+def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """``reference``, ``cpu-<isa>`` or ``triton``, which must serve calls without ``backend=``."""
+    asked, _, isa = request.param.partition("-")
     if isa:
         compiled, reason = extension()
         assert compiled is not None, reason
         assert compiled.cpu_isa(isa) == isa
-    monkeypatch.setenv("ZORBA_BACKEND", backend)
+    monkeypatch.setenv("ZORBA_BACKEND", asked)
     monkeypatch.setenv("ZORBA_CPU_ISA", isa)
+    calls = 0
 
-
-class Served:
-    """What the fixtures ``server`` and ``compiled`` give: the name, and which calls it served."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.calls = 0
-
-    def choose(self, name: str | None, device: torch.device) -> Backend:
-        """Takes the place of ``dispatch.choose``: checks who was chosen."""
+    def checked(name: str | None, device: torch.device) -> Backend:
+        nonlocal calls
         chosen = choose(name, device)
         if name is None:
-            asked, _, isa = self.name.partition("-")
             assert chosen.name == asked, f"asked for {asked}, {chosen.name} served"
             assert os.environ["ZORBA_CPU_ISA"] == isa
-            self.calls += 1
+            calls += 1
         return chosen
 
-
-@pytest.fixture
-def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    """A backend and instruction set, which must serve calls without ``backend=``."""
-    force_server(request.param, monkeypatch)
-    served = Served(request.param)
-    monkeypatch.setattr(dispatch, "choose", served.choose)
-    yield served
-    assert served.calls, "the test called nothing on the backend that it is for"
+    monkeypatch.setattr(dispatch, "choose", checked)
+    yield request.param
+    assert calls, "the test called nothing on the backend that it is for"
 
 
 compiled = server  # with values of its own: see AXES

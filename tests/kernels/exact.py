@@ -15,12 +15,10 @@ MASK32 = 0xFFFFFFFF
 
 
 def float_of(bits: int) -> float:
-    """Value of a float32 bit pattern."""
     return float(struct.unpack("<f", struct.pack("<I", bits))[0])
 
 
 def bits_of_float(value: float) -> int:
-    """Bit pattern of a float32 value."""
     return int(struct.unpack("<I", struct.pack("<f", value))[0])
 
 
@@ -44,12 +42,10 @@ def fma(a: float, b: float, c: float) -> float:
 
 
 def add(a: float, b: float) -> float:
-    """float32 ``a + b``."""
     return to_grid(Fraction(a) + Fraction(b))
 
 
 def multiply(a: float, b: float) -> float:
-    """float32 ``a * b``."""
     return to_grid(Fraction(a) * Fraction(b))
 
 
@@ -86,13 +82,11 @@ def box_muller(word: int) -> tuple[float, float]:
 
 
 def gaussian(index: int, seed: int, stream: int, sample: int) -> float:
-    """z at an index."""
     word = words(index // 8, seed, stream, sample)[index % 8 // 2]
     return box_muller(word)[index % 2]
 
 
 def rademacher(index: int, seed: int, stream: int, sample: int) -> float:
-    """z at an index."""
     word = words(index // 128, seed, stream, sample)[index % 128 // 32]
     return -1.0 if word >> index % 32 & 1 else 1.0
 

@@ -68,19 +68,9 @@ def gaussian(key: tuple[int, int, int, int]) -> str:
 def rademacher(key: tuple[int, int, int, int]) -> str:
     """Signs of 64 elements."""
     seed, stream, sample, offset = key
-    offset = min(offset, (1 << 35) - 64)
-    z = zk.noise(
-        64, seed=seed, stream=stream, sample=sample, offset=offset, distribution="rademacher"
-    )
+    place = {"sample": sample, "offset": min(offset, (1 << 35) - 64)}
+    z = zk.noise(64, seed=seed, stream=stream, **place, distribution="rademacher")
     return "".join("+" if value > 0 else "-" for value in z.tolist())
-
-
-CASES = [
-    f"{dtype} {distribution} {rounding}"
-    for dtype in ("float32", "bfloat16", "float16")
-    for distribution in ("gaussian", "rademacher")
-    for rounding in ("nearest", "stochastic")
-]
 
 
 def weights(case: str) -> str:
@@ -90,16 +80,9 @@ def weights(case: str) -> str:
     tensor = (torch.arange(512, dtype=torch.float32) / 512 - 0.3).to(dtype)
     table = zk.ParamTable({"layers.0.weight": tensor}, offsets={"layers.0.weight": (1 << 33) + 5})
     zk.add_noise_(
-        table,
-        [MAX64 - 1, 5, 1 << 63],
-        [0.003, -0.0005, 0.001],
-        distribution,
-        rounding,
-        [11, MAX64],
-        samples=[0, 1, 2],
-        rounds=[2, 1],
-        decay=0.01,
-    )
+        table, [MAX64 - 1, 5, 1 << 63], [0.003, -0.0005, 0.001], distribution, rounding,
+        [11, MAX64], samples=[0, 1, 2], rounds=[2, 1], decay=0.01,
+    )  # fmt: skip
     mask = 0xFFFFFFFF if dtype == torch.float32 else 0xFFFF
     raw = tensor.view(torch.int32 if dtype == torch.float32 else torch.int16)
     width = 8 if dtype == torch.float32 else 4
@@ -119,24 +102,14 @@ def tables() -> list[zk.ParamTable]:
 
 
 def fingerprints() -> list[int]:
-    """Fingerprints of ``tables``."""
     return [zk.fingerprint(table) for table in tables()]
 
 
 def _print() -> None:
-    print("GAUSSIAN: list[str] = [")
-    for key in NOISE_KEYS:
-        print(f'    "{gaussian(key)}",')
-    print("]\nRADEMACHER: list[str] = [")
-    for key in NOISE_KEYS:
-        print(f'    "{rademacher(key)}",')
-    print("]\nWEIGHTS: dict[str, str] = {")
-    for case in CASES:
-        print(f'    "{case}": "{weights(case)}",')
-    print("}\nFINGERPRINTS: list[int] = [")
-    for value in fingerprints():
-        print(f"    0x{value:016X},")
-    print("]")
+    print("GAUSSIAN =", [gaussian(key) for key in NOISE_KEYS])
+    print("RADEMACHER =", [rademacher(key) for key in NOISE_KEYS])
+    print("WEIGHTS =", {case: weights(case) for case in WEIGHTS})
+    print("FINGERPRINTS =", [f"0x{value:016X}" for value in fingerprints()])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import zorba_kernels as zk
-from tests.kernels.bits import assert_same_bits
+from tests.kernels.bits import assert_same_bits, changed
 
 CALLS = {
     "coef NaN": (1, math.nan, {}, ValueError, "coefs must be finite.*nan"),
@@ -51,9 +51,8 @@ def test_add_noise_refuses(case):
         zk.add_noise_(table, seeds, coefs, **call)
     with pytest.raises(error, match=message):
         zk.add_noise(table, zk.ParamTable(out, groups={"b": 1}), seeds, coefs, **call)
-    for name, tensor in weights.items():
-        assert bool((tensor == 1.0).all())
-        assert bool((out[name] == 7.0).all())
+    for some, value in ((weights, 1.0), (out, 7.0)):
+        assert all(bool((tensor == value).all()) for tensor in some.values())
 
 
 NOISE = {
@@ -77,43 +76,35 @@ def test_noise_refuses(case):
         zk.noise(**({"shape": 8, "seed": 1, "stream": 1} | change))
 
 
-def test_seeds_of_every_integer_kind(server):
-    """Python, numpy and torch integers, uint64 above 2^63 included, are the same seed."""
-    large = (1 << 64) - 3
-    results = []
-    for seeds in ([large], (large,), large, np.array([large], np.uint64), [np.uint64(large)]):
-        weights = torch.zeros(100)
-        zk.add_noise_(zk.ParamTable({"w": weights}), seeds, 1.0)
-        results.append(weights)
-    for bits in (torch.tensor([large], dtype=torch.uint64), torch.tensor([-3])):
-        weights = torch.zeros(100)
-        zk.add_noise_(zk.ParamTable({"w": weights}), bits, 1.0)
-        results.append(weights)
-    for result in results[1:]:
-        assert_same_bits(result, results[0])
+LARGE = (1 << 64) - 3
+KINDS = {
+    "seeds": [
+        ([LARGE], (LARGE,), LARGE, np.array([LARGE], np.uint64), [np.uint64(LARGE)]),
+        (torch.tensor([LARGE], dtype=torch.uint64), torch.tensor([-3])),
+    ],
+    "coefs": [
+        (0.1, [0.1], np.array([0.1]), torch.tensor([0.1], dtype=torch.float64)),
+        (torch.nn.Parameter(torch.tensor([[0.1]])),),
+    ],
+}
 
 
-def test_coefs_of_every_kind(server):
-    results = []
-    kinds = (0.1, [0.1], np.array([0.1]), torch.tensor([0.1], dtype=torch.float64))
-    for coefs in (*kinds, torch.nn.Parameter(torch.tensor([[0.1]]))):
-        weights = torch.zeros(100)
-        zk.add_noise_(zk.ParamTable({"w": weights}), 1, coefs)
-        results.append(weights)
-    for result in results[1:]:
-        assert_same_bits(result, results[0])
+@pytest.mark.parametrize("argument", KINDS)
+def test_arguments_of_every_kind(server, argument):
+    """Python, numpy and torch numbers, uint64 above 2^63 included, are the same."""
+    weights, plain = {"w": torch.zeros(100)}, {"seeds": 1, "coefs": 1.0}
+    kinds = [kind for some in KINDS[argument] for kind in some]
+    first, *others = (changed(weights, **plain | {argument: kind}) for kind in kinds)
+    for other in others:
+        assert_same_bits(other, first)
 
 
 def test_largest_float32_coef_is_taken(server):
-    weights = torch.zeros(100)
-    zk.add_noise_(zk.ParamTable({"w": weights}), 1, 3.4028235e38, "rademacher")
-    assert bool((weights.abs() == torch.finfo(torch.float32).max).all())
+    after = changed({"w": torch.zeros(100)}, 1, 3.4028235e38, "rademacher")["w"]
+    assert bool((after.abs() == torch.finfo(torch.float32).max).all())
 
 
-def test_no_terms_change_nothing(server, rng):
-    weights = rng.weights(100, torch.bfloat16)
-    before = weights.clone()
-    zk.add_noise_(zk.ParamTable({"w": weights}), [], [], rounding="stochastic")
-    zk.add_noise_(zk.ParamTable({"w": weights}), [], [], rounds=[])
-    zk.add_noise_(zk.ParamTable({"w": weights}), [], [], rounds=[0, 0])
-    assert_same_bits(weights, before)
+@pytest.mark.parametrize("call", [{"rounding": "stochastic"}, {"rounds": []}, {"rounds": [0, 0]}])
+def test_no_terms_change_nothing(server, rng, call):
+    weights = {"w": rng.weights(100, torch.bfloat16)}
+    assert_same_bits(changed(weights, [], [], **call), weights)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import zorba_kernels as zk
-from tests.kernels.bits import assert_same_bits
+from tests.kernels.bits import DTYPES, assert_same_bits
 from zorba_kernels.backends import reference
 
 SOURCE = Path(__file__).parent / "cuda_on_host.cpp"
@@ -34,69 +34,50 @@ def library(tmp_path_factory):
     return ctypes.CDLL(str(path))
 
 
-@pytest.fixture(scope="session")
-def kernel(library):
-    return library.add_noise
+@pytest.fixture
+def check(library):
+    """Compares passes in place and out of place, in every way the program can be launched."""
 
+    def run(table, out, program, single):
+        segments, packed = table.packed(out), program.packed(table.num_groups)
+        library.add_noise(
+            ctypes.c_void_p(segments.data_ptr()), ctypes.c_int64(len(segments)),
+            ctypes.c_void_p(packed.address), ctypes.c_bool(single),
+        )  # fmt: skip
 
-def run(kernel, table, out, program, single):
-    segments = table.packed(out)
-    packed = program.packed(table.num_groups)
-    kernel(
-        ctypes.c_void_p(segments.data_ptr()),
-        ctypes.c_int64(len(segments)),
-        ctypes.c_void_p(packed.address),
-        ctypes.c_bool(single),
-    )
+    def compare(weights, program, singles=(False,), **places):
+        table = zk.ParamTable(weights, **places)
+        expected = {n: torch.empty_like(w) for n, w in weights.items()}
+        reference.run(table, zk.ParamTable(expected, **places), program)
+        for single in singles:
+            results = {n: torch.full_like(w, torch.nan) for n, w in weights.items()}
+            run(table, zk.ParamTable(results, **places), program, single)
+            assert_same_bits(results, expected)
+            # In place, between elements that must keep their bits.
+            sevens = {n: torch.full((8,), 7.0, dtype=w.dtype) for n, w in weights.items()}
+            padded = {n: torch.cat([sevens[n], w, sevens[n]]) for n, w in weights.items()}
+            mine = zk.ParamTable({n: p[8:-8] for n, p in padded.items()}, **places)
+            run(mine, mine, program, single)
+            around = {n: torch.cat([sevens[n], w, sevens[n]]) for n, w in expected.items()}
+            assert_same_bits(padded, around)
 
-
-def misaligned(size, dtype, shift, rng):
-    """A contiguous tensor whose first element is `shift` elements behind a 64-byte boundary."""
-    return rng.weights(size + shift, dtype)[shift:]
-
-
-def check(kernel, weights, program, offsets=None, groups=None, singles=(False,)):
-    """In place and out of place, every way the program can be launched."""
-    table = zk.ParamTable(weights, groups=groups, offsets=offsets)
-    expected = {n: torch.empty_like(w) for n, w in weights.items()}
-    reference.run(table, zk.ParamTable(expected, groups=groups, offsets=offsets), program)
-    for single in singles:
-        results = {n: torch.full_like(w, torch.nan) for n, w in weights.items()}
-        out = zk.ParamTable(results, groups=groups, offsets=offsets)
-        run(kernel, table, out, program, single)
-        for name, tensor in results.items():
-            assert_same_bits(tensor, expected[name])
-    for single in singles:
-        spare = 8  # the surroundings must keep their bits
-        padded = {
-            n: torch.full((w.numel() + 2 * spare,), 7.0, dtype=w.dtype) for n, w in weights.items()
-        }
-        copies = {n: p[spare:-spare] for n, p in padded.items()}
-        for name, copy in copies.items():
-            copy.copy_(weights[name])
-        mine = zk.ParamTable(copies, groups=groups, offsets=offsets)
-        run(kernel, mine, mine, program, single)
-        for name, copy in copies.items():
-            assert_same_bits(copy, expected[name])
-            assert bool((padded[name][:spare] == 7).all() and (padded[name][-spare:] == 7).all())
+    return compare
 
 
 @pytest.mark.covering(size=[0, 1, 7, 511, 512, 1023, 1024, 4095, 4096, 4097, 9001])
-def test_one_term(kernel, rng, dtype, rounding, distribution, size):
-    program = zk.Program(
-        rng.integer(64), rng.coefs(1), distribution, rounding, rng.integer(64),
-        samples=rng.integer(31),
-    )  # fmt: skip
+def test_one_term(check, rng, dtype, rounding, distribution, size):
+    call = (rng.integer(64), rng.coefs(1), distribution, rounding, rng.integer(64))
+    program = zk.Program(*call, samples=rng.integer(31))
     weights = {"w": rng.weights(size, dtype)}
     for offset in (0, 3, 8, 512, 4100, (1 << 33) - 520):
-        check(kernel, weights, program, offsets={"w": offset}, singles=(True, False))
-    check(kernel, {"w": misaligned(size, dtype, 3, rng)}, program, singles=(True, False))
+        check(weights, program, offsets={"w": offset}, singles=(True, False))
+    # The first element is 3 elements behind a 64-byte boundary.
+    check({"w": rng.weights(size + 3, dtype)[3:]}, program, singles=(True, False))
 
 
 @pytest.mark.covering(terms=[1, 2, 8, 19])
-def test_many_terms_and_rounds(kernel, rng, terms, rounding, distribution):
+def test_many_terms_and_rounds(check, rng, terms, rounding, distribution):
     """Mixed dtypes and groups, zero coefficients, decay, and rounds that leave a group alone."""
-
     coefs = rng.coefs(3, terms)
     coefs[0, terms // 2 :] = 0
     coefs[1, 0] = 0
@@ -109,13 +90,13 @@ def test_many_terms_and_rounds(kernel, rng, terms, rounding, distribution):
         "a": rng.weights(5000, torch.bfloat16),
         "b": rng.weights(0, torch.float32),
         "c": rng.weights(4612, torch.float16),
-        "d": misaligned(2050, torch.bfloat16, 1, rng),
+        "d": rng.weights(2051, torch.bfloat16)[1:],
         "e": rng.weights(4096, torch.float32),
         "f": rng.weights(1, torch.float16),
         "g": rng.weights(9000, torch.bfloat16),
     }
     groups = {"a": 1, "c": 2, "e": 1, "f": 2, "g": 2}
-    check(kernel, weights, program, groups=groups, offsets={"e": 5, "g": 24})
+    check(weights, program, groups=groups, offsets={"e": 5, "g": 24})
 
 
 ROUNDS = {
@@ -127,7 +108,7 @@ ROUNDS = {
 
 
 @pytest.mark.covering(rounds=ROUNDS)
-def test_many_rademacher_terms(kernel, rng, rounds, dtype, rounding):
+def test_many_rademacher_terms(check, rng, rounds, dtype, rounding):
     """More terms than a warp makes signs for together, in rounds that begin and end anywhere."""
     cut = ROUNDS[rounds]
     terms = sum(cut)
@@ -142,24 +123,23 @@ def test_many_rademacher_terms(kernel, rng, rounds, dtype, rounding):
         rng.integers(terms), coefs, "rademacher", rounding, rng.integers(len(cut)),
         samples=rng.integers(terms, bits=31), rounds=cut, decay=decay,
     )  # fmt: skip
-
     sizes = {"a": 1024, "b": 1536 + 513, "c": 2048, "d": 1999, "e": 640}
     weights = {n: rng.weights(size, dtype) for n, size in sizes.items()}
     weights["a"][::3] = -0.0
     weights["c"][::2] = 0.0
     weights["c"][100] = torch.inf
-    groups = {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}
-    check(kernel, weights, program, groups=groups, offsets={"b": 512, "d": 8 * 77, "e": 384})
+    groups = {name: group for group, name in enumerate(sizes)}
+    check(weights, program, groups=groups, offsets={"b": 512, "d": 8 * 77, "e": 384})
 
 
 @pytest.mark.parametrize("coef", [0.0, -0.0])
-def test_terms_without_coefficient_leave_every_bit(kernel, rng, coef):
+def test_terms_without_coefficient_leave_every_bit(check, rng, coef):
     """Negative zeros and the payloads of NaNs too; adding a zero would change them."""
     bits = rng.weights(5000, torch.bfloat16).view(torch.int16)
     bits[::5] = -0x8000
     bits[1::7] = 0x7FA5
     program = zk.Program(rng.integers(40), [coef] * 40, "rademacher")
-    check(kernel, {"w": bits.view(torch.bfloat16)}, program)
+    check({"w": bits.view(torch.bfloat16)}, program)
 
 
 def test_signs_on_tensor_cores(library, rng):
@@ -173,22 +153,20 @@ def test_signs_on_tensor_cores(library, rng):
 
 
 @pytest.mark.covering(coef=[0.0, 1e-3], decay=[0.0, 0.1])
-def test_no_coefficient_and_decay(kernel, rng, rounding, coef, decay):
+def test_no_coefficient_and_decay(check, rng, rounding, coef, decay):
     program = zk.Program(rng.integer(64), coef, rounding=rounding, decay=decay)
-    weights = {str(d): rng.weights(5000, d) for d in (torch.float32, torch.bfloat16, torch.float16)}
-    check(kernel, weights, program, singles=(True, False))
+    weights = {str(dtype): rng.weights(5000, dtype) for dtype in DTYPES}
+    check(weights, program, singles=(True, False))
 
 
 @pytest.mark.covering(coef=[1e-3, 3e38, 1e-38], terms=[1, 3])
-def test_special_values(kernel, rng, dtype, rounding, coef, terms):
+def test_special_values(check, rng, dtype, rounding, coef, terms):
     """Infinite, NaN, largest and subnormal weights, whole and in the midst of ordinary ones."""
     info = torch.finfo(dtype)
     special = [torch.inf, -torch.inf, torch.nan, info.max, info.min, info.tiny, 0.0, -0.0]
     special.append(info.smallest_normal * info.eps)
     weights = rng.weights(8192, dtype)
-    weights[100:4096:37] = torch.tensor(special * 12, dtype=dtype)[: len(weights[100:4096:37])]
-    program = zk.Program(
-        rng.integers(terms), [coef] * terms, "rademacher", rounding, rng.integers(terms),
-        rounds=[1] * terms,
-    )  # fmt: skip
-    check(kernel, {"w": weights}, program, singles=(True, False) if terms == 1 else (False,))
+    weights[100:4096:37] = torch.tensor(special * 12, dtype=dtype)
+    call = (rng.integers(terms), [coef] * terms, "rademacher", rounding, rng.integers(terms))
+    program = zk.Program(*call, rounds=[1] * terms)
+    check({"w": weights}, program, singles=(True, False) if terms == 1 else (False,))

@@ -24,17 +24,18 @@ def one_noise(**call):
     return zk.noise(8, seed=1, stream=2, **call)
 
 
+def rows(device="cpu"):
+    return {row.name: row for row in zk.backends(device)}
+
+
 def test_backends_lists_all_with_reasons():
-    rows = {row.name: row for row in zk.backends()}
-    assert {"cpu", "reference"} <= set(rows)
-    for row in rows.values():
+    assert list(rows()) == ["cuda", "triton", "cpu", "reference"]  # the oracle is the last resort
+    for row in rows().values():
         assert row.available == (row.reason is None)
-    assert rows["cpu"].available, rows["cpu"].reason
-    assert rows["reference"].available
-    assert list(rows)[-1] == "reference", "the oracle is the last resort"
-    meta = {row.name: row for row in zk.backends("meta")}
-    assert "meta" in meta["cpu"].reason
-    assert "no values" in meta["reference"].reason
+    assert rows()["cpu"].available, rows()["cpu"].reason
+    assert rows()["reference"].available
+    assert "meta" in rows("meta")["cpu"].reason
+    assert "no values" in rows("meta")["reference"].reason
 
 
 def test_best_by_default(monkeypatch):
@@ -72,7 +73,7 @@ def test_unknown_instruction_set(monkeypatch, backend):
     monkeypatch.setenv("ZORBA_CPU_ISA", "avx1024")
     with pytest.raises(zk.BackendUnavailableError, match="ZORBA_CPU_ISA='avx1024'"):
         one_noise(backend=backend)
-    assert not {row.name: row for row in zk.backends()}["cpu"].available
+    assert not rows()["cpu"].available
     with pytest.raises(ValueError, match="avx1024"):
         extension()[0].cpu_isa("avx1024")
 
@@ -88,19 +89,28 @@ def test_forced_instruction_set_serves_or_says_why(monkeypatch, isa):
         assert extension()[0].cpu_isa(isa) == isa
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference", None])
-def test_other_devices_are_refused_with_a_reason(backend):
-    meta = torch.zeros(8, device="meta")
+# What each backend says of tensors that it does not serve.
+REFUSED = [
+    *((name, "meta", "meta") for name in ("cpu", "reference", None)),
+    ("cuda", "cpu", "serves CUDA tensors, not cpu"),
+    ("triton", "cpu", "serves GPU tensors, not cpu|cannot be imported"),
+]
+
+
+@pytest.mark.parametrize(("backend", "device", "said"), REFUSED)
+def test_tensors_of_other_devices_are_refused(backend, device, said):
+    weights = torch.ones(8, device=device)
+    table = zk.ParamTable({"w": weights})
     for call in (
-        lambda: one_noise(device="meta", backend=backend),
-        lambda: zk.add_noise_(zk.ParamTable({"w": meta}), 1, 0.1, backend=backend),
-        lambda: zk.fingerprint(zk.ParamTable({"w": meta}), backend=backend),
+        lambda: one_noise(device=device, backend=backend),
+        lambda: zk.add_noise_(table, 1, 0.1, backend=backend),
+        lambda: zk.fingerprint(table, backend=backend),
     ):
-        with pytest.raises(zk.BackendUnavailableError, match="meta"):
+        with pytest.raises(zk.BackendUnavailableError, match=said):
             call()
+    assert device == "meta" or bool((weights == 1).all())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
 def test_cpu_says_that_it_serves_no_cuda_tensors():
     assert cpu.unavailable(torch.device("cuda")) == "it serves CPU tensors, not cuda"
 

@@ -7,29 +7,16 @@ import torch
 
 import zorba_kernels as zk
 from tests.conftest import INTERPRETED
-from tests.kernels.bits import assert_same_bits
+from tests.kernels.bits import DTYPES, assert_same_bits, changed, written
 from tests.kernels.conftest import not_interpreted
 from zorba_kernels.backends import reference
 
 SPLITS = (7, 128, 2049) if INTERPRETED else (1, 7, 8, 127, 128, 257, 2047, 2048, 2049, 4000)
 
 
-def changed(tensors, *args, offsets=None, groups=None, **kwargs):
-    """Copies of the tensors after a pass in place."""
-    copies = {name: tensor.clone() for name, tensor in tensors.items()}
-    zk.add_noise_(zk.ParamTable(copies, groups=groups, offsets=offsets), *args, **kwargs)
-    return copies
-
-
 def test_noise(compiled, rng, distribution, size):
-    for offset in (0, 3, 2045, rng.integer(34)):
-        call = {
-            "seed": rng.integer(64),
-            "stream": rng.integer(64),
-            "sample": rng.integer(31),
-            "offset": offset,
-            "distribution": distribution,
-        }
+    for offset in (0, 3, 2045, rng.integer(34), zk.noise.MAX_ELEMENTS - size):
+        call = {**rng.key(), "offset": offset, "distribution": distribution}
         assert_same_bits(zk.noise(size, **call), zk.noise(size, **call, backend="reference"))
 
 
@@ -52,13 +39,16 @@ def test_every_radius_and_angle(compiled, every):
 
 
 def test_add_noise(compiled, rng, dtype, rounding, distribution, size):
+    """In place and out of place, which the oracle does alike."""
     weights = {"w": rng.weights(size, dtype)}
     # One coefficient is large, so that some weight changes in every dtype.
     seeds, coefs = rng.integers(3), torch.cat([torch.tensor([0.5]), rng.coefs(2)])
     call = {"distribution": distribution, "rounding": rounding, "samples": rng.integers(3, bits=31)}
-    mine = changed(weights, seeds, coefs, **call)["w"]
-    assert_same_bits(mine, changed(weights, seeds, coefs, **call, backend="reference")["w"])
-    assert size < 1000 or not torch.equal(mine, weights["w"])
+    expected = changed(weights, seeds, coefs, **call, backend="reference")
+    assert_same_bits(written(weights, seeds, coefs, **call, backend="reference"), expected)
+    assert_same_bits(changed(weights, seeds, coefs, **call), expected)
+    assert_same_bits(written(weights, seeds, coefs, **call), expected)
+    assert size < 1000 or not torch.equal(expected["w"], weights["w"])
 
 
 @pytest.mark.covering(terms=[1, 2, 5])
@@ -67,64 +57,57 @@ def test_decay(compiled, rng, dtype, rounding, terms):
     seeds, coefs = rng.integers(terms), rng.coefs(terms)
     call = {"rounding": rounding, "decay": 0.01}
     expected = changed(weights, seeds, coefs, **call, backend="reference")
-    assert_same_bits(changed(weights, seeds, coefs, **call)["w"], expected["w"])
+    assert_same_bits(changed(weights, seeds, coefs, **call), expected)
 
 
 def test_decay_alone(server, rng, dtype):
-    weights = {"w": rng.weights(1000, dtype)}
-    mine = changed(weights, [], [], decay=0.5)["w"]
-    assert_same_bits(mine, (weights["w"].float() + weights["w"].float() * -0.5).to(dtype))
+    weights = rng.weights(1000, dtype)
+    mine = changed({"w": weights}, [], [], decay=0.5)["w"]
+    assert_same_bits(mine, (weights.float() + weights.float() * -0.5).to(dtype))
 
 
 def test_a_shard_is_a_slice_of_the_whole(server, rng, dtype, rounding, distribution):
     weights = rng.weights(4097, dtype)
-    seeds, coefs = rng.integers(2), rng.coefs(2)
-    call = {"distribution": distribution, "rounding": rounding}
-    whole = changed({"w": weights}, seeds, coefs, **call)["w"]
+    args = (rng.integers(2), rng.coefs(2), distribution, rounding)
+    whole = changed({"w": weights}, *args)["w"]
     for split in SPLITS:
-        parts = [weights[:split], weights[split:]]
-        for part, offset in zip(parts, (0, split), strict=True):
-            shard = changed({"w": part}, seeds, coefs, offsets={"w": offset}, **call)["w"]
+        for offset, part in ((0, weights[:split]), (split, weights[split:])):
+            shard = changed({"w": part}, *args, offsets={"w": offset})["w"]
             assert_same_bits(shard, whole[offset : offset + len(part)])
 
 
 def test_noise_split(server, rng, distribution):
-    call = {"seed": rng.integer(64), "stream": rng.integer(64), "distribution": distribution}
-    start = rng.integer(34)
+    call, start = {**rng.key(), "distribution": distribution}, rng.integer(34)
     whole = zk.noise(4097, **call, offset=start)
     for split in SPLITS:
-        parts = [
-            zk.noise(split, **call, offset=start),
-            zk.noise(4097 - split, **call, offset=start + split),
-        ]
-        assert_same_bits(torch.cat(parts), whole)
+        first = zk.noise(split, **call, offset=start)
+        second = zk.noise(4097 - split, **call, offset=start + split)
+        assert_same_bits(torch.cat([first, second]), whole)
 
 
 def test_noise_is_what_add_noise_adds(server, rng, distribution):
-    weights = torch.zeros(1000)
     name, seed, sample = "layer.weight", rng.integer(64), rng.integer(31)
-    mine = changed({name: weights}, seed, 1.0, distribution, samples=sample)[name]
+    mine = changed({name: torch.zeros(1000)}, seed, 1.0, distribution, samples=sample)[name]
     stream = zk.noise.stream_of(name)
     z = zk.noise(1000, seed=seed, stream=stream, sample=sample, distribution=distribution)
     assert_same_bits(mine, z)
 
 
 def test_noise_shape_is_row_major(server, rng):
-    call = {"seed": rng.integer(64), "stream": rng.integer(64)}
+    call = rng.key()
     assert_same_bits(zk.noise((5, 7, 3), **call).reshape(-1), zk.noise(105, **call))
     assert zk.noise((), **call).shape == ()
     assert zk.noise((4, 0), **call).shape == (4, 0)
 
 
-def test_the_last_elements_of_the_contract(server, distribution):
-    """Indices beyond 2^32, up to the last one there is."""
-    last = zk.noise.MAX_ELEMENTS
+def test_indices_beyond_32_bits(server, distribution):
+    """Not those of 2^32 before, and not beyond the last one that there is."""
     call = {"seed": 1, "stream": 2, "distribution": distribution}
-    z = zk.noise(100, **call, offset=last - 100)
-    assert_same_bits(z, zk.noise(100, **call, offset=last - 100, backend="reference"))
-    assert not torch.equal(z, zk.noise(100, **call, offset=last - 100 - (1 << 32)))
+    last = zk.noise.MAX_ELEMENTS - 100
+    z = zk.noise(100, **call, offset=last)
+    assert not torch.equal(z, zk.noise(100, **call, offset=last - (1 << 32)))
     with pytest.raises(ValueError, match="outside"):
-        zk.noise(100, **call, offset=last - 99)
+        zk.noise(100, **call, offset=last + 1)
 
 
 @not_interpreted("it has no threads; test_triton.py has several tiles")
@@ -132,28 +115,11 @@ def test_the_last_elements_of_the_contract(server, distribution):
 def test_threads(compiled, rng, dtype, rounding, distribution):
     """More pieces than threads: 300,000 elements are ten pieces of work and a ragged end."""
     weights = {"a": rng.weights(300_001, dtype), "b": rng.weights(63, dtype)}
-    seeds, coefs = rng.integers(2), rng.coefs(2)
-    call = {"distribution": distribution, "rounding": rounding, "offsets": {"a": 2045}}
-    results = []
+    args, offsets = (rng.integers(2), rng.coefs(2), distribution, rounding), {"a": 2045}
+    expected = changed(weights, *args, offsets=offsets, backend="reference")
     for count in (1, 2, 7):
         torch.set_num_threads(count)
-        results.append(changed(weights, seeds, coefs, **call))
-    expected = changed(weights, seeds, coefs, **call, backend="reference")
-    for result in results:
-        for name in weights:
-            assert_same_bits(result[name], expected[name])
-
-
-def test_out_of_place(server, rng, dtype, rounding):
-    weights = {"a": rng.weights((31, 33), dtype), "b": rng.weights(1000, dtype)}
-    before = {name: tensor.clone() for name, tensor in weights.items()}
-    out = {name: torch.full_like(tensor, torch.nan) for name, tensor in weights.items()}
-    seeds, coefs = rng.integers(2), rng.coefs(2)
-    zk.add_noise(zk.ParamTable(weights), zk.ParamTable(out), seeds, coefs, rounding=rounding)
-    expected = changed(weights, seeds, coefs, rounding=rounding)
-    for name in weights:
-        assert_same_bits(weights[name], before[name])
-        assert_same_bits(out[name], expected[name])
+        assert_same_bits(changed(weights, *args, offsets=offsets), expected)
 
 
 @pytest.mark.covering(shift=[0, 1, 32])
@@ -173,109 +139,86 @@ def test_out_of_place_at_any_alignment(compiled, rng, dtype, distribution, shift
 
 def test_out_of_place_with_zero_coefs_copies(server, rng, dtype):
     weights = {"w": rng.weights(1000, dtype)}
-    out = {"w": torch.full_like(weights["w"], torch.nan)}
-    zk.add_noise(zk.ParamTable(weights), zk.ParamTable(out), 1, 0.0, rounding="stochastic")
-    assert_same_bits(out["w"], weights["w"])
+    assert_same_bits(written(weights, 1, 0.0, rounding="stochastic"), weights)
 
 
 def test_groups(server, rng, dtype, rounding):
-    names = ["a", "b", "c", "d"]
-    weights = {name: rng.weights(500, dtype) for name in names}
+    weights = {name: rng.weights(500, dtype) for name in "abcd"}
     groups = {"b": 2, "c": 1, "d": 2}
     seeds, coefs = rng.integers(3), rng.coefs(3, 3)
     together = changed(weights, seeds, coefs, groups=groups, rounding=rounding)
-    for name in names:
-        row = coefs[groups.get(name, 0)]
-        alone = changed({name: weights[name]}, seeds, row, rounding=rounding)
+    for name, weight in weights.items():
+        alone = changed({name: weight}, seeds, coefs[groups.get(name, 0)], rounding=rounding)
         assert_same_bits(together[name], alone[name])
 
 
 def test_samples_differ_and_repeat(server, rng):
-    weights = {"w": torch.zeros(1000)}
-    seed = rng.integer(64)
+    weights, seed = {"w": torch.zeros(1000)}, rng.integer(64)
     first, again, other = (changed(weights, seed, 1.0, samples=sample)["w"] for sample in (3, 3, 4))
     assert_same_bits(first, again)
     assert not torch.equal(first, other)
 
 
 def test_order_of_terms_is_the_order_of_the_sum(server, rng):
-    weights = {"w": rng.weights(4097, torch.float32)}
-    seeds, coefs = rng.integers(4), [1.0, 1e-4, 0.3, 1e-6]
-    call = {"samples": rng.integers(4, bits=31)}
-    mine = changed(weights, seeds, coefs, **call)["w"]
-    stream = zk.noise.stream_of("w")
+    weights = rng.weights(4097, torch.float32)
+    seeds, samples, coefs = rng.integers(4), rng.integers(4, bits=31), [1.0, 1e-4, 0.3, 1e-6]
     total = torch.zeros(4097)
-    for seed, sample, coef in zip(seeds, call["samples"], coefs, strict=True):
-        z = zk.noise(4097, seed=seed, stream=stream, sample=sample)
+    for seed, sample, coef in zip(seeds, samples, coefs, strict=True):
+        z = zk.noise(4097, seed=seed, stream=zk.noise.stream_of("w"), sample=sample)
         total = reference._fma(torch.tensor(coef), z, total)
-    assert_same_bits(mine, weights["w"] + total)
+    assert_same_bits(changed({"w": weights}, seeds, coefs, samples=samples)["w"], weights + total)
 
 
 def test_rounds_in_one_call_equal_calls(server, rng, dtype, rounding, distribution):
     lengths = [2, 1, 0, 3]
     weights = {"a": rng.weights(1000, dtype), "b": rng.weights(300, dtype)}
-    groups = {"b": 1}
     seeds, coefs, rounding_seeds = rng.integers(6), rng.coefs(2, 6), rng.integers(4)
     coefs[1, 2] = 0.0  # group 1 sits out the second round
     samples, decay = rng.integers(6, bits=31), torch.tensor([[0.0, 0.1, 0.0, 0.0]]).expand(2, -1)
-    call = {"distribution": distribution, "rounding": rounding, "groups": groups}
+    call = {"groups": {"b": 1}}
+    how = (distribution, rounding)
     together = changed(
-        weights,
-        seeds,
-        coefs,
-        rounding_seed=rounding_seeds,
-        samples=samples,
-        rounds=lengths,
-        decay=decay,
+        weights, seeds, coefs, *how, rounding_seeds, samples=samples, rounds=lengths, decay=decay,
         **call,
-    )
+    )  # fmt: skip
     start = 0
     for number, length in enumerate(lengths):
         part = slice(start, start + length)
         start += length
         weights = changed(
-            weights,
-            seeds[part],
-            coefs[:, part],
-            rounding_seed=rounding_seeds[number],
-            samples=samples[part],
-            decay=decay[:, number],
-            **call,
-        )
-    for name in weights:
-        assert_same_bits(together[name], weights[name])
+            weights, seeds[part], coefs[:, part], *how, rounding_seeds[number],
+            samples=samples[part], decay=decay[:, number], **call,
+        )  # fmt: skip
+    assert_same_bits(together, weights)
 
 
 def test_default_rounding_seed_is_the_first_of_the_round(server, rng):
-    weights = {"w": rng.weights(1000, torch.bfloat16)}
-    seeds, coefs = rng.integers(3), rng.coefs(3)
-    call = {"rounding": "stochastic", "rounds": [2, 1]}
-    implied = changed(weights, seeds, coefs, **call)["w"]
-    given = changed(weights, seeds, coefs, rounding_seed=[seeds[0], seeds[2]], **call)["w"]
-    assert_same_bits(implied, given)
+    weights, seeds = {"w": rng.weights(1000, torch.bfloat16)}, rng.integers(3)
+    args, call = (seeds, rng.coefs(3), "gaussian", "stochastic"), {"rounds": [2, 1]}
+    implied = changed(weights, *args, **call)
+    assert_same_bits(implied, changed(weights, *args, [seeds[0], seeds[2]], **call))
 
 
 def test_many_parameters_of_many_kinds(compiled, rng, rounding):
     """One launch over tensors that differ in dtype, size, offset and group."""
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    weights = {f"p{i}": rng.weights(rng.integer(11), dtypes[i % 3]) for i in range(40)}
-    groups = {f"p{i}": i % 4 for i in range(40)}
-    offsets = {f"p{i}": rng.integer(12) for i in range(40)}
-    call = {"groups": groups, "offsets": offsets, "rounding": rounding}
+    weights = {f"p{i}": rng.weights(rng.integer(11), DTYPES[i % 3]) for i in range(40)}
+    call = {
+        "groups": {f"p{i}": i % 4 for i in range(40)},
+        "offsets": {f"p{i}": rng.integer(12) for i in range(40)},
+        "rounding": rounding,
+    }
     seeds, coefs = rng.integers(2), rng.coefs(4, 2)
-    mine = changed(weights, seeds, coefs, **call)
     expected = changed(weights, seeds, coefs, **call, backend="reference")
-    for name in weights:
-        assert_same_bits(mine[name], expected[name])
+    assert_same_bits(changed(weights, seeds, coefs, **call), expected)
+    assert_same_bits(written(weights, seeds, coefs, **call), expected)
 
 
 def test_reference_chunks(monkeypatch, rng, dtype):
     """The oracle works in chunks; where they end does not show."""
     weights = {"w": rng.weights(1000, dtype)}
     call = {"rounding": "stochastic", "backend": "reference"}
-    whole = changed(weights, 1, 0.1, **call)["w"]
-    table = zk.ParamTable(weights)
+    whole, table = changed(weights, 1, 0.1, **call), zk.ParamTable(weights)
     hash_whole = zk.fingerprint(table, backend="reference")
     monkeypatch.setattr(reference, "CHUNK", 24)
-    assert_same_bits(changed(weights, 1, 0.1, **call)["w"], whole)
+    assert_same_bits(changed(weights, 1, 0.1, **call), whole)
     assert zk.fingerprint(table, backend="reference") == hash_whole

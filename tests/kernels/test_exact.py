@@ -5,53 +5,42 @@ It works in exact fractions, so it also proves the software FMA and the rounding
 
 from __future__ import annotations
 
-import math
-import struct
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
 import zorba_kernels as zk
 from tests.kernels import exact
+from tests.kernels.bits import changed
 from zorba_kernels.backends import reference
 
 INDICES = [0, 1, 7, 8, 127, 128, 255, 256, 511, 512, (1 << 32) + 5, (1 << 35) - 1]
+STREAM = zk.noise.stream_of("w")
 
 
-def test_gaussian(server, rng):
-    seed, stream, sample = rng.integer(64), rng.integer(64), rng.integer(31)
+def test_noise(server, rng, distribution):
+    key, contract = rng.key(), {"gaussian": exact.gaussian, "rademacher": exact.rademacher}
     for index in [*INDICES, *rng.integers(20, bits=35)]:
-        z = zk.noise(1, seed=seed, stream=stream, sample=sample, offset=index)
-        assert z.item() == exact.gaussian(index, seed, stream, sample)
-
-
-def test_rademacher(server, rng):
-    seed, stream, sample = rng.integer(64), rng.integer(64), rng.integer(31)
-    for index in [*INDICES, *rng.integers(20, bits=35)]:
-        z = zk.noise(
-            1, seed=seed, stream=stream, sample=sample, offset=index, distribution="rademacher"
-        )
-        assert z.item() == exact.rademacher(index, seed, stream, sample)
+        z = zk.noise(1, **key, offset=index, distribution=distribution)
+        assert z.item() == contract[distribution](index, **key)
 
 
 @pytest.mark.covering(dtype=[torch.bfloat16, torch.float16])
 def test_stochastic_rounding(server, rng, dtype):
-    count = 520  # both halves of a shared Philox call, and one block more
     half = dtype == torch.float16
     seed, rounding_seed, offset = rng.integer(64), rng.integer(64), rng.integer(34)
     coef = rng.coefs(1).item()
-    weights = rng.weights(count, dtype)
-    changed = weights.clone()
-    table = zk.ParamTable({"w": changed}, offsets={"w": offset})
-    zk.add_noise_(table, seed, coef, rounding="stochastic", rounding_seed=rounding_seed, decay=0.25)
-    stream = zk.noise.stream_of("w")
+    weights = rng.weights(520, dtype)  # both halves of a shared Philox call, and one block more
+    call = {"offsets": {"w": offset}, "rounding_seed": rounding_seed, "decay": 0.25}
+    after = changed({"w": weights}, seed, coef, rounding="stochastic", **call)["w"].tolist()
     for i, weight in enumerate(weights.tolist()):
-        random16, dither = exact.rounding_noise(offset + i, rounding_seed, stream)
+        random16, dither = exact.rounding_noise(offset + i, rounding_seed, STREAM)
         start = exact.rounding_start(weight, dither, half)
         total = exact.fma(weight, -0.25, start)
-        total = exact.fma(coef, exact.gaussian(offset + i, seed, stream, 0), total)
-        assert changed[i].item() == exact.round_stochastic(weight, total, random16, half)
+        total = exact.fma(coef, exact.gaussian(offset + i, seed, STREAM, 0), total)
+        assert after[i] == exact.round_stochastic(weight, total, random16, half)
 
 
 GRIDS = {
@@ -61,17 +50,26 @@ GRIDS = {
 }
 
 
-def test_nearest_rounding(server, rng, dtype):
-    seeds, coefs = rng.integers(3), rng.coefs(3).tolist()
-    weights = rng.weights(200, dtype)
-    changed = weights.clone()
-    zk.add_noise_(zk.ParamTable({"w": changed}), seeds, coefs)
-    stream = zk.noise.stream_of("w")
+def assert_nearest(weights, seeds, coefs):
+    """A pass rounds every fused multiply-add once, and the sum with the weight to the nearest."""
+    after = changed({"w": weights}, seeds, coefs)["w"].tolist()
     for i, weight in enumerate(weights.tolist()):
         total = 0.0
         for seed, coef in zip(seeds, coefs, strict=True):
-            total = exact.fma(coef, exact.gaussian(i, seed, stream, 0), total)
-        assert changed[i].item() == exact.to_grid(Fraction(exact.add(weight, total)), *GRIDS[dtype])
+            total = exact.fma(coef, exact.gaussian(i, seed, STREAM, 0), total)
+        wanted = exact.to_grid(Fraction(exact.add(weight, total)), *GRIDS[weights.dtype])
+        assert after[i] == wanted
+
+
+def test_nearest_rounding(server, rng, dtype):
+    assert_nearest(rng.weights(200, dtype), rng.integers(3), rng.coefs(3).tolist())
+
+
+def test_fma_through_the_primitive(server, rng):
+    """Coefficients halfway between two float32 of the weights: each server's FMA and add."""
+    weights = torch.tensor([1.0, 1.0 + 2.0**-23, 2.0, 0.5, -1.0, -0.0, 0.0, 2.0**-149] * 8)
+    coefs = [2.0**-24, 2.0**-24 + 2.0**-47, -(2.0**-25), 2.0**-126 * (1 + 2.0**-23)]
+    assert_nearest(weights, rng.integers(len(coefs)), coefs)
 
 
 # --- The software FMA ----------------------------------------------------------------------------
@@ -105,42 +103,12 @@ def test_reference_fma_rounds_once(rng):
     triples = list(zip(values, values[third:], values[2 * third :], strict=False))
     triples += list(zip(values, values[::-1], (-v for v in values), strict=False))
     # c cancels the product but for its low half.
-    triples += [
-        (a, b, -struct.unpack("<f", struct.pack("<f", a * b))[0])
-        for a, b in zip(values, values[7:], strict=False)
-        if abs(a * b) < 1e38
-    ]
+    pairs = zip(values, values[7:], strict=False)
+    triples += [(a, b, -float(np.float32(a * b))) for a, b in pairs if abs(a * b) < 1e38]
     triples += list(hard_products(rng, 200))
-    a, b, c = (
-        torch.tensor(column, dtype=torch.float64).float() for column in zip(*triples, strict=True)
-    )
-    fused = reference._fma(a, b, c).tolist()
-    for got, triple in zip(fused, triples, strict=True):
+    a, b, c = torch.tensor(triples, dtype=torch.float64).float().T.contiguous()
+    for got, triple in zip(reference._fma(a, b, c).tolist(), triples, strict=True):
         assert got == exact.fma(*triple), triple
-
-
-def test_double_rounding_would_be_seen(rng):
-    """The inputs above tell a correct FMA from one that rounds to double first."""
-    triples = list(hard_products(rng, 200))
-    naive = [torch.tensor(a * b + c, dtype=torch.float64).float().item() for a, b, c in triples]
-    correct = [exact.fma(*triple) for triple in triples]
-    assert naive != correct
-    assert torch.tensor((1 - 2.0**-46) * 2.0**-24 + (1 + 2.0**-23)).item() == 1 + 2.0**-22
-    assert exact.fma(1 + 2.0**-23, (1 - 2.0**-23) * 2.0**-24, 1 + 2.0**-23) == 1 + 2.0**-23
-
-
-def test_fma_through_the_primitive(server, rng):
-    """coef * (+-1) + w with coef halfway between two float32 of w: each server's FMA and add."""
-    weights = torch.tensor([1.0, 1.0 + 2.0**-23, 2.0, 0.5, -1.0, -0.0, 0.0, 2.0**-149] * 8)
-    coefs = [2.0**-24, 2.0**-24 + 2.0**-47, -(2.0**-25), 2.0**-126 * (1 + 2.0**-23)]
-    seeds = rng.integers(len(coefs))
-    changed = weights.clone()
-    zk.add_noise_(zk.ParamTable({"w": changed}), seeds, coefs)
-    stream = zk.noise.stream_of("w")
-    for i, weight in enumerate(weights.tolist()):
-        total = 0.0
-        for seed, coef in zip(seeds, coefs, strict=True):
-            total = exact.fma(coef, exact.gaussian(i, seed, stream, 0), total)
-        expected = exact.add(weight, total)
-        assert changed[i].item() == expected
-        assert math.isfinite(expected)
+    # These inputs tell it from one that rounds to double first.
+    naive = torch.tensor([x * y + z for x, y, z in triples], dtype=torch.float64).float().tolist()
+    assert naive != [exact.fma(*triple) for triple in triples]

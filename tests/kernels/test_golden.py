@@ -15,16 +15,12 @@ def test_version():
 
 
 @pytest.mark.parametrize("number", range(len(golden.NOISE_KEYS)))
-def test_gaussian(server, number):
+def test_noise(server, number):
     assert golden.gaussian(golden.NOISE_KEYS[number]) == golden.GAUSSIAN[number]
-
-
-@pytest.mark.parametrize("number", range(len(golden.NOISE_KEYS)))
-def test_rademacher(server, number):
     assert golden.rademacher(golden.NOISE_KEYS[number]) == golden.RADEMACHER[number]
 
 
-@pytest.mark.parametrize("case", golden.CASES)
+@pytest.mark.parametrize("case", golden.WEIGHTS)
 def test_weights(server, case):
     assert golden.weights(case) == golden.WEIGHTS[case]
 

@@ -9,19 +9,20 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 import zorba_kernels as zk
-from tests.kernels.bits import assert_same_bits
+from tests.kernels.bits import assert_same_bits, changed
 
 NUMEL = 1 << 18  # 128 tiles: 8 pieces of work, so that threads are used
 
 
 def work(seed: int) -> torch.Tensor:
-    """Noise made by the pool."""
     return zk.noise(NUMEL, seed=seed, stream=2)
 
 
@@ -48,13 +49,32 @@ def several_threads(monkeypatch, threads):
     torch.set_num_threads(4)
 
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@contextmanager
+def meanwhile(body: Callable[[], object]) -> Iterator[list[None]]:
+    """Calls something again and again in a thread of its own; gives a list as long as the calls."""
+    calls: list[None] = []
+    stop = threading.Event()
+
+    def repeat() -> None:
+        while not stop.is_set():
+            body()
+            calls.append(None)
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    try:
+        yield calls
+    finally:
+        stop.set()
+        thread.join()
+
+
 # Python warns that a process with threads forks, which is what is tested.
-quiet = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 
 
 @needs_fork
-@quiet
 def test_forked_child_has_a_pool_of_its_own():
     """The child inherits the pool's memory but none of its threads."""
     expected = work(1)
@@ -64,28 +84,13 @@ def test_forked_child_has_a_pool_of_its_own():
 
 
 @needs_fork
-@quiet
 def test_fork_while_the_pool_works():
     """The child may inherit locked mutexes: several forks, each in the middle of a job."""
     expected = work(1)
-    stop = threading.Event()
-    rounds = 0
-
-    def busy() -> None:
-        nonlocal rounds
-        while not stop.is_set():
-            work(3)
-            rounds += 1
-
-    thread = threading.Thread(target=busy)
-    thread.start()
-    try:
+    with meanwhile(lambda: work(3)) as calls:
         for _ in range(10):
             assert in_child(lambda: equal(work(1), expected)) == 0
-    finally:
-        stop.set()
-        thread.join()
-    assert rounds > 0
+    assert calls
 
 
 def test_several_python_threads():
@@ -93,20 +98,15 @@ def test_several_python_threads():
     expected = [work(seed) for seed in range(8)]
 
     def repeat(seed: int) -> bool:
-        weights = torch.zeros(NUMEL)
-        table = zk.ParamTable({"w": weights})
         fine = True
         for _ in range(5):
             fine &= torch.equal(work(seed), expected[seed])
-            weights.zero_()
-            zk.add_noise_(table, seed, 1.0)
             z = zk.noise(NUMEL, seed=seed, stream=zk.noise.stream_of("w"))
-            fine &= torch.equal(weights, z)
+            fine &= torch.equal(changed({"w": torch.zeros(NUMEL)}, seed, 1.0)["w"], z)
         return fine
 
     with ThreadPoolExecutor(8) as executor:
-        jobs = [executor.submit(repeat, seed) for seed in range(8)]
-        assert all(job.result() for job in jobs)
+        assert all(executor.map(repeat, range(8)))
 
 
 def test_one_table_in_several_threads():
@@ -116,15 +116,13 @@ def test_one_table_in_several_threads():
     expected = zk.fingerprint(table)
 
     def read(seed: int) -> bool:
-        out = torch.empty_like(weights)
-        zk.add_noise(table, zk.ParamTable({"w": out}), seed, 0.1)
-        again = torch.empty_like(weights)
-        zk.add_noise(table, zk.ParamTable({"w": again}), seed, 0.1)
+        out, again = torch.empty_like(weights), torch.empty_like(weights)
+        for target in (out, again):
+            zk.add_noise(table, zk.ParamTable({"w": target}), seed, 0.1)
         return zk.fingerprint(table) == expected and torch.equal(out, again)
 
     with ThreadPoolExecutor(4) as executor:
-        jobs = [executor.submit(read, seed) for seed in range(16)]
-        assert all(job.result() for job in jobs)
+        assert all(executor.map(read, range(16)))
 
 
 def test_the_interpreter_runs_while_the_pool_works():
@@ -133,25 +131,11 @@ def test_the_interpreter_runs_while_the_pool_works():
     Beside a call that kept the GIL it would count once or twice, however long the call is, so a
     longer call is tried where a busy machine has let the thread count no further.
     """
-    ticks = 0
-    stop = threading.Event()
-
-    def tick() -> None:
-        nonlocal ticks
-        while not stop.is_set():
-            ticks += 1
-            time.sleep(0.001)
-
-    thread = threading.Thread(target=tick)
     table = zk.ParamTable({"w": torch.zeros(1 << 16)})
-    thread.start()
-    try:
+    with meanwhile(lambda: time.sleep(0.001)) as ticks:
         for terms in (10_000, 20_000, 40_000, 80_000, 160_000):
-            before = ticks
+            before = len(ticks)
             zk.add_noise_(table, [1] * terms, [0.1] * terms)
-            if ticks - before > 5:
-                break
-    finally:
-        stop.set()
-        thread.join()
-    assert ticks - before > 5
+            if len(ticks) - before > 5:
+                return
+    pytest.fail("no thread of Python's ran during a pass")

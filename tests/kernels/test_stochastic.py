@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import zorba_kernels as zk
+from tests.kernels.bits import changed
 from tests.tolerances import STANDARD_ERRORS, bound
 
 STREAM = zk.noise.stream_of("w")
@@ -54,10 +55,9 @@ def test_the_mean_is_the_exact_value(server, dtype, place, full):
     digits, lowest = STEP[dtype]
     exponent = math.frexp(abs(weight))[1] - 1 if weight else lowest
     step = 2.0 ** max(exponent - digits, lowest)
-    count = 1 << 20 if full and server.name != "reference" else 1 << 16
+    count = 1 << 20 if full and server != "reference" else 1 << 16
     weights = torch.full((count,), weight, dtype=dtype)
-    coef = float(torch.tensor(share * step, dtype=torch.float32))
-    zk.add_noise_(zk.ParamTable({"w": weights}), 5, coef, "rademacher", "stochastic")
+    zk.add_noise_(zk.ParamTable({"w": weights}), 5, share * step, "rademacher", "stochastic")
     z = zk.noise(count, seed=5, stream=STREAM, distribution="rademacher")
     for sign in (1.0, -1.0):
         steps = (weights[z == sign].double() - weight) / step
@@ -102,17 +102,9 @@ def test_updates_of_1e_7_of_the_weight_arrive(distribution, full):
     z = zk.noise(elements, seed=9, stream=STREAM, distribution=distribution).double()
 
     def applied_over_intended(rounding, steps):
-        weights = before.clone()
-        zk.add_noise_(
-            zk.ParamTable({"w": weights}),
-            [9] * steps,
-            [change] * steps,
-            distribution,
-            rounding,
-            list(range(steps)),
-            rounds=[1] * steps,
-        )
-        applied = weights.double() - before.double()
+        terms, rounds = ([9] * steps, [change] * steps), {"rounds": [1] * steps}
+        call = (*terms, distribution, rounding, list(range(steps)))
+        applied = changed({"w": before}, *call, **rounds)["w"].double() - before.double()
         return float((applied * z).sum() / (change * steps * (z * z).sum()))
 
     ratio = applied_over_intended("stochastic", steps)

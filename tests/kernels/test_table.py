@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import zorba_kernels as zk
-from tests.kernels.bits import assert_same_bits
+from tests.kernels.bits import assert_same_bits, changed
 from tests.kernels.conftest import not_interpreted
 
 VIEWS = {
@@ -27,55 +27,40 @@ VIEWS = {
 def test_views(server, rng, dtype, rounding, view):
     """A view gives what a contiguous copy of it gives, and nothing outside of it changes."""
     base = rng.weights((40, 30), dtype)
-    expected_base = base.clone()
-    expected = VIEWS[view](base).contiguous().clone()
-    seeds, coefs = rng.integers(2), rng.coefs(2)
-    call = {"rounding": rounding}
-    zk.add_noise_(zk.ParamTable({"w": expected}), seeds, coefs, **call)
-    assert zk.fingerprint(zk.ParamTable({"w": VIEWS[view](base)})) == zk.fingerprint(
-        zk.ParamTable({"w": VIEWS[view](base).contiguous()})
-    )
-    zk.add_noise_(zk.ParamTable({"w": VIEWS[view](base)}), seeds, coefs, **call)
-    VIEWS[view](expected_base).copy_(expected)
-    assert_same_bits(base, expected_base)
+    expected, seen = base.clone(), VIEWS[view](base)
+    table, copy = zk.ParamTable({"w": seen}), {"w": seen.contiguous()}
+    assert zk.fingerprint(table) == zk.fingerprint(zk.ParamTable(copy))
+    call = (rng.integers(2), rng.coefs(2), "gaussian", rounding)
+    VIEWS[view](expected).copy_(changed(copy, *call)["w"])
+    zk.add_noise_(table, *call)
+    assert_same_bits(base, expected)
 
 
 def test_out_of_place_between_layouts(server, rng, dtype):
     weights = rng.weights((17, 23), dtype)
-    expected = weights.clone()
-    zk.add_noise_(zk.ParamTable({"w": expected}), 1, 0.1)
-    out = torch.empty((23, 17), dtype=dtype).t()
-    zk.add_noise(zk.ParamTable({"w": weights}), zk.ParamTable({"w": out}), 1, 0.1)
-    assert_same_bits(out, expected)
-    out = torch.empty((17, 23), dtype=dtype)
-    wide = weights.t().contiguous().t()
-    zk.add_noise(zk.ParamTable({"w": wide}), zk.ParamTable({"w": out}), 1, 0.1)
-    assert_same_bits(out, expected)
+    expected = changed({"w": weights}, 1, 0.1)["w"]
+    wide, apart = weights.t().contiguous().t(), torch.empty((23, 17), dtype=dtype).t()
+    for source, out in ((weights, apart), (wide, torch.empty((17, 23), dtype=dtype))):
+        zk.add_noise(zk.ParamTable({"w": source}), zk.ParamTable({"w": out}), 1, 0.1)
+        assert_same_bits(out, expected)
 
 
 def test_non_contiguous_among_groups(server, rng):
-    base = rng.weights((20, 20), torch.bfloat16)
-    flat = rng.weights(100, torch.bfloat16)
-    copies = {"a": flat.clone(), "b": base.t().contiguous()}
-    groups = {"a": 0, "b": 1}
-    coefs = [[0.1], [0.2]]
-    zk.add_noise_(zk.ParamTable(copies, groups=groups), 1, coefs)
+    base, flat = rng.weights((20, 20), torch.bfloat16), rng.weights(100, torch.bfloat16)
+    groups, coefs = {"a": 0, "b": 1}, [[0.1], [0.2]]
+    expected = changed({"a": flat, "b": base.t().contiguous()}, 1, coefs, groups=groups)
     zk.add_noise_(zk.ParamTable({"a": flat, "b": base.t()}, groups=groups), 1, coefs)
-    assert_same_bits(flat, copies["a"])
-    assert_same_bits(base.t(), copies["b"])
+    assert_same_bits({"a": flat, "b": base.t()}, expected)
 
 
-def test_tied_weights_change_once_under_the_first_name(server, rng):
-    embedding = torch.nn.Embedding(50, 8)
-    head = torch.nn.Linear(8, 50, bias=False)
+def test_tied_weights_change_once_under_the_first_name(server):
+    embedding, head = torch.nn.Embedding(50, 8), torch.nn.Linear(8, 50, bias=False)
     head.weight = embedding.weight
-    expected = embedding.weight.detach().clone()
+    expected = changed({"embed.weight": embedding.weight.detach()}, 1, 0.1)["embed.weight"]
     table = zk.ParamTable({"embed.weight": embedding.weight, "head.weight": head.weight})
-    assert len(table) == 1
+    assert (len(table), table.numel) == (1, 400)
     assert table.aliases == {"head.weight": "embed.weight"}
-    assert table.numel == 400
     zk.add_noise_(table, 1, 0.1)
-    zk.add_noise_(zk.ParamTable({"embed.weight": expected}), 1, 0.1)
     assert_same_bits(embedding.weight, expected)
 
 
@@ -110,140 +95,118 @@ X = torch.zeros(8, 8)
 HALF = torch.zeros(8, dtype=torch.float16)
 META = torch.zeros(8, device="meta")
 REFUSED = {
-    "duplicate": (lambda: zk.ParamTable([("a", X[0]), ("a", X[1])]), ValueError, "given twice"),
+    "duplicate": ([("a", X[0]), ("a", X[1])], {}, ValueError, "given twice"),
     "duplicate after wrappers": (
-        lambda: zk.ParamTable({"module.a": X[0], "_orig_mod.a": X[1]}),
-        ValueError,
-        "given twice",
+        {"module.a": X[0], "_orig_mod.a": X[1]}, {}, ValueError, "given twice"
     ),
-    "no tensor": (lambda: zk.ParamTable({"a": [1.0]}), TypeError, "is a list"),
-    "float64": (lambda: zk.ParamTable({"a": X.double()}), TypeError, "float64"),
-    "int8": (lambda: zk.ParamTable({"a": X.to(torch.int8)}), TypeError, "int8"),
-    "sparse": (lambda: zk.ParamTable({"a": X.to_sparse()}), TypeError, "layout"),
-    "mixed devices": (lambda: zk.ParamTable({"a": X, "b": META}), ValueError, "cpu.*meta"),
-    "expanded": (lambda: zk.ParamTable({"a": X[0].expand(3, 8)}), ValueError, "expanded"),
-    "overlapping with itself": (
-        lambda: zk.ParamTable({"a": X.as_strided((4, 4), (2, 1))}),
-        ValueError,
-        "share one memory location",
+    "no tensor": ({"a": [1.0]}, {}, TypeError, "is a list"),
+    "float64": ({"a": X.double()}, {}, TypeError, "float64"),
+    "int8": ({"a": X.to(torch.int8)}, {}, TypeError, "int8"),
+    "sparse": ({"a": X.to_sparse()}, {}, TypeError, "layout"),
+    "mixed devices": ({"a": X, "b": META}, {}, ValueError, "cpu.*meta"),
+    "expanded": ({"a": X[0].expand(3, 8)}, {}, ValueError, "expanded"),
+    "overlaps itself": (
+        {"a": X.as_strided((4, 4), (2, 1))}, {}, ValueError, "share one memory location"
     ),
-    "overlap": (lambda: zk.ParamTable({"a": X[:3], "b": X[2:]}), ValueError, "overlap"),
-    "same start, other shape": (
-        lambda: zk.ParamTable({"a": X, "b": X.reshape(-1)}),
-        ValueError,
-        "overlap",
-    ),
+    "overlap": ({"a": X[:3], "b": X[2:]}, {}, ValueError, "overlap"),
+    "same start, other shape": ({"a": X, "b": X.reshape(-1)}, {}, ValueError, "overlap"),
     "same memory, other dtype": (
-        lambda: zk.ParamTable({"a": HALF, "b": HALF.view(torch.bfloat16)}),
-        ValueError,
-        "overlap",
+        {"a": HALF, "b": HALF.view(torch.bfloat16)}, {}, ValueError, "overlap"
     ),
-    "tied with other group": (
-        lambda: zk.ParamTable({"a": X, "b": X}, groups={"b": 1}),
-        ValueError,
-        "share their storage",
+    "tied, other group": (
+        {"a": X, "b": X}, {"groups": {"b": 1}}, ValueError, "share their storage"
     ),
-    "group of unknown": (lambda: zk.ParamTable({"a": X}, {"b": 0}), ValueError, "not in the table"),
-    "offset of unknown": (
-        lambda: zk.ParamTable({"a": X}, offsets={"b": 0}),
-        ValueError,
-        "not in the table",
-    ),
-    "negative group": (lambda: zk.ParamTable({"a": X}, {"a": -1}), ValueError, "group of 'a'"),
-    "boolean group": (lambda: zk.ParamTable({"a": X}, {"a": True}), ValueError, "group of 'a'"),
-    "negative offset": (
-        lambda: zk.ParamTable({"a": X}, offsets={"a": -1}),
-        ValueError,
-        "offset of 'a'",
-    ),
+    "group of unknown": ({"a": X}, {"groups": {"b": 0}}, ValueError, "not in the table"),
+    "offset of unknown": ({"a": X}, {"offsets": {"b": 0}}, ValueError, "not in the table"),
+    "negative group": ({"a": X}, {"groups": {"a": -1}}, ValueError, "group of 'a'"),
+    "boolean group": ({"a": X}, {"groups": {"a": True}}, ValueError, "group of 'a'"),
+    "negative offset": ({"a": X}, {"offsets": {"a": -1}}, ValueError, "offset of 'a'"),
     "beyond the contract": (
-        lambda: zk.ParamTable({"a": X}, offsets={"a": (1 << 35) - 63}),
-        ValueError,
-        "2\\*\\*35",
+        {"a": X}, {"offsets": {"a": (1 << 35) - 63}}, ValueError, "2\\*\\*35"
     ),
     "too few groups": (
-        lambda: zk.ParamTable({"a": X}, {"a": 2}, num_groups=2),
-        ValueError,
-        "group 2 is in use",
+        {"a": X}, {"groups": {"a": 2}, "num_groups": 2}, ValueError, "group 2 is in use"
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case):
-    make, error, message = REFUSED[case]
+    tensors, call, error, message = REFUSED[case]
     with pytest.raises(error, match=message):
-        make()
+        zk.ParamTable(tensors, **call)
 
 
 def test_disjoint_views_of_one_storage_are_fine(server, rng):
     base = rng.weights((8, 10), torch.float32)
-    expected = {"a": base[:3].clone(), "b": base[3:].clone()}
-    zk.add_noise_(zk.ParamTable(expected), 1, 0.1)
-    zk.add_noise_(zk.ParamTable({"a": base[:3], "b": base[3:]}), 1, 0.1)
+    views = {"a": base[:3], "b": base[3:]}
+    expected = changed(views, 1, 0.1)
+    zk.add_noise_(zk.ParamTable(views), 1, 0.1)
     assert_same_bits(base, torch.cat(list(expected.values())))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("change", ["resized", "moved", "dtype", "freed"])
-def test_a_table_that_is_out_of_date_is_refused(change):
-    parameter = torch.nn.Parameter(torch.zeros(100))
-    table = zk.ParamTable({"w": parameter})
+def test_a_table_that_is_out_of_date_is_refused(change, device):
+    parameter, zeros = torch.nn.Parameter(torch.zeros(100, device=device)), torch.zeros(100)
+    table, other = zk.ParamTable({"w": parameter}), zk.ParamTable({"w": zeros.to(device)})
+    zk.add_noise_(table, 1, 0.1)  # what is kept of it in device memory exists from here on
     if change == "resized":
         parameter.data.resize_(200)
         parameter.data = parameter.data[:50]
     elif change == "moved":
-        parameter.data = torch.ones(100)
+        parameter.data = torch.ones(100, device=device)
     elif change == "dtype":
         parameter.data = parameter.data.half()
     else:
         parameter.data.untyped_storage().resize_(0)
     before = parameter.detach().clone() if change != "freed" else None
-    calls = [
+    for call in (
         lambda: zk.add_noise_(table, 1, 0.1),
         lambda: zk.fingerprint(table),
-        lambda: zk.add_noise(table, zk.ParamTable({"w": torch.zeros(100)}), 1, 0.1),
-        lambda: zk.add_noise(zk.ParamTable({"w": torch.zeros(100)}), table, 1, 0.1),
-    ]
-    for call in calls:
+        lambda: zk.add_noise(table, other, 1, 0.1),
+        lambda: zk.add_noise(other, table, 1, 0.1),
+    ):
         with pytest.raises(RuntimeError, match="make a new table"):
             call()
     assert before is None or torch.equal(parameter, before)
 
 
+EIGHT = torch.zeros(8)
 OTHER = {
-    "name": lambda: zk.ParamTable({"v": torch.zeros(8)}),
-    "shape": lambda: zk.ParamTable({"w": torch.zeros(2, 4)}),
-    "dtype": lambda: zk.ParamTable({"w": torch.zeros(8).half()}),
-    "group": lambda: zk.ParamTable({"w": torch.zeros(8)}, groups={"w": 1}),
-    "offset": lambda: zk.ParamTable({"w": torch.zeros(8)}, offsets={"w": 1}),
-    "count": lambda: zk.ParamTable({"w": torch.zeros(8), "v": torch.zeros(8)}),
-    "device": lambda: zk.ParamTable({"w": META}),
+    "name": ({"v": EIGHT}, {}),
+    "shape": ({"w": torch.zeros(2, 4)}, {}),
+    "dtype": ({"w": HALF}, {}),
+    "group": ({"w": EIGHT}, {"groups": {"w": 1}}),
+    "offset": ({"w": EIGHT}, {"offsets": {"w": 1}}),
+    "count": ({"w": EIGHT, "v": torch.zeros(8)}, {}),
+    "device": ({"w": META}, {}),
 }
 
 
 @pytest.mark.parametrize("difference", OTHER)
 def test_out_tables_that_differ_are_refused(difference):
+    tensors, call = OTHER[difference]
     weights = torch.zeros(8)
-    out = OTHER[difference]()
     with pytest.raises(ValueError, match="the tables"):
-        zk.add_noise(zk.ParamTable({"w": weights}), out, 1, 0.1)
+        zk.add_noise(zk.ParamTable({"w": weights}), zk.ParamTable(tensors, **call), 1, 0.1)
     assert not weights.any()
 
 
 def test_out_that_overlaps_the_source_is_refused():
     base = torch.zeros(100)
-    with pytest.raises(ValueError, match="overlap"):
-        zk.add_noise(zk.ParamTable({"w": base[:50]}), zk.ParamTable({"w": base[25:75]}), 1, 0.1)
-    crossed = {"a": base[50:], "b": base[:50]}
-    straight = {"a": base[:50], "b": base[50:]}
-    with pytest.raises(ValueError, match="overlap"):
-        zk.add_noise(zk.ParamTable(straight), zk.ParamTable(crossed), 1, 0.1)
+    first, second = base[:50], base[50:]
+    for source, out in (
+        ({"w": first}, {"w": base[25:75]}),
+        ({"a": first, "b": second}, {"a": second, "b": first}),
+    ):
+        with pytest.raises(ValueError, match="overlap"):
+            zk.add_noise(zk.ParamTable(source), zk.ParamTable(out), 1, 0.1)
     assert not base.any()
 
 
 def test_out_may_be_the_source(server, rng):
-    weights = rng.weights(100, torch.bfloat16)
-    expected = weights.clone()
-    zk.add_noise_(zk.ParamTable({"w": expected}), 1, 0.1)
-    zk.add_noise(zk.ParamTable({"w": weights}), zk.ParamTable({"w": weights}), 1, 0.1)
+    weights = {"w": rng.weights(100, torch.bfloat16)}
+    expected = changed(weights, 1, 0.1)
+    zk.add_noise(zk.ParamTable(weights), zk.ParamTable(weights), 1, 0.1)
     assert_same_bits(weights, expected)

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import zorba_kernels as zk
-from tests.kernels.bits import assert_same_bits
+from tests.kernels.bits import assert_same_bits, changed
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 operators = torch.ops.zorba_kernels
@@ -32,8 +32,15 @@ def model_and_table(rng, device, dtype=torch.float32):
     return model, zk.ParamTable(model.named_parameters(), groups={"2.weight": 1, "2.bias": 1})
 
 
-def two_models(rng, device, dtype=torch.float32):
-    return model_and_table(rng, device, dtype), model_and_table(rng, device, dtype)
+class Twins:
+    """Two equal models with tables: one for a compiled function, one for the same run eagerly."""
+
+    def __init__(self, rng, device, dtype=torch.float32):
+        self.mine, self.table = model_and_table(rng, device, dtype)
+        self.theirs, self.their_table = model_and_table(rng, device, dtype)
+
+    def assert_equal(self):
+        assert_same_bits(dict(self.mine.named_parameters()), dict(self.theirs.named_parameters()))
 
 
 def difference(model, table, x, seed, eps):
@@ -48,38 +55,32 @@ def difference(model, table, x, seed, eps):
 
 @torch.no_grad()
 def test_one_graph_serves_every_seed(rng, device):
-    (mine, table), (theirs, their_table) = two_models(rng, device)
-    counter = CompileCounterWithBackend("aot_eager")
+    twins, counter = Twins(rng, device), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(difference, fullgraph=True, backend=counter)
     x = torch.randn(3, 24, device=device)
-    seeds = [1, *rng.integers(6, bits=62)]
-    for seed in seeds:
-        out = compiled(mine, table, x, seed, 1e-2)
-        assert_same_bits(out, difference(theirs, their_table, x, seed, 1e-2))
-        for name, weight in mine.named_parameters():
-            assert_same_bits(weight, theirs.get_parameter(name))
+    for seed in [1, *rng.integers(6, bits=62)]:
+        out = compiled(twins.mine, twins.table, x, seed, 1e-2)
+        assert_same_bits(out, difference(twins.theirs, twins.their_table, x, seed, 1e-2))
+        twins.assert_equal()
     assert counter.frame_count <= 2, "the first seed, and any seed: no graph a seed"
 
 
 @torch.no_grad()
 def test_seeds_and_coefficients_in_tensors(rng, device):
     """No new graph for seeds and coefficients that change from step to step, up to 2**64 - 1."""
-    (mine, table), (theirs, their_table) = two_models(rng, device, torch.bfloat16)
-    counter = CompileCounterWithBackend("aot_eager")
+    twins, counter = Twins(rng, device, torch.bfloat16), CompileCounterWithBackend("aot_eager")
+    how = ("rademacher", "stochastic")
 
     def step(seeds, coefs, decay):
-        zk.add_noise_(
-            table, seeds, coefs, "rademacher", "stochastic", rounding_seed=seeds[:1], decay=decay
-        )
+        zk.add_noise_(twins.table, seeds, coefs, *how, rounding_seed=seeds[:1], decay=decay)
 
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     for seeds in ([3, (1 << 64) - 1], [0, 1 << 63], rng.integers(2)):
-        coefs, decay = rng.coefs(2), torch.tensor(0.01)
+        coefs = rng.coefs(2)
         bits = torch.tensor([s - (1 << 64) if s >> 63 else s for s in seeds])
-        compiled(bits, coefs, decay)
-        zk.add_noise_(their_table, seeds, coefs, "rademacher", "stochastic", seeds[0], decay=0.01)
-        for name, weight in mine.named_parameters():
-            assert_same_bits(weight, theirs.get_parameter(name))
+        compiled(bits, coefs, torch.tensor(0.01))
+        zk.add_noise_(twins.their_table, seeds, coefs, *how, seeds[0], decay=0.01)
+        twins.assert_equal()
     assert counter.frame_count == 1
 
 
@@ -95,11 +96,10 @@ def test_out_of_place_and_samples(rng, device, dtype):
         return results["w"] * 2
 
     twice = torch.compile(make, fullgraph=True, backend="aot_eager")(5)
-    expected = zk.ParamTable({"w": before.clone()})
-    zk.add_noise_(expected, [5, 5], [1e-2, 1e-3], samples=[7, 8])
-    assert_same_bits(results["w"], expected.entries[0].tensor)
-    assert_same_bits(twice, expected.entries[0].tensor * 2)
     assert_same_bits(source["w"], before)
+    expected = changed(source, [5, 5], [1e-2, 1e-3], samples=[7, 8])["w"]
+    assert_same_bits(results["w"], expected)
+    assert_same_bits(twice, expected * 2)
 
 
 def test_noise_and_fingerprint(rng, device):
@@ -119,14 +119,12 @@ def test_noise_and_fingerprint(rng, device):
 @torch.no_grad()
 def test_default_compiler(rng, device):
     """Inductor: its functionalisation must bring the change back to the weights themselves."""
-    (mine, table), (theirs, their_table) = two_models(rng, device)
-    x = torch.randn(3, 24, device=device)
-    addresses = [p.data_ptr() for p in mine.parameters()]
-    torch.compile(difference)(mine, table, x, 11, 1e-2)
-    difference(theirs, their_table, x, 11, 1e-2)
-    for name, weight in mine.named_parameters():
-        assert_same_bits(weight, theirs.get_parameter(name))
-    assert [p.data_ptr() for p in mine.parameters()] == addresses
+    twins, x = Twins(rng, device), torch.randn(3, 24, device=device)
+    addresses = [p.data_ptr() for p in twins.mine.parameters()]
+    torch.compile(difference)(twins.mine, twins.table, x, 11, 1e-2)
+    difference(twins.theirs, twins.their_table, x, 11, 1e-2)
+    twins.assert_equal()
+    assert [p.data_ptr() for p in twins.mine.parameters()] == addresses
 
 
 def test_a_bad_argument_is_refused_when_the_graph_runs(rng):
@@ -178,19 +176,17 @@ def test_operators_find_the_table_of_their_tensors(rng):
     tensors, layout, program = arguments(rng, "cpu", torch.float32)
     from zorba_kernels.table import _alive, find_table
 
-    table = zk.ParamTable({"a": tensors[0], "b": tensors[1]}, {"a": 0, "b": 1}, {"b": 8})
+    named, places = dict(zip("ab", tensors, strict=True)), ({"a": 0, "b": 1}, {"b": 8})
+    table = zk.ParamTable(named, *places)
     assert find_table(tensors, *layout) is table
     other = (layout[0], [0, 0], *layout[2:])
     assert find_table(tensors, *other) is not table
-    copies = {"a": tensors[0].clone(), "b": tensors[1].clone()}
-    expected = zk.ParamTable(copies, {"a": 0, "b": 1}, {"b": 8})
-    operators.add_noise_(tensors, *layout, **program)
-    zk.add_noise_(
-        expected, [1, (1 << 64) - 1], [[0.5, 0.25], [0.0, 1.0]], "gaussian", "stochastic", 4,
-        samples=[0, 3], rounds=[2], decay=0.1,
+    expected = changed(
+        named, [1, (1 << 64) - 1], [[0.5, 0.25], [0.0, 1.0]], "gaussian", "stochastic", 4,
+        samples=[0, 3], rounds=[2], decay=0.1, groups=places[0], offsets=places[1],
     )  # fmt: skip
-    assert_same_bits(tensors[0], copies["a"])
-    assert_same_bits(tensors[1], copies["b"])
+    operators.add_noise_(tensors, *layout, **program)
+    assert_same_bits(named, expected)
     known = len(_alive)
-    del table, expected
-    assert len(_alive) == known - 2
+    del table
+    assert len(_alive) == known - 1

@@ -8,14 +8,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
 import zorba_kernels as zk
 from tests.conftest import INTERPRETED
-from tests.kernels import exact
-from tests.kernels.bits import assert_same_bits
+from tests.kernels.bits import DTYPES, assert_same_bits, changed, written
 from zorba_kernels import dispatch
 from zorba_kernels.backends import reference, triton
 from zorba_kernels.backends.triton_tuning import Config
@@ -40,17 +38,10 @@ def normals(words, first, second, COUNT: tl.constexpr):  # noqa: N803
     tl.store(second + at, b)
 
 
-def changed(tensors, *args, groups=None, offsets=None, **kwargs):
-    copies = {name: tensor.clone() for name, tensor in tensors.items()}
-    zk.add_noise_(zk.ParamTable(copies, groups=groups, offsets=offsets), *args, **kwargs)
-    return copies
-
-
 def assert_like_the_oracle(tensors, *args, **kwargs):
-    mine = changed(tensors, *args, **kwargs, backend="triton")
     expected = changed(tensors, *args, **kwargs, backend="reference")
-    for name in tensors:
-        assert_same_bits(mine[name], expected[name])
+    for make in (changed, written):
+        assert_same_bits(make(tensors, *args, **kwargs, backend="triton"), expected)
 
 
 def test_it_serves_cpu_tensors_only_when_it_is_named(monkeypatch):
@@ -71,12 +62,10 @@ def test_it_serves_cpu_tensors_only_when_it_is_named(monkeypatch):
 
 
 def test_an_interpreter_that_rounds_otherwise_is_refused(monkeypatch):
-    builder = interpreter.InterpreterBuilder
-    monkeypatch.setattr(
-        builder,
-        "create_fma",
-        lambda self, x, y, z: interpreter.TensorHandle(x.data * y.data + z.data, z.dtype.scalar),
-    )
+    def rounds_twice(self, x, y, z):
+        return interpreter.TensorHandle(x.data * y.data + z.data, z.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", rounds_twice)
     triton._interpreter_fault.cache_clear()
     try:
         assert "does not round" in triton.unavailable(CPU)
@@ -84,31 +73,9 @@ def test_an_interpreter_that_rounds_otherwise_is_refused(monkeypatch):
         triton._interpreter_fault.cache_clear()
 
 
-def test_the_interpreter_rounds_a_fused_multiply_add_once(rng):
-    # Exponents from -40 to 40: no product leaves float32, whose rest could then not be exact.
-    a, b, c = (
-        rng.weights(3000, torch.float32)
-        * 2.0 ** (40 * (2 * torch.rand(3000, generator=rng.generator) - 1))
-        for _ in range(3)
-    )
-    c[:1000] = -a[:1000] * b[:1000]  # the rest of the product is left
-    mine = interpreter.fma(a.numpy(), b.numpy(), c.numpy())
-    for x, y, z, result in zip(a.tolist(), b.tolist(), c.tolist(), mine.tolist(), strict=True):
-        assert result == exact.fma(x, y, z)
-
-
-def test_the_interpreter_makes_bfloat16_as_torch_does(rng):
-    values = torch.cat(
-        [rng.weights(3000, torch.float32), torch.tensor([math.inf, -math.inf, 3e38])]
-    )
-    mine = torch.from_numpy(interpreter.to_bfloat16(values.numpy()).view(np.int16))
-    assert torch.equal(mine, values.bfloat16().view(torch.int16))
-
-
 def test_every_radius_and_angle():
-    radii = torch.arange(1 << 16) | 0x12340000
-    angles = torch.arange(1 << 16) << 16 | 0x5678
-    words = torch.cat([radii, angles])
+    every = torch.arange(1 << 16)
+    words = torch.cat([every | 0x12340000, every << 16 | 0x5678])
     first, second = torch.empty(1 << 17), torch.empty(1 << 17)
     normals[(1,)](reference._to_int32(words), first, second, COUNT=1 << 17)
     expected = reference._box_muller(words)
@@ -121,51 +88,38 @@ def test_bits_do_not_depend_on_the_pieces(
     monkeypatch, rng, dtype, rounding, distribution, terms, strip
 ):
     """Whole strips, ragged ones on either side, addresses without alignment, several tiles."""
-    base = rng.weights(6007, dtype)
-    shift = rng.integer(4)
-    tensors = {"a": base[shift : shift + 5000], "b": rng.weights(700, dtype)}
+    base, shift = rng.weights(6007, dtype), rng.integer(4)
+    inside = slice(shift, shift + 5000)
+    views = {"a": base[inside], "b": rng.weights(700, dtype)}
     args = (rng.integers(terms), rng.coefs(terms), distribution, rounding)
-    call = {"offsets": {"a": rng.integer(13), "b": rng.integer(34)}, "backend": "triton"}
-    expected = changed(tensors, *args, **call | {"backend": "reference"})
+    offsets = {"a": rng.integer(13), "b": rng.integer(34)}
+    expected = changed(views, *args, offsets=offsets, backend="reference")
+    whole = base.clone()
+    whole[inside] = expected["a"]
     monkeypatch.setattr(triton, "_config", lambda *_: Config(strip, 1))
     monkeypatch.setattr(triton, "TILE", 2048)
-    views = {"a": base[shift : shift + 5000], "b": tensors["b"]}
-    outside = base[:shift].clone(), base[shift + 5000 :].clone()
-    zk.add_noise_(zk.ParamTable(views, offsets=call["offsets"]), *args, backend="triton")
-    for name in tensors:
-        assert_same_bits(views[name], expected[name])
-    assert_same_bits(base[:shift], outside[0])
-    assert_same_bits(base[shift + 5000 :], outside[1])
+    zk.add_noise_(zk.ParamTable(views, offsets=offsets), *args, backend="triton")
+    assert_same_bits(views, expected)
+    assert_same_bits(base, whole)
 
 
 @pytest.mark.covering(decays=[False, True], zero=[False, True])
 def test_one_term_of_many_groups(rng, rounding, decays, zero):
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    weights = {f"{i}": rng.weights(700 * i, dtypes[i % 3]) for i in range(8)}
+    weights = {f"{i}": rng.weights(700 * i, DTYPES[i % 3]) for i in range(8)}
     groups = {name: int(name) % 4 for name in weights}
     decay = [0.0, 0.01, 0.0, 0.5] if decays else None
     coefs = rng.coefs(4, 1)
     if zero:
         coefs[1:3] = 0.0
-    assert_like_the_oracle(
-        weights, rng.integer(64), coefs, rounding=rounding, decay=decay, groups=groups
-    )
-    out = {name: torch.full_like(tensor, torch.nan) for name, tensor in weights.items()}
-    tables = zk.ParamTable(weights, groups=groups), zk.ParamTable(out, groups=groups)
-    zk.add_noise(*tables, 5, coefs, rounding=rounding, decay=decay, backend="triton")
-    expected = changed(
-        weights, 5, coefs, rounding=rounding, decay=decay, groups=groups, backend="reference"
-    )
-    for name in weights:
-        assert_same_bits(out[name], expected[name])
+    seed, call = rng.integer(64), {"rounding": rounding, "decay": decay, "groups": groups}
+    assert_like_the_oracle(weights, seed, coefs, **call)
 
 
 def test_decay_of_infinite_weights(rng, rounding, distribution):
     weights = {"w": torch.tensor([math.inf, -math.inf, math.nan, 1.0] * 16).bfloat16()}
     for seeds in ([1], [1, 2]):
-        assert_like_the_oracle(
-            weights, seeds, [0.1] * len(seeds), distribution, rounding, decay=0.1
-        )
+        coefs = [0.1] * len(seeds)
+        assert_like_the_oracle(weights, seeds, coefs, distribution, rounding, decay=0.1)
 
 
 def test_fingerprint_of_several_tiles_and_of_views(monkeypatch, rng, dtype):

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from zorba import ZerothOrderSGD
 from zorba.offload import Offload
+from zorba.offload import offload as module
 from zorba.tables import DeviceTables, fingerprint
 
-from tests.hf.steps import bits_of, state_of
+import zorba_kernels as zk
+from tests.hf.steps import changed, state_of
 from tests.hf.tiny import build, case_of, loss_of
 
 CASE = case_of("llama")
@@ -42,8 +44,8 @@ def test_idle_weights_are_in_files_and_active_ones_in_memory(tmp_path: Path) -> 
                 assert torch.equal(loss_of(model, CASE), expected)
         assert offload.buffer_bytes >= 2 * sum(p.nbytes for p in model.model.layers[0].parameters())
         assert sorted(path.name for path in tmp_path.iterdir()) == [
-            "model.layers.0.safetensors",
-            "model.layers.1.safetensors",
+            "model.layers.0.bin",
+            "model.layers.1.bin",
         ]
     assert not list(tmp_path.iterdir())
     assert not any(is_mapped(p, tmp_path) for p in model.parameters())
@@ -59,8 +61,6 @@ def test_updates_reach_the_file_and_the_next_forward(tmp_path: Path) -> None:
             DeviceTables({n: p for n, p in m.named_parameters() if n in groups}, groups)
             for m in (resident, offloaded)
         ]
-        import zorba_kernels as zk
-
         for active in (["model.layers.1"], ["model.layers.0", "model.layers.2"], CASE.names, []):
             offload.set_active(active)
             for tables_of in tables:
@@ -69,8 +69,7 @@ def test_updates_reach_the_file_and_the_next_forward(tmp_path: Path) -> None:
             assert fingerprint(tables[0]) == fingerprint(tables[1])
             with torch.no_grad():
                 assert torch.equal(loss_of(resident, CASE), loss_of(offloaded, CASE))
-    mine, theirs = state_of(resident), state_of(offloaded)
-    assert all(torch.equal(bits_of(mine[n]), bits_of(theirs[n])) for n in mine)
+    assert changed(offloaded, state_of(resident)) == []
 
 
 def test_a_weight_written_between_forwards_is_seen(tmp_path: Path) -> None:
@@ -111,8 +110,6 @@ def test_what_cannot_be_offloaded_is_refused(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_a_model_that_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from zorba.offload import offload as module
-
     model = build(CASE)
     with torch.no_grad():
         expected = loss_of(model, CASE)

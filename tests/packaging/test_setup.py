@@ -1,4 +1,4 @@
-"""setup.py with and without ninja and pybind11: one list of commands, run either way."""
+"""setup.py with and without ninja, pybind11 and CUDA: one list of commands, run either way."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="no source tree")
 
 
-def load(monkeypatch) -> ModuleType:
+@pytest.fixture
+def setup(monkeypatch) -> ModuleType:
     """setup.py as a module that builds nothing."""
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
     spec = importlib.util.spec_from_file_location("setup_of_zorba", ROOT / "setup.py")
@@ -31,28 +32,30 @@ def hide(monkeypatch, *hidden: str) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n in hidden else find(n))
 
 
-def fake_compiler(folder: Path) -> Path:
-    """Writes down how it was called, makes the file that it was asked for, and fails on demand."""
-    path = folder / "fake compiler"  # a space: quoting is part of what is tested
-    path.write_text(
-        f"#!{sys.executable}\nimport sys, pathlib\n"
-        f"log = pathlib.Path({str(folder)!r}) / 'log'\n"
-        "with log.open('a') as f: f.write(repr(sys.argv[1:]) + '\\n')\n"
-        "pathlib.Path(sys.argv[sys.argv.index('-o') + 1]).touch()\n"
-        f"sys.exit(pathlib.Path({str(folder)!r}, 'fail').exists())\n"
-    )
+def program(path: Path, text: str) -> Path:
+    path.write_text(text)
     path.chmod(0o755)
     return path
 
 
+FAKE_COMPILER = f"""#!{sys.executable}
+import sys, pathlib
+folder = pathlib.Path(__file__).parent
+with (folder / 'log').open('a') as f: f.write(repr(sys.argv[1:]) + '\\n')
+pathlib.Path(sys.argv[sys.argv.index('-o') + 1]).touch()
+sys.exit((folder / 'fail').exists())
+"""
+"""Writes down how it was called, makes the file that it was asked for, and fails on demand."""
+
+
 @pytest.fixture
-def plan(tmp_path, monkeypatch):
-    """setup.py and its commands for a fake compiler, with CUDA."""
-    compiler = fake_compiler(tmp_path)
+def plan(tmp_path, monkeypatch, setup):
+    """The commands for a fake compiler, with CUDA."""
+    # A space: quoting is part of what is tested.
+    compiler = program(tmp_path / "fake compiler", FAKE_COMPILER)
     monkeypatch.setenv("CXX", shlex.quote(str(compiler)))
-    setup = load(monkeypatch)
     cuda = setup.Cuda(str(compiler), ["/opt/$cuda/lib"], ["-gencode=arch=compute_90,code=sm_90"])
-    return setup, *setup.commands(tmp_path / "out $1" / "_C.so", cuda)
+    return setup.commands(tmp_path / "out $1" / "_C.so", cuda)
 
 
 def logged(tmp_path) -> list[str]:
@@ -61,11 +64,10 @@ def logged(tmp_path) -> list[str]:
     return lines
 
 
-def test_ninja_and_direct_run_the_same_commands(plan, tmp_path):
+def test_ninja_and_direct_run_the_same_commands(setup, plan, tmp_path):
     pytest.importorskip("ninja")
-    setup, compiles, link = plan
-    (tmp_path / "out $1").mkdir()
-    for name in ("ninja", "direct"):
+    compiles, link = plan
+    for name in ("out $1", "ninja", "direct"):
         (tmp_path / name).mkdir()
     (tmp_path / "ninja/build.ninja").write_text(setup.ninja_rules(compiles, link))
     command = [*setup.ninja_command(), "-C", str(tmp_path / "ninja")]
@@ -79,12 +81,9 @@ def test_ninja_and_direct_run_the_same_commands(plan, tmp_path):
 
 
 def test_everything_is_compiled_and_linked(plan):
-    _, compiles, link = plan
-    sources = {Path(command.inputs[0]).relative_to(ROOT / "csrc") for command in compiles}
-    found = {
-        p.relative_to(ROOT / "csrc") for s in ("cpp", "cu") for p in ROOT.glob(f"csrc/**/*.{s}")
-    }
-    assert sources == found
+    compiles, link = plan
+    sources = {Path(command.inputs[0]) for command in compiles}
+    assert sources == {p for s in ("cpp", "cu") for p in ROOT.glob(f"csrc/**/*.{s}")}
     assert link.inputs == [command.output for command in compiles]
     assert set(link.inputs) <= set(link.words)
     # What objects share must come from baseline code: it is linked before the others.
@@ -92,16 +91,15 @@ def test_everything_is_compiled_and_linked(plan):
     assert isas[0] == "cpu_baseline.o"
 
 
-def test_a_failing_command_fails_the_build(plan, tmp_path):
-    setup, compiles, link = plan
+def test_a_failing_command_fails_the_build(setup, plan, tmp_path):
+    compiles, link = plan
     (tmp_path / "fail").touch()
     with pytest.raises(subprocess.CalledProcessError):
         setup.run_directly(compiles, link, tmp_path)
     assert repr(link.words[1:]) not in logged(tmp_path)
 
 
-def test_headers_of_torch_serve_without_pybind11(monkeypatch, tmp_path):
-    setup = load(monkeypatch)
+def test_headers_of_torch_serve_without_pybind11(setup, monkeypatch):
     hide(monkeypatch, "pybind11")
     folder = setup.pybind11_headers()
     assert folder.parent.name == "torch"
@@ -111,15 +109,13 @@ def test_headers_of_torch_serve_without_pybind11(monkeypatch, tmp_path):
     subprocess.run([*compiler, f"-I{folder}", python, source], check=True)
 
 
-def test_no_headers_anywhere_says_so(monkeypatch):
-    setup = load(monkeypatch)
+def test_no_headers_anywhere_says_so(setup, monkeypatch):
     hide(monkeypatch, "pybind11", "torch")
     with pytest.raises(SystemExit, match="install pybind11"):
         setup.pybind11_headers()
 
 
-def test_no_ninja_means_none(monkeypatch, tmp_path):
-    setup = load(monkeypatch)
+def test_no_ninja_means_none(setup, monkeypatch, tmp_path):
     hide(monkeypatch, "ninja")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert setup.ninja_command() is None
@@ -127,9 +123,47 @@ def test_no_ninja_means_none(monkeypatch, tmp_path):
 
 def test_no_setuptools_says_so():
     code = "import sys, runpy; sys.modules['setuptools'] = None; runpy.run_path('setup.py')"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "setup.py needs setuptools" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+BROKEN_NVCC = {
+    "fails": ("exit 1", "does not work"),
+    "no libraries": ("echo '#$ LIBRARIES= \"-L/nowhere\"' >&2", "libcudart_static.a is missing"),
+    "compiles nothing": (
+        """case "$*" in
+          *--dryrun*) echo "#$ LIBRARIES= \\"-L$(dirname "$0")\\"" >&2 ;;
+          *--list-gpu-arch*) echo compute_90 ;;
+          *) exit 1 ;;
+        esac""",
+        "does not compile",
+    ),
+    "missing": (None, "not on the PATH"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_NVCC)
+def test_a_broken_nvcc(setup, monkeypatch, tmp_path, capsys, case):
+    """It must not fail an ordinary installation, and must fail one that asks for CUDA."""
+    script, said = BROKEN_NVCC[case]
+    (tmp_path / "libcudart_static.a").touch()
+    if script is not None:
+        program(tmp_path / "nvcc", f"#!/bin/sh\n{script}\n")
+    monkeypatch.setenv("NVCC", str(tmp_path / "nvcc"))
+    monkeypatch.setenv("ZORBA_CUDA", "auto")
+    assert setup.cuda_toolchain() is None
+    printed = capsys.readouterr().out
+    assert "building without CUDA" in printed
+    assert said in printed
+    monkeypatch.setenv("ZORBA_CUDA", "1")
+    with pytest.raises(SystemExit, match=f"ZORBA_CUDA=1, but .*{said}"):
+        setup.cuda_toolchain()
+
+
+def test_an_unknown_wish_for_cuda(setup, monkeypatch):
+    monkeypatch.setenv("ZORBA_CUDA", "yes")
+    with pytest.raises(SystemExit, match="expected auto, 0 or 1"):
+        setup.cuda_toolchain()

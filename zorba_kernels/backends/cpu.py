@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from zorba_kernels.build import extension
-from zorba_kernels.dispatch import Backend
-from zorba_kernels.noise import DISTRIBUTION_CODES, Distribution
+from zorba_kernels.dispatch import Backend, NoiseKey
+from zorba_kernels.noise import DISTRIBUTION_CODES
 from zorba_kernels.program import Program
 from zorba_kernels.table import ParamTable
 
@@ -38,50 +38,27 @@ def isa() -> str:
 def run(table: ParamTable, out: ParamTable, program: Program) -> None:
     """See ``dispatch.Backend``."""
     # The instruction set is kept with the program: no look at the environment in each run.
-    segments = table.packed(out)
-    extension()[0].cpu_add_noise(
-        program.once("isa", isa),
-        torch.get_num_threads(),
-        segments.data_ptr(),
-        segments.shape[0],
-        program.packed(table.num_groups).address,
-    )
+    forced = program.once("isa", isa)
+    rows, packed = table.packed(out), program.packed(table.num_groups)
+    given = (rows.data_ptr(), len(rows), packed.address)
+    extension()[0].cpu_add_noise(forced, torch.get_num_threads(), *given)
 
 
-def noise(
-    numel: int,
-    offset: int,
-    seed: int,
-    stream: int,
-    sample: int,
-    distribution: Distribution,
-    device: torch.device,
-) -> Tensor:
-    """See ``dispatch.NoiseFunction``."""
+def noise(numel: int, offset: int, key: NoiseKey, device: torch.device) -> Tensor:
+    """See ``dispatch.Backend``."""
     # Written whole by the kernel: no need to clear it.
     z = torch.empty(numel, dtype=torch.float32, device=device)
-    extension()[0].cpu_noise(
-        isa(),
-        torch.get_num_threads(),
-        z.data_ptr(),
-        numel,
-        offset,
-        seed,
-        stream,
-        sample,
-        DISTRIBUTION_CODES[distribution],
-    )
+    *words, distribution = key
+    given = (z.data_ptr(), numel, offset, *words, DISTRIBUTION_CODES[distribution])
+    extension()[0].cpu_noise(isa(), torch.get_num_threads(), *given)
     return z
 
 
 def fingerprint(table: ParamTable) -> int:
     """See ``dispatch.Backend``."""
-    segments = table.packed(table)
-    return int(
-        extension()[0].cpu_fingerprint(
-            isa(), torch.get_num_threads(), segments.data_ptr(), len(segments)
-        )
-    )
+    rows = table.packed(table)
+    given = (isa(), torch.get_num_threads(), rows.data_ptr(), len(rows))
+    return int(extension()[0].cpu_fingerprint(*given))
 
 
 BACKEND = Backend("cpu", ("cpu",), unavailable, run, noise, fingerprint)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from zorba_kernels.backends.device_table import DeviceTable, OncePerPair
 from zorba_kernels.build import extension
-from zorba_kernels.dispatch import Backend
-from zorba_kernels.noise import DISTRIBUTION_CODES, Distribution
+from zorba_kernels.dispatch import Backend, NoiseKey
+from zorba_kernels.noise import DISTRIBUTION_CODES
 from zorba_kernels.program import PackedProgram, Program
 from zorba_kernels.table import ParamTable
 
@@ -56,28 +56,12 @@ def run(table: ParamTable, out: ParamTable, program: Program) -> None:
     program.once(key, lambda: DeviceProgram(program, table)).run(table, out)
 
 
-def noise(
-    numel: int,
-    offset: int,
-    seed: int,
-    stream: int,
-    sample: int,
-    distribution: Distribution,
-    device: torch.device,
-) -> Tensor:
-    """See ``dispatch.NoiseFunction``."""
+def noise(numel: int, offset: int, key: NoiseKey, device: torch.device) -> Tensor:
+    """See ``dispatch.Backend``."""
     z = torch.empty(numel, dtype=torch.float32, device=device)
-    extension()[0].cuda_noise(
-        _index(device),
-        _stream(device),
-        z.data_ptr(),
-        numel,
-        offset,
-        seed,
-        stream,
-        sample,
-        DISTRIBUTION_CODES[distribution],
-    )
+    *words, distribution = key
+    given = (z.data_ptr(), numel, offset, *words, DISTRIBUTION_CODES[distribution])
+    extension()[0].cuda_noise(_index(device), _stream(device), *given)
     return z
 
 
@@ -106,9 +90,8 @@ class DeviceProgram(PackedProgram):
 
     def run(self, table: ParamTable, out: ParamTable) -> None:
         """``out <- round(table + sum of noises)``, on the current stream of the table's device."""
-        extension()[0].cuda_add_noise_program(
-            *_target(table, out), self.address, self._workspace.data_ptr()
-        )
+        place = (*_target(table, out), self.address, self._workspace.data_ptr())
+        extension()[0].cuda_add_noise_program(*place)
 
 
 _tables: OncePerPair[DeviceTable] = OncePerPair()
@@ -117,11 +100,9 @@ _tables: OncePerPair[DeviceTable] = OncePerPair()
 def _target(table: ParamTable, out: ParamTable) -> tuple[int, ...]:
     """The leading arguments of the functions of ``_C``: where to run, and the table."""
     # A host address in a launch would be a fault of the device, which ends its context.
-    for each in (table, out):
-        if each.device.type != "cuda":
-            raise ValueError(
-                f"the cuda backend serves CUDA tensors; this table is on {each.device}"
-            )
+    for device in (table.device, out.device):
+        if device.type != "cuda":
+            raise ValueError(f"the cuda backend serves CUDA tensors; this table is on {device}")
 
     def make() -> DeviceTable:
         packed = table.packed(out)
@@ -133,14 +114,8 @@ def _target(table: ParamTable, out: ParamTable) -> tuple[int, ...]:
     held = _tables.get(table, out, make)
     current = torch.cuda.current_stream(table.device)
     held.for_stream(current)
-    return (
-        _index(table.device),
-        current.cuda_stream,
-        held.segments.data_ptr(),
-        held.ends.data_ptr(),
-        len(held.segments),
-        held.tiles,
-    )
+    arrays = (held.segments.data_ptr(), held.ends.data_ptr(), len(held.segments))
+    return (_index(table.device), current.cuda_stream, *arrays, held.tiles)
 
 
 def _index(device: torch.device) -> int:

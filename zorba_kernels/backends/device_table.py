@@ -44,9 +44,8 @@ class OncePerPair(Generic[T]):
 
     def __init__(self) -> None:
         # Weak on both sides: the entry goes with whichever table goes first.
-        self._made: WeakKeyDictionary[ParamTable, WeakKeyDictionary[ParamTable, T]] = (
-            WeakKeyDictionary()
-        )
+        self._made: WeakKeyDictionary[ParamTable, WeakKeyDictionary[ParamTable, T]]
+        self._made = WeakKeyDictionary()
 
     def get(self, table: ParamTable, out: ParamTable, make: Callable[[], T]) -> T:
         """Returns what ``make`` made, at the first call with this pair."""

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from zorba_kernels.dispatch import Backend
-from zorba_kernels.noise import BLOCK_ELEMENTS, ROUNDING_DOMAIN, Distribution, as_int64
+from zorba_kernels.dispatch import Backend, NoiseKey
+from zorba_kernels.noise import BLOCK_ELEMENTS, ROUNDING_DOMAIN, as_int64
 from zorba_kernels.program import Program
 from zorba_kernels.table import DTYPE_CODES, Entry, ParamTable
 
@@ -36,30 +36,21 @@ def run(table: ParamTable, out: ParamTable, program: Program) -> None:
         result = torch.empty_like(flat)
         for start in range(0, flat.numel(), CHUNK):
             piece = flat[start : start + CHUNK]
+            rows = coefs[source.group], decays[source.group]
             with _gradual_underflow():
-                changed = _add_chunk(
-                    source, piece, start, program, coefs[source.group], decays[source.group]
-                )
+                changed = _add_chunk(source, piece, start, program, *rows)
             result[start : start + CHUNK] = changed
         target.tensor.copy_(result.reshape(source.tensor.shape))
 
 
-def noise(
-    numel: int,
-    offset: int,
-    seed: int,
-    stream: int,
-    sample: int,
-    distribution: Distribution,
-    device: torch.device,
-) -> Tensor:
-    """See ``dispatch.NoiseFunction``."""
+def noise(numel: int, offset: int, key: NoiseKey, device: torch.device) -> Tensor:
+    """See ``dispatch.Backend``."""
     z = torch.empty(numel, dtype=torch.float32, device=device)
     # In pieces: the int64 intermediates take many times the memory of the values.
     for start in range(0, numel, CHUNK):
         count = min(CHUNK, numel - start)
         index = torch.arange(offset + start, offset + start + count, device=device)
-        z[start : start + count] = _noise_at(index, seed, stream, sample, distribution)
+        z[start : start + count] = _noise_at(index, key)
     return z
 
 
@@ -74,15 +65,11 @@ def fingerprint(table: ParamTable) -> int:
         per_lane = 8 // flat.element_size()
         for start in range(0, flat.numel(), CHUNK):
             piece = flat[start : start + CHUNK]
-            padded = torch.zeros(
-                -(-piece.numel() // per_lane) * per_lane, dtype=piece.dtype, device=piece.device
-            )
+            padded = piece.new_zeros(-(-piece.numel() // per_lane) * per_lane)
             padded[: piece.numel()] = piece
             # Little-endian bytes: the hash is of memory, not of values.
             lanes = padded.view(torch.int64)
-            lane = torch.arange(
-                start // per_lane, start // per_lane + lanes.numel(), device=piece.device
-            )
+            lane = start // per_lane + torch.arange(lanes.numel(), device=piece.device)
             key = as_int64(entry.stream) + as_int64(0x9E3779B97F4A7C15) * (lane + 1)
             total += int(_mix64(lanes ^ key).sum())
     return total % (1 << 64)
@@ -102,12 +89,8 @@ def _philox(block: Tensor, stream: int, sample: int, seed: int) -> list[Tensor]:
     k0, k1 = seed & _MASK32, seed >> 32
     for _ in range(10):
         p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # the wrap to int64 keeps all 64 bits
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK32) ^ c1 ^ k0,
-            p1 & _MASK32,
-            ((p0 >> 32) & _MASK32) ^ c3 ^ k1,
-            p0 & _MASK32,
-        )
+        c0, c1 = ((p1 >> 32) & _MASK32) ^ c1 ^ k0, p1 & _MASK32
+        c2, c3 = ((p0 >> 32) & _MASK32) ^ c3 ^ k1, p0 & _MASK32
         k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
     return [c0, c1, c2, c3]
 
@@ -118,20 +101,17 @@ def _words_at(
     """Words of all the blocks that a range of indices touches: int64 [blocks, 4], first block."""
     if index.numel() == 0:
         return index.new_empty(0, 4), 0
-    first = int(index[0]) // elements
-    last = int(index[-1]) // elements
+    first, last = (int(index[at]) // elements for at in (0, -1))
     block = torch.arange(first, last + 1, device=index.device)
     return torch.stack(_philox(block, stream, sample, seed), dim=1), first
 
 
-def _noise_at(
-    index: Tensor, seed: int, stream: int, sample: int, distribution: Distribution
-) -> Tensor:
+def _noise_at(index: Tensor, key: NoiseKey) -> Tensor:
     # Whole blocks are made, and the range cut out: it may begin and end inside of one.
-    elements = BLOCK_ELEMENTS[distribution]
-    words, first = _words_at(index, elements, stream, sample, seed)
+    elements = BLOCK_ELEMENTS[key.distribution]
+    words, first = _words_at(index, elements, key.stream, key.sample, key.seed)
     local = index - first * elements
-    if distribution == "gaussian":
+    if key.distribution == "gaussian":
         return torch.stack(_box_muller(words), dim=2).reshape(-1)[local]
     # A bit an element, from the least significant on.
     bits = (words.reshape(-1)[local // 32] >> (local % 32)) & 1
@@ -200,9 +180,8 @@ def _add_chunk(
         if float(decay) != 0.0:
             total = _fma(weights, -decay, total)
         for k in terms:
-            z = _noise_at(
-                index, program.seeds[k], entry.stream, program.samples[k], program.distribution
-            )
+            which = (program.seeds[k], entry.stream, program.samples[k], program.distribution)
+            z = _noise_at(index, NoiseKey(*which))
             total = _fma(coefs[k].to(z.device), z, total)
         # One addition after the sum: small terms add up before they meet a large weight.
         value = weights + total
@@ -250,15 +229,12 @@ def _stochastic(value: Tensor, random16: Tensor, dtype: torch.dtype) -> Tensor:
 def _gradual_underflow() -> Iterator[None]:
     """Gradual underflow is part of the contract; the caller may have switched it off."""
     # Asked of Python's own floats: torch cannot say which mode it is in.
-    smallest = sys.float_info.min
-    flushed = smallest * 0.5 == 0.0
-    if flushed:
-        torch.set_flush_denormal(False)
+    flushed = sys.float_info.min * 0.5 == 0.0
+    torch.set_flush_denormal(False)
     try:
         yield
     finally:
-        if flushed:
-            torch.set_flush_denormal(True)
+        torch.set_flush_denormal(flushed)
 
 
 # --- Bits ----------------------------------------------------------------------------------------

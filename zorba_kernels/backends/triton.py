@@ -22,8 +22,8 @@ from torch import Tensor
 from zorba_kernels.backends import reference, triton_tuning
 from zorba_kernels.backends.device_table import DeviceTable, OncePerPair
 from zorba_kernels.backends.triton_tuning import TILE, Config
-from zorba_kernels.dispatch import Backend
-from zorba_kernels.noise import DISTRIBUTION_CODES, Distribution
+from zorba_kernels.dispatch import Backend, NoiseKey
+from zorba_kernels.noise import DISTRIBUTION_CODES
 from zorba_kernels.program import PackedProgram, Program
 from zorba_kernels.table import DTYPE_CODES, ParamTable
 
@@ -45,9 +45,7 @@ def unavailable(device: torch.device) -> str | None:
     if device.type not in ("cuda", "cpu"):
         return f"it serves GPU tensors, not {device.type}"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "0":
-        return (
-            "it serves GPU tensors, not cpu (the interpreter of Triton, TRITON_INTERPRET=1, does)"
-        )
+        return "it serves GPU tensors, not cpu (Triton's interpreter does: TRITON_INTERPRET=1)"
     try:
         interpreted = _interpreted()
     except ImportError as error:
@@ -69,33 +67,17 @@ def run(table: ParamTable, out: ParamTable, program: Program) -> None:
     program.once(key, lambda: _launch_of(program, table, out is table)).run(table, out)
 
 
-def noise(
-    numel: int,
-    offset: int,
-    seed: int,
-    stream: int,
-    sample: int,
-    distribution: Distribution,
-    device: torch.device,
-) -> Tensor:
-    """See ``dispatch.NoiseFunction``."""
+def noise(numel: int, offset: int, key: NoiseKey, device: torch.device) -> Tensor:
+    """See ``dispatch.Backend``."""
     z = torch.empty(numel, dtype=torch.float32, device=device)
     # Programs are aligned in the whole parameter: the first may begin before the offset.
     elements = 8 * NOISE_BLOCKS
     programs = -(-(offset + numel) // elements) - offset // elements
+    words = (*_halves(key.seed), *_halves(key.stream), key.sample)
+    flags = {"DISTRIBUTION": DISTRIBUTION_CODES[key.distribution], "BLOCKS": NOISE_BLOCKS}
     if numel:
         with _guard(device):
-            kernel("noise")[(programs,)](
-                z,
-                numel,
-                offset,
-                *_halves(seed),
-                *_halves(stream),
-                sample,
-                DISTRIBUTION=DISTRIBUTION_CODES[distribution],
-                BLOCKS=NOISE_BLOCKS,
-                **EXACT,
-            )
+            kernel("noise")[(programs,)](z, numel, offset, *words, **flags, **EXACT)
     return z
 
 
@@ -108,18 +90,11 @@ def fingerprint(table: ParamTable) -> int:
     held = _whole.get(table, table, lambda: _device_table(packed, device))
     if device.type == "cuda":
         held.for_stream(torch.cuda.current_stream(device))
+    given = (held.segments, held.ends, len(packed), held.tiles, result)
     if len(packed):
         with _guard(device):
-            kernel("fingerprint")[(_programs(max(held.tiles, 1), device),)](
-                held.segments,
-                held.ends,
-                len(packed),
-                held.tiles,
-                result,
-                TILE=TILE,
-                LANES=LANES,
-                **EXACT,
-            )
+            grid = (_programs(max(held.tiles, 1), device),)
+            kernel("fingerprint")[grid](*given, TILE=TILE, LANES=LANES, **EXACT)
     return int(result.item()) % (1 << 64)
 
 
@@ -207,30 +182,20 @@ def _launch_of(program: Program, table: ParamTable, in_place: bool) -> _Launch |
 def _config(flags: dict[str, Any], held: DeviceTable, device: torch.device) -> Config:
     if _interpreted():
         return Config(TILE, 1)  # the larger, the faster it is there
+    elements = held.tiles * TILE
     with _guard(device):
-        return triton_tuning.choose(
-            kernel("add_noise"), flags, held.tiles * TILE, device, _rehearse
-        )
+        return triton_tuning.choose(kernel("add_noise"), flags, elements, device, _rehearse)
 
 
-def _start(
-    function: Any, held: DeviceTable, arguments: dict[str, Any], options: dict[str, Any]
-) -> None:
+def _start(function: Any, held: DeviceTable, arguments: dict[str, Any], options: Any) -> None:
     device = held.segments.device
     if device.type == "cuda":
         held.for_stream(torch.cuda.current_stream(device))
     # Arrays that this launch does not read still need a pointer of the right kind: any will do.
     given = dict.fromkeys(PackedProgram.ARRAYS, held.segments) | arguments
+    rows = (held.segments, held.ends, len(held.segments), held.tiles)
     with _guard(device):
-        function[(_programs(held.tiles, device),)](
-            segments=held.segments,
-            ends=held.ends,
-            count=len(held.segments),
-            tiles=held.tiles,
-            **given,
-            **options,
-            **EXACT,
-        )
+        function[(_programs(held.tiles, device),)](*rows, **given, **options, **EXACT)
 
 
 def _rehearse(function: Any, flags: dict[str, Any], elements: int, device: torch.device) -> None:
@@ -270,14 +235,10 @@ def _device_table(packed: Tensor, device: torch.device) -> DeviceTable:
 # --- Where it runs -------------------------------------------------------------------------------
 
 
+@cache
 def kernel(name: str) -> Any:
     """Returns a kernel by the name of its op, which is also that of its module."""
-    return getattr(_module(name), name)
-
-
-@cache
-def _module(name: str) -> Any:
-    return importlib.import_module(f"zorba_kernels.kernels.{name}")
+    return getattr(importlib.import_module(f"zorba_kernels.kernels.{name}"), name)
 
 
 @cache
@@ -292,9 +253,8 @@ def _interpreter_fault() -> str | None:
     """Triton's interpreter rounds a fused multiply-add twice, and cuts conversions to bfloat16."""
     # Asked of the kernels themselves: versions of Triton differ, and tests may have corrected it.
     cpu = torch.device("cpu")
-    weights, expected = (
-        make(512, 0, 1, 2, 0, "gaussian", cpu) for make in (noise, reference.noise)
-    )
+    key = NoiseKey(1, 2, 0, "gaussian")
+    weights, expected = (make(512, 0, key, cpu) for make in (noise, reference.noise))
     tables = [ParamTable({"w": weights.bfloat16()}) for _ in range(2)]
     program = Program(1, 0.1, "rademacher")
     for serve, table in zip((run, reference.run), tables, strict=True):
@@ -330,14 +290,14 @@ def _stream(device: torch.device) -> int:
 
 def _programs(tiles: int, device: torch.device) -> int:
     """A launch that fills the device a few times over; each program takes several tiles."""
-    return min(tiles, _PROGRAMS * _processors(device))
+    return min(tiles, _most_programs(device))
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def _most_programs(device: torch.device) -> int:
     if device.type == "cpu":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+        return _PROGRAMS
+    return _PROGRAMS * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _halves(number: int) -> tuple[int, int]:

@@ -65,20 +65,11 @@ _chosen: dict[tuple[Any, ...], Config] = {}
 
 
 def choose(
-    kernel: Any,
-    flags: Flags,
-    elements: int,
-    device: torch.device,
-    rehearse: Rehearse,
+    kernel: Any, flags: Flags, elements: int, device: torch.device, rehearse: Rehearse
 ) -> Config:
-    """Returns the configuration for a pass over tables of so many elements.
+    """Returns the configuration for a pass of ``add_noise`` over tables of so many elements.
 
-    Args:
-        kernel: ``kernels.add_noise.add_noise``.
-        flags: its compile-time flags.
-        elements: of the table.
-        device: where the table is.
-        rehearse: runs a kernel that it is given, on scratch memory.
+    ``rehearse`` runs a kernel that it is given, on scratch memory.
     """
     # Small tables take microseconds whatever the choice: they are not worth a measurement.
     default = candidates(flags)[0]
@@ -90,7 +81,7 @@ def choose(
     if key not in _chosen:
         # A graph would replay the measurements at every step.
         if torch.cuda.is_current_stream_capturing():
-            return default  # measuring would be captured too
+            return default
         try:
             _chosen[key] = _measured(kernel, flags, size, device, rehearse)
         # Scratch memory is a luxury: whoever has filled the GPU still gets a pass.

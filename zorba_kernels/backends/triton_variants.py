@@ -15,7 +15,7 @@ import torch
 
 from zorba_kernels.backends import triton
 from zorba_kernels.backends.triton_tuning import TILE, candidates
-from zorba_kernels.noise import DISTRIBUTION_CODES, DISTRIBUTIONS
+from zorba_kernels.noise import DISTRIBUTION_CODES, DISTRIBUTIONS, ROUNDINGS
 from zorba_kernels.table import DTYPE_CODES
 
 
@@ -43,11 +43,7 @@ class Variant:
 
 
 def variants(every_candidate: bool = False) -> Iterator[Variant]:
-    """Yields what a launch may use.
-
-    Args:
-        every_candidate: also the configurations that only tuning may choose.
-    """
+    """Yields what a launch may use; ``every_candidate``: also what only tuning may choose."""
     names = {code: str(dtype).removeprefix("torch.") for dtype, code in DTYPE_CODES.items()}
     forms = {"one": (False, False), "one with decay": (False, True), "many": (True, True)}
     for form, distribution, stochastic, code in itertools.product(
@@ -57,22 +53,15 @@ def variants(every_candidate: bool = False) -> Iterator[Variant]:
             continue  # always to nearest
         many, decays = forms[form]
         flags = {
-            "DISTRIBUTION": DISTRIBUTION_CODES[distribution],
-            "STOCHASTIC": stochastic,
-            "MANY": many,
-            "DECAYS": decays,
-            "TILE": TILE,
-            "DTYPE": code,
-        }
+            "DISTRIBUTION": DISTRIBUTION_CODES[distribution], "STOCHASTIC": stochastic,
+            "MANY": many, "DECAYS": decays, "TILE": TILE, "DTYPE": code,
+        }  # fmt: skip
         # Tuning may choose any; without it (small tables, captured graphs) the first one runs.
         chosen = candidates(flags)
         for config in chosen if every_candidate else chosen[:1]:
             options = config.options()
-            name = (
-                f"add_noise/{form} {distribution} {'stochastic' if stochastic else 'nearest'} "
-                f"{names[code]} "
-                f"{config.strip}x{config.warps}"
-            )
+            rounding, pieces = ROUNDINGS[stochastic], f"{config.strip}x{config.warps}"
+            name = f"add_noise/{form} {distribution} {rounding} {names[code]} {pieces}"
             strip = {"STRIP": options.pop("STRIP")}
             yield Variant(name, "add_noise", flags | strip, options | triton.EXACT)
     for distribution, code in DISTRIBUTION_CODES.items():

@@ -65,14 +65,9 @@ def store(base, at, stored, low, high, DTYPE: tl.constexpr, WHOLE: tl.constexpr)
 
 @triton.jit
 def begin_round(
-    stored,
-    first,
-    second,
-    decay,
-    DTYPE: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    DECAYS: tl.constexpr,
-):
+    stored, first, second, decay,
+    DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr, DECAYS: tl.constexpr,
+):  # fmt: skip
     """What the sum of a round starts from, before its first term."""
     # The dither is part of the sum, so that it is added in the one order of the contract.
     weight = widen(stored, DTYPE)
@@ -107,9 +102,7 @@ def signed(bytes_, coef):
 @triton.jit
 def add_term(
     total0, total1, block0, first_block, stream_lo, stream_hi, sample, seed_lo, seed_hi, coef,
-    DISTRIBUTION: tl.constexpr,
-    FRESH: tl.constexpr,
-    STRIP: tl.constexpr,
+    DISTRIBUTION: tl.constexpr, FRESH: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
     """Adds coef * z to the sums of both halves of a strip; FRESH: they are 0 so far."""
     if DISTRIBUTION == GAUSSIAN:
@@ -139,13 +132,8 @@ def change_strip(
     src, dst, strip, begin, end, stream_lo, stream_hi, group,
     seed_lo, seed_hi, sample, rounding_lo, rounding_hi, coef, decay,
     seeds, samples, coefs, decays, round_ends, rounding_seeds, terms, rounds,
-    DTYPE: tl.constexpr,
-    DISTRIBUTION: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    MANY: tl.constexpr,
-    DECAYS: tl.constexpr,
-    STRIP: tl.constexpr,
-    WHOLE: tl.constexpr,
+    DTYPE: tl.constexpr, DISTRIBUTION: tl.constexpr, STOCHASTIC: tl.constexpr, MANY: tl.constexpr,
+    DECAYS: tl.constexpr, STRIP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """All rounds on the elements [begin, end) of a strip.
 
@@ -224,40 +212,20 @@ def change_strip(
     ]
 )  # fmt: skip
 def add_noise(
-    segments: "*i64",
-    ends: "*i64",
-    count: "i32",
-    tiles: "i64",
-    seed_lo: "u32",
-    seed_hi: "u32",
-    sample: "u32",
-    rounding_lo: "u32",
-    rounding_hi: "u32",
-    coef: "fp32",
-    decay: "fp32",
-    grouped: "i32",
-    seeds: "*i64",
-    samples: "*i64",
-    coefs: "*fp32",
-    decays: "*fp32",
-    round_ends: "*i64",
-    rounding_seeds: "*i64",
-    terms: "i32",
-    rounds: "i32",
-    DTYPE: tl.constexpr,
-    DISTRIBUTION: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    MANY: tl.constexpr,
-    DECAYS: tl.constexpr,
-    TILE: tl.constexpr,
-    STRIP: tl.constexpr,
-):
+    segments: "*i64", ends: "*i64", count: "i32", tiles: "i64",
+    seed_lo: "u32", seed_hi: "u32", sample: "u32", rounding_lo: "u32", rounding_hi: "u32",
+    coef: "fp32", decay: "fp32", grouped: "i32",
+    seeds: "*i64", samples: "*i64", coefs: "*fp32", decays: "*fp32",
+    round_ends: "*i64", rounding_seeds: "*i64", terms: "i32", rounds: "i32",
+    DTYPE: tl.constexpr, DISTRIBUTION: tl.constexpr, STOCHASTIC: tl.constexpr, MANY: tl.constexpr,
+    DECAYS: tl.constexpr, TILE: tl.constexpr, STRIP: tl.constexpr,
+):  # fmt: skip
     """All rounds on the segments of a table, which have the one dtype.
 
     One round of one term (not MANY): its seeds are arguments, and so are coef and decay, unless
     ``grouped`` says that each group has its own in ``coefs`` and ``decays``; a group whose coef is
-    0 is left out. Otherwise all of the
-    program is in device memory, as ``DeviceProgram`` lays it out. DECAYS: some decay is not zero.
+    0 is left out. Otherwise all of the program is in device memory, as ``DeviceProgram`` lays it
+    out. DECAYS: some decay is not zero.
     """
     # The interpreter types integers by their value, not by the annotation.
     seed_lo = seed_lo.to(tl.uint32)

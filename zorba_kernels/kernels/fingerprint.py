@@ -37,14 +37,9 @@ def load_lanes(src, lane, halves, WHOLE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["segments", "ends", "count", "tiles", "result"])
 def fingerprint(
-    segments: "*i64",
-    ends: "*i64",
-    count: "i32",
-    tiles: "i64",
-    result: "*i64",
-    TILE: tl.constexpr,
-    LANES: tl.constexpr,
-):
+    segments: "*i64", ends: "*i64", count: "i32", tiles: "i64", result: "*i64",
+    TILE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     """Adds the hashes of all headers and lanes to ``result``, modulo 2^64.
 
     A piece of work is TILE elements of a segment, counted from its first one. There are as many

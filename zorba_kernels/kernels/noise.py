@@ -241,17 +241,10 @@ def round_nearest(value, DTYPE: tl.constexpr):
     ]
 )  # fmt: skip
 def noise(
-    out: "*fp32",
-    numel: "i64",
-    offset: "i64",
-    seed_lo: "u32",
-    seed_hi: "u32",
-    stream_lo: "u32",
-    stream_hi: "u32",
-    sample: "u32",
-    DISTRIBUTION: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
+    out: "*fp32", numel: "i64", offset: "i64",
+    seed_lo: "u32", seed_hi: "u32", stream_lo: "u32", stream_hi: "u32", sample: "u32",
+    DISTRIBUTION: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
     """out[i] = z(seed, stream, sample, offset + i); a program makes BLOCKS blocks of 8."""
     stream_lo = stream_lo.to(tl.uint32)
     stream_hi = stream_hi.to(tl.uint32)

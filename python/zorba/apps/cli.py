@@ -1,14 +1,12 @@
 """The ``zorba`` command.
 
-``COMMANDS`` names the settings of each subcommand and the function that takes them. tyro makes the
-options of the settings' fields: names, types, choices, defaults, and the comments as help. The
-functions import what they need when they run: ``zorba --help`` must not wait for torch.
+tyro makes options of the settings' fields: names, types, choices, defaults, comments as help.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Union
@@ -16,13 +14,11 @@ from typing import Annotated, Any, Union
 import tyro
 from tyro.conf import Positional
 
-from zorba.apps.demo.settings import DemoSettings
+from zorba.apps.command import Command, fail
 from zorba.apps.deploy.command import COMMANDS as FEDERATE
 from zorba.apps.finetune.settings import FinetuneSettings
-from zorba.apps.needs import check_needs, fail
 from zorba.apps.plan.settings import PlanSettings
-
-Commands = Mapping[str, tuple[type, Callable[[Any], None]]]
+from zorba.apps.reviews.settings import ReviewSettings
 
 
 @dataclass(frozen=True)
@@ -55,71 +51,25 @@ class ReportSettings:
     out: Path | None = None  # Path of the page; report.html in the folder by default.
 
 
-def demo(settings: DemoSettings) -> None:
-    """See ``DemoSettings``."""
-    packages = ("accelerate", "gguf", "matplotlib", "pyarrow", "pydantic", "rich", "safetensors")
-    check_needs("demo", (*packages, "scipy", "transformers"), "demo")
-    from zorba.apps.demo.run import run_demo
-
-    run_demo(settings)
-
-
-def finetune(settings: FinetuneSettings) -> None:
-    """See ``FinetuneSettings``."""
-    packages = ["accelerate", "matplotlib", "rich", "safetensors", "transformers"]
-    if settings.offload:
-        check_needs("finetune", [*packages, "greenlet"], "finetune,offload")
-    else:
-        check_needs("finetune", packages, "finetune")
-    from zorba.apps.finetune.run import run_finetune
-
-    run_finetune(settings)
-
-
-def replay(settings: ReplaySettings) -> None:
-    """See ``ReplaySettings``."""
-    check_needs("replay", ["transformers"], "hf")
-    from zorba.apps.replay import rebuild
-
-    rebuild(settings.base, settings.log, settings.out, verify=settings.verify)
-
-
-def plan(settings: PlanSettings) -> None:
-    """See ``PlanSettings``."""
-    packages = ("greenlet", "matplotlib", "rich", "safetensors", "scipy", "transformers")
-    check_needs("plan", packages, "plan")
-    from zorba.apps.plan.command import run_plan
-
-    run_plan(settings)
-
-
-def watch(settings: WatchSettings) -> None:
-    """See ``WatchSettings``."""
-    check_needs("watch", ["pydantic", "rich"], "watch")
-    from zorba.apps.watch.live import watch_run
-
-    watch_run(settings.run, once=settings.once)
-
-
-def report(settings: ReportSettings) -> None:
-    """See ``ReportSettings``."""
-    check_needs("report", ["jinja2", "matplotlib", "pydantic", "rich"], "watch")
-    from zorba.apps.watch.page import write_report
-
-    print(f"wrote {write_report(settings.run, settings.out)}")
-
-
-COMMANDS: Commands = {
-    "demo": (DemoSettings, demo),
-    "finetune": (FinetuneSettings, finetune),
-    "replay": (ReplaySettings, replay),
-    "plan": (PlanSettings, plan),
-    "watch": (WatchSettings, watch),
-    "report": (ReportSettings, report),
+_HF = ("rich", "safetensors", "transformers")
+_PAGE = ("jinja2", "matplotlib", "pydantic", "rich")
+_REVIEWS = ("accelerate", "filelock", "gguf", "pyarrow", "scipy")
+COMMANDS = {
+    "demo": Command(ReviewSettings, "demo:run_demo", "demo", (*_REVIEWS, *_PAGE, *_HF)),
+    "finetune": Command(
+        FinetuneSettings,
+        "finetune.run:run_finetune",
+        "finetune",
+        ("accelerate", "greenlet", "matplotlib", *_HF),
+    ),
+    "replay": Command(ReplaySettings, "replay:run_replay", "hf", ("transformers",)),
+    "plan": Command(
+        PlanSettings, "plan.command:run_plan", "plan", ("greenlet", "matplotlib", "scipy", *_HF)
+    ),
+    "watch": Command(WatchSettings, "watch.live:run_watch", "watch", _PAGE),
+    "report": Command(ReportSettings, "watch.page:run_report", "watch", _PAGE),
 }
-"""Settings and function of each subcommand, by its name; those of ``zorba federate`` follow."""
-
-_FEDERATE_HELP = "Run a federation on several machines, with NVIDIA FLARE over mutual TLS."
+"""The subcommands by name; those of ``zorba federate`` follow."""
 
 
 def parse(arguments: Sequence[str]) -> Any:
@@ -128,7 +78,8 @@ def parse(arguments: Sequence[str]) -> Any:
     Raises:
         SystemExit: 0 after ``--help``, 2 where the arguments make no sense, with what was expected.
     """
-    federate = tyro.conf.subcommand("federate", description=_FEDERATE_HELP)
+    words = "Run a federation on several machines, with NVIDIA FLARE over mutual TLS."
+    federate = tyro.conf.subcommand("federate", description=words)
     every: Any = Union[_subcommands(COMMANDS), Annotated[_subcommands(FEDERATE), federate]]  # noqa: UP007
     return tyro.cli(
         every,
@@ -140,31 +91,27 @@ def parse(arguments: Sequence[str]) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command.
-
-    Args:
-        arguments: those of the process by default.
+    """Runs a command, of the process's arguments by default.
 
     Raises:
         SystemExit: 1 where the command failed, 2 where its arguments make no sense, 130 after
             Ctrl-C; each with a sentence on stderr.
     """
     settings = parse(sys.argv[1:] if arguments is None else arguments)
-    runs = {kind: (name, run) for name, (kind, run) in COMMANDS.items()}
-    runs |= {kind: (f"federate {name}", run) for name, (kind, run) in FEDERATE.items()}
-    name, run = runs[type(settings)]
+    every = COMMANDS | {f"federate {name}": command for name, command in FEDERATE.items()}
+    name = next(name for name, command in every.items() if command.settings is type(settings))
     # Expected failures are sentences; other exceptions are defects and keep their traceback.
     try:
-        run(settings)
+        every[name].run(name, settings)
     except (RuntimeError, ValueError, OSError) as error:
         fail(name, str(error))
     except KeyboardInterrupt:
         fail(name, "interrupted; files that were written stay", code=130)
 
 
-def _subcommands(commands: Commands) -> Any:
+def _subcommands(commands: Mapping[str, Command]) -> Any:
     """Returns the type of all settings, which tyro reads as subcommands."""
-    kinds = (Annotated[k, tyro.conf.subcommand(name)] for name, (k, _) in commands.items())
+    kinds = (Annotated[c.settings, tyro.conf.subcommand(name)] for name, c in commands.items())
     return Union[tuple(kinds)]  # noqa: UP007
 
 

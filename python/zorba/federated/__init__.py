@@ -11,9 +11,10 @@ from zorba.federated.errors import (
     MessageError,
     ReplicaError,
     RunFolderError,
+    ServerLogError,
 )
 from zorba.federated.events import EventReader, EventWriter
-from zorba.federated.loop import FederationResult, run_federation
+from zorba.federated.loop import FederationResult, LocalTransport, Transport, run_federation
 from zorba.federated.messages import Greeting, Hello, Plan, Reply, decode
 from zorba.federated.objective import Batches, ModelObjective
 from zorba.federated.privacy import Privacy, PrivacyAccountant, PrivacySpent
@@ -22,7 +23,6 @@ from zorba.federated.round import Receipt, Round, RoundReport
 from zorba.federated.run_folder import RunFolder, RunRecorder
 from zorba.federated.server import Server
 from zorba.federated.settings import FederationSettings
-from zorba.federated.transport import LocalTransport, Transport
 from zorba.identity import ModelIdentity, model_fingerprint
 from zorba.log import LogEntry, LogError, LogHeader
 from zorba.log import LogFile as RoundLog
@@ -62,6 +62,7 @@ __all__ = [
     "RunFolderError",
     "RunRecorder",
     "Server",
+    "ServerLogError",
     "Transport",
     "decode",
     "model_fingerprint",

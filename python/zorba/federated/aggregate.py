@@ -11,18 +11,16 @@ import numpy.typing as npt
 from zorba.federated.settings import Aggregation, Weighting
 
 _Floats = npt.NDArray[np.float64]
-_Bools = npt.NDArray[np.bool_]
 
 
 def clip_scalars(scalars: npt.NDArray[np.float32], clip: float | None) -> _Floats:
     """Returns scalars of any shape cut to [-clip, clip], as float64."""
     # float64 from here on: a sum over 2**24 examples would stand still in float32.
-    wide = scalars.astype(np.float64)
-    return wide if clip is None else np.clip(wide, -clip, clip)
+    return np.clip(scalars.astype(np.float64), -(clip or math.inf), clip or math.inf)
 
 
 def update_coefs(scalars: _Floats, lr: float) -> npt.NDArray[np.float32]:
-    """Returns ``-lr * g / P`` in float32, for g of shape [K, P] or [K, P, columns]."""
+    """Returns ``-lr * g / P`` in float32, for g of shape [K, P]."""
     # Server and clients use this one function, so that a local step that rides along unwritten has
     # the coefficients which the log would give it. In float64 up to here: one rounding, at the end.
     with np.errstate(over="ignore"):  # whoever uses them checks that they are finite
@@ -32,7 +30,7 @@ def update_coefs(scalars: _Floats, lr: float) -> npt.NDArray[np.float32]:
 
 def aggregate(
     scalars: npt.NDArray[np.float32],
-    masks: _Bools,
+    masks: npt.NDArray[np.bool_],
     examples: npt.NDArray[np.integer[Any]],
     lr: float,
     weighting: Weighting = "examples",
@@ -71,22 +69,28 @@ def aggregate(
     # Integers: a sum of weights is exact, whatever its order.
     copies = np.ones(count, np.int64) if weighting == "uniform" else examples.astype(np.int64)
     flat = scalars.reshape(count, -1)
-    covering = np.ascontiguousarray((masks & (copies > 0)[:, None]).T)  # [blocks, clients]
-    # Blocks that the same clients covered get the same coefficients: each such set of clients, a
-    # column, is summed once. With transformers there are far fewer columns than blocks.
+    values = clip_scalars(flat, clip)
+    weighted = values * copies[:, None]
+    share = 0.5 if aggregation == "median" else trim
+    # Sorted once for all blocks, before the clip makes some equal: a block's clients, taken in that
+    # order, are sorted. -0 is below 0, and equal scalars stay in the order of the clients.
+    by_rank = aggregation != "mean"
+    orders = [np.lexsort((~np.signbit(row), row)) for row in flat.T] if by_rank else []
+    covering = (masks & (copies > 0)[:, None]).T  # [blocks, clients]
+    # Blocks that the same clients covered get the same coefficients: each such set of clients is
+    # summed once. With transformers there are far fewer of them than blocks.
     columns: dict[bytes, list[int]] = {}
     for block in np.flatnonzero(covering.any(axis=1)).tolist():
         columns.setdefault(covering[block].tobytes(), []).append(block)
-    of_columns = covering[[blocks[0] for blocks in columns.values()]]
-    if aggregation == "mean":
-        combined = _means(clip_scalars(flat, clip), copies, of_columns)
-    else:
-        share = 0.5 if aggregation == "median" else trim
-        combined = _trimmed_means(flat, copies, of_columns, clip, share)
-    coefs = update_coefs(combined.reshape(*shape, len(columns)), lr)
     out = np.zeros((len(covering), *shape), np.float32)
-    for column, blocks in enumerate(columns.values()):
-        out[blocks] = coefs[:, :, column]
+    for blocks in columns.values():
+        clients = covering[blocks[0]]
+        if by_rank:
+            rows = zip(values.T, (order[clients[order]] for order in orders), strict=True)
+            combined = np.array([_trimmed_mean(row[n], copies[n], share) for row, n in rows])
+        else:
+            combined = fold(weighted[clients]) / copies[clients].sum()
+        out[blocks] = update_coefs(combined.reshape(shape), lr)
     return out
 
 
@@ -108,74 +112,12 @@ def fold(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return total
 
 
-def _means(values: _Floats, copies: npt.NDArray[np.int64], covering: _Bools) -> _Floats:
-    """Of the clients that covered each column, bool [columns, clients]: [K * P, columns]."""
-    weighted = values * copies[:, None]
-    room = np.empty_like(weighted)  # used again by each column: fresh memory costs more than sums
-    means = np.empty((values.shape[1], len(covering)))
-    # mode="clip" only because numpy copies once more where it may have to raise.
-    for column, clients in enumerate(covering):
-        rows = np.flatnonzero(clients)
-        taken = np.take(weighted, rows, axis=0, out=room[: len(rows)], mode="clip")
-        means[:, column] = fold(taken) / copies[rows].sum()
-    return means
-
-
-def _trimmed_means(
-    scalars: npt.NDArray[np.float32],
-    copies: npt.NDArray[np.int64],
-    covering: _Bools,
-    clip: float | None,
-    trim: float,
-) -> _Floats:
-    """Of the clients that covered each column, bool [columns, clients]: [K * P, columns]."""
-    # Each row is sorted once for all columns: a column's clients, taken in that order, are sorted.
-    rows = np.ascontiguousarray(scalars.T)
-    packed = np.packbits(covering, axis=0, bitorder="little")  # [columns / 8, clients]
-    means = np.empty((len(rows), len(covering)))
-    room = np.empty(len(copies))
-    for k, (row, order) in enumerate(zip(rows, _order(rows), strict=True)):
-        ranked, weights = clip_scalars(row.take(order), clip), copies.take(order)
-        weighted = ranked * weights
-        for column in range(len(covering)):
-            if column % 8 == 0:  # eight columns are put in order at once
-                bits = packed[column // 8].take(order)
-            # numpy is many times faster at picking by places than by bools
-            places = np.flatnonzero((bits & (1 << column % 8)).astype(np.bool_))
-            means[k, column] = _middle(places, ranked, weights, weighted, trim, room)
-    return means
-
-
-def _middle(
-    places: npt.NDArray[np.int64],
-    ranked: _Floats,
-    weights: npt.NDArray[np.int64],
-    weighted: _Floats,
-    trim: float,
-    room: _Floats,
-) -> float:
-    """Returns the trimmed mean of the clients at these places among all, lowest scalar first."""
-    weight = weights.take(places)
-    end = np.add.accumulate(weight)  # integers: copies up to and with this client's
+def _trimmed_mean(ranked: _Floats, copies: npt.NDArray[np.int64], share: float) -> float:
+    """Mean of scalars [clients], lowest first, without a share of the copies at each end."""
+    end = np.cumsum(copies)  # copies up to and with this client's
     total = int(end[-1])
-    cut = min(math.ceil(trim * total), (total - 1) // 2)
-    first, last = int(end.searchsorted(cut, "right")), int(end.searchsorted(total - cut))
-    terms = room[: len(places)]
-    # Who is left out adds 0. Where every term is one, the sum has the sign of the highest scalar.
-    terms[:] = 0.0 * ranked[places[-1]]
-    terms[first : last + 1] = weighted.take(places[first : last + 1])
-    for n in (first, last):  # of whom some copies may be left out
-        kept = min(end[n], total - cut) - max(end[n] - weight[n], cut)
-        terms[n] = ranked[places[n]] * kept
-    return float(fold(terms)) / (total - 2 * cut)
-
-
-def _order(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    """Returns the order that sorts each row [rows, clients]; equal numbers stay in order."""
-    # A stable sort of floats is slow. The bits of a number, made to sort as an integer does, are
-    # put above the client's place in one uint64: these are all different, so numpy's fastest sort,
-    # which is not stable, has no choice. -0 sorts below 0.
-    bits = rows.view(np.uint32)
-    rising = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)).astype(np.uint64)
-    keys = np.sort(rising << np.uint64(32) | np.arange(rows.shape[1], dtype=np.uint64), axis=1)
-    return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    cut = min(math.ceil(share * total), (total - 1) // 2)
+    # Who is left out has 0 copies and stays a term, so that the order of the additions depends on
+    # the number of clients alone; of the client at an edge some copies may be left.
+    kept = np.clip(end, cut, total - cut) - np.clip(end - copies, cut, total - cut)
+    return float(fold(ranked * kept)) / (total - 2 * cut)

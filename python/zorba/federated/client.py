@@ -7,10 +7,8 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from zorba.federated.aggregate import clip_scalars, update_coefs
@@ -109,38 +107,26 @@ class Client:
             if self.privacy is not None:
                 self.privacy.note(len(message.seeds), asked, answer)
             self._last = (asked, answer)
-        # After the answer was made: a checkpoint costs time, never a round. One that is too old
-        # only means more of the log to catch up with.
+        # After the answer: a checkpoint costs time, never a round. An old one means catching up.
         if self.replica.applied_round >= self._saved_round + self.checkpoint_every:
             self.save()
         return answer
 
     def save(self) -> None:
-        """Writes the checkpoint now, where there is one to keep and rounds that it lacks.
-
-        Raises ReplicaError, or OSError where the file cannot be written; the old one stays.
-        """
+        """Writes the checkpoint now, if it lacks rounds. OSError leaves the old one in place."""
         if self.checkpoint is not None and self.replica.applied_round > self._saved_round:
             self.replica.save(self.checkpoint)
             self._saved_round = self.replica.applied_round
 
     def _hello(self, job: int) -> bytes:
-        replica = self.replica
-        hello = Hello(
-            client=self.name,
-            job=job,
-            identity=replica.identity,
-            distribution=replica.distribution,
-            rounding=replica.rounding,
-            applied_round=replica.applied_round,
-            # Read from the weights: so a replica that was changed from outside is found.
-            fingerprint=replica.fingerprint(fresh=True),
-            package=package_version(),
-        )
-        return hello.encode()
+        r = self.replica
+        now = r.fingerprint(fresh=True)  # so a replica that was changed from outside is found
+        law = (r.distribution, r.rounding)
+        return Hello(
+            self.name, job, r.identity, *law, r.applied_round, now, package_version()
+        ).encode()
 
     def _check(self, plan: Plan) -> None:
-        """Refuses a plan that this client cannot serve, before anything is applied."""
         for what, theirs, mine in (
             ("noise version", plan.noise_version, NOISE_VERSION),
             ("distribution", plan.distribution, self.replica.distribution),
@@ -152,12 +138,11 @@ class Client:
 
     def _measure(self, plan: Plan) -> Reply:
         """Runs the local steps."""
-        mask = torch.tensor(plan.mask, dtype=torch.float32)
-        clip = plan.clip if math.isfinite(plan.clip) else None
-        samples = tuple(range(plan.num_perturbations))
-        scalars = np.zeros((len(plan.seeds), len(samples)), dtype=np.float32)
         # Asked first: a budget that is spent must not be found out after the measurement.
         spent = None if self.privacy is None else self.privacy.afford(len(plan.seeds))
+        mask = torch.tensor(plan.mask, dtype=torch.float32)
+        samples = tuple(range(plan.num_perturbations))
+        scalars = np.zeros((len(plan.seeds), len(samples)), dtype=np.float32)
         # Steps after the first see the earlier ones as noise that rides along with theirs: the
         # weights are never written, so a crash, or clients that share a replica, cost nothing.
         pending = NoiseTerms.none(len(mask))
@@ -165,23 +150,27 @@ class Client:
         examples = 0
         for step, seed in enumerate(plan.seeds):
             evaluate, count = self.objective(plan.round, step)
-            noises = evaluation_noises(
-                seed, plan.eps, len(samples), plan.estimator, plan.mask, pending
-            )
-            scalars[step], loss = self._scalars(plan, step, list(evaluate(noises)), count)
-            losses.append(loss)
+            how = (plan.eps, len(samples), plan.estimator, plan.mask, pending)
+            seen = list(evaluate(evaluation_noises(seed, *how)))
             examples += count
+            if self.privacy is not None:  # finite or not: whether it is would tell something
+                measured = differences(seen, plan.eps, plan.estimator)
+                scalars[step] = self.privacy.release(measured, count)
+            else:
+                means = [float(np.mean(loss)) for loss in seen]
+                losses.append(mean_loss(means))
+                with np.errstate(over="ignore"):  # checked below
+                    scalars[step] = differences(means, plan.eps, plan.estimator)
             # Cut and scaled as the server does it: these are the coefficients that the log would
             # have if the client were alone, bit for bit.
-            coefs = update_coefs(clip_scalars(scalars[step : step + 1], clip), plan.local_lr)
-            if not np.isfinite(coefs).all():
+            coefs = update_coefs(clip_scalars(scalars[step : step + 1], plan.clip), plan.local_lr)
+            if not (np.isfinite(coefs).all() and np.isfinite(losses).all()):
                 raise FederationError(
-                    f"{self.name}, round {plan.round}, step {step}: the step along its scalars "
-                    "overflows; this client sits the round out"
+                    f"{self.name}, round {plan.round}, step {step}: a loss or scalar is not finite "
+                    "or the step along the scalars overflows; this client sits the round out"
                 )
             masked = mask[:, None] * torch.from_numpy(coefs)
             pending = pending.plus(NoiseTerms((seed,) * len(samples), samples, masked))
-        loss = math.fsum(losses) / len(losses) if losses else 0.0
         return Reply(
             job=plan.job,
             round=plan.round,
@@ -190,25 +179,6 @@ class Client:
             fingerprint=self.replica.fingerprint(),
             scalars=scalars,
             num_examples=examples,
-            loss=loss if spent is None else math.nan,
+            loss=math.nan if spent else math.fsum(losses) / max(1, len(losses)),
             privacy=spent,
         )
-
-    def _scalars(
-        self, plan: Plan, step: int, losses: list[Any], examples: int
-    ) -> tuple[npt.NDArray[np.float32], float]:
-        """Scalars of a local step, float32 [P], and the mean loss, of the losses of its noises."""
-        if self.privacy is not None:  # finite or not: whether it is would tell something
-            measured = differences(losses, plan.eps, plan.estimator)
-            return self.privacy.release(measured, examples), math.nan
-        means = [float(np.mean(loss)) for loss in losses]
-        mean = mean_loss(means)
-        measured = differences(means, plan.eps, plan.estimator)
-        with np.errstate(over="ignore"):  # checked below
-            scalars: npt.NDArray[np.float32] = np.array(measured, np.float64).astype(np.float32)
-        if not (np.isfinite(scalars).all() and math.isfinite(mean)):
-            raise FederationError(
-                f"{self.name}, round {plan.round}, step {step}: the loss {mean} or a scalar "
-                f"{measured} is not finite; this client sits the round out"
-            )
-        return scalars, mean

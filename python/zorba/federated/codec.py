@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from zorba.federated.errors import MessageError
@@ -17,20 +17,16 @@ from zorba.log import binary
 from zorba_kernels.noise import DISTRIBUTION_CODES
 
 MAGIC = b"ZRBM"
-SCHEMA = 2
-"""Version of the message schema; a decoder refuses every other one."""
+SCHEMA = 2  # version of the messages; a decoder refuses every other one
+MAX_MESSAGE_BYTES = 1 << 28  # no message is larger, whatever its header says
 
-MAX_MESSAGE_BYTES = 1 << 28
-"""No message is larger, whatever its header says."""
-
-# Numbers in messages are fixed for good: a new word gets a new one.
+# Fields that are one of a few words. Their numbers are fixed for good: a new word gets a new one.
 CODES: dict[str, Mapping[Any, int]] = {
     "distribution": DISTRIBUTION_CODES,
     "rounding": {"nearest": 0, "stochastic": 1},
     "estimator": {"central": 0, "forward": 1},
     "unit": {None: 0, "example": 1, "client": 2},
 }
-"""Fields that are one of a few words, by name: the number of each word in a message."""
 
 _HEAD = struct.Struct("<4sHBBI")
 _CRC = struct.Struct("<I")
@@ -40,66 +36,53 @@ _NAME = re.compile(r"[A-Za-z0-9._+-]{1,64}")
 
 def frame(kind: int, payload: bytes) -> bytes:
     """Returns the payload as a message of the kind."""
-    # Checked by the sender too: a message that nobody takes would be sent again and again.
-    length = HEADER_BYTES + len(payload)
-    if length > MAX_MESSAGE_BYTES:
-        raise MessageError(f"a message of {length} bytes is over the limit of {MAX_MESSAGE_BYTES}")
-    head = _HEAD.pack(MAGIC, SCHEMA, kind, 0, length)
+    head = _HEAD.pack(MAGIC, SCHEMA, kind, 0, HEADER_BYTES + len(payload))
     return head + _CRC.pack(zlib.crc32(payload, zlib.crc32(head))) + payload
 
 
-def unframe(data: bytes, kinds: Sequence[int]) -> tuple[int, Reader]:
-    """Returns a message's kind and a reader of its payload.
-
-    Raises:
-        MessageError: it is not a whole, undamaged message of this schema and one of ``kinds``.
-    """
-    if not isinstance(data, bytes | bytearray | memoryview):
+def unframe(data: bytes, kinds: Collection[int]) -> tuple[int, Reader]:
+    """Returns a message's kind, one of ``kinds``, and a reader of its payload."""
+    if not isinstance(data, bytes):
         raise MessageError(f"a message is bytes, got {type(data).__name__}")
-    # A view, not a copy: a plan may carry 64 MiB of the log.
-    view = memoryview(data).cast("B") if isinstance(data, memoryview) else memoryview(data)
-    if len(view) < HEADER_BYTES:
-        raise MessageError(f"a message has at least {HEADER_BYTES} bytes, got {len(view)}")
-    magic, schema, kind, reserved, length = _HEAD.unpack_from(view)
+    if len(data) < HEADER_BYTES:
+        raise MessageError(f"a message has at least {HEADER_BYTES} bytes, got {len(data)}")
+    magic, schema, kind, reserved, length = _HEAD.unpack_from(data)
     if magic != MAGIC:
-        raise MessageError(f"a message starts with {MAGIC!r}, got {bytes(magic)!r}")
-    # Before the CRC: a message of another version is whole, and "install" helps where "send again"
-    # does not.
+        raise MessageError(f"a message starts with {MAGIC!r}, got {magic!r}")
+    # Before the CRC: a message of another version is whole, and sending it again would not help.
     if schema != SCHEMA:
         raise MessageError(
             f"message schema {schema}, expected {SCHEMA}: install the same package version "
             "everywhere"
         )
-    if length != len(view) or length > MAX_MESSAGE_BYTES:
-        raise MessageError(f"the message says {length} bytes but {len(view)} came: send it again")
-    (crc,) = _CRC.unpack_from(view, _HEAD.size)
-    if crc != zlib.crc32(view[HEADER_BYTES:], zlib.crc32(view[: _HEAD.size])):
+    if length != len(data) or length > MAX_MESSAGE_BYTES:
+        raise MessageError(f"the message says {length} bytes but {len(data)} came: send it again")
+    payload = memoryview(data)[HEADER_BYTES:]  # no copy: a plan may carry 64 MiB of the log
+    (crc,) = _CRC.unpack_from(data, _HEAD.size)
+    if crc != zlib.crc32(payload, zlib.crc32(data[: _HEAD.size])):
         raise MessageError("the message's CRC does not match: it was damaged, send it again")
     if kind not in kinds or reserved != 0:
         raise MessageError(f"message kind {kind} (reserved {reserved}) is unknown")
-    return kind, Reader(view[HEADER_BYTES:])
+    return kind, Reader(payload)
 
 
 class Layout:
-    """Fields of fixed size in their order; it writes them and reads them.
+    """Writes and reads fields of fixed size: "round:I loss:f" are names and ``struct`` codes.
 
-    Args:
-        what: has these fields, for errors.
-        fields: names, each with its code of the module ``struct``: "round:I loss:f". Fields in
-            ``CODES`` are words outside of the message.
+    Those in ``CODES`` are words outside of the message.
     """
 
     def __init__(self, what: str, fields: str) -> None:
-        self._what = what
+        self._what = what  # has these fields, for errors
         self._names, codes = zip(*(field.split(":") for field in fields.split()), strict=True)
-        self._words = tuple(name for name in self._names if name in CODES)
+        self._words = [name for name in self._names if name in CODES]
         self._struct = struct.Struct("<" + "".join(codes))
 
     def pack(self, values: Mapping[str, Any]) -> bytes:
         """Returns the fields' bytes, or raises MessageError where a value is out of range."""
-        numbers = {name: CODES[name].get(values[name]) for name in self._words}
+        numbers = dict(values) | {name: CODES[name].get(values[name]) for name in self._words}
         try:
-            return self._struct.pack(*(numbers.get(n, values[n]) for n in self._names))
+            return self._struct.pack(*(numbers[name] for name in self._names))
         except (struct.error, OverflowError, TypeError) as error:
             raise MessageError(f"{self._what} cannot be encoded: {error}") from None
 

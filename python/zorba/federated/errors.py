@@ -1,9 +1,8 @@
-"""Errors of a federation, by what must be looked at.
-
-Those of the log itself are ``zorba.log.LogError``.
-"""
+"""Errors of a federation, by what must be looked at."""
 
 from __future__ import annotations
+
+from zorba.log import LogError
 
 
 class FederationError(Exception):
@@ -21,14 +20,6 @@ class ReplicaError(FederationError, RuntimeError):
 class GapError(ReplicaError):
     """Log entries are missing between the replica and what it was given."""
 
-    def __init__(self, applied_round: int, first_round: int) -> None:
-        """Both rounds are told, so that the caller can ask for the right part of the log."""
-        super().__init__(
-            f"the replica has applied round {applied_round} but the first log entry given is of "
-            f"round {first_round}: ask for the log from round {applied_round + 1}"
-        )
-        self.needed_round = applied_round + 1
-
 
 class DivergedError(ReplicaError):
     """A replica's fingerprint is not the one that the log says it must have."""
@@ -36,3 +27,7 @@ class DivergedError(ReplicaError):
 
 class RunFolderError(FederationError, RuntimeError):
     """A run folder holds something else, or is in use by another run."""
+
+
+class ServerLogError(FederationError, LogError):
+    """A server's log is damaged, of another job, open in another server, or cannot be written."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import threading
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,14 +13,13 @@ import numpy as np
 
 from zorba.federated.errors import RunFolderError
 
-EVENT_SCHEMA = 1
-"""Version of the events; the first line of a file carries it."""
+EVENT_SCHEMA = 1  # version of the events; the first line of a file carries it
 
 
 class EventWriter:
     """Appends events to a file, each a line that is with the system when ``write`` returns.
 
-    An existing file is continued. Threads may share a writer, processes must not.
+    An existing file is continued. Only one writer may have it open.
 
     Raises:
         RunFolderError: the file is there and holds no events of this schema.
@@ -30,7 +27,6 @@ class EventWriter:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._lock = threading.Lock()
         self._lost = 0
         existing = self.path.read_bytes() if self.path.exists() else b""
         # What follows the last end of a line is the torn line of a kill: nobody can use it, and the
@@ -48,23 +44,23 @@ class EventWriter:
         """Appends an event of a kind; numbers that are not finite become null."""
         # Events are telemetry, the log is the state: a full disk loses events and does not end the
         # run. The next event that can be written is preceded by one that says how many were lost.
-        with self._lock:
-            if self._lost and self._append("lost", {"events": self._lost}):
-                self._lost = 0
-            if not self._append(event, fields or {}):
-                self._lost += 1
+        if self._lost and self._append("lost", {"events": self._lost}):
+            self._lost = 0
+        if not self._append(event, fields or {}):
+            self._lost += 1
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
 
     def _append(self, event: str, fields: Mapping[str, Any]) -> bool:
-        record: dict[str, Any] = {"event": event, "time": _now()}
-        if self._end == 0:
-            record["schema"] = EVENT_SCHEMA
-        text = json.dumps(_plain({**record, **fields}), allow_nan=False, separators=(",", ":"))
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        schema = {} if self._end else {"schema": EVENT_SCHEMA}
+        text = json.dumps({"event": event, "time": now, **schema, **fields}, default=_plain)
+        # JSON has no nan: with it, strict readers would refuse the whole line.
+        record = json.loads(text, parse_constant=lambda _: None)
         # The end of the line is written with it: what has no end is torn, for every reader.
-        line = text.encode() + b"\n"
+        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
         try:
             if self._file.write(line) != len(line):
                 raise OSError("the line was written in part")
@@ -76,10 +72,7 @@ class EventWriter:
 
 
 class EventReader:
-    """Reads events, also of a file that grows or does not exist yet.
-
-    Whole lines that hold no event are passed over, and counted by ``damaged``.
-    """
+    """Reads events, also of a file that grows; ``damaged`` counts lines that hold none."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -88,9 +81,7 @@ class EventReader:
         self._file_id = -1
 
     def poll(self) -> list[dict[str, Any]]:
-        """Returns the events since the last call; none where there is no file.
-
-        When another file has taken the place of the first, its events follow from the start.
+        """Returns the events since the last call, of another file from its start.
 
         Raises:
             RunFolderError: the file holds no events of this schema.
@@ -100,8 +91,7 @@ class EventReader:
         except FileNotFoundError:
             return []
         with file:
-            # Another inode, or a file that became shorter, is another run's: a position in the
-            # old one means nothing there.
+            # Another inode, or a shorter file, is another run's: the old position means nothing.
             status = os.fstat(file.fileno())
             if status.st_ino != self._file_id or status.st_size < self._offset:
                 self._file_id, self._offset, self.damaged = status.st_ino, 0, 0
@@ -119,7 +109,7 @@ class EventReader:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """Returns the event of a line; None where it holds none."""
+    """The event of a line; None where it holds none."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):  # deep brackets are a line like any other damaged one
@@ -130,25 +120,11 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 def _check_first(record: dict[str, Any] | None, path: Path) -> None:
     if record is None or "schema" not in record:
         raise RunFolderError(f"{path} holds no events: its first line names no schema")
-    if record["schema"] != EVENT_SCHEMA:
-        raise RunFolderError(
-            f"{path} holds events of schema {record['schema']!r}, this package reads {EVENT_SCHEMA}"
-        )
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    if (schema := record["schema"]) != EVENT_SCHEMA:
+        told = f"{path} holds events of schema {schema!r}, this package reads {EVENT_SCHEMA}"
+        raise RunFolderError(told)
 
 
 def _plain(value: Any) -> Any:
-    """Returns the value as JSON has it: text for unknown objects, null for what is not finite."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    # Plain JSON has no nan: with it, strict readers would refuse the whole line.
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int | bool) else str(value)
+    """A value that JSON has not: a number of numpy as Python's, anything else as text."""
+    return value.item() if isinstance(value, np.generic) else str(value)

@@ -1,9 +1,13 @@
-"""The four messages between server and clients: one schema, plain data, no code in any of them."""
+"""The four messages between server and clients: one schema, plain data, no code in any of them.
+
+``docs/protocol.md`` has them byte for byte.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import ClassVar
 
@@ -21,10 +25,11 @@ from zorba_kernels.noise import NOISE_VERSION, Distribution, Rounding
 
 # A field of fixed size is named here and in its message's class, and nowhere else. The codes are
 # those of the module struct: Q is a uint64, I a uint32, H a uint16, B a uint8, d and f are floats.
-_IDENTITY = Layout("model", "origin:Q start:Q layout:Q num_weights:Q num_blocks:H")
 _GREETING = Layout("greeting", "job:Q")
 _HELLO = Layout(
-    "hello", "job:Q noise_version:B distribution:B rounding:B applied_round:I fingerprint:Q"
+    "hello",
+    "job:Q noise_version:B distribution:B rounding:B applied_round:I fingerprint:Q "
+    "origin:Q start:Q layout:Q num_weights:Q num_blocks:H",
 )
 _PLAN = Layout(
     "plan",
@@ -50,113 +55,65 @@ class Greeting:
         """Returns the message."""
         return frame(self.KIND, _GREETING.pack(vars(self)))
 
-    @staticmethod
-    def read(reader: Reader) -> Greeting:
-        """Returns the greeting of a payload."""
-        return Greeting(**_GREETING.unpack(reader))
-
 
 @dataclass(frozen=True)
 class Hello:
-    """Client to server: who it is and what it holds. Also the answer to a plan it cannot follow.
-
-    Attributes:
-        client: its name.
-        job: that its replica is bound to.
-        identity: of its model at theta_0.
-        distribution: that its objective makes.
-        rounding: of its replica.
-        applied_round: of its replica: it needs the log from the next one on.
-        fingerprint: of its replica now.
-        package: version of its package.
-        noise_version: of its kernels.
-    """
+    """Client to server: who it is and what it holds. Also the answer to a plan it cannot follow."""
 
     KIND: ClassVar[int] = 2
 
     client: str
     job: int
-    identity: ModelIdentity
-    distribution: Distribution
-    rounding: Rounding
-    applied_round: int
-    fingerprint: int
-    package: str
-    noise_version: int = NOISE_VERSION
+    identity: ModelIdentity  # of its model at theta_0
+    distribution: Distribution  # that its objective makes
+    rounding: Rounding  # of its replica
+    applied_round: int  # of its replica: it needs the log from the next one on
+    fingerprint: int  # of its replica now
+    package: str  # version of its package
+    noise_version: int = NOISE_VERSION  # of its kernels
 
     def encode(self) -> bytes:
         """Returns the message."""
         # Names last: everything in front of them has a fixed place.
         names = pack_name(self.client, "client name") + pack_name(self.package, "package version")
-        return frame(
-            self.KIND, _HELLO.pack(vars(self)) + _IDENTITY.pack(vars(self.identity)) + names
-        )
-
-    @staticmethod
-    def read(reader: Reader) -> Hello:
-        """Returns the hello of a payload."""
-        fixed = _HELLO.unpack(reader)
-        identity = ModelIdentity(**_IDENTITY.unpack(reader))
-        client, package = reader.text("client name"), reader.text("package version")
-        return Hello(client=client, identity=identity, package=package, **fixed)
+        return frame(self.KIND, _HELLO.pack(vars(self) | vars(self.identity)) + names)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Server to client: apply these log entries, then measure these directions.
-
-    Attributes:
-        job: uint64.
-        round: the round that is measured, at the weights that round - 1 left.
-        base_round: that the server knows the client to have applied; entries start after it.
-        seeds: uint64 of each local step, [K]; the same for all clients. None at all: only apply.
-        num_perturbations: P.
-        eps: distance of the evaluations.
-        estimator: of the scalars.
-        distribution: of the noise, in the log entries too.
-        rounding: of 16-bit weights in entries.
-        mask: which blocks this client perturbs, [blocks].
-        mask_version: of the masks of all clients.
-        local_lr: learning rate of the local steps that ride along unwritten.
-        clip: largest absolute scalar in those local steps; infinite for no limit.
-        num_entries: log entries that the plan carries.
-        frames: their bytes, one after the other, as they are in the log.
-        noise_version: of the noise contract.
-    """
+    """Server to client: apply these log entries, then measure these directions."""
 
     KIND: ClassVar[int] = 3
 
     job: int
-    round: int
-    base_round: int
-    seeds: tuple[int, ...]
-    num_perturbations: int
-    eps: float
+    round: int  # that is measured, at the weights that round - 1 left
+    base_round: int  # that the server knows the client to have applied; entries start after it
+    seeds: tuple[int, ...]  # uint64 [K], the same for all clients. None at all: only apply
+    num_perturbations: int  # P
+    eps: float  # distance of the evaluations
     estimator: Estimator
-    distribution: Distribution
-    rounding: Rounding
-    mask: tuple[bool, ...]
-    mask_version: int
-    local_lr: float
-    clip: float = math.inf
-    num_entries: int = 0
-    frames: bytes = b""
+    distribution: Distribution  # of the noise, in the log entries too
+    rounding: Rounding  # of 16-bit weights in entries
+    mask: tuple[bool, ...]  # [blocks]: which of them this client perturbs
+    mask_version: int  # of the masks of all clients
+    local_lr: float  # learning rate of the local steps that ride along unwritten
+    clip: float = math.inf  # largest absolute scalar in those local steps
+    num_entries: int = 0  # log entries that the plan carries
+    frames: bytes = b""  # their bytes, one after the other, as they are in the log
     noise_version: int = NOISE_VERSION
 
     def __post_init__(self) -> None:
         """Raises MessageError where the parts do not belong together."""
-        steps, samples = len(self.seeds), self.num_perturbations
+        steps, samples, blocks = len(self.seeds), self.num_perturbations, len(self.mask)
+        before, reached = self.round, self.reached
         for fits, wrong in (
             (steps <= MAX_STEPS, f"at most {MAX_STEPS} local steps, got {steps}"),
             (1 <= samples <= MAX_STEPS, f"1 to {MAX_STEPS} perturbations, got {samples}"),
-            (1 <= len(self.mask) <= MAX_BLOCKS, f"1 to {MAX_BLOCKS} blocks, got {len(self.mask)}"),
+            (1 <= blocks <= MAX_BLOCKS, f"1 to {MAX_BLOCKS} blocks, got {blocks}"),
             (positive_in_float32(self.eps), f"a positive, finite eps in float32, got {self.eps}"),
             (0 <= self.local_lr < math.inf, f"a finite local_lr from 0 on, got {self.local_lr}"),
             (self.clip > 0, f"a positive clip, got {self.clip}"),
-            (
-                self.reached < self.round,
-                f"the log of rounds before {self.round}, got {self.reached}",
-            ),
+            (reached < before, f"the log of rounds before {before}, got {reached}"),
         ):
             if not fits:
                 raise MessageError(f"a plan has {wrong}")
@@ -171,10 +128,9 @@ class Plan:
         """The log entries, of rounds ``base_round + 1`` to ``reached``."""
         # The log checks that they are of this job, without a gap, and undamaged. Their CRCs were
         # made by the server that wrote them, so a change on the way to the plan is found, too.
+        first, blocks = self.base_round + 1, len(self.mask)
         try:
-            return decode_entries(
-                self.frames, self.num_entries, self.base_round + 1, len(self.mask), self.job
-            )
+            return decode_entries(self.frames, self.num_entries, first, blocks, self.job)
         except LogError as error:
             raise MessageError(f"log entries of a plan: {error}") from None
 
@@ -183,11 +139,7 @@ class Plan:
         return self.encode_each(np.array([self.mask]))[0]
 
     def encode_each(self, masks: npt.NDArray[np.bool_]) -> list[bytes]:
-        """Returns this plan for many clients, each with its own mask in the place of ``mask``.
-
-        Args:
-            masks: bool [clients, blocks].
-        """
+        """Returns this plan for many clients, bool [clients, blocks] in the place of ``mask``."""
         fixed = vars(self) | {"steps": len(self.seeds), "blocks": masks.shape[1]}
         head = _PLAN.pack(fixed) + np.array(self.seeds, "<u8").tobytes()
         packed = [row.tobytes() for row in np.packbits(masks, axis=1, bitorder="little")]
@@ -196,53 +148,22 @@ class Plan:
         made = {bits: frame(self.KIND, head + bits + self.frames) for bits in set(packed)}
         return [made[bits] for bits in packed]
 
-    @staticmethod
-    def read(reader: Reader) -> Plan:
-        """Returns the plan of a payload; its entries are checked too."""
-        fixed = _PLAN.unpack(reader)
-        blocks = fixed.pop("blocks")
-        seeds = reader.array("<u8", fixed.pop("steps"), "seeds")
-        bits = np.unpackbits(reader.array("u1", (blocks + 7) // 8, "mask"), bitorder="little")
-        # One plan, one form: a client knows by its bytes whether it was asked the same before.
-        if bits[blocks:].any():
-            raise MessageError(f"the mask has bits after its {blocks} blocks")
-        plan = Plan(
-            seeds=tuple(seeds.tolist()),
-            mask=tuple(bits[:blocks].astype(bool).tolist()),
-            frames=bytes(reader.rest()),
-            **fixed,
-        )
-        len(plan.entries)  # decoded now, so that a plan that was accepted can be followed
-        return plan
-
 
 @dataclass(frozen=True, eq=False)
 class Reply:
-    """Client to server: what it measured.
-
-    Attributes:
-        job: uint64.
-        round: of the plan.
-        client: its name.
-        applied_round: of the replica that was measured.
-        fingerprint: of the replica that was measured.
-        scalars: float32 [K, P], finite.
-        num_examples: in the batches of all local steps.
-        loss: mean of the losses seen: telemetry, it decides nothing. nan where it is private.
-        privacy: what the client's scalars have told so far; None where it adds no noise.
-    """
+    """Client to server: what it measured."""
 
     KIND: ClassVar[int] = 4
 
     job: int
-    round: int
+    round: int  # of the plan
     client: str
-    applied_round: int
-    fingerprint: int
-    scalars: npt.NDArray[np.float32]
-    num_examples: int
-    loss: float
-    privacy: PrivacySpent | None = None
+    applied_round: int  # of the replica that was measured
+    fingerprint: int  # of the replica that was measured
+    scalars: npt.NDArray[np.float32]  # [K, P], finite
+    num_examples: int  # in the batches of all local steps
+    loss: float  # mean of the losses seen: telemetry, it decides nothing. nan where it is private
+    privacy: PrivacySpent | None = None  # what its scalars have told so far; None without noise
 
     def __post_init__(self) -> None:
         """Raises MessageError where the parts do not belong together."""
@@ -252,23 +173,16 @@ class Reply:
         # Checked here, so that neither side can make or take such a message: one nan in a sum of
         # thousands would be all that is left of it.
         if not np.isfinite(self.scalars).all():
-            raise MessageError(
-                f"scalars of {self.client} in round {self.round} must be finite: its loss "
-                "overflowed or was no number"
-            )
-        if self.privacy is None and not math.isfinite(self.loss):
+            told = f"scalars of {self.client} in round {self.round} must be finite"
+            raise MessageError(f"{told}: its loss overflowed or was no number")
+        spent = self.privacy
+        if spent is None and not math.isfinite(self.loss):
             raise MessageError(f"loss of {self.client} must be finite, got {self.loss}")
-        if self.privacy is not None:
-            # The accountant counts the scalars alone: an exact loss beside them would undo them.
-            if not math.isnan(self.loss):
-                raise MessageError(f"{self.client} tells a loss, though its scalars are private")
-            if not (0 <= self.privacy.epsilon < math.inf and 0 < self.privacy.delta < 1):
-                raise MessageError(f"{self.client} tells no privacy: {self.privacy}")
-
-    @property
-    def scalar_bytes(self) -> int:
-        """Bytes of the scalars alone: 4 * K * P."""
-        return int(self.scalars.nbytes)
+        # The accountant counts the scalars alone: an exact loss beside them would undo them.
+        if spent is not None and not math.isnan(self.loss):
+            raise MessageError(f"{self.client} tells a loss, though its scalars are private")
+        if spent is not None and not (0 <= spent.epsilon < math.inf and 0 < spent.delta < 1):
+            raise MessageError(f"{self.client} tells no privacy: {spent}")
 
     def encode(self) -> bytes:
         """Returns the message."""
@@ -279,21 +193,44 @@ class Reply:
         name = pack_name(self.client, "client name")
         return frame(self.KIND, head + self.scalars.astype("<f4").tobytes() + name + spent)
 
-    @staticmethod
-    def read(reader: Reader) -> Reply:
-        """Returns the reply of a payload."""
-        fixed = _REPLY.unpack(reader)
-        shape, unit = (fixed.pop("steps"), fixed.pop("samples")), fixed.pop("unit")
-        # The reader compares the size with what is left before it takes anything.
-        scalars = reader.array("<f4", shape[0] * shape[1], "scalars").astype(np.float32)
-        client = reader.text("client name")
-        spent = None if unit is None else PrivacySpent(unit, **_PRIVACY.unpack(reader))
-        return Reply(client=client, scalars=scalars.reshape(shape), privacy=spent, **fixed)
+
+def _read_hello(reader: Reader) -> Hello:
+    fixed = _HELLO.unpack(reader)
+    identity = ModelIdentity(**{f.name: fixed.pop(f.name) for f in fields(ModelIdentity)})
+    client, package = reader.text("client name"), reader.text("package version")
+    return Hello(client=client, identity=identity, package=package, **fixed)
+
+
+def _read_plan(reader: Reader) -> Plan:
+    fixed = _PLAN.unpack(reader)
+    blocks = fixed.pop("blocks")
+    seeds = reader.array("<u8", fixed.pop("steps"), "seeds")
+    bits = np.unpackbits(reader.array("u1", (blocks + 7) // 8, "mask"), bitorder="little")
+    # One plan, one form: a client knows by its bytes whether it was asked the same before.
+    if bits[blocks:].any():
+        raise MessageError(f"the mask has bits after its {blocks} blocks")
+    mask = tuple(bits[:blocks].astype(bool).tolist())
+    plan = Plan(seeds=tuple(seeds.tolist()), mask=mask, frames=bytes(reader.rest()), **fixed)
+    len(plan.entries)  # decoded now, so that a plan that was accepted can be followed
+    return plan
+
+
+def _read_reply(reader: Reader) -> Reply:
+    fixed = _REPLY.unpack(reader)
+    shape, unit = (fixed.pop("steps"), fixed.pop("samples")), fixed.pop("unit")
+    # The reader compares the size with what is left before it takes anything.
+    scalars = reader.array("<f4", shape[0] * shape[1], "scalars").astype(np.float32)
+    client = reader.text("client name")
+    spent = None if unit is None else PrivacySpent(unit, **_PRIVACY.unpack(reader))
+    return Reply(client=client, scalars=scalars.reshape(shape), privacy=spent, **fixed)
 
 
 Message = Greeting | Hello | Plan | Reply
-_KINDS: dict[int, type[Greeting] | type[Hello] | type[Plan] | type[Reply]] = {
-    kind.KIND: kind for kind in (Greeting, Hello, Plan, Reply)
+_READ: dict[int, Callable[[Reader], Message]] = {
+    Greeting.KIND: lambda reader: Greeting(**_GREETING.unpack(reader)),
+    Hello.KIND: _read_hello,
+    Plan.KIND: _read_plan,
+    Reply.KIND: _read_reply,
 }
 
 
@@ -304,7 +241,7 @@ def decode(data: bytes) -> Message:
         MessageError: they are none; the error names what was wrong and what was expected.
     """
     # Plain fields and no pickle: bytes of a stranger can become one of four classes and no code.
-    kind, reader = unframe(data, tuple(_KINDS))
-    message = _KINDS[kind].read(reader)
+    kind, reader = unframe(data, _READ)
+    message = _READ[kind](reader)
     reader.end()
     return message

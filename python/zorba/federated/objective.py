@@ -36,13 +36,15 @@ class ModelObjective:
         loss: returns the loss of a batch, a number or a tensor of one element; or with
             ``per_example`` the loss of each example, Tensor [examples].
         distribution: of the noise, the replica's.
-        prefix_reuse: whether blocks that no perturbation can reach run once a step.
         per_example: whether ``loss`` tells the examples apart, as ``Privacy`` with the unit
             "example" needs it. Without privacy the scalars are those of the examples' mean.
 
     Raises:
         ValueError: the model is offloaded, and the table is no ``DeviceTables``.
     """
+
+    _placement: ScratchPlacement
+    _evaluator: Evaluator
 
     def __init__(
         self,
@@ -51,7 +53,6 @@ class ModelObjective:
         batches: Batches,
         loss: Callable[[Any], float | Tensor],
         distribution: Distribution,
-        prefix_reuse: bool = True,
         per_example: bool = False,
     ) -> None:
         # A ParamTable holds addresses, which a block that moves leaves behind.
@@ -65,11 +66,8 @@ class ModelObjective:
         self._batches = batches
         self._loss = loss
         self._distribution = distribution
-        self._prefix_reuse = prefix_reuse
         self._read: Callable[[Any], Any] = _each if per_example else float
-        self._active: tuple[int, ...] = ()
-        self._evaluator: Evaluator | None = None
-        self._placement: ScratchPlacement | None = None
+        self._active: list[int] | None = None
 
     def __call__(self, round_number: int, step: int) -> tuple[Evaluate, int]:
         """See ``Objective``."""
@@ -77,41 +75,30 @@ class ModelObjective:
 
         @torch.no_grad()
         def evaluate(noises: Sequence[NoiseTerms]) -> Sequence[Any]:
-            with self._evaluator_of(noises).step(lambda: self._loss(batch)) as losses_at:
+            groups = range(self._table.num_groups)
+            self._activate([g for g in groups if any(terms.active(g) for terms in noises)])
+            with self._evaluator.step(lambda: self._loss(batch)) as losses_at:
                 return losses_at(noises)
 
         return evaluate, count
 
-    def _evaluator_of(self, noises: Sequence[NoiseTerms]) -> Evaluator:
-        """Returns what evaluates at these noises; a new one where other blocks are active."""
-        groups = range(self._table.num_groups)
-        active = tuple(g for g in groups if any(terms.active(g) for terms in noises))
-        # Placement and evaluator stay from round to round: they are made again only where other
-        # blocks are active. Parameters may have moved between host and device in the meantime.
-        if self._placement is not None:
-            self._placement.refresh()
-        if self._evaluator is None or self._placement is None or active != self._active:
-            # Blocks move before the tables are made: a table holds addresses.
-            self._place(set(active))
-            self._placement = ScratchPlacement(
-                self._model, self._table_of(set(active)), self._distribution
-            )
-            self._evaluator = Evaluator(
-                self._model, self._placement, self._prefix_reuse, self._read
-            )
-            self._active = active
-        return self._evaluator
-
-    def _place(self, active: set[int]) -> None:
-        """Brings active blocks to the device, and sends the others to the host."""
-        offload = Offload.of(self._model)
-        if offload is None:
+    def _activate(self, active: list[int]) -> None:
+        """Makes placement and evaluator, which stay as long as the same blocks are active."""
+        if active == self._active:
+            self._placement.refresh()  # somebody may have moved the model since the last step
             return
-        # By parameters, not by numbers: an offload may know more blocks than are trained.
-        names = {entry.name for entry in self._table.entries if entry.group in active}
-        offload.set_active([b.name for b in offload.blocks if names & set(b.parameters)])
+        self._active = None
+        # Blocks move before the table is made: it holds addresses.
+        offload = Offload.of(self._model)
+        if offload is not None:
+            # By parameters, not by numbers: an offload may know more blocks than are trained.
+            names = {entry.name for entry in self._table.entries if entry.group in active}
+            offload.set_active([b.name for b in offload.blocks if names & set(b.parameters)])
+        self._placement = ScratchPlacement(self._model, self._table_of(active), self._distribution)
+        self._evaluator = Evaluator(self._model, self._placement, True, self._read)
+        self._active = active
 
-    def _table_of(self, active: set[int]) -> zk.ParamTable:
+    def _table_of(self, active: list[int]) -> zk.ParamTable:
         # Of active blocks alone: scratch is made for each parameter of a table, perturbed or not.
         entries = [entry for entry in self._table.entries if entry.group in active]
         return zk.ParamTable(
@@ -122,7 +109,7 @@ class ModelObjective:
 
 
 def _each(losses: Tensor) -> npt.NDArray[np.float64]:
-    """Returns losses, Tensor [examples], as an array."""
+    """Losses, Tensor [examples], as an array."""
     # float64: a difference of losses that nearly agree has few digits left in float32.
     numbers: npt.NDArray[np.float64] = losses.detach().double().cpu().numpy()
     return numbers

@@ -1,7 +1,7 @@
 """Differential privacy of a client's scalars: clip, add Gaussian noise, count what it spends.
 
-After DPZero (Zhang et al., arXiv 2310.09639, algorithm 2), which clips each example's finite
-difference and adds noise to their mean. See ``docs/security.md`` for what is protected from whom.
+After DPZero (Zhang et al., arXiv 2310.09639, algorithm 2); ``docs/security.md`` says what is
+protected from whom.
 """
 
 from __future__ import annotations
@@ -13,19 +13,55 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from zorba.federated.errors import FederationError
 from zorba.files import write_whole
-from zorba.privacy import UNITS as UNITS
-from zorba.privacy import Privacy as Privacy
-from zorba.privacy import Unit as Unit
+from zorba_kernels.program import check_choice
 
 LEDGER_SCHEMA = 1
-_Floats = npt.NDArray[np.float64]
+Unit = Literal["example", "client"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """What a client does to its scalars before anybody sees them.
+
+    A local step measures P scalars. With unit "example" each example has a vector of P finite
+    differences, with "client" the whole batch has one. Vectors are cut to the L2 norm ``clip`` and
+    averaged over the batch's n (n = 1 for "client"), and a Gaussian of standard deviation
+    ``noise_multiplier * 2 * clip / n`` is added to each of the P numbers: 2 clip / n is how far the
+    mean can move when one example is replaced by any other, or with "client" all of its data.
+
+    Attributes:
+        unit: whom epsilon protects: each "example", or the "client" with all of its examples.
+        clip: L2 norm of a vector of P differences, in units of the scalars.
+        noise_multiplier: of that sensitivity.
+        delta: at which epsilon is told; well below one over the number of units.
+        max_epsilon: the client measures nothing that would spend more.
+    """
+
+    unit: Unit
+    clip: float
+    noise_multiplier: float
+    delta: float
+    max_epsilon: float = math.inf
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where a number makes no sense."""
+        check_choice("unit", self.unit, UNITS)
+        for what, fits, expected in (
+            ("clip", 0 < self.clip < math.inf, "positive and finite"),
+            ("noise_multiplier", 0 < self.noise_multiplier < math.inf, "positive and finite"),
+            ("delta", 0 < self.delta < 1, "between 0 and 1"),
+            ("max_epsilon", self.max_epsilon > 0, "positive"),
+        ):
+            if not fits:
+                raise ValueError(f"{what} must be {expected}, got {getattr(self, what)!r}")
 
 
 @dataclass(frozen=True)
@@ -47,21 +83,17 @@ class PrivacyAccountant:
         path: of the file with the count, one a client and data set, whatever the job; its folder
             must exist. None keeps the count in memory, for simulations.
 
-    Attributes:
-        last: digest of the last plan that was measured, and the answer to it.
-
     Raises:
         FederationError: the file is damaged or of another unit.
     """
 
-    # The count and the last answer are in a file that is written before the answer leaves: a client
-    # that is killed and started again neither forgets what it spent, nor answers the same plan with
-    # new noise, from which two answers together would tell more than was counted.
+    # The file is written before an answer leaves: a client that is killed and started again neither
+    # forgets what it spent, nor answers the same plan twice with new noise, which would tell more.
 
     def __init__(self, privacy: Privacy, path: str | Path | None = None) -> None:
         self.privacy = privacy
         self.path = None if path is None else Path(path)
-        self.last: tuple[bytes, bytes] | None = None
+        self.last: tuple[bytes, bytes] | None = None  # digest of the last plan, and the answer
         self._releases: dict[float, int] = {}  # by noise multiplier
         # The operating system's: noise that follows from a seed can be taken off again.
         self._random: random.Random = random.SystemRandom()
@@ -79,28 +111,26 @@ class PrivacyAccountant:
                 "privacy is counted with dp-accounting: pip install zorba-kernels[privacy]"
             ) from error
         # Each local step is one Gaussian mechanism; they compose by Renyi differential privacy
-        # (Mironov, arXiv 1702.07476). No amplification by sampling is counted, since nothing here
-        # knows how an objective picks its batches. Counts are kept by noise multiplier: a site may
-        # change its noise, and what it sent before still counts as it was.
-        counts = dict(self._releases)
-        noise = self.privacy.noise_multiplier
-        counts[noise] = counts.get(noise, 0) + further
+        # (Mironov, arXiv 1702.07476). No amplification by sampling: nothing here knows how batches
+        # are picked. By noise multiplier: when a site changes it, earlier steps count as they were.
         accountant = RdpAccountant()
-        for multiplier, count in counts.items():
+        releases = self._with(further)
+        for multiplier, count in releases.items():
             if count:
                 accountant.compose(GaussianDpEvent(multiplier), count)
-        epsilon = float(accountant.get_epsilon(self.privacy.delta)) if sum(counts.values()) else 0.0
-        return PrivacySpent(self.privacy.unit, epsilon, self.privacy.delta)
+        delta = self.privacy.delta
+        epsilon = float(accountant.get_epsilon(delta)) if any(releases.values()) else 0.0
+        return PrivacySpent(self.privacy.unit, epsilon, delta)
 
     def afford(self, steps: int) -> PrivacySpent:
-        """Returns what is spent after more local steps; raises where that is over the limit."""
+        """Returns what is spent after more local steps; FederationError if over the limit."""
         # Of all that the plan asks, before any of it: a part of the steps would be of no use.
         after = self.spent(steps)
         if steps and after.epsilon > self.privacy.max_epsilon:
+            would, limit = f"{after.epsilon:.3f} at delta {after.delta:g}", self.privacy.max_epsilon
             raise FederationError(
-                f"epsilon would be {after.epsilon:.3f} at delta {after.delta:g}, the limit is "
-                f"{self.privacy.max_epsilon:g}: the privacy budget is spent, and this client "
-                "measures no more"
+                f"epsilon would be {would}, the limit is {limit:g}: the privacy budget is spent, "
+                "and this client measures no more"
             )
         return after
 
@@ -122,19 +152,20 @@ class PrivacyAccountant:
                 f"objective returned losses of shape {list(rows.shape[1:])}: return arrays, or "
                 'take the unit "client"'
             )
-        private = _clipped_mean(rows.T, self.privacy.clip)
-        scale = self.privacy.noise_multiplier * 2 * self.privacy.clip / rows.shape[1]
-        noise = np.array([self._gaussian() for _ in private])
-        with np.errstate(over="ignore"):  # what is not finite is refused where it is used
-            released: npt.NDArray[np.float32] = (private + scale * noise).astype(np.float32)
-        return released
+        # An example that is not finite counts as zeros: leaving it out, or giving up, would tell.
+        rows = np.where(np.isfinite(rows).all(axis=0), rows, 0.0)
+        clip, noise = self.privacy.clip, np.array([self._gaussian() for _ in rows])
+        with np.errstate(over="ignore"):  # an infinite norm cuts an example to zeros
+            cut = rows * (clip / np.maximum(np.linalg.norm(rows, axis=0), clip))
+            # What is not finite in float32 is refused where it is used.
+            scale = self.privacy.noise_multiplier * 2 * clip / rows.shape[1]
+            told: npt.NDArray[np.float32] = (cut.mean(axis=1) + scale * noise).astype(np.float32)
+        return told
 
     def note(self, steps: int, digest: bytes, answer: bytes) -> None:
         """Counts what an answer tells; it is on disk on return, so the answer may leave."""
-        noise = self.privacy.noise_multiplier
-        # In memory first: where the disk is full the answer stays here, but the count must not
-        # be lower than what was measured.
-        self._releases[noise] = self._releases.get(noise, 0) + steps
+        # In memory first: the answer stays here if the disk is full, but the count must not be low.
+        self._releases = self._with(steps)
         if self.path is not None:
             record = {
                 "schema": LEDGER_SCHEMA,
@@ -145,8 +176,13 @@ class PrivacyAccountant:
             write_whole(self.path, json.dumps(record) + "\n")
         self.last = (digest, answer)
 
+    def _with(self, steps: int) -> dict[float, int]:
+        """Releases by noise multiplier, with further ones of today's."""
+        noise = self.privacy.noise_multiplier
+        return self._releases | {noise: self._releases.get(noise, 0) + steps}
+
     def _gaussian(self) -> float:
-        """Returns a standard normal."""
+        """A standard normal."""
         # The lowest bits of one sampled in doubles can give away what it was added to (Mironov
         # 2012); a sum of several hides that (Holohan and Braghin, arXiv 2107.10138).
         return math.fsum(self._random.gauss(0.0, 1.0) for _ in range(4)) / 2
@@ -166,13 +202,3 @@ class PrivacyAccountant:
                 f"{self.privacy.unit!r} (schema {LEDGER_SCHEMA}): keep the unit"
             )
         self._releases, self.last = releases, (digest, answer)
-
-
-def _clipped_mean(rows: _Floats, clip: float) -> _Floats:
-    """Returns the mean of rows [n, P], each cut to the L2 norm."""
-    # A row that is not finite counts as zeros: to leave it out, or to give up, would tell of it.
-    rows = np.where(np.isfinite(rows).all(axis=1, keepdims=True), rows, 0.0)
-    with np.errstate(over="ignore"):  # an infinite norm cuts the row to zeros
-        norm = np.linalg.norm(rows, axis=1, keepdims=True)
-    mean: _Floats = (rows * (clip / np.maximum(norm, clip))).mean(axis=0)
-    return mean

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import zorba_kernels as zk
 from zorba import defaults
-from zorba.federated.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
 from zorba.federated.errors import DivergedError, GapError, ReplicaError
-from zorba.identity import identity_of
+from zorba.files import write_whole
+from zorba.identity import ModelIdentity, identity_of
 from zorba.log import LogEntry, apply_entries
-from zorba.tables import Tables, each_table, fingerprint
-from zorba_kernels.noise import Distribution, Rounding
+from zorba.tables import Tables, fingerprint
+from zorba_kernels.noise import NOISE_VERSION, Distribution, Rounding
+
+CHECKPOINT_SCHEMA = 1
+_KEY = "zorba_replica"  # of a checkpoint's metadata
 
 
 class Replica:
     """Weights in a ParamTable, and the round up to which the log was applied to them.
 
     Make it while the weights are theta_0: it takes the model's identity from them. Several clients
-    of one process may share one.
+    of one process may share one. Checkpoints need the package safetensors.
 
     Args:
         table: the trainable weights; group b of it is block b. ``apply`` and ``load`` modify them.
@@ -32,6 +38,7 @@ class Replica:
         rounding: of 16-bit weights in updates.
 
     Attributes:
+        identity: of the model at theta_0.
         applied_round: the last round whose entry was applied; 0 at theta_0.
         job: of the log that was applied; None as long as any will do.
         passes: how often the weights were read and written by ``apply``.
@@ -65,10 +72,7 @@ class Replica:
         self.job = job
 
     def fingerprint(self, *, fresh: bool = False) -> int:
-        """Returns the uint64 fingerprint of the weights.
-
-        They are read with ``fresh``, and otherwise once after a change that this object knows of.
-        """
+        """Returns the uint64 fingerprint: ``fresh``, or as of the last change that is known of."""
         self._check_whole()
         if fresh or self._fingerprint is None:
             self._fingerprint = fingerprint(self.table)
@@ -80,8 +84,7 @@ class Replica:
         R entries in one call leave the bits of R calls.
 
         Args:
-            entries: of a log of the replica's noise and rounding, in the order of rounds, without
-                a gap among them.
+            entries: of a log of the replica's noise and rounding, in the order of rounds.
 
         Raises:
             GapError: entries are missing after ``applied_round``.
@@ -90,44 +93,64 @@ class Replica:
             In all cases the weights are as before.
         """
         self._check_whole()
-        # Rounds that were applied before are left out, so that a repeated message, or a client
-        # that shares the replica, does no harm.
+        # So a repeated message, or a client that shares the replica, does no harm.
         new = [entry for entry in entries if entry.number > self.applied_round]
-        for at, entry in enumerate(new):
-            if entry.number != self.applied_round + 1 + at:
-                raise GapError(self.applied_round + at, entry.number)
-            blocks = entry.terms.coefs.shape[0]
-            if blocks != self.identity.num_blocks:
-                raise ReplicaError(
-                    f"log entry of round {entry.number} is for {blocks} blocks, this replica has "
-                    f"{self.identity.num_blocks}"
+        for applied, entry in enumerate(new, self.applied_round):
+            if entry.number != applied + 1:
+                raise GapError(
+                    f"the replica has applied round {applied} but the first log entry given is of "
+                    f"round {entry.number}: ask for the log from round {applied + 1}"
                 )
-        if not new:
-            return 0
-        # Entries say what they were measured at. To build on other weights would make a difference
-        # that nobody could ever find the start of.
-        base = new[0].base
+            blocks, mine = entry.terms.coefs.shape[0], self.identity.num_blocks
+            if blocks != mine:
+                number = entry.number
+                raise ReplicaError(
+                    f"entry {number} is for {blocks} blocks, this replica has {mine}"
+                )
+        # Building on other weights would make a difference that nobody could find the start of.
+        base = new[0].base if new else None
         if base is not None and base != self.fingerprint():
             raise DivergedError(
                 f"after round {self.applied_round} this replica has fingerprint "
                 f"{self.fingerprint():#018x}, the others have {base:#018x}: its weights were "
                 "changed from outside; load a checkpoint, or start again from the original model"
             )
-        self._write(new)
+        if all(entry.empty for entry in new):
+            self.applied_round += len(new)
+            return len(new)
+        # Set until the round is noted: a Ctrl-C or a fault leaves a replica that says so, not one
+        # that applies the same rounds a second time.
+        self._interrupted, self._fingerprint = True, None
+        apply_entries(self.table, new, self.distribution, self.rounding)
+        self.applied_round += len(new)
+        self.passes += 1
+        self._interrupted = False
         return len(new)
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file in one step: one that was there stays until it is whole."""
-        # Read from the weights: where they were changed from outside, the next entry finds it.
-        info = CheckpointInfo(
-            job=self.job or 0,
-            applied_round=self.applied_round,
-            fingerprint=self.fingerprint(fresh=True),
-            identity=self.identity,
-            distribution=self.distribution,
-            rounding=self.rounding,
-        )
-        save_checkpoint(Path(path), self.table, info)
+        from safetensors.torch import save_file  # optional: only checkpoints need it
+
+        info = {
+            "schema": CHECKPOINT_SCHEMA,
+            "noise_version": NOISE_VERSION,
+            "distribution": self.distribution,
+            "rounding": self.rounding,
+            "identity": asdict(self.identity),
+            "job": self.job or 0,
+            "applied_round": self.applied_round,
+            # Read from the weights: where they were changed from outside, the next entry finds it.
+            "fingerprint": self.fingerprint(fresh=True),
+        }
+        # safetensors refuses tensors that share a storage, which slices of one buffer do.
+        tensors = {
+            e.name: t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
+            for e in self.table.entries
+            for t in [e.tensor.contiguous()]
+        }
+        # Weights and round in one file, in one step: two files could be of two rounds after a kill.
+        metadata = {_KEY: json.dumps(info, sort_keys=True)}
+        write_whole(Path(path), lambda draft: save_file(tensors, draft, metadata=metadata))
 
     def load(self, path: str | Path) -> None:
         """Replaces the weights by those of a checkpoint.
@@ -135,43 +158,42 @@ class Replica:
         Raises:
             ReplicaError: it is damaged or of another model, noise or rounding; nothing changed.
         """
-        info, tensors = load_checkpoint(Path(path), self.table)
-        for what in ("distribution", "rounding"):
-            mine, theirs = getattr(self, what), getattr(info, what)
-            if mine != theirs:
-                raise ReplicaError(f"{path} is of {what} {theirs}, this replica of {mine}")
-        wrong = self.identity.difference(info.identity)
-        if wrong:
+        from safetensors import SafetensorError, safe_open  # optional: only checkpoints need it
+
+        # Everything is read and checked before a weight is changed: a bad file costs nothing.
+        try:
+            with safe_open(path, framework="pt") as file:
+                info: dict[str, Any] = json.loads(file.metadata()[_KEY])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            identity = ModelIdentity(**info["identity"])
+            applied, job, saved = (info[key] for key in ("applied_round", "job", "fingerprint"))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ReplicaError(f"{path} cannot be read as a checkpoint: {error!r}") from None
+        for what, mine in (
+            ("schema", CHECKPOINT_SCHEMA),
+            ("noise_version", NOISE_VERSION),
+            ("distribution", self.distribution),
+            ("rounding", self.rounding),
+        ):
+            if info.get(what) != mine:
+                raise ReplicaError(f"{path} is of {what} {info.get(what)}, this replica of {mine}")
+        if wrong := self.identity.difference(identity):
             raise ReplicaError(f"{path} is of {wrong}")
-        # Everything was checked; from here on only an interrupt can leave the weights half copied.
+        # The dtype as well: the same numbers in another dtype are other bits, and another replica.
+        entries = self.table.entries
+        found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        if found != {e.name: (e.tensor.shape, e.tensor.dtype) for e in entries}:
+            raise ReplicaError(f"{path} has other names, shapes or dtypes than its model")
+        # A slice of a parameter has the noise, and the fingerprint, of its place in the whole.
+        loaded = zk.ParamTable(tensors, offsets={e.name: e.offset for e in entries})
+        if zk.fingerprint(loaded) != saved:
+            raise ReplicaError(f"checkpoint {path} is damaged: its fingerprint does not match")
+        # From here on only an interrupt can leave the weights half copied.
         self._interrupted = True
         with torch.no_grad():
-            for entry in self.table.entries:
+            for entry in entries:
                 entry.tensor.copy_(tensors[entry.name])
-        self.applied_round = info.applied_round
-        self.job = info.job or None
-        self._fingerprint = info.fingerprint
-        self._interrupted = False
-
-    def _write(self, entries: list[LogEntry]) -> None:
-        if all(entry.empty for entry in entries):
-            self.applied_round = entries[-1].number
-            return
-        # Set while weights are written, until the round is noted: a Ctrl-C then leaves a replica
-        # that says so, not one that applies the same rounds a second time.
-        before, self._fingerprint = self._fingerprint, None
-        self._interrupted = True
-        written = False
-        try:
-            for table in each_table(self.table):
-                apply_entries(table, entries, self.distribution, self.rounding)
-                written = True
-        except (TypeError, ValueError, zk.BackendUnavailableError):
-            if not written:  # refused by the checks, which come before the first write
-                self._interrupted, self._fingerprint = False, before
-            raise
-        self.applied_round = entries[-1].number
-        self.passes += 1
+        self.applied_round, self.job, self._fingerprint = applied, job or None, saved
         self._interrupted = False
 
     def _check_whole(self) -> None:

@@ -1,11 +1,11 @@
-"""FederationSettings: what the server decides for a job."""
+"""What the server decides for a job: its settings, and the masks of its clients."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from zorba import defaults
 from zorba.defaults import ESTIMATORS, Estimator
+from zorba.federated.codec import check_name
 from zorba_kernels.noise import DISTRIBUTIONS, ROUNDINGS, Distribution, Rounding
 from zorba_kernels.program import check_choice, check_uint64, integer
 
@@ -23,8 +24,7 @@ WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 Aggregation = Literal["mean", "median", "trimmed"]
 AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
 
-MAX_STEPS = 4096
-"""Most local steps of a round, and most perturbations of a step: bounds what a message may ask."""
+MAX_STEPS = 4096  # of a round, and perturbations of a step: bounds what a message may ask
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,7 @@ class FederationSettings:
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
         if _check_number("trim", self.trim) >= 0.5:
             raise ValueError(f"trim must be below 0.5, got {self.trim!r}: 0.5 is the median")
-        # A schedule can only be checked where it is called: ``lr_at``.
-        if not callable(self.lr):
+        if not callable(self.lr):  # a schedule is checked where it is called: ``lr_at``
             _check_number("lr", self.lr)
 
     @cached_property  # every message is compared with it
@@ -100,29 +99,22 @@ class FederationSettings:
 
     def lr_at(self, round_number: int) -> float:
         """Returns the learning rate of a round, or raises ValueError where the schedule fails."""
-        if not callable(self.lr):
-            return float(self.lr)
-        return _check_number(f"lr of round {round_number}", self.lr(round_number))
-
-    def seed_of(self, round_number: int, step: int) -> int:
-        """Returns the uint64 seed of a local step."""
-        # It follows from job and round, none is drawn: clients that are asked at different times
-        # measure the same directions, and a server that was killed asks the same again.
-        return self._derive("seed", struct.pack("<II", round_number, step))
+        rate = self.lr(round_number) if callable(self.lr) else self.lr
+        return _check_number(f"lr of round {round_number}", rate)
 
     def seeds_of(self, round_number: int) -> tuple[int, ...]:
         """Returns the uint64 seed of each local step of a round, [K]."""
-        return tuple(self.seed_of(round_number, step) for step in range(self.local_steps))
+        # A function of job and round: clients that are asked at different times measure the same
+        # directions, and a server that was killed asks the same again.
+        places = (struct.pack("<II", round_number, step) for step in range(self.local_steps))
+        return tuple(self._derive("seed", place) for place in places)
 
     def rounding_seed_of(self, round_number: int) -> int:
         """Returns the uint64 seed of a round's stochastic rounding."""
         return self._derive("rounding", struct.pack("<I", round_number))
 
     def ranks_of(self, round_number: int, count: int) -> npt.NDArray[np.uint64]:
-        """Returns the numbers by which clients are drawn: the lowest take part in the round.
-
-        One for each of ``count`` clients in the order of names.
-        """
+        """Returns a number for each client in the order of names, [count]: the lowest are drawn."""
         # The raw stream of Philox4x64: numpy promises that it stays the same between versions,
         # which it does not promise of Generator's methods.
         key = self._derive("draw", struct.pack("<I", round_number))
@@ -131,11 +123,41 @@ class FederationSettings:
 
     def _derive(self, purpose: str, data: bytes) -> int:
         """First 8 bytes of SHA-256 of the purpose, the job's seed and data."""
-        # A hash rather than a generator's next number: any seed can be had alone, in any order,
-        # which is what a server that starts in the middle of a job needs.
-        # The purpose is part of it: a seed of noise and one of rounding must never be the same.
+        # A hash, not a generator's next number: a server may start in the middle of a job. Seeds of
+        # noise and of rounding must never be the same, so the purpose is part of it.
         text = b"zorba " + purpose.encode() + b"\0" + struct.pack("<Q", self.seed) + data
         return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
+
+
+class Masks:
+    """Which client activates which block, checked: bool [clients, blocks], rows sorted by name."""
+
+    def __init__(self, names: Sequence[str], masks: Any, num_blocks: int) -> None:
+        array: npt.NDArray[np.bool_] = np.asarray(masks)
+        if array.dtype != np.bool_ or array.shape != (len(names), num_blocks):
+            wanted, got = [len(names), num_blocks], [*array.shape]
+            raise ValueError(
+                f"masks must be bool {wanted} (clients, blocks), got {array.dtype} {got}"
+            )
+        # A name is the client's place in the log's sums and on disk: two clients cannot share it.
+        if len(set(names)) != len(names) or not names:
+            raise ValueError("there must be clients, and their names must differ")
+        # The order of every sum over clients: it must not depend on how a caller lists them.
+        order = sorted(range(len(names)), key=names.__getitem__)
+        self.rows = {check_name(names[at], "client name"): row for row, at in enumerate(order)}
+        self.array = array[order]
+        digest = hashlib.sha256()
+        for name, mask in zip(self.rows, self.array, strict=True):
+            # Without blocks it would measure noise that is not there, and count as one of N.
+            if not mask.any():
+                raise ValueError(f"client {name} activates no block: leave it out or give it one")
+            digest.update(name.encode() + b"\0" + mask.tobytes())
+        # A hash, not a counter: a server that starts again gives the same masks the same number.
+        self.version = int.from_bytes(digest.digest()[:4], "little")  # uint32
+
+    def of(self, names: Iterable[str]) -> npt.NDArray[np.bool_]:
+        """Returns the masks of these clients, bool [names, blocks]."""
+        return self.array[[self.rows[name] for name in names]]
 
 
 def positive_in_float32(value: float) -> bool:
@@ -151,13 +173,11 @@ def _check_count(what: str, value: int, most: int) -> None:
 
 
 def _check_number(what: str, value: Any) -> float:
-    """Returns value as a float, or raises when it is no finite number of at least 0."""
-    if isinstance(value, bool | str):
-        raise TypeError(f"{what} must be a number, got {value!r}")
+    """Returns value as a float, or raises where it is no finite number of at least 0."""
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, bool | str) else float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{what} must be a number, got {value!r}") from None
-    if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"{what} must be finite and not negative, got {number!r}")
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{what} must be a finite number and not negative, got {value!r}")
     return number

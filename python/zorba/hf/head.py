@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zorba.blocks import name_of
+
 
 class HeadError(ValueError):
     """A model whose output embedding cannot be narrowed."""
@@ -28,14 +30,14 @@ def check_head(model: nn.Module, ids: list[int], causal: bool) -> None:
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise HeadError(
-            f"{_name(model)} is an encoder-decoder, whose decoder has a prompt of its own: take a "
-            "causal or a masked language model, or its full logits"
+            f"{name_of(model)} is an encoder-decoder, whose decoder has a prompt of its own: take "
+            "a causal or a masked language model, or its full logits"
         )
     # Dropout would make two forwards differ. Modules may be in different modes: each is put back.
     modes = [(module, module.training) for module in model.modules()]
-    device = next(model.parameters()).device
-    both = torch.tensor([ids[:2]], device=device)
-    first = torch.zeros(1, dtype=torch.long, device=device)
+    weight = next(model.parameters())
+    both = torch.tensor([ids[:2]], device=weight.device)
+    first = torch.zeros_like(both[0, :1])
     try:
         model.eval()
         options = {"use_cache": False} if causal else {}
@@ -45,7 +47,7 @@ def check_head(model: nn.Module, ids: list[int], causal: bool) -> None:
         whole = model(input_ids=both[:, :1] if causal else both).logits[0, -1 if causal else -2]
     except (IndexError, RuntimeError, TypeError) as error:
         raise HeadError(
-            f"{_name(model)} does not run when only those logits that are read are computed: "
+            f"{name_of(model)} does not run when only those logits that are read are computed: "
             f"{error}. Use its full logits instead"
         ) from error
     finally:
@@ -54,14 +56,13 @@ def check_head(model: nn.Module, ids: list[int], causal: bool) -> None:
     wanted = whole[both[0]].float()
     # Products of other shapes add in another order: about 1e-6 relative in float32, 1e-2 in 16
     # bits. A factor or an offset on the logits that is missed is far larger.
-    exact = next(model.parameters()).dtype == torch.float32
-    limit = (1e-3 if exact else 3e-2) * (1.0 + float(wanted.abs().max()))
+    limit = (1e-3 if weight.dtype == torch.float32 else 3e-2) * (1.0 + float(wanted.abs().max()))
     off = float((mine - wanted).abs().max())
     if not off <= limit:
         raise HeadError(
-            f"{_name(model)} gives other logits (by {off:.2g}) when only those that are read are "
-            f"computed{', or its positions see later ones' if causal else ''}. Use "
-            "its full logits instead"
+            f"{name_of(model)} gives other logits (by {off:.2g}) when only those that are read are "
+            f"computed{', or its positions see later ones' if causal else ''}. Use its full "
+            "logits instead"
         )
 
 
@@ -91,26 +92,26 @@ def narrow_logits(
     Raises:
         HeadError: the model has no output embedding, or does not call it.
     """
-    length = inputs["input_ids"].shape[1]
-    reads = _Reads(length, rows, positions, columns)
+    reads = _Reads(inputs["input_ids"].shape[1], rows, positions, columns)
     with _narrowed(model, reads):
         logits: Tensor = model(**inputs).logits
     if reads.calls != 1:
         raise HeadError(
-            f"{_name(model)} called its output embedding {reads.calls} times in a forward, not once"
+            f"{name_of(model)} called its output embedding {reads.calls} times in a forward, not "
+            "once"
         )
     return logits.flatten(0, -2).float().to(rows.device)
 
 
 @dataclass
 class _Reads:
-    """Which logits a forward reads, and how often it has come by the head."""
+    """Which logits a forward reads."""
 
-    length: int
+    length: int  # of the sequences
     rows: Tensor
     positions: Tensor
     columns: Tensor | None
-    calls: int = 0
+    calls: int = 0  # of the head
 
 
 # Of the forward that runs now. Forwards that run side by side (``zorba.optim.evaluation``: each is
@@ -123,11 +124,10 @@ class _Narrow:
 
     def __init__(self, head: Any) -> None:
         self.users = 0
-        self._head = head
         # accelerate sets one on a head that it placed on a device of its own: it must be called.
-        self._patched = "forward" in vars(head)
+        self.own: Callable[[Tensor], Tensor] | None = vars(head).get("forward")
+        self._head = head
         self._whole: Callable[[Tensor], Tensor] = head.forward
-        self._plain = type(head) is nn.Linear and not self._patched
         head.forward = self
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -138,24 +138,16 @@ class _Narrow:
         # On the head's device, which accelerate may have chosen: not that of the ids.
         ahead = hidden.shape[1] - reads.length  # virtual tokens of a soft prompt
         at = (reads.rows.to(hidden.device), reads.positions.to(hidden.device) + ahead)
-        read = hidden[at][None]  # [1, n, width]
-        if reads.columns is None:
+        read, columns = hidden[at][None], reads.columns  # read: [1, n, width]
+        if columns is None:
             return self._whole(read)
         # A head of another class may do more than multiply: all columns, and then some of them.
-        if not self._plain:
+        if type(self._head) is not nn.Linear or self.own is not None:
             logits = self._whole(read)
-            return logits[..., reads.columns.to(logits.device)]
-        head, columns = self._head, reads.columns
+            return logits[..., columns.to(logits.device)]
         # A few rows of the vocabulary's: a copy of them is small, the whole product is not.
-        weight: Tensor = head.weight[columns]
-        return nn.functional.linear(read, weight, None if head.bias is None else head.bias[columns])
-
-    def take_off(self) -> None:
-        """Gives the head its own forward back."""
-        if self._patched:
-            self._head.forward = self._whole
-        else:
-            del self._head.forward
+        weight, bias = self._head.weight[columns], self._head.bias
+        return nn.functional.linear(read, weight, None if bias is None else bias[columns])
 
 
 @contextmanager
@@ -163,7 +155,7 @@ def _narrowed(model: nn.Module, reads: _Reads) -> Iterator[None]:
     find: Any = getattr(model, "get_output_embeddings", None)
     head: Any = find() if find is not None else None
     if head is None:
-        raise HeadError(f"{_name(model)} has no output embedding: is it a language model?")
+        raise HeadError(f"{name_of(model)} has no output embedding: is it a language model?")
     # One narrowed forward for all that run side by side: whoever comes last takes it off.
     there = vars(head).get("forward")
     narrow = there if isinstance(there, _Narrow) else _Narrow(head)
@@ -175,9 +167,7 @@ def _narrowed(model: nn.Module, reads: _Reads) -> Iterator[None]:
         _reads.reset(token)
         narrow.users -= 1
         if not narrow.users:
-            narrow.take_off()
-
-
-def _name(model: nn.Module) -> str:
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    return type(model).__name__ + (f" (model type {kind})" if kind else "")
+            # A method of the class is found again when the instance has none of its own.
+            del head.forward
+            if narrow.own is not None:
+                head.forward = narrow.own

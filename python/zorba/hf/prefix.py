@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,10 @@ class Prefix:
         return self.hidden.numel() * self.hidden.element_size()
 
 
+# The model's own forward makes masks and positions in front of its blocks, of every architecture in
+# another way, and has no exit there.
 class _StopError(Exception):
     """Leaves a model's forward as soon as the wanted block is reached."""
-
-    # By an exception: the model's own forward makes masks and positions in front of its blocks, of
-    # every architecture in another way, and has no exit there.
 
 
 @torch.no_grad()
@@ -66,18 +66,12 @@ def run_prefix(
             "gives each its own arguments; a prefix is for models whose blocks are called alike"
         )
     device = next(model.parameters()).device
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long, device=device)
-    for target, row in zip(ids, rows, strict=True):
-        target[: len(row)] = torch.tensor(row, device=device)
-    # Padded on the right: positions of a causal model do not see it, so none of them needs a mask.
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
     caught: dict[str, Any] = {}
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        del module
-        rest = dict(kwargs)
-        caught["hidden"] = args[0] if args else rest.pop("hidden_states")
-        caught["kwargs"] = rest
+        caught["kwargs"] = dict(kwargs)
+        caught["hidden"] = args[0] if args else caught["kwargs"].pop("hidden_states")
         raise _StopError
 
     handle = block.register_forward_pre_hook(hook, with_kwargs=True)
@@ -89,12 +83,9 @@ def run_prefix(
     if not caught:
         raise ValueError("the forward of the model never reached the block")
     # A copy: a buffer of the model's may be behind it, which the next forward writes.
-    return Prefix(
-        caught["hidden"].clone(),
-        caught["kwargs"],
-        lengths - 1,
-        torch.tensor(labels, device=device),
-    )
+    hidden, last = caught["hidden"].clone(), [len(row) - 1 for row in rows]
+    at, right = (torch.tensor(values, device=device) for values in (last, labels))
+    return Prefix(hidden, caught["kwargs"], at, right)
 
 
 @torch.no_grad()

@@ -15,6 +15,10 @@ from zorba.log import TrajectoryWriter
 from zorba.optim import ZerothOrderSGD, active_parameters
 
 
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class ZOArguments(TrainingArguments):
     """``TrainingArguments`` and the options of ``ZerothOrderSGD`` (see there).
@@ -22,29 +26,18 @@ class ZOArguments(TrainingArguments):
     ``learning_rate``, ``weight_decay``, ``seed`` and the scheduler are those of the base class.
     """
 
-    zo_eps: float = field(default=EPS, metadata={"help": "Distance at which losses are taken."})
-    zo_perturbations: int = field(
-        default=NUM_PERTURBATIONS, metadata={"help": "P: directions a step."}
-    )
-    zo_estimator: str = field(default=ESTIMATOR, metadata={"help": "central or forward."})
-    zo_distribution: str = field(default=DISTRIBUTION, metadata={"help": "gaussian or rademacher."})
-    zo_placement: str = field(default="scratch", metadata={"help": "scratch or inplace."})
-    zo_rounding: str = field(
-        default="stochastic", metadata={"help": "Of updates to 16-bit weights, or nearest."}
-    )
-    zo_momentum: float = field(default=0.0, metadata={"help": "Replayed from seeds."})
-    zo_clip: float | None = field(default=None, metadata={"help": "Largest size of a scalar."})
-    zo_blocks: str = field(default="all", metadata={"help": "all, or last:N transformer blocks."})
-    zo_prefix_reuse: bool = field(
-        default=True, metadata={"help": "Run blocks that no perturbation can reach once a step."}
-    )
-    zo_two_pass: bool = field(
-        default=False, metadata={"help": "In place: two passes over the weights a step, not three."}
-    )
-
-    zo_trajectory: str | None = field(
-        default=None, metadata={"help": "File that records the run; see zorba.log."}
-    )
+    zo_eps: float = _option(EPS, "Distance at which losses are taken.")
+    zo_perturbations: int = _option(NUM_PERTURBATIONS, "P: directions a step.")
+    zo_estimator: str = _option(ESTIMATOR, "central or forward.")
+    zo_distribution: str = _option(DISTRIBUTION, "gaussian or rademacher.")
+    zo_placement: str = _option("scratch", "scratch or inplace.")
+    zo_rounding: str = _option("stochastic", "Of updates to 16-bit weights, or nearest.")
+    zo_momentum: float = _option(0.0, "Replayed from seeds.")
+    zo_clip: float | None = _option(None, "Largest size of a scalar.")
+    zo_blocks: str = _option("all", "all, or last:N transformer blocks.")
+    zo_prefix_reuse: bool = _option(True, "Run blocks that no perturbation can reach once a step.")
+    zo_two_pass: bool = _option(False, "In place: two passes over the weights a step, not three.")
+    zo_trajectory: str | None = _option(None, "File that records the run; see zorba.log.")
 
 
 class ZOTrainer(Trainer):
@@ -95,11 +88,19 @@ class ZOTrainer(Trainer):
                 f"ZOTrainer uses one GPU a process and sees {self.args.n_gpu}: start one process "
                 "a GPU (torchrun), or set CUDA_VISIBLE_DEVICES"
             )
-        if self._option("zo_trajectory") and self._option("zo_placement") != "scratch":
+        # Plain TrainingArguments have none of the options: then each is the default.
+        added = (
+            (n, f.default) for n, f in ZOArguments.__dataclass_fields__.items() if n[:3] == "zo_"
+        )
+        options = {n.removeprefix("zo_"): getattr(self.args, n, default) for n, default in added}
+        self._trajectory: str | None = options.pop("trajectory")
+        if self._trajectory and options["placement"] != "scratch":
             raise ValueError(
                 "zo_trajectory needs zo_placement='scratch': restoring in place rounds, which no "
                 "record tells"
             )
+        options["num_perturbations"] = options.pop("perturbations")
+        self._options = options  # of ZerothOrderSGD, by its names
         # It scales gradients, and would skip steps whose gradients it has not seen.
         self.accelerator.scaler = None
         self._micro_batches: list[dict[str, Any]] = []
@@ -118,32 +119,22 @@ class ZOTrainer(Trainer):
         if self.optimizer is None:
             target = self.model if model is None else model
             assert target is not None
-            options = self._options()
             groups = None
             if self.args.weight_decay:
                 decaying = set(self.get_decay_parameter_names(target))
-                groups = _spared(target, decaying, options["blocks"])
+                names = {id(p): name for name, p in target.named_parameters()}
+                active = active_parameters(target, self._options["blocks"]).values()
+                spared = [p for p in active if names[id(p)] not in decaying]
+                groups = [{"params": spared, "weight_decay": 0.0}] if spared else None
             self.optimizer = _SteppedByTrainer(
                 target,
                 lr=self.args.learning_rate,
                 weight_decay=self.args.weight_decay,
                 seed=self.args.seed,
                 groups=groups,
-                **options,
+                **self._options,
             )
         return self.optimizer
-
-    def _options(self) -> dict[str, Any]:
-        """Options of ``ZerothOrderSGD`` that ``ZOArguments`` adds, by the optimizer's names."""
-        names = [name for name in ZOArguments.__dataclass_fields__ if name.startswith("zo_")]
-        options = {name.removeprefix("zo_"): self._option(name) for name in names}
-        options["num_perturbations"] = options.pop("perturbations")
-        del options["trajectory"]  # the trainer's own
-        return options
-
-    def _option(self, name: str) -> Any:
-        # Plain TrainingArguments have none of them: then it is the default.
-        return getattr(self.args, name, ZOArguments.__dataclass_fields__[name].default)
 
     def training_step(
         self,
@@ -153,8 +144,7 @@ class ZOTrainer(Trainer):
     ) -> Tensor:
         """Collects a micro-batch, and takes a step on those of a batch at the last one.
 
-        Returns:
-            Mean loss of the batch at its last micro-batch, 0 at the others: float32 [].
+        Returns the mean loss of the batch at its last micro-batch, 0 at the others: float32 [].
         """
         self._micro_batches.append(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
@@ -167,9 +157,7 @@ class ZOTrainer(Trainer):
 
         # Reduced in the closure: every process sees the same losses, and so takes the same step.
         def closure() -> float:
-            losses = [
-                self._loss(model, batch, num_items_in_batch, len(batches)) for batch in batches
-            ]
+            losses = [self._loss(model, b, num_items_in_batch, len(batches)) for b in batches]
             return float(self.accelerator.reduce(torch.stack(losses).sum(), reduction="mean"))
 
         loss = self.zo_optimizer.step(closure)
@@ -230,25 +218,21 @@ class ZOTrainer(Trainer):
 
     def _start_recording(self) -> None:
         """Opens the trajectory, in front of the first step."""
-        path = self._option("zo_trajectory")
+        path = self._trajectory
         if not path or self._writer is not None or not self.is_world_process_zero():
             return
         optimizer = self.zo_optimizer
-        options = optimizer.param_groups[0]
+        options, table = optimizer.param_groups[0], optimizer.placement.table
         # A run that goes on cuts the records of the steps that it will take again.
         if options["step"]:
-            writer = TrajectoryWriter.resume(path, optimizer.placement.table, options["step"])
+            self._writer = TrajectoryWriter.resume(path, table, options["step"])
         else:
-            writer = TrajectoryWriter.create(
-                path,
-                optimizer.placement.table,
-                options["seed"],
-                options["distribution"],
-                options["rounding"],
-                model=self.model,
-                settings={k: str(v) for k, v in self.args.to_sanitized_dict().items()},
+            named = (options[name] for name in ("seed", "distribution", "rounding"))
+            settings = {k: str(v) for k, v in self.args.to_sanitized_dict().items()}
+            self._writer = TrajectoryWriter.create(
+                path, table, *named, model=self.model, settings=settings
             )
-        self._writer = optimizer.recorder = writer
+        optimizer.recorder = self._writer
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Saves a checkpoint, and the record of the steps before it first."""
@@ -265,11 +249,3 @@ class _SteppedByTrainer(ZerothOrderSGD):
     def step(self, closure: Callable[[], float | Tensor] | None = None) -> Tensor:  # type: ignore[override]
         """Does nothing without a closure."""
         return torch.zeros(()) if closure is None else super().step(closure)
-
-
-def _spared(model: nn.Module, decaying: set[str], blocks: str) -> list[dict[str, Any]] | None:
-    """The group of active parameters that do not decay."""
-    active = active_parameters(model, blocks)
-    names = {id(p): name for name, p in model.named_parameters()}
-    spared = [p for p in active.values() if names[id(p)] not in decaying]
-    return [{"params": spared, "weight_decay": 0.0}] if spared else None

@@ -9,13 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from zorba.blocks import Block, find_blocks
 from zorba.forward import replaced_forward
-from zorba.offload.host import to_file, to_pinned
-from zorba.offload.stream import BlockStream
+from zorba.offload.stream import BlockStream, bytes_of
+from zorba.tables import padded_bytes
 
 _offloads: weakref.WeakKeyDictionary[nn.Module, Offload] = weakref.WeakKeyDictionary()
 
@@ -70,10 +71,8 @@ class Offload:
         # Known from here on: what fails below is undone by close(), which needs to find it.
         _offloads[model] = self
         try:
-            self._bring_rest()
             self.set_active(active)
-            for name in self.active:
-                self._bring(name)
+            self._bring_rest()
         except BaseException:
             self.close()
             raise
@@ -168,27 +167,24 @@ class Offload:
                 f"{next(iter(self._blocks))} to {next(reversed(self._blocks))}"
             )
         # A module that shares an idle block's weights would read them on the host.
-        for name, block in self._blocks.items():
-            if name in active:
-                continue
-            own = {id(p) for p in block.module.parameters()}
-            inside = set(block.module.modules())
-            for path, module in self._model.named_modules():
-                if module in inside:
-                    continue
-                shared = [n for n, p in module._parameters.items() if id(p) in own]
-                if shared:
+        idle = [block for name, block in self._blocks.items() if name not in active]
+        owner = {id(p): block.name for block in idle for p in block.module.parameters()}
+        inside = {id(m): block.name for block in idle for m in block.module.modules()}
+        for path, module in self._model.named_modules():
+            for name, p in module._parameters.items():
+                block_name = owner.get(id(p))
+                if block_name is not None and inside.get(id(module)) != block_name:
                     raise ValueError(
-                        f"block {name} shares weights with {path or 'the model'}.{shared[0]}: it "
+                        f"block {block_name} shares weights with {path or 'the model'}.{name}: it "
                         "must stay active"
                     )
 
     def _bring_rest(self) -> None:
-        """Puts what is in no block, and every block's buffers, on the device."""
+        """Puts active blocks, what is in no block, and all buffers on the device."""
         # Through ``.data``: an optimizer that was made before keeps its parameters.
-        in_blocks = {id(p) for b in self._blocks.values() for p in b.module.parameters()}
+        idle = {id(p) for name in self._host for p in self._blocks[name].module.parameters()}
         for p in self._model.parameters():
-            if id(p) not in in_blocks:
+            if id(p) not in idle:
                 p.data = _own(p.data, self._device)
         for module in self._model.modules():
             for name, buffer in module._buffers.items():
@@ -199,9 +195,14 @@ class Offload:
         """Moves a block to the host."""
         block = self._blocks[name]
         weights = {n: p.data for n, p in block.module.named_parameters()}
-        host = to_pinned(weights) if self._folder is None else to_file(self._path(name), weights)
-        self._host[name] = host
-        self._point(name, host)
+        if self._folder is None:  # from where a GPU takes them while it computes
+            kept = {
+                n: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for n, t in weights.items()
+            }
+            self._host[name] = {n: t.copy_(weights[n]) for n, t in kept.items()}
+        else:
+            self._host[name] = to_file(self._path(name), weights)
+        self._point(name, self._host[name])
         # A forward of its own, not hooks: hooks of others (a placement's) must run inside of it.
         self._forwards[name] = ExitStack()
         forward = partial(self._forward, name, block.module.forward)
@@ -210,18 +211,15 @@ class Offload:
     def _arrive(self, name: str) -> None:
         """Moves a block to the device."""
         self._forwards.pop(name).close()
-        self._bring(name)
+        for p in self._blocks[name].module.parameters():
+            p.data = _own(p.data, self._device)
         del self._host[name]
         if self._folder is not None:
             self._path(name).unlink(missing_ok=True)
 
-    def _bring(self, name: str) -> None:
-        for p in self._blocks[name].module.parameters():
-            p.data = _own(p.data, self._device)
-
     def _path(self, name: str) -> Path:
         assert self._folder is not None
-        return self._folder / f"{name}.safetensors"
+        return self._folder / f"{name}.bin"
 
     def _forward(self, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
         """The forward of an idle block."""
@@ -242,3 +240,27 @@ def _own(weights: Tensor, device: torch.device) -> Tensor:
     """Weights on the device, in memory of their own rather than a mapped file's."""
     # On a CPU always a copy: tensors of a mapped file would keep the removed file on the disk.
     return weights.to(device, copy=device.type == "cpu")
+
+
+def to_file(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Writes tensors to a new file, and returns CPU tensors that are mapped from there.
+
+    The mapping is shared: writes to the tensors go to the file, and the system may drop their pages
+    and read them again. They take no memory of the process's own. Each has its own storage.
+    """
+    # A new file, not the old one rewritten: another process may have that mapped.
+    path.unlink(missing_ok=True)
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Written, not only mapped: on a full disk a mapped page would end the process.
+    with path.open("wb") as file:
+        for tensor in kept.values():
+            file.write(bytes_of(tensor).data)
+            file.write(bytes(padded_bytes(tensor) - tensor.nbytes))
+    mapped, offset = {}, 0
+    for name, tensor in kept.items():
+        if tensor.nbytes:  # nothing of no length can be mapped
+            raw = np.memmap(path, np.uint8, "r+", offset, (tensor.nbytes,))
+            tensor = torch.from_numpy(raw).view(tensor.dtype).view(tensor.shape)
+        mapped[name] = tensor
+        offset += padded_bytes(kept[name])
+    return mapped

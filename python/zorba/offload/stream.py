@@ -25,7 +25,7 @@ class _HostCopies:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="zorba-offload")
 
-    def start(self, pairs: Pairs, freed: Any) -> Future[None]:
+    def start(self, pairs: Pairs, freed: None) -> Future[None]:
         """Copies second to first of each pair, once ``freed`` is done; returns a ticket."""
         return self._thread.submit(self._copy, pairs)
 
@@ -42,7 +42,7 @@ class _HostCopies:
         # By numpy: torch's copy_ would start threads that compete with those of the forward. It
         # lets go of the interpreter, also while a page of a mapped file comes from the disk.
         for target, source in pairs:
-            np.copyto(_bytes(target), _bytes(source))
+            np.copyto(bytes_of(target), bytes_of(source))
 
 
 class _DeviceCopies:
@@ -72,8 +72,7 @@ class _DeviceCopies:
 
     @staticmethod
     def _mark(stream: Any) -> torch.cuda.Event:
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(stream)
+        event: torch.cuda.Event = stream.record_event()
         return event
 
 
@@ -83,11 +82,11 @@ class _Buffer:
 
     memory: Tensor
     block: str | None = None
-    ticket: Any = None
+    ticket: Any = None  # of the copy that brings it
     users: int = 0
-    freed: Any = None
+    freed: Any = None  # mark behind the last use
     last_use: int = 0
-    views: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by block, by parameter
+    views: dict[str, Tensor] = field(default_factory=dict)  # the block's weights in the memory
 
 
 class BlockStream:
@@ -104,19 +103,14 @@ class BlockStream:
         self._order = list(blocks)
         # Each buffer is as large as the largest block, so that any block fits any of them.
         size = max((sum(map(padded_bytes, b.values())) for b in blocks.values()), default=0)
-        self._buffers = [
-            _Buffer(torch.empty(size, dtype=torch.uint8, device=device))
-            for _ in range(min(BUFFERS, len(blocks)))
-        ]
+        count = min(BUFFERS, len(blocks))
+        memory = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(count)]
+        self._buffers = [_Buffer(piece) for piece in memory]
         self._copies: Any = _DeviceCopies(device) if device.type == "cuda" else _HostCopies()
         self._streaming = False
         self._uses = 0
-        self.loads = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffers."""
-        return sum(buffer.memory.numel() for buffer in self._buffers)
+        self.nbytes = count * size  # of the buffers
+        self.loads = 0  # copies of a block to the device
 
     @contextmanager
     def streaming(self) -> Iterator[None]:
@@ -146,9 +140,12 @@ class BlockStream:
         buffer.users += 1
         buffer.last_use = self._uses
         try:
-            if self._streaming:
-                self._fetch_next(name)
-            yield buffer.views[name]
+            # The block behind this one in the model's order, where a buffer is free; a block that
+            # runs out of turn is fetched when it is used.
+            behind = self._order[self._order.index(name) + 1 :][:1] if self._streaming else []
+            if behind and any(not buffer.users for buffer in self._buffers):
+                self._fetch(behind[0])
+            yield buffer.views
         finally:
             buffer.users -= 1
             if not buffer.users:
@@ -171,20 +168,12 @@ class BlockStream:
         # The one that was used last holds the block that a nested or repeated forward wants again.
         buffer = min(free, key=lambda b: (b.block is not None, b.last_use))
         source = self._blocks[name]
-        if name not in buffer.views:
-            buffer.views[name] = views_in(buffer.memory, source)
-        views = buffer.views[name]
-        buffer.ticket = self._copies.start([(views[p], source[p]) for p in source], buffer.freed)
-        buffer.block = name
+        buffer.views = views_in(buffer.memory, source)
+        pairs = [(buffer.views[p], source[p]) for p in source]
+        buffer.ticket = self._copies.start(pairs, buffer.freed)
+        buffer.block = name  # last: Ctrl-C before it leaves a buffer of no block
         self.loads += 1
         return buffer
-
-    def _fetch_next(self, name: str) -> None:
-        """Fetches the block that comes behind this one, where a buffer is free."""
-        # In the model's order; a block that runs out of turn is fetched when it is used.
-        at = self._order.index(name) + 1
-        if at < len(self._order) and any(not buffer.users for buffer in self._buffers):
-            self._fetch(self._order[at])
 
     def _drop(self, buffer: _Buffer) -> None:
         # The host waits: it may change the weights as soon as they count as not fetched.
@@ -193,5 +182,6 @@ class BlockStream:
         buffer.block = buffer.ticket = None
 
 
-def _bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def bytes_of(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Returns the memory of a contiguous CPU tensor."""
     return tensor.reshape(-1).view(torch.uint8).numpy()

@@ -46,7 +46,7 @@ def wanted(base: Path, folder: Path, **changes: Any) -> InitSettings:
         model=str(base / "model"),
         data=str(base / "{site}.jsonl"),
         template="{sentence} It was",
-        words=" terrible, great",
+        words=(" terrible", " great"),
         batch_size=4,
         job="tiny",
         rounds=10,
@@ -56,19 +56,18 @@ def wanted(base: Path, folder: Path, **changes: Any) -> InitSettings:
     return replace(plain, **changes)
 
 
-def make_project(base: Path, folder: Path, **changes: Any) -> None:
+def make_project(base: Path, folder: Path, **changes: Any) -> Path:
     """Writes a project whose sites take one thread and checkpoints more often than they need."""
     init_project(wanted(base, folder, **changes))
     for site in (folder / "sites").iterdir():
         change_site(site, threads=1, checkpoint_every=5)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def shared_project(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project that no test changes."""
-    folder = tmp_path_factory.mktemp("shared") / "project"
-    make_project(base, folder)
-    return folder
+    return make_project(base, tmp_path_factory.mktemp("shared") / "project")
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,7 @@ from tests.apps.deploy.conftest import change_server, make_project
 from tests.command import zorba
 
 PATIENCE = 900.0  # seconds after which a run hangs: a failure, never a verdict on speed
-_MODULES = {
-    "server": ("server.server_train", "server.runner_process"),
-    "site": ("client.client_train", "client.worker_process"),
-}
-_STRETCH = 3  # rounds, of which a kill takes three stretches
+_STRETCH = 2  # rounds, of which a kill takes three stretches
 
 # For a sitecustomize.py: the client of one site measures as far as the gate is open.
 GATE = """
@@ -76,40 +71,31 @@ def init(base: Path, folder: Path, rounds: int) -> int:
 
 
 class Gate:
-    """How many rounds a site measures: however quick the machine, no round after them ends.
-
-    Args:
-        path: of a file, which the site's client looks at before it measures.
-        rounds: at first.
-    """
+    """How many rounds cleo measures: however quick the machine, no round after them ends."""
 
     def __init__(self, path: Path, rounds: int) -> None:
-        self.path = path
+        self.path = path  # a file that the client looks at before it measures
         self.open(rounds)
 
     def open(self, rounds: int) -> None:
         """Lets the site measure up to this round."""
         self.rounds = rounds
-        write_whole(self.path, lambda draft: draft.write_text(str(rounds)))
+        write_whole(self.path, str(rounds))
 
     def held_by(self, engine: Path) -> dict[str, str]:
         """Environment in which ``GATE`` holds the client of the site that has this engine."""
         return {"ZORBA_TEST_GATE": str(self.path), "ZORBA_TEST_HELD": str(engine)}
 
 
-@dataclass
 class Deployed:
-    """A project whose parties run here.
+    """A project whose parties run here."""
 
-    Args:
-        folder: of the project.
-    """
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.run = RunFolder(folder / "server" / "run")
 
-    folder: Path
-
-    @property
-    def run(self) -> RunFolder:
-        return RunFolder(self.folder / "server" / "run")
+    def party(self, name: str) -> Path:
+        return self.folder / "server" if name == "server" else self.folder / "sites" / name
 
     def rounds(self) -> int:
         """The last round that ended."""
@@ -118,23 +104,16 @@ class Deployed:
 
     def log(self, party: str = "server") -> str:
         """What a party's engine and supervisor wrote."""
-        return (self._party(party) / "run" / "engine.log").read_text()
-
-    def status(self, *parties: str) -> str:
-        """What ``zorba federate status`` prints."""
-        only = [word for party in parties for word in ("--only", party)]
-        return federate("status", self.folder, *only)
+        return (self.party(party) / "run" / "engine.log").read_text()
 
     def processes(self) -> list[psutil.Process]:
         """All of the project: supervisors, engines, processes of the job, and their children."""
         found: dict[int, psutil.Process] = {}
         for process in psutil.process_iter(["cmdline"]):
             if any(str(self.folder) in part for part in process.info["cmdline"] or ()):
-                try:
+                with suppress(psutil.NoSuchProcess):
                     family = [process, *process.children(recursive=True)]
-                except psutil.NoSuchProcess:
-                    continue
-                found.update((member.pid, member) for member in family)
+                    found.update((member.pid, member) for member in family)
         return list(found.values())
 
     @staticmethod
@@ -144,13 +123,20 @@ class Deployed:
             return " ".join(process.cmdline())
         return ""
 
-    def engine(self, party: str) -> psutil.Process:
-        """The process of a party that stays between jobs."""
-        return self._process(party, 0)
+    def process(self, party: str, module: str) -> psutil.Process:
+        """A process of a party: of ``server_train`` or ``client_train``, which stay between jobs,
+        or of ``runner_process`` or ``worker_process``, which hold the server and a client."""
+        home = str(self.party(party) / "engine")
 
-    def job_process(self, party: str) -> psutil.Process:
-        """The process that holds the server, or a site's client."""
-        return self._process(party, 1)
+        def look() -> psutil.Process | None:
+            for process in psutil.process_iter(["cmdline"]):
+                command = process.info["cmdline"] or []
+                if home in command and any(module in part for part in command):
+                    return process
+            return None
+
+        found: psutil.Process = wait_for(f"process {module} of {party}", look)
+        return found
 
     def kill(self, gate: Gate, *processes: psutil.Process) -> None:
         """Kills processes in the middle of the run, and waits for rounds that need them again."""
@@ -171,20 +157,3 @@ class Deployed:
             for process in self.processes():
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
-
-    def _party(self, name: str) -> Path:
-        return self.folder / "server" if name == "server" else self.folder / "sites" / name
-
-    def _process(self, party: str, number: int) -> psutil.Process:
-        module = _MODULES["server" if party == "server" else "site"][number]
-        home = str(self._party(party) / "engine")
-
-        def look() -> psutil.Process | None:
-            for process in psutil.process_iter(["cmdline"]):
-                command = process.info["cmdline"] or []
-                if home in command and any(module in part for part in command):
-                    return process
-            return None
-
-        found: psutil.Process = wait_for(f"process {module} of {party}", look)
-        return found

@@ -20,6 +20,7 @@ from tests.apps.deploy.deployed import Deployed, wait_for
 
 _PATIENCE = 60.0
 _HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(64)
+_OLD, _NEW = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3
 
 
 def listeners(deployed: Deployed) -> dict[tuple[str, int], str]:
@@ -43,43 +44,32 @@ def listening_unix_sockets(processes: Sequence[psutil.Process]) -> set[str]:
             handles = list(Path(f"/proc/{process.pid}/fd").iterdir())
             held |= {os.readlink(handle) for handle in handles if handle.is_symlink()}
     lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
-    return {line[6] for line in lines if int(line[3], 16) & 0x10000} & {
-        name[len("socket:[") : -1] for name in held if name.startswith("socket:[")
-    }
+    listening = {line[6] for line in lines if int(line[3], 16) & 0x10000}
+    return {inode for inode in listening if f"socket:[{inode}]" in held}
 
 
 def knock(ports: set[int], mine: Path, other: Path) -> dict[int, dict[str, str]]:
-    """Returns what each port says to each kind of visitor.
-
-    Args:
-        ports: to visit.
-        mine: the project.
-        other: a project of another authority.
-    """
-    old, new = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3
+    """What each port says to each kind of visitor; ``other`` is a project of another authority."""
     visits: dict[str, Callable[[int], str]] = {
         "plain": speak_plainly,
-        "member, TLS 1.2": lambda port: handshake(port, mine, old),
-        "nobody, TLS 1.2": lambda port: handshake(port, None, old),
-        "nobody, TLS 1.3": lambda port: handshake(port, None, new),
-        "stranger, TLS 1.2": lambda port: handshake(port, other, old),
-        "stranger, TLS 1.3": lambda port: handshake(port, other, new),
+        "member, TLS 1.2": lambda port: handshake(port, mine, _OLD),
+        "nobody, TLS 1.2": lambda port: handshake(port, None, _OLD),
+        "nobody, TLS 1.3": lambda port: handshake(port, None, _NEW),
+        "stranger, TLS 1.2": lambda port: handshake(port, other, _OLD),
+        "stranger, TLS 1.3": lambda port: handshake(port, other, _NEW),
     }
     with ThreadPoolExecutor(8) as pool:
-        answers = {
-            port: {who: pool.submit(visit, port) for who, visit in visits.items()} for port in ports
-        }
+        told = {port: [pool.submit(visit, port) for visit in visits.values()] for port in ports}
         return {
-            port: {who: answer.result() for who, answer in of_port.items()}
-            for port, of_port in answers.items()
+            port: dict(zip(visits, (answer.result() for answer in answers), strict=True))
+            for port, answers in told.items()
         }
 
 
 def submit_code(deployed: Deployed, folder: Path) -> tuple[str, dict[str, str]]:
     """Tries, with the administrator's certificate, to bring code to the sites and to run commands.
 
-    Returns:
-        What the server's log says of the job, and what it answers to each command.
+    Returns what the server's log says of the job, and what it answers to each command.
     """
     shutil.copytree(deployed.folder / "server" / "run" / "job", folder)
     (folder / "app" / "custom").mkdir()
@@ -90,14 +80,13 @@ def submit_code(deployed: Deployed, folder: Path) -> tuple[str, dict[str, str]]:
         wait_for("verdict on the job", lambda: f"the Job ({job})" in deployed.log())
         verdict = next(line for line in deployed.log().splitlines() if f"the Job ({job})" in line)
         commands = ("ls ada", "cat ada fl_app.txt", "head server audit.log", "pwd server")
-        answers = {command: str(session.api.do_command(command)) for command in commands}
+        return verdict, {command: str(session.api.do_command(command)) for command in commands}
     finally:
         session.close()
-    return verdict, answers
 
 
 def speak_plainly(port: int) -> str:
-    """Returns what a listener says to who speaks no TLS: "nothing" and closes, or its bytes."""
+    """What a listener says to who speaks no TLS: "nothing" and closes, or its bytes."""
     with socket.create_connection(("127.0.0.1", port), _PATIENCE) as plain:
         try:
             plain.sendall(_HTTP2)
@@ -111,13 +100,10 @@ def speak_plainly(port: int) -> str:
 
 
 def handshake(port: int, project: Path | None, version: ssl.TLSVersion) -> str:
-    """Returns "let in" or "refused", for somebody with the certificate of a project's site.
+    """Whether somebody is "let in" or "refused": a project's site ada, or nobody's.
 
-    Args:
-        port: to connect to.
-        project: whose site ada it is; None for nobody, without a certificate.
-        version: of TLS. Before 1.3 the listener looks at the certificate within the handshake; in
-            1.3 after it: who is not told so within a minute is let in.
+    Before TLS 1.3 the listener looks at the certificate within the handshake; in 1.3 after it: who
+    is not told so within a minute is let in.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
@@ -131,7 +117,7 @@ def handshake(port: int, project: Path | None, version: ssl.TLSVersion) -> str:
             socket.create_connection(("127.0.0.1", port), _PATIENCE) as plain,
             context.wrap_socket(plain) as secure,
         ):
-            if version >= ssl.TLSVersion.TLSv1_3 and not secure.recv(1000):
+            if version >= _NEW and not secure.recv(1000):
                 return "refused"
             return "let in"
     except TimeoutError:

@@ -7,7 +7,7 @@ import re
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
@@ -19,29 +19,32 @@ from zorba.apps.deploy.config import (
     ServerConfig,
     SiteConfig,
 )
-from zorba.defaults import ESTIMATORS
 from zorba.federated import FederationSettings, Privacy
-from zorba.federated.settings import AGGREGATIONS, WEIGHTINGS
-from zorba.privacy import UNITS
+from zorba.federated.privacy import UNITS
 
 from tests.conftest import Random
-from zorba_kernels.noise import DISTRIBUTIONS, ROUNDINGS
 
 KINDS: dict[str, type[ServerConfig] | type[SiteConfig]] = {
     "server": ServerConfig,
     "site": SiteConfig,
 }
 PRIVACY = """privacy:
+  # whom epsilon protects
   unit: client
+  # L2 norm of a vector of P differences
   clip: 2.0
-  noise_multiplier: 8
-  delta: 1e-6
+  # noise, in units of the sensitivity
+  noise_multiplier: 8.0
+  # at which epsilon is told
+  delta: 1.0e-06
+  # that the site never exceeds
+  max_epsilon: .inf
 """
 
 
 def text_of(project: Path, name: str) -> str:
     folder = project / "server" if name == "server" else project / "sites" / "bob"
-    return (folder / f"{name}.yaml").read_text()
+    return (folder / f"{name}.yaml").read_text().replace("privacy: null\n", PRIVACY)
 
 
 def refusal(folder: Path, name: str, content: str | bytes) -> str:
@@ -75,6 +78,14 @@ def test_every_key_has_its_description_above_it(shared_project: Path) -> None:
         assert field.description.endswith(above.removeprefix("# "))
 
 
+def test_privacy_is_a_section(shared_project: Path, tmp_path: Path) -> None:
+    short = "privacy: {unit: client, clip: 2.0, noise_multiplier: 8, delta: 1e-6}\n"
+    (tmp_path / "site.yaml").write_text(text_of(shared_project, "site").replace(PRIVACY, short))
+    expected = PrivacySection(unit="client", clip=2.0, noise_multiplier=8.0, delta=1e-6)
+    assert SiteConfig.read(tmp_path).privacy == expected
+    assert expected.max_epsilon == math.inf
+
+
 def test_texts_that_look_like_numbers_stay_texts(shared_project: Path, tmp_path: Path) -> None:
     (tmp_path / "site.yaml").write_text(text_of(shared_project, "site"))
     odd = ("1e3", "0x10", "2024-01-01", "yes", "é: #", "", " a")
@@ -83,19 +94,12 @@ def test_texts_that_look_like_numbers_stay_texts(shared_project: Path, tmp_path:
     assert SiteConfig.read(tmp_path) == config
 
 
-def test_models_say_what_the_core_says(shared_project: Path) -> None:
+def test_models_say_what_the_core_says() -> None:
     """One list of the fields is in the core, which loads torch; these are the others."""
-    mine = RoundSettings.model_fields
-    assert mine.keys() == {f.name for f in fields(FederationSettings)} - {"job", "seed"}
-    choices = {
-        "estimator": ESTIMATORS,
-        "distribution": DISTRIBUTIONS,
-        "rounding": ROUNDINGS,
-        "weighting": WEIGHTINGS,
-        "aggregation": AGGREGATIONS,
-    }
-    for name, allowed in choices.items():
-        assert set(get_args(mine[name].annotation)) == set(allowed), name
+    mine, core = RoundSettings.model_fields, get_type_hints(FederationSettings)
+    assert mine.keys() == core.keys() - {"job", "seed"}
+    for name in ("estimator", "distribution", "rounding", "weighting", "aggregation"):
+        assert set(get_args(mine[name].annotation)) == set(get_args(core[name])), name
     assert PrivacySection.model_fields.keys() == {f.name for f in fields(Privacy)}
     assert set(get_args(PrivacySection.model_fields["unit"].annotation)) == set(UNITS)
 
@@ -132,9 +136,9 @@ def test_numbers_may_be_written_as_people_write_them(shared_project: Path, tmp_p
         ("server", "seed: 0", "seed: 1.5", "seed is 1.5; expected a valid integer"),
         ("server", "seed: 0", "seed: -1", "seed is -1; expected greater than or equal to 0"),
         ("server", "seed: 0", f"seed: {1 << 64}", "expected less than 18446744073709551616"),
-        ("server", "seed: 0", f"seed: {'9' * 5000}", "99... is no int"),
+        ("server", "seed: 0", f"seed: {'9' * 5000}", "9...9999999999999' is no int"),
         ("server", "seed: 0", "seed: [", "no YAML: "),
-        ("server", "seed: 0", "seed: \x01", "no YAML: control characters are not allowed"),
+        ("server", "seed: 0", "seed: \x01", "characters are not allowed"),
         ("server", "seed: 0", "seed: !!python/name:os.system", "the tag tag:yaml.org,2002:python"),
         ("server", "seed: 0", "seed: !!int abc", "'abc' is no int"),
         ("server", "seed: 0", "seed: &a 0\nrounds: *a", "*a is an alias; write the value itself"),
@@ -144,17 +148,30 @@ def test_numbers_may_be_written_as_people_write_them(shared_project: Path, tmp_p
         ("server", "timeout: 600.0", "timeout: .nan", "timeout is nan; expected a finite number"),
         ("server", "timeout: 600.0", "timeout: -1", "timeout is -1; expected greater than 0"),
         ("server", "timeout: 600.0", "timeout: .inf", "timeout is inf; expected a finite number"),
-        ("server", "localhost:8002", "localhost", "expected host:port, as example.org:8002"),
-        ("server", "localhost:8002", "localhost:0", "expected host:port"),
         ("server", "  lr: 0.05", "  lr: much", "settings.lr is 'much'; expected a valid number"),
-        ("server", "    - model.layers.1", "    - model.layers.7", "activates model.layers.7, whi"),
+        ("server", "  - model.layers.1", "  - model.layers.7", "activates model.layers.7, whi"),
         ("server", "  bob:", "  b b:", "sites.b b is 'b b'; expected text of the pattern"),
         ("server", "  bob:", "  server:", "a site is called server; take another name"),
         ("server", "  bob:", "  ada:", "ada again; line"),
         ("site", "batch_size: 4", "batch_size: -1", "batch_size is -1; expected greater than or"),
         ("site", "offload: false", "offload: 0", "offload is 0; expected a valid boolean"),
         ("site", "blocks: all", "blocks: first", "blocks is 'first'; expected text of the patte"),
-        ("site", "privacy: null", "privacy: true", "is True; expected keys and values under it: u"),
+        (
+            "site",
+            PRIVACY,
+            "privacy: true",
+            "is True; expected keys and values under it: unit",
+        ),
+        ("site", "unit: client", "unit: user", "unit is 'user'; expected 'example' or 'client'"),
+        ("site", "unit: client", "unit: [client]", "expected 'example' or 'client'"),
+        ("site", "unit: client", "unit: example", "Set balanced: false, or take the unit client"),
+        ("site", "clip: 2.0", "clip: much", "privacy.clip is 'much'; expected a valid number"),
+        ("site", "clip: 2.0", "clip: -1.0", "privacy.clip is -1.0; expected greater than 0"),
+        ("site", "clip: 2.0", "sigma: 1.0", "no setting privacy.sigma; expected any of unit, clip"),
+        ("site", "  clip: 2.0\n", "", "there is no privacy.clip; expected all of unit, clip"),
+        ("site", "delta: 1.0e-06", "delta: 2", "privacy.delta is 2; expected less than 1"),
+        ("site", "multiplier: 8.0", "multiplier: 0", "expected greater than 0"),
+        ("site", "epsilon: .inf", "epsilon: 0", "privacy.max_epsilon is 0; expected greater"),
     ],
 )
 def test_value_that_is_refused_is_named_with_its_line(
@@ -177,34 +194,6 @@ def test_line_of_a_value_is_told(shared_project: Path, tmp_path: Path, key: str)
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "sentence"),
-    [
-        ("unit: client", "unit: user", "unit is 'user'; expected 'example' or 'client'"),
-        ("unit: client", "unit: [client]", "expected 'example' or 'client'"),
-        ("unit: client", "unit: example", "Set balanced: false, or take the unit client"),
-        ("clip: 2.0", "clip: much", "privacy.clip is 'much'; expected a valid number"),
-        ("clip: 2.0", "clip: -1.0", "privacy.clip is -1.0; expected greater than 0"),
-        ("clip: 2.0", "sigma: 1.0", "no setting privacy.sigma; expected any of unit, clip"),
-        ("  clip: 2.0\n", "", "there is no privacy.clip; expected all of unit, clip"),
-        ("delta: 1e-6", "delta: 2", "privacy.delta is 2; expected less than 1"),
-        ("noise_multiplier: 8", "noise_multiplier: 0", "expected greater than 0"),
-        ("delta: 1e-6", "delta: 1e-6\n  max_epsilon: 0", "privacy.max_epsilon is 0; expected gre"),
-    ],
-)
-def test_privacy_that_makes_no_sense_is_refused_with_its_line(
-    shared_project: Path, tmp_path: Path, old: str, new: str, sentence: str
-) -> None:
-    text = text_of(shared_project, "site").replace("privacy: null\n", PRIVACY)
-    (tmp_path / "site.yaml").write_text(text)
-    read = SiteConfig.read(tmp_path).privacy
-    assert read == PrivacySection(unit="client", clip=2.0, noise_multiplier=8.0, delta=1e-6)
-    assert read.max_epsilon == math.inf
-    told = refusal(tmp_path, "site", text.replace(old, new))
-    assert sentence in told
-    assert ", line " in told
-
-
-@pytest.mark.parametrize(
     ("content", "sentence"),
     [
         (b"", " must hold keys and values"),
@@ -213,8 +202,8 @@ def test_privacy_that_makes_no_sense_is_refused_with_its_line(
         (b"job: a\nmodel: caf\xe9\n", ", line 2: byte 0xe9; expected UTF-8"),
         (b"\xff\xfej\x00", ", line 1: byte 0xff; expected UTF-8"),
         (b"[" * 1200, ", line 1: "),
-        (b"{a: " * 1200, ", line 1: more than 8 lists or sections inside each other"),
-        (b"- " * 1200, ", line 1: more than 8 lists or sections inside each other"),
+        (b"{a: " * 1200, ", line 1: too many lists or sections inside each other"),
+        (b"- " * 1200, ", line 1: too many lists or sections inside each other"),
         (b"a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", ", line 2: *a is an alias"),
         (b"#" * (1 << 21), " has 2,097,152 bytes; expected at most 1,048,576"),
     ],

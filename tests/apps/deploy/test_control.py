@@ -68,7 +68,7 @@ def test_supervisor_that_ends_at_once_is_told(
 def test_supervisor_loads_no_torch() -> None:
     """Nor does the engine's session, which the server's supervisor opens."""
     code = (
-        "import sys, zorba.apps.deploy.supervisor, nvflare.fuel.flare_api.flare_api; "
+        "import sys, zorba.apps.deploy.party, nvflare.fuel.flare_api.flare_api; "
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,23 +13,23 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 pytest.importorskip("nvflare", reason="nvflare is in the test extra")
 
 from zorba.apps.deploy.build import build_client, build_server
-from zorba.apps.deploy.config import ServerConfig
 from zorba.federated import LocalTransport, RunFolder, run_federation
 from zorba.federated.events import EventReader
 
-from tests.apps.deploy.conftest import SITES, change_site, make_project
+from tests.apps.deploy.conftest import SITES, change_server, change_site, make_project
 from tests.apps.deploy.deployed import GATE, Deployed, Gate, federate, init, wait_for
 from tests.apps.deploy.intruders import knock, listeners, listening_unix_sockets, submit_code
 
-ROUNDS = 40
+ROUNDS = 16
 
 # In every process of the run: notes that it is there, and each class that it unpickles.
 _WATCHER = """
@@ -45,77 +45,55 @@ _write("watched", *sys.orig_argv)
 """
 
 
-@dataclass
-class Seen:
-    """What was seen while a run went on."""
-
-    deployed: Deployed
-    watch: dict[str, str]
-    strangers: dict[str, Deployed]
-    listeners: dict[tuple[str, int], str] = field(default_factory=dict)
-    unix_sockets: set[str] = field(default_factory=set)
-    answers: dict[int, dict[str, str]] = field(default_factory=dict)
-    strangers_at_work: list[str] = field(default_factory=list)
-    code: str = ""
-    commands: dict[str, str] = field(default_factory=dict)
-    status: str = ""
-
-    @property
-    def notes(self) -> list[str]:
-        return Path(self.watch["ZORBA_TEST_PICKLES"]).read_text().splitlines()
-
-
 @pytest.fixture(scope="module")
-def seen(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
+def seen(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """What was seen while a run went on."""
     home = tmp_path_factory.mktemp("deployed")
     deployed = Deployed(home / "project")
     gate = Gate(home / "gate", 3)
     port = init(base, deployed.folder, ROUNDS)
-    strangers = {
-        "other": _other_project(base, home / "other", port),
-        "thief": _thief(deployed, home / "thief"),
-    }
-    made = Seen(deployed, _watch(home, gate, deployed), strangers)
+    strangers = _strangers(base, home, deployed.folder, port)
+    watch = _watch(home, gate, deployed)
     try:
-        federate("start", deployed.folder, "--detach", **made.watch)
+        federate("start", deployed.folder, "--detach", **watch)
         for project in strangers.values():
             federate("start", project.folder, "--detach", "--only", "ada")
         wait_for("first rounds", lambda: deployed.rounds() == gate.rounds)
-        _look(made, home)
+        made = _look(deployed, strangers, home / "code")
         for project in strangers.values():
             project.end()
-        deployed.kill(gate, deployed.job_process("bob"))
-        deployed.kill(gate, deployed.job_process("server"))
-        deployed.kill(gate, deployed.engine("ada"), deployed.job_process("ada"))
-        deployed.kill(gate, deployed.engine("server"))
+        # Processes of two sites: one that holds a client, and all of a site. Then the server's.
+        process = deployed.process
+        site = process("ada", "client_train"), process("ada", "worker_process")
+        deployed.kill(gate, process("bob", "worker_process"), *site)
+        server = process("server", "runner_process"), process("server", "server_train")
+        deployed.kill(gate, *server)
         gate.open(ROUNDS)
         wait_for("end", deployed.run.summary.exists)
-        wait_for("server to stop", lambda: "stopped" in deployed.status("server"))
+        folder = deployed.party("server")
+        wait_for("server to stop", lambda: "stopped" in federate("status", folder))
+        made.watch, made.notes = watch, home / "pickles"
         yield made
     finally:
         for project in (deployed, *strangers.values()):
             project.end()
 
 
-def _look(made: Seen, home: Path) -> None:
+def _look(deployed: Deployed, strangers: dict[str, Deployed], code: Path) -> Any:
     """Notes what there is to see while no round ends."""
-    deployed, strangers = made.deployed, made.strangers
-    made.status = deployed.status()
-    made.listeners = listeners(deployed)
+    made = SimpleNamespace(deployed=deployed, strangers=strangers, listeners=listeners(deployed))
+    made.status = federate("status", deployed.folder)
     made.unix_sockets = listening_unix_sockets(deployed.processes())
     ports = {port for _, port in made.listeners}
     made.answers = knock(ports, deployed.folder, strangers["other"].folder)
-    made.code, made.commands = submit_code(deployed, home / "code")
+    made.code, made.commands = submit_code(deployed, code)
     log = strangers["other"].log
     wait_for("refusal of the server", lambda: "CERTIFICATE_VERIFY_FAILED" in log("ada"))
     claim = "authenticated as 'bob' but claimed endpoint 'ada'"
     wait_for("refusal of the thief", lambda: claim in deployed.log())
-    made.strangers_at_work = [
-        command
-        for project in strangers.values()
-        for command in map(project.command, project.processes())
-        if "worker_process" in command
-    ]
+    processes = [process for project in strangers.values() for process in project.processes()]
+    made.strangers_at_work = [p for p in processes if "worker_process" in Deployed.command(p)]
+    return made
 
 
 def _watch(home: Path, gate: Gate, deployed: Deployed) -> dict[str, str]:
@@ -126,24 +104,19 @@ def _watch(home: Path, gate: Gate, deployed: Deployed) -> dict[str, str]:
     return {"PYTHONPATH": path, "ZORBA_TEST_PICKLES": str(home / "pickles"), **held}
 
 
-def _other_project(base: Path, folder: Path, port: int) -> Deployed:
-    """A project with the same names, of another authority, whose sites go to this server."""
-    make_project(base, folder, address=f"localhost:{port}")
-    return Deployed(folder)
-
-
-def _thief(deployed: Deployed, folder: Path) -> Deployed:
-    """A copy of bob's folder that says it is ada, with bob's certificate."""
-    site = folder / "sites" / "ada"
-    shutil.copytree(deployed.folder / "sites" / "bob", site)
+def _strangers(base: Path, home: Path, mine: Path, port: int) -> dict[str, Deployed]:
+    """Projects that go to this server: one with the same names, of another authority, and a copy
+    of bob's folder that says it is ada, with bob's certificate."""
+    other = make_project(base, home / "other", address=f"localhost:{port}")
+    site = home / "thief" / "sites" / "ada"
+    shutil.copytree(mine / "sites" / "bob", site)
     change_site(site, name="ada")
-    return Deployed(folder)
+    return {"other": Deployed(other), "thief": Deployed(home / "thief")}
 
 
-def test_run_ends_where_the_undisturbed_run_ends(seen: Seen, base: Path, tmp_path: Path) -> None:
-    make_project(base, tmp_path / "p", rounds=ROUNDS)
-    clients = {site: build_client(tmp_path / "p" / "sites" / site) for site in SITES}
-    config = ServerConfig.read(tmp_path / "p" / "server")
+def test_run_ends_where_the_undisturbed_run_ends(seen: Any, project: Path, tmp_path: Path) -> None:
+    clients = {site: build_client(project / "sites" / site) for site in SITES}
+    config = change_server(project / "server", rounds=ROUNDS)
     server = build_server(config, RunFolder(tmp_path / "run"))
     result = run_federation(server, LocalTransport(clients), ROUNDS)
     server.close()
@@ -155,22 +128,22 @@ def test_run_ends_where_the_undisturbed_run_ends(seen: Seen, base: Path, tmp_pat
     assert seen.deployed.run.log.read_bytes() == (tmp_path / "run" / "federation.log").read_bytes()
 
 
-def test_every_round_had_every_site(seen: Seen) -> None:
+def test_every_round_had_every_site(seen: Any) -> None:
     events = EventReader(seen.deployed.run.events).poll()
     rounds = [event for event in events if event["event"] == "round"]
     assert [event["round"] for event in rounds] == list(range(1, ROUNDS + 1))
     assert all(event["clients"] == list(SITES) for event in rounds)
-    assert sum(event["event"] == "start" for event in events) >= 3, "it was killed twice"
+    assert sum(event["event"] == "start" for event in events) >= 3, "kills ended its job twice"
 
 
-def test_status_tells_who_runs(seen: Seen) -> None:
+def test_status_tells_who_runs(seen: Any) -> None:
     for name in ("server", *SITES):
         assert name in seen.status
     assert f"of {ROUNDS}" in seen.status
     assert "stopped" not in seen.status
 
 
-def test_nothing_listens_without_tls_and_a_certificate_of_the_project(seen: Seen) -> None:
+def test_nothing_listens_without_tls_and_a_certificate_of_the_project(seen: Any) -> None:
     parties = sorted(party for party, _ in seen.listeners)
     assert sorted(set(parties)) == ["ada", "bob", "cleo", "server"]
     for told in seen.answers.values():
@@ -186,12 +159,12 @@ def test_nothing_listens_without_tls_and_a_certificate_of_the_project(seen: Seen
     assert seen.unix_sockets == set()
 
 
-def test_sites_listen_for_their_own_machine_alone(seen: Seen) -> None:
+def test_sites_listen_for_their_own_machine_alone(seen: Any) -> None:
     for (party, port), address in seen.listeners.items():
         assert party == "server" or address == "127.0.0.1", (party, port, address)
 
 
-def test_strangers_get_no_part_in_the_run(seen: Seen) -> None:
+def test_strangers_get_no_part_in_the_run(seen: Any) -> None:
     """Another authority's site, and a member in another's name: both were refused, see _look."""
     assert seen.strangers_at_work == []
     for project in seen.strangers.values():
@@ -200,19 +173,19 @@ def test_strangers_get_no_part_in_the_run(seen: Seen) -> None:
         assert not list(site.glob("engine/*/app_*"))
 
 
-def test_nothing_is_unpickled(seen: Seen) -> None:
-    notes = seen.notes
+def test_nothing_is_unpickled(seen: Any) -> None:
+    notes = seen.notes.read_text().splitlines()
     watched = [line for line in notes if line.startswith("watched")]
-    for module in ("supervisor", "server_train", "client_train", "runner_process"):
+    for module in ("deploy.party", "server_train", "client_train", "runner_process"):
         assert any(module in line for line in watched), module
     assert sum("worker_process" in line for line in watched) >= 3
     assert [line for line in notes if line.startswith("unpickled")] == []
     code = "import fractions, pickle; pickle.loads(pickle.dumps(fractions.Fraction(1, 2)))"
     subprocess.run([sys.executable, "-c", code], env=os.environ | seen.watch, check=True)
-    assert any(line.startswith("unpickled fractions Fraction") for line in seen.notes)
+    assert "unpickled fractions Fraction" in seen.notes.read_text()
 
 
-def test_no_code_came_to_a_site(seen: Seen) -> None:
+def test_no_code_came_to_a_site(seen: Any) -> None:
     assert "BYOC not permitted" in seen.code
     for site in SITES:
         engine = seen.deployed.folder / "sites" / site / "engine"
@@ -220,7 +193,7 @@ def test_no_code_came_to_a_site(seen: Seen) -> None:
         assert came == {".json", ".crt"}
 
 
-def test_administrator_runs_no_commands(seen: Seen) -> None:
+def test_administrator_runs_no_commands(seen: Any) -> None:
     assert seen.commands
     for command, told in seen.commands.items():
         assert "not authorized" in told, (command, told)

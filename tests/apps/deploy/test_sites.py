@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import pytest
 from rich.console import Console
 from zorba.apps.deploy.build import build_client, build_server
 from zorba.apps.deploy.config import PrivacySection, ServerConfig
-from zorba.apps.deploy.summary import rows, show_summary, summarise
-from zorba.apps.watch import Follower
-from zorba.apps.watch.state import RunState
+from zorba.apps.deploy.control import show_summary
+from zorba.apps.deploy.engine import summarise
+from zorba.apps.deploy.party import PartyFolder
 from zorba.federated import (
     Client,
     FederationResult,
@@ -25,7 +26,7 @@ from zorba.federated import (
 )
 from zorba.offload import Offload
 
-from tests.apps.deploy.conftest import SITES, change_site
+from tests.apps.deploy.conftest import SITES, change_server, change_site
 
 ROUNDS = 3
 POLICIES: dict[str, dict[str, Any]] = {
@@ -39,15 +40,13 @@ def make_private(project: Path, site: str, **changes: Any) -> None:
     change_site(project / "sites" / site, privacy=privacy, balanced=site != "ada")
 
 
-def run(
-    project: Path, rounds: int = ROUNDS, config: ServerConfig | None = None
-) -> tuple[FederationResult, dict[str, Client]]:
+def run(project: Path) -> tuple[FederationResult, dict[str, Client]]:
     """Runs a project in this process, with a run folder as over the engine."""
     folder = RunFolder(project / "server" / "run")
-    server = build_server(config or ServerConfig.read(project / "server"), folder)
+    server = build_server(ServerConfig.read(project / "server"), folder)
     clients = {site: build_client(project / "sites" / site) for site in SITES}
-    with RunRecorder(folder, server, rounds) as recorder:
-        result = run_federation(server, LocalTransport(clients), rounds, recorder.round)
+    with RunRecorder(folder, server, ROUNDS) as recorder:
+        result = run_federation(server, LocalTransport(clients), ROUNDS, recorder.round)
         recorder.end(result)
     server.close()
     return result, clients
@@ -78,18 +77,15 @@ def test_checkpoint_of_another_model_is_refused_with_what_to_do(project: Path) -
 
 
 def test_offloaded_sites_come_to_the_bits_of_resident_ones(project: Path) -> None:
-    config = ServerConfig.read(project / "server")
-    few = {
-        site: entry.model_copy(update={"active": entry.active[n % len(entry.active) :][:1]})
-        for n, (site, entry) in enumerate(config.sites.items())
-    }
-    config = config.model_copy(update={"sites": few})
+    sites = ServerConfig.read(project / "server").sites.items()
+    few = {site: active[n % len(active) :][:1] for n, (site, active) in enumerate(sites)}
+    change_server(project / "server", sites=few)
     fingerprints = []
     for offload in (False, True):
         for site in SITES:
             change_site(project / "sites" / site, offload=offload)
         RunFolder(project / "server" / "run").clear()
-        result, clients = run(project, 4, config)
+        result, clients = run(project)
         model: Any = clients["ada"].objective
         assert (Offload.of(model._model) is not None) == offload
         assert not any(report.failures or report.refusals for report in result.reports)
@@ -106,19 +102,19 @@ def test_epsilon_of_each_private_site_is_in_the_summary(project: Path) -> None:
         make_private(project, site)
     result, _ = run(project)
     assert result.replicas_identical
-    state = Follower(project / "server" / "run" / "events.jsonl").update()
-    content = summarise(state)
+    content = summarise(RunFolder(project / "server" / "run"))
     assert content["privacy"].keys() == POLICIES.keys()
-    told = {name: (figure, note) for name, figure, note in rows(state)}
+    console = Console(file=io.StringIO(), width=120)
+    show_summary(PartyFolder(project / "server"), content, console)
+    shown = console.file.getvalue()
+    assert f"{ROUNDS} of {ROUNDS}" in shown
     for site, policy in POLICIES.items():
         spent = PrivacyAccountant(Privacy(**policy)).spent(ROUNDS)
         expected = {"unit": spent.unit, "epsilon": spent.epsilon, "delta": spent.delta}
         assert content["privacy"][site] == expected
-        assert told[f"{site} has told"] == (
-            f"epsilon {spent.epsilon:.3g}",
-            f"at delta {policy['delta']:g}, of each {spent.unit}",
-        )
-    assert "cleo has told" not in told
+        told = f"epsilon {spent.epsilon:.3g} at delta {policy['delta']:g}, of each {spent.unit}"
+        assert f"{site} has told {told}" in shown
+    assert "cleo has told" not in shown
 
 
 def test_what_was_spent_counts_after_a_restart(project: Path) -> None:
@@ -140,10 +136,3 @@ def test_budget_that_is_spent_is_told_and_the_others_go_on(project: Path) -> Non
     for report in result.reports:
         assert report.clients == ("bob", "cleo")
         assert "the privacy budget is spent" in report.failures["ada"]
-
-
-def test_summary_of_a_run_without_events_is_shown() -> None:
-    state = RunState()
-    assert summarise(state)["final_round"] == 0
-    assert rows(state)[0] == ("rounds", "0 of 0", "")
-    show_summary(state, Console(quiet=True))

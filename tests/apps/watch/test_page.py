@@ -7,7 +7,6 @@ import json
 import random
 import re
 from collections.abc import Callable
-from datetime import timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -15,8 +14,7 @@ from xml.etree import ElementTree
 import pytest
 from zorba.apps.watch.events import clean
 from zorba.apps.watch.figures import short
-from zorba.apps.watch.live import read_run
-from zorba.apps.watch.page import render_page, write_report
+from zorba.apps.watch.page import write_report
 
 from tests.apps.watch.runs import HOSTILE, Run
 from tests.command import zorba
@@ -99,10 +97,6 @@ def test_a_whole_run(tmp_path: Path, draw: random.Random) -> None:
     assert "losses" not in page.text, "lists of rounds are pictures, not text"
 
 
-def nothing_happened(run: Run) -> None:
-    pass
-
-
 def nobody_replied(run: Run) -> None:
     for t in (1, 2):
         run.round(t, away=run.names)
@@ -130,7 +124,6 @@ def started_again(run: Run) -> None:
 @pytest.mark.parametrize(
     ("happens", "words"),
     [
-        (nothing_happened, "Round 0 of 9, under way."),
         (nobody_replied, "Stopped after round 2: RuntimeError: nobody is there"),
         (killed, "Round 0 of 9, under way."),
         (diverged, "the replicas are not all identical"),
@@ -143,20 +136,6 @@ def test_partial_runs(
     names = [f"client-{n}" for n in range(draw.choice((1, 3)))]
     happens(Run(tmp_path, names, draw.randint(1, 30), 9, draw))
     assert words in Page(tmp_path).text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(5, "under way."), (3600, "no event for 1:00:00: it waits, or was killed.")],
-)
-def test_a_run_that_was_killed_is_told_from_one_under_way(
-    tmp_path: Path, draw: random.Random, seconds: float, words: str
-) -> None:
-    killed(Run(tmp_path, ["ada"], 2, 9, draw))
-    _, state = read_run(tmp_path)
-    assert state.last_event is not None
-    page = render_page(state, {}, now=state.last_event + timedelta(seconds=seconds))
-    assert f"Round 0 of 9, {words}" in page
 
 
 def test_a_file_without_a_start(tmp_path: Path) -> None:

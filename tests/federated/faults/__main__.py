@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.federated.faults.schedules import one
+from tests.federated.faults.run import run_random
 
 
 def main() -> int:
@@ -27,7 +27,7 @@ def main() -> int:
     for number in range(options.schedules):
         seed = options.seed + number
         with tempfile.TemporaryDirectory() as folder:
-            wrong, happened = one(Path(folder), seed, options.rounds)
+            wrong, happened = run_random(Path(folder), seed, options.rounds)
         kills.update(happened)
         if wrong:
             failed += 1

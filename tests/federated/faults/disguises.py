@@ -7,6 +7,7 @@ import random
 import resource
 import signal
 import time
+from functools import partial
 
 from zorba.federated import client, events
 
@@ -18,12 +19,7 @@ def other_package() -> None:
 
 def other_noise() -> None:
     """A site whose kernels make another version of the noise."""
-    hello = client.Hello
-
-    def told(**fields: object) -> object:
-        return hello(**fields, noise_version=99)  # type: ignore[arg-type]
-
-    client.Hello = told  # type: ignore[assignment, misc]
+    client.Hello = partial(client.Hello, noise_version=99)  # type: ignore[assignment, misc]
 
 
 def small_disk() -> None:

@@ -29,36 +29,22 @@ SERVER_POINTS = (
 
 @dataclass(frozen=True)
 class Kill:
-    """One kill.
+    """One kill."""
 
-    Attributes:
-        point: where; "any time" for a moment in milliseconds after the start of the process.
-        count: the how many-th time that the point is reached, from 1; or the milliseconds.
-    """
-
-    point: str
-    count: int
+    point: str  # where; "any time" for a moment after the start of the process
+    count: int  # the how many-th time that the point is reached, from 1; or milliseconds
 
 
 @dataclass
 class Schedule:
-    """Kills of each process, in the order of its lives; a life without one is not disturbed.
+    """Kills of each process, in the order of its lives; a life without one is not disturbed."""
 
-    Attributes:
-        kills: by process: "server" or the name of a site.
-    """
-
-    kills: dict[str, list[Kill]] = field(default_factory=dict)
+    kills: dict[str, list[Kill]] = field(default_factory=dict)  # by process: "server" or a site
 
     def next(self, process: str) -> Kill | None:
         """Takes the kill of the life that starts now."""
         mine = self.kills.get(process)
         return mine.pop(0) if mine else None
-
-    @property
-    def count(self) -> int:
-        """Kills that are left."""
-        return sum(map(len, self.kills.values()))
 
 
 def draw_schedule(rng: random.Random, names: tuple[str, ...], rounds: int) -> Schedule:
@@ -94,10 +80,10 @@ class Reaper:
     def reach(self, point: str) -> None:
         """Counts a point and dies there if it is time."""
         if self.due(point):
-            self.die()
+            die()
 
-    @staticmethod
-    def die() -> None:
-        """Kills this process; nothing of Python runs afterwards."""
-        os.kill(os.getpid(), signal.SIGKILL)
-        signal.pause()
+
+def die() -> None:
+    """Kills this process; nothing of Python runs afterwards."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    signal.pause()

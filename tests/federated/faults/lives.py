@@ -6,7 +6,7 @@ import json
 import os
 import resource
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from zorba.federated import (
     run_federation,
 )
 
-from tests.federated.faults.kills import Reaper
+from tests.federated.faults.kills import Reaper, die
 from tests.federated.faults.wire import SiteLink, SocketTransport
 from tests.federated.world import MASKS, NAMES, make_objective, make_replica
 
@@ -31,30 +31,21 @@ SERVER = "server"
 
 @dataclass
 class Job:
-    """One run, and how its processes differ from the plain ones.
+    """One run, and how its processes differ from the plain ones."""
 
-    Attributes:
-        folder: for everything that it writes.
-        settings: of the job.
-        rounds: to run.
-        dtype: of the weights.
-        checkpoint_every: rounds between checkpoints of a site; None for no checkpoints.
-        quorum: sites that the server waits for.
-        late_sites: by name, the round whose end lets a site start; the next one waits for it.
-        disguise: by process, called in it before it does anything; importable by name.
-        held_round: by site, the round whose reply comes late: when it was asked the next thing.
-        frozen: by site, the value of its model's frozen head; 1 is that of the job.
-    """
-
-    folder: Path
+    folder: Path  # for everything that it writes
     settings: FederationSettings
-    rounds: int = 20
+    rounds: int
     dtype: torch.dtype = torch.float32
-    checkpoint_every: int | None = 3
-    quorum: int = len(NAMES)
+    checkpoint_every: int | None = 3  # None for no checkpoints
+    quorum: int = len(NAMES)  # sites that the server waits for
+    # By site: the round whose end lets it start, and whose next one waits for it.
     late_sites: dict[str, int] = field(default_factory=dict)
+    # By process: called in it before it does anything; importable by name.
     disguise: dict[str, Callable[[], None]] = field(default_factory=dict)
+    # By site: the round whose reply comes late, when it was asked the next thing.
     held_round: dict[str, int] = field(default_factory=dict)
+    # By site: the value of its model's frozen head; 1 is that of the job.
     frozen: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -113,28 +104,9 @@ def _serve(job: Job, reaper: Reaper) -> None:
         assert server.log.size == size
 
     transport = SocketTransport(job.socket, job.quorum, late)
-    exchange, end_round = transport.exchange, server.end_round
-
-    def doomed_exchange(plans: Any, timeout: Any = None) -> Any:
-        send = transport._send
-
-        def doomed_send(connection: Any, name: str) -> None:
-            send(connection, name)
-            reaper.reach("sent")
-
-        transport._send = doomed_send  # type: ignore[method-assign]
-        answers = exchange(plans, timeout)
-        transport._send = send  # type: ignore[method-assign]
-        reaper.reach("replied")
-        return answers
-
-    def doomed_end() -> Any:
-        outcome = end_round()
-        reaper.reach("ended")
-        return outcome
-
-    transport.exchange = doomed_exchange  # type: ignore[method-assign]
-    server.end_round = doomed_end  # type: ignore[method-assign]
+    _after(transport, "_send", lambda *_: reaper.reach("sent") if transport._pending else None)
+    _after(transport, "exchange", lambda *_: reaper.reach("replied"))
+    _after(server, "end_round", lambda *_: reaper.reach("ended"))
     rounds = max(0, job.rounds - server.log.last)
     with RunRecorder(folder, server, rounds) as recorder:
 
@@ -152,24 +124,30 @@ def _serve(job: Job, reaper: Reaper) -> None:
     transport.close()
 
 
+def _after(owner: Any, name: str, then: Callable[..., Any]) -> None:
+    """Calls something, with the same arguments, after each call of a function of the owner."""
+    inner = getattr(owner, name)
+
+    def both(*args: Any, **named: Any) -> Any:
+        result = inner(*args, **named)
+        then(*args)
+        return result
+
+    setattr(owner, name, both)
+
+
 class _DoomedFile:
     """The log's file, in which a process may die."""
 
     def __init__(self, file: Any, reaper: Reaper) -> None:
         self._file, self._reaper = file, reaper
-        sync = os.fsync
-
-        def doomed_sync(handle: int) -> None:
-            sync(handle)
-            if not file.closed and handle == file.fileno():
-                reaper.reach("synced")
-
-        os.fsync = doomed_sync
+        mine = file.fileno()
+        _after(os, "fsync", lambda handle: reaper.reach("synced") if handle == mine else None)
 
     def write(self, data: bytes) -> int:
         if self._reaper.due("torn"):
             self._file.write(data[: len(data) * 2 // 3])
-            self._reaper.die()
+            die()
         count: int = self._file.write(data)
         self._reaper.reach("written")
         return count
@@ -208,16 +186,12 @@ def _measure(job: Job, name: str, reaper: Reaper) -> None:
 
     os.replace = doomed_replace
     every = job.checkpoint_every
-    client = Client(
-        name,
-        replica,
-        doomed_objective,
-        None if every is None else checkpoint,
-        checkpoint_every=every or 1,
-    )
+    kept = None if every is None else checkpoint
+    client = Client(name, replica, doomed_objective, kept, checkpoint_every=every or 1)
     link = SiteLink(job.socket, name)
     held: list[tuple[int, bytes]] = []
-    for message_number, data in _messages(link):
+    while (received := link.receive())[1]:
+        message_number, data = received
         reaper.reach("before")
         before = replica.applied_round, replica.passes
         answer = client.handle(data)
@@ -233,11 +207,3 @@ def _measure(job: Job, name: str, reaper: Reaper) -> None:
             continue
         link.send(message_number, answer)
         reaper.reach("after")
-
-
-def _messages(link: SiteLink) -> Iterator[tuple[int, bytes]]:
-    while True:
-        number, data = link.receive()
-        if not data:
-            return
-        yield number, data

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import random
 import signal
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.federated.faults import lives
-from tests.federated.faults.kills import Kill, Reaper, Schedule
+from tests.federated.faults.kills import Kill, Reaper, Schedule, draw_schedule
 from tests.federated.faults.lives import SERVER, Job
-from tests.federated.world import NAMES
+from tests.federated.world import NAMES, make_settings
 
 _PATIENCE = 1800.0  # seconds after which a run hangs: never a verdict on speed
 _LOOK_SECONDS = 0.2
@@ -24,40 +28,55 @@ _CONTEXT.set_forkserver_preload([lives.__name__])
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to.
+    """What a run came to."""
 
-    Attributes:
-        fingerprints: of each site at the end.
-        identical: whether all that could be reached ended with the same.
-        log: bytes of the server's log.
-        kills: that happened, in their order: process and point.
-        notes: lines that processes wrote for the test.
-    """
-
-    fingerprints: dict[str, int]
-    identical: bool
-    log: bytes
-    kills: tuple[tuple[str, str], ...]
-    notes: tuple[dict[str, Any], ...]
+    fingerprints: dict[str, int]  # of each site at the end
+    identical: bool  # whether all that could be reached ended with the same
+    log: bytes  # of the server
+    kills: tuple[tuple[str, str], ...]  # that happened, in their order: process and point
+    notes: tuple[dict[str, Any], ...]  # lines that processes wrote for the test
 
 
 def run(job: Job, schedule: Schedule | None = None) -> Outcome:
-    """Runs a job to its end; killed processes start again with the next kill of the schedule.
-
-    Args:
-        job: what to run.
-        schedule: of kills; used up.
-
-    Raises:
-        TimeoutError: the run did not end.
-    """
-    schedule = schedule or Schedule()
+    """Runs a job to its end; killed processes start again with the schedule's next kill."""
     job.folder.mkdir(parents=True, exist_ok=True)
-    family = _Family(job, schedule)
+    family = _Family(job, schedule or Schedule())
     try:
         return family.wait()
     finally:
         family.end()
+
+
+def run_random(folder: Path, seed: int, rounds: int) -> tuple[str, list[str]]:
+    """A random schedule beside the undisturbed run: what was wrong, and the kills in words."""
+    rng = random.Random(seed)
+    settings = make_settings(
+        seed=rng.getrandbits(32),
+        local_steps=rng.choice((1, 2)),
+        distribution=rng.choice(("gaussian", "rademacher")),
+    )
+    options: dict[str, Any] = {
+        "settings": settings,
+        "rounds": rounds,
+        "dtype": rng.choice((torch.float32, torch.bfloat16)),
+        "checkpoint_every": rng.choice((None, 1, 3, 7)),
+    }
+    undisturbed = run(Job(folder / "undisturbed", **options))
+    schedule = draw_schedule(rng, NAMES, rounds)
+    drawn = str(schedule)
+    try:
+        disturbed = run(Job(folder / "disturbed", **options), schedule)
+    except (RuntimeError, TimeoutError) as error:
+        return f"{drawn}: {error}", []
+    happened = [
+        f"{'server' if process == 'server' else 'site'} {point}"
+        for process, point in disturbed.kills
+    ]
+    parts = ("identical", "fingerprints", "log")
+    other = [part for part in parts if getattr(disturbed, part) != getattr(undisturbed, part)]
+    damaged = [note for note in disturbed.notes if "damaged" in note or "error" in note]
+    good = undisturbed.identical and not other and not damaged
+    return "" if good else f"{drawn}: not as undisturbed: {other}, {damaged}", happened
 
 
 class _Family:
@@ -85,7 +104,7 @@ class _Family:
                 code = process.exitcode
                 if code == -signal.SIGKILL:
                     self._kills.append((name, kill.point if kill else "?"))
-                    if name == SERVER and self._over():
+                    if name == SERVER and any("fingerprints" in note for note in self._notes()):
                         return self._outcome()  # killed with nothing left to do
                     self._start(name)
                 elif name == SERVER:
@@ -137,16 +156,8 @@ class _Family:
     def _tail(self) -> str:
         return str(self._notes()[-3:])
 
-    def _over(self) -> bool:
-        return any("fingerprints" in note for note in self._notes())
-
     def _outcome(self) -> Outcome:
         notes = self._notes()
         end = next(note for note in reversed(notes) if "fingerprints" in note)
-        return Outcome(
-            end["fingerprints"],
-            end["identical"],
-            self._job.run_folder.log.read_bytes(),
-            tuple(self._kills),
-            notes,
-        )
+        log = self._job.run_folder.log.read_bytes()
+        return Outcome(end["fingerprints"], end["identical"], log, tuple(self._kills), notes)

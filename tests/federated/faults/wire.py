@@ -8,7 +8,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Client, Connection, wait
 from pathlib import Path
 
 _NUMBER = struct.Struct("<Q")
@@ -21,11 +21,7 @@ class SocketTransport:
     A site that comes back while its message waits for an answer gets the message again. A site
     that holds its answer back sends an empty one: for the exchange it has failed, as if a deadline
     had passed, and no clock decides. An answer to a message that is no longer waited for is late.
-
-    Args:
-        path: of the socket; one that a killed server left is replaced.
-        quorum: sites that ``nodes`` waits for.
-        late: called with the name and the bytes of a late answer.
+    ``nodes`` waits for a quorum of sites.
     """
 
     def __init__(self, path: Path, quorum: int, late: Callable[[str, bytes], None]) -> None:
@@ -40,7 +36,6 @@ class SocketTransport:
         self._numbers = itertools.count(int.from_bytes(os.urandom(6), "little"))
 
     def nodes(self) -> Sequence[str]:
-        """Returns the sites that are connected, once they are a quorum."""
         self._pump(0.0)
         while len(self._names) < self.quorum:
             self._pump(None)
@@ -49,7 +44,6 @@ class SocketTransport:
     def exchange(
         self, plans: Mapping[str, bytes], timeout: float | None = None
     ) -> tuple[dict[str, bytes], dict[str, str]]:
-        """See ``Transport``; there is no timeout."""
         self._pending = {name: (next(self._numbers), data) for name, data in plans.items()}
         for connection, name in list(self._names.items()):
             self._send(connection, name)
@@ -127,12 +121,9 @@ class SiteLink:
 
     def _connect(self) -> Connection:
         while True:
-            link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
-                link.connect(str(self._path))
-                connection = Connection(link.detach())
+                connection = Client(str(self._path))
                 connection.send_bytes(self._name.encode())
                 return connection
             except OSError:
-                link.close()
                 time.sleep(_RETRY_SECONDS)

@@ -1,32 +1,19 @@
-"""``zorba federate``: a federation of several machines, or of processes on one.
+"""``zorba federate``: settings of each subcommand, and the function that takes them.
 
-``COMMANDS`` names each subcommand's settings and the function that takes them. The functions raise
-RuntimeError, ValueError or OSError with a sentence for people.
+The functions raise RuntimeError, ValueError or OSError with a sentence for people.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tyro.conf import Positional, UseAppendAction
 
-from zorba.apps.needs import check_needs
+from zorba.apps.command import Command
+from zorba.apps.finetune.settings import Labels, Words
 from zorba.defaults import DISTRIBUTION, EPS, NUM_PERTURBATIONS, Distribution
-
-_NEEDS = (
-    "greenlet",
-    "nvflare",
-    "pydantic",
-    "rich",
-    "safetensors",
-    "scipy",
-    "transformers",
-    "yaml",
-)
 
 
 # The comment of a field is its help on the command line.
@@ -45,10 +32,9 @@ class InitSettings:
     model: str  # Local folder or hub name of the model.
     data: str  # JSONL, CSV or TSV file of a site; {site} stands for its name.
     template: str = "{text}"  # Prompt over the fields of a row: "{sentence} It was".
-    # Label words with the space in front, by commas: " terrible, great".
-    words: str = ""
+    words: Words = ()  # Label words with the space in front, by commas: " terrible, great".
     label: str = "label"  # Field of the label.
-    labels: str = ""  # Its values in the order of the words, by commas.
+    labels: Labels = ()  # Its values in the order of the words, by commas.
     blocks: str = "all"  # Blocks to train: all, or last:N.
     address: str = "localhost:8002"  # Host and port that sites reach the server at.
     job: str = "federation"  # Name of the job.
@@ -104,33 +90,19 @@ class FederateDemoSettings:
     seed: int = 1  # Of data split, batches and noise.
     lr: float = 1.6e-2  # Learning rate of the first round; falls linearly to 0.
     address: str = "localhost:8002"  # Host and port of the server.
-    out: Path = Path("runs/federate-demo")  # Folder of the project; an earlier demo is removed.
+    out: Path = Path("runs/federate-demo")  # Folder for the project; new or empty.
     cache: Path = Path(".cache")  # Folder for model and data.
 
 
-def _command(
-    name: str, function: str, *packages: str, extras: str = "nvflare"
-) -> Callable[[Any], None]:
-    """Returns a command that checks its packages, and then calls ``module:function``."""
-
-    # The module is imported when the command runs: ``zorba --help`` must not wait for the engine,
-    # and works where the engine is not installed.
-    def run(settings: Any) -> None:
-        check_needs(f"federate {name}", (*_NEEDS, *packages), extras)
-        module, _, called = function.partition(":")
-        getattr(import_module(f"zorba.apps.deploy.{module}"), called)(settings)
-
-    return run
-
-
-_DEMO = _command(
-    "demo", "demo:run_federate_demo", "accelerate", "gguf", "pyarrow", extras="demo,nvflare"
+_NEEDS = (
+    *("greenlet", "matplotlib", "nvflare", "pydantic", "rich", "safetensors", "scipy"),
+    *("transformers", "yaml"),
 )
-COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
-    "init": (InitSettings, _command("init", "project:run_init")),
-    "start": (StartSettings, _command("start", "control:run_start")),
-    "status": (StatusSettings, _command("status", "control:run_status")),
-    "stop": (StopSettings, _command("stop", "control:run_stop")),
-    "demo": (FederateDemoSettings, _DEMO),
+_DEMO_NEEDS = (*_NEEDS, "accelerate", "filelock", "gguf", "jinja2", "pyarrow")
+COMMANDS = {
+    "init": Command(InitSettings, "deploy.project:run_init", "nvflare", _NEEDS),
+    "start": Command(StartSettings, "deploy.control:run_start", "nvflare", _NEEDS),
+    "status": Command(StatusSettings, "deploy.control:run_status", "nvflare", _NEEDS),
+    "stop": Command(StopSettings, "deploy.control:run_stop", "nvflare", _NEEDS),
+    "demo": Command(FederateDemoSettings, "deploy.demo:run_demo", "demo,nvflare", _DEMO_NEEDS),
 }
-"""Settings and function of each subcommand, by its name."""

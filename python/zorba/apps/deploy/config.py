@@ -7,16 +7,12 @@ processes that only start and watch others read these files too.
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from zorba.apps.deploy.yaml_file import ConfigError as ConfigError
-from zorba.apps.deploy.yaml_file import read_model, write_model
-
-SERVER_FILE = "server.yaml"
-SITE_FILE = "site.yaml"
+from zorba.apps.deploy.yaml_file import Section
 
 # Numbers are strict: True is no number, and "16" is text.
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -27,6 +23,7 @@ Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(coerce_numbers_to_str=True)]  # a label may be 0 or 1
 Name = Annotated[Text, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+Job = Annotated[Text, Field(pattern="^[A-Za-z0-9._+-]{1,64}$")]
 Blocks = Annotated[Text, Field(pattern=r"^(all|last:[1-9][0-9]*)$")]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Distribution = Literal["gaussian", "rademacher"]
@@ -38,15 +35,8 @@ def about(description: str, default: Any = ..., **bounds: Any) -> Any:
     return Field(default, description=description, **bounds)
 
 
-class _Section(BaseModel):
-    """Keys and values; others than the fields are refused."""
-
-    # A misspelt key would otherwise leave its setting at the default, in silence.
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class PrivacySection(_Section):
-    """``zorba.privacy.Privacy`` by field."""
+class PrivacySection(Section):
+    """``zorba.federated.Privacy`` by field."""
 
     unit: Literal["example", "client"] = about("whom epsilon protects")
     clip: Positive = about("L2 norm of a vector of P differences")
@@ -55,8 +45,10 @@ class PrivacySection(_Section):
     max_epsilon: float = about("that the site never exceeds", math.inf, strict=True, gt=0)
 
 
-class SiteConfig(_Section):
+class SiteConfig(Section):
     """Settings of a site. Nobody but the site reads this file."""
+
+    file: ClassVar[str] = "site.yaml"
 
     name: Name = about("name of the site, as its certificate has it")
     model: Text = about("local folder or hub name of the model", min_length=1)
@@ -79,15 +71,12 @@ class SiteConfig(_Section):
     distribution: Distribution = about("of the noise; the job's")
     rounding: Rounding = about("of 16-bit weights; the job's")
     privacy: PrivacySection | None = about(
-        "null, or under it unit, clip, noise_multiplier, delta and max_epsilon: docs/security.md",
-        None,
+        "null, or under it unit, clip, noise_multiplier, delta, max_epsilon: docs/security.md", None
     )
 
     @field_validator("privacy")
     @classmethod
-    def _check_batches(
-        cls, privacy: PrivacySection | None, info: ValidationInfo
-    ) -> PrivacySection | None:
+    def _check_batches(cls, privacy: Any, info: ValidationInfo) -> Any:
         balanced = info.data.get("words") and info.data.get("balanced")
         if privacy is not None and privacy.unit == "example" and balanced:
             raise ValueError(
@@ -97,17 +86,8 @@ class SiteConfig(_Section):
             )
         return privacy
 
-    @staticmethod
-    def read(folder: Path) -> SiteConfig:
-        """Reads ``site.yaml`` of a site's folder; raises ConfigError."""
-        return read_model(SiteConfig, folder / SITE_FILE)
 
-    def write(self, folder: Path) -> None:
-        """Writes ``site.yaml``."""
-        write_model(self, folder / SITE_FILE)
-
-
-class Identity(_Section):
+class Identity(Section):
     """``zorba.federated.ModelIdentity`` by field."""
 
     # Written by init from the model; nothing that people edit, so nothing is explained.
@@ -118,7 +98,7 @@ class Identity(_Section):
     num_blocks: Count
 
 
-class RoundSettings(_Section):
+class RoundSettings(Section):
     """Fields of ``zorba.federated.FederationSettings``, by the same names."""
 
     # No defaults: init writes those of the core, and a project keeps them when they change.
@@ -136,32 +116,17 @@ class RoundSettings(_Section):
     trim: float = about("share that trimmed leaves out at each end", strict=True, ge=0, lt=0.5)
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """Returns host and port of "host:port", or raises ConfigError."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ConfigError(f"address is {address!r}; expected host:port, as example.org:8002")
-    return host, int(port)
-
-
-class SiteEntry(_Section):
-    """A site, as the server knows it."""
-
-    active: tuple[Text, ...] = about("blocks that it activates")
-    budget: Natural = about("bytes that its device may use; 0 without a plan", 0)
-    memory: Natural = about("bytes that the plan predicts", 0)
-
-
-class ServerConfig(_Section):
+class ServerConfig(Section):
     """Settings of the server, which has no model and no data."""
 
-    job: Text = about("name of the job; the seed belongs to it", pattern="^[A-Za-z0-9._+-]{1,64}$")
+    file: ClassVar[str] = "server.yaml"
+
+    job: Job = about("name of the job; the seed belongs to it")
     seed: Uint64 = about("from which every seed of the job is derived")
     rounds: Count = about("of the run")
-    address: Text = about("host and port that sites connect to")
     identity: Identity = about("of the model; a site with another one is refused")
     blocks: tuple[Text, ...] = about("names of the trained blocks", min_length=1)
-    sites: dict[Name, SiteEntry] = about("by name", min_length=1)
+    sites: dict[Name, tuple[Text, ...]] = about("the blocks that each activates", min_length=1)
     settings: RoundSettings = about("of the rounds")
     lr_decay: Literal["linear", "constant"] = about("linear: lr falls to 0 in the end", "linear")
     timeout: Positive = about("seconds that a round waits for an answer")
@@ -171,23 +136,15 @@ class ServerConfig(_Section):
         "seconds at least between two jobs of the engine for sites that come back", 60.0
     )
 
-    @field_validator("address")
-    @classmethod
-    def _check_address(cls, address: str) -> str:
-        split_address(address)
-        return address
-
     # A validator sees the fields in front of its own, of those the valid ones.
     @field_validator("sites")
     @classmethod
-    def _check_sites(
-        cls, sites: dict[str, SiteEntry], info: ValidationInfo
-    ) -> dict[str, SiteEntry]:
-        for name, entry in sites.items():
-            if name == "server":
-                raise ValueError("a site is called server; take another name")
-            for block in entry.active:
-                if block not in info.data.get("blocks", entry.active):
+    def _check_sites(cls, sites: Any, info: ValidationInfo) -> Any:
+        if "server" in sites:
+            raise ValueError("a site is called server; take another name")
+        for name, active in sites.items():
+            for block in active:
+                if block not in info.data.get("blocks", active):
                     raise ValueError(f"site {name} activates {block}, which is no trained block")
         return sites
 
@@ -198,12 +155,3 @@ class ServerConfig(_Section):
         if sites and quorum > len(sites):
             raise ValueError(f"quorum is {quorum}; there are {len(sites)} sites")
         return quorum
-
-    @staticmethod
-    def read(folder: Path) -> ServerConfig:
-        """Reads ``server.yaml`` of the server's folder; raises ConfigError."""
-        return read_model(ServerConfig, folder / SERVER_FILE)
-
-    def write(self, folder: Path) -> None:
-        """Writes ``server.yaml``."""
-        write_model(self, folder / SERVER_FILE)

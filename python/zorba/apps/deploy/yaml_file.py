@@ -1,6 +1,6 @@
-"""Reads a pydantic model from a YAML file, and writes one with a comment above each key.
+"""Settings in a YAML file: pydantic models that are read from one, and written with comments.
 
-Whatever the file holds, reading ends in the model or in one sentence that names file, line, key,
+Whatever a file holds, reading ends in the model or in one sentence that names file, line, key,
 value, and the values that are allowed.
 """
 
@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 import textwrap
-import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-Location = tuple[int | str, ...]
-"""Keys and positions that lead to a value."""
-Model = TypeVar("Model", bound=BaseModel)
+Kind = TypeVar("Kind", bound="Section")
+Location = tuple[int | str, ...]  # keys and positions that lead to a value
 
-_WIDTH = 98
 _MOST_BYTES = 1 << 20
-_DEEPEST = 8  # sections and lists inside each other; ours need four
-_LONGEST_VALUE = 60  # characters of a value in an error
 _YAML = "tag:yaml.org,2002:"
-_CONSTRUCTED = tuple(_YAML + name for name in ("int", "float", "bool", "null"))
+_VALUES = tuple(_YAML + name for name in ("int", "float", "bool", "null"))
 # No setting is a date, and a label may look like one: "=" and "<<" are text as well.
 _TEXTS = tuple(_YAML + name for name in ("str", "timestamp", "value", "merge"))
 
@@ -35,99 +32,88 @@ class ConfigError(ValueError):
     """A setting, or a file of settings, is missing or makes no sense."""
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """The safe loader, in C where there is one."""
+class Section(BaseModel):
+    """Keys and values; others than the fields are refused."""
+
+    # A misspelt key would otherwise leave its setting at the default, in silence.
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    file: ClassVar[str]  # its name, where it is a file of its own
+
+    @classmethod
+    def make(
+        cls: type[Kind], content: Any, place: Callable[[Location], str] = lambda _: ""
+    ) -> Kind:
+        """Returns a section of plain values; ConfigError tells the first that does not fit."""
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            # A key that is misspelt is unknown, and also missing: only the first says why.
+            first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+        raise ConfigError(place(first["loc"]) + _sentence(cls, first))
+
+    @classmethod
+    def read(cls: type[Kind], folder: Path) -> Kind:
+        """Returns what the file in a folder holds; ConfigError where that makes no sense."""
+        path, lines = folder / cls.file, dict[Location, int]()
+        content = _load(path, lines)
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path} must hold keys and values, as 'rounds: 100'")
+
+        def place(location: Location) -> str:
+            while location not in lines:  # a missing key has no line: the section that lacks it has
+                location = location[:-1]
+            return f"{path}, line {lines[location]}: "
+
+        return cls.make(content, place)
+
+    def write(self, folder: Path) -> None:
+        """Writes the file in a folder, with the description of each field above it."""
+        text = _comment(type(self).__doc__) + self._text()
+        (folder / self.file).write_text(text, encoding="utf-8")
+
+    def _text(self) -> str:
+        text = ""
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            text += _comment(field.description)
+            if isinstance(value, Section):
+                text += f"{name}:\n" + textwrap.indent(value._text(), "  ")
+            else:
+                text += yaml.dump({name: value}, Dumper=_Dumper, allow_unicode=True)
+        return text
+
+
+def _comment(text: str | None) -> str:
+    rows = textwrap.wrap(" ".join((text or "").split()), 98)
+    return "".join(f"# {row}\n" for row in rows)
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """The safe dumper; it quotes text that ``_Loader`` would take for a number."""
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        # Refused before anything is built: a few lines of them stand for billions of values.
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            _refuse(event, f"*{event.anchor} is an alias; write the value itself")
+        return super().compose_node(parent, index)
 
 
 for _side in (_Loader, _Dumper):
     # People write 1e-3; YAML 1.1 takes that for text.
-    _side.add_implicit_resolver(
-        _YAML + "float",
-        re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-        list("-+0123456789"),
-    )
+    _number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+    _side.add_implicit_resolver(_YAML + "float", _number, list("-+0123456789"))
 
 
-def read_model(kind: type[Model], path: Path) -> Model:
-    """Returns the model that a YAML file holds.
-
-    Raises:
-        ConfigError: the file is not there, is no YAML, or does not fit the model.
-    """
-    lines: dict[Location, int] = {}
-    content = _read_yaml(path, lines)
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold keys and values, as 'rounds: 100'")
-
-    def place(location: Location) -> str:
-        # A missing key has no line: the section that lacks it has one.
-        while location and location not in lines:
-            location = location[:-1]
-        return f"{path}, line {lines.get(location, 1)}: "
-
-    return make_model(kind, content, place)
+def _refuse(at: Any, reason: str) -> NoReturn:
+    raise yaml.MarkedYAMLError(problem=reason, problem_mark=at.start_mark)
 
 
-def make_model(
-    kind: type[Model], content: Any, place: typing.Callable[[Location], str] = lambda _: ""
-) -> Model:
-    """Returns a model of plain values.
-
-    Args:
-        kind: of the model.
-        content: its fields by name.
-        place: tells where a value is from; errors begin with it.
-
-    Raises:
-        ConfigError: a value does not fit its field, the first that does not.
-    """
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        # A key that is misspelt is unknown, and also missing: only the first says why.
-        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-    raise ConfigError(place(first["loc"]) + _sentence(kind, first))
-
-
-def write_model(model: BaseModel, path: Path) -> None:
-    """Writes a model as YAML, with the description of each field above it."""
-    head = _comment(type(model).__doc__ or "")
-    path.write_text("\n".join([*head, *_section(model)]) + "\n", encoding="utf-8")
-
-
-def _section(model: BaseModel, comments: bool = True) -> list[str]:
-    """Returns the lines of a model, not indented."""
-    lines = []
-    for name, field in type(model).model_fields.items():
-        lines += _comment(field.description or "") if comments else []
-        value = getattr(model, name)
-        if isinstance(value, BaseModel):
-            lines += [f"{name}:", *_indented(_section(value, comments))]
-        elif isinstance(value, dict):
-            lines.append(f"{name}:")
-            for number, (key, part) in enumerate(value.items()):
-                # Sections of one kind are explained once.
-                inner = _section(part, comments and number == 0)
-                lines += _indented([f"{key}:", *_indented(inner)])
-        else:
-            lines += yaml.dump({name: value}, Dumper=_Dumper, allow_unicode=True).splitlines()
-    return lines
-
-
-def _comment(text: str) -> list[str]:
-    return [f"# {row}" for row in textwrap.wrap(" ".join(text.split()), _WIDTH)]
-
-
-def _indented(lines: list[str]) -> list[str]:
-    return [f"  {line}" for line in lines]
-
-
-def _read_yaml(path: Path, lines: dict[Location, int]) -> Any:
-    """Returns plain values, and notes the line of each in ``lines``."""
+def _load(path: Path, lines: dict[Location, int]) -> Any:
+    """Returns the plain values of a file, and notes the line of each."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -136,104 +122,67 @@ def _read_yaml(path: Path, lines: dict[Location, int]) -> Any:
         raise ConfigError(f"{path} has {len(data):,} bytes; expected at most {_MOST_BYTES:,}")
     try:
         text = data.decode("utf-8")
-        _check_shape(text, path)
-        node = yaml.compose(text, Loader=_Loader)
+        root = yaml.compose(text, Loader=_Loader)
+        return None if root is None else _plain(root, (), lines)
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        byte = data[error.start]
-        raise ConfigError(f"{path}, line {line}: byte {byte:#04x}; expected UTF-8") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise ConfigError(f"{path}, line {mark.line + 1}: no YAML: {error.problem}") from None
+        line = data[: error.start].count(b"\n")
+        reason = f"byte {data[error.start]:#04x}; expected UTF-8"
     except yaml.reader.ReaderError as error:
-        line = text[: error.position].count("\n") + 1
-        raise ConfigError(f"{path}, line {line}: no YAML: {error.reason}") from None
-    # An empty file has no node.
-    return None if node is None else _plain(node, (), path, lines)
+        line, reason = text[: error.position].count("\n"), f"no YAML: {error.reason}"
+    except yaml.MarkedYAMLError as error:
+        line, reason = (error.problem_mark or error.context_mark).line, str(error.problem)
+        # Errors of our own are of the plain class, those of YAML of others.
+        reason = reason if type(error) is yaml.MarkedYAMLError else f"no YAML: {reason}"
+    except RecursionError:
+        line, reason = 0, "too many lists or sections inside each other"
+    raise ConfigError(f"{path}, line {line + 1}: {reason}")
 
 
-def _check_shape(text: str, path: Path) -> None:
-    """Refuses aliases and deep nesting, before anything is built of them.
-
-    A few lines of aliases stand for billions of values, and a thousand brackets for a recursion
-    that Python does not survive.
-    """
-    depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
-        place = f"{path}, line {event.start_mark.line + 1}: "
-        if isinstance(event, yaml.AliasEvent):
-            raise ConfigError(f"{place}*{event.anchor} is an alias; write the value itself")
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEEPEST:
-            raise ConfigError(f"{place}more than {_DEEPEST} lists or sections inside each other")
-
-
-def _plain(node: yaml.Node, at: Location, path: Path, lines: dict[Location, int]) -> Any:
+def _plain(node: yaml.Node, at: Location, lines: dict[Location, int]) -> Any:
     """Returns a node as dict, list or scalar."""
     lines.setdefault(at, node.start_mark.line + 1)
-    place = f"{path}, line {node.start_mark.line + 1}: "
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, (*at, n), path, lines) for n, item in enumerate(node.value)]
+        return [_plain(item, (*at, n), lines) for n, item in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):
         content: dict[str, Any] = {}
-        for key_node, value in node.value:
-            key, line = key_node.value, key_node.start_mark.line + 1
-            if not isinstance(key, str):
-                raise ConfigError(f"{path}, line {line}: a list or section; expected a key")
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                _refuse(key, "a list or section; expected a key")
+            place = (*at, key.value)
             # YAML takes the last of two, and people look at the first.
-            if key in content:
-                first = lines[(*at, key)]
-                raise ConfigError(f"{path}, line {line}: {key} again; line {first} has it")
-            lines[(*at, key)] = line
-            content[key] = _plain(value, (*at, key), path, lines)
+            if key.value in content:
+                _refuse(key, f"{key.value} again; line {lines[place]} has it")
+            lines[place] = key.start_mark.line + 1
+            content[key.value] = _plain(value, place, lines)
         return content
     if node.tag in _TEXTS:
         return node.value
-    if node.tag not in _CONSTRUCTED:
-        raise ConfigError(f"{place}the tag {node.tag}; expected a plain value")
+    if node.tag not in _VALUES:
+        _refuse(node, f"the tag {node.tag}; expected a plain value")
     try:
         return yaml.SafeLoader("").construct_object(node)
-    except (ValueError, KeyError, yaml.YAMLError):
-        raise ConfigError(f"{place}{_shown(node.value)} is no {node.tag[18:]}") from None
+    except (ValueError, KeyError):  # "!!bool 7", or a number of thousands of digits
+        _refuse(node, f"{reprlib.repr(node.value)} is no {node.tag.removeprefix(_YAML)}")
 
 
-def _sentence(kind: type[BaseModel], error: ErrorDetails) -> str:
+def _sentence(kind: type[Section], error: ErrorDetails) -> str:
     """Returns what pydantic refused, and what it would have taken."""
-    location = tuple(step for step in error["loc"] if step != "[key]")
-    key = ".".join(map(str, location))
-    reason = error["msg"]
+    location = [str(step) for step in error["loc"] if step != "[key]"]
+    key, reason = ".".join(location), error["msg"]
+    for step in location:
+        annotation = kind.model_fields[step].annotation if step in kind.model_fields else None
+        for part in (annotation, *get_args(annotation)):
+            kind = part if isinstance(part, type) and issubclass(part, Section) else kind
+    known = ", ".join(kind.model_fields)
     if error["type"] == "value_error":
         return reason.removeprefix("Value error, ")
     if error["type"] == "missing":
-        return f"there is no {key}; expected all of {', '.join(_keys_at(kind, location[:-1]))}"
+        return f"there is no {key}; expected all of {known}"
     if error["type"] == "extra_forbidden":
-        known = _keys_at(kind, location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, 1)
-        meant = f"did you mean {near[0]}?" if near else f"expected any of {', '.join(known)}"
+        near = difflib.get_close_matches(location[-1], kind.model_fields, 1)
+        meant = f"did you mean {near[0]}?" if near else f"expected any of {known}"
         return f"there is no setting {key}; {meant}"
-    if error["type"] in ("model_type", "dict_type"):
-        wanted = "keys and values under it: " + ", ".join(_keys_at(kind, location))
-    else:
-        wanted = re.sub(r"^\w+ should (be |have )?", "", reason).replace("match", "text of the")
-    return f"{key} is {_shown(error['input'])}; expected {wanted}"
-
-
-def _keys_at(kind: type[BaseModel], location: Location) -> list[str]:
-    """Returns the keys of the section at a location."""
-    for step in location:
-        field = kind.model_fields.get(str(step))
-        kind = next(iter(_models_in(field.annotation)), kind) if field else kind
-    return list(kind.model_fields)
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for part in typing.get_args(annotation) for model in _models_in(part)]
-
-
-def _shown(value: Any) -> str:
-    # Values may be as long as the file, and an error is one line.
-    text = repr(value)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
+    wanted = re.sub(r"^\w+ should (be |have )?", "", reason).replace("match", "text of the")
+    if error["type"] == "model_type":
+        wanted = f"keys and values under it: {known}"
+    return f"{key} is {reprlib.repr(error['input'])}; expected {wanted}"

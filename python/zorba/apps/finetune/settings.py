@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional
 
 from zorba import defaults
-from zorba.apps.options import by_commas, check_at_least
+from zorba.apps.command import by_commas, check_at_least
 
 
 def split_words(text: str) -> tuple[str, ...]:
@@ -68,8 +68,7 @@ class FinetuneSettings:
 
     def __post_init__(self) -> None:
         """Refuses what would only fail, or pass in silence, once the model is loaded."""
-        check_at_least(self, steps=1, batch_size=1, max_length=2, perturbations=1)
-        check_at_least(self, seed=0, eval_every=0)
+        check_at_least(self, steps=1, batch_size=1, max_length=2, perturbations=1, eval_every=0)
         if self.save != "model" and self.placement != "scratch":
             raise ValueError(
                 f"a trajectory needs placement scratch, not {self.placement}: restoring in place "

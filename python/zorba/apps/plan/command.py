@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from zorba.apps.command import plain_console
 from zorba.apps.plan.calibration import Calibration, calibrate
 from zorba.apps.plan.footprint import Footprint, footprint_of, make_model, read_config
 from zorba.apps.plan.measure import measure_client
 from zorba.apps.plan.prediction import Parts, memory_model, predict
 from zorba.apps.plan.settings import PlanSettings
 from zorba.apps.plan.workload import Workload
-from zorba.apps.progress import plain_console
 from zorba.planning.picture import draw_plan
 from zorba.planning.plan import BlockPlan
 from zorba.planning.planner import plan_blocks

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zorba.apps.command import hide_library_bars
 from zorba.apps.plan.workload import Workload
-from zorba.apps.progress import hide_library_bars
 from zorba.machine import GIVING_BACK, Apart, run_apart
 
 # The first step finds out how the model uses its weights; the update of the last rides on no plan.

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
-from zorba.apps.options import by_commas, check_at_least
+from zorba.apps.command import by_commas, check_at_least
 from zorba.apps.plan.budgets import read_budgets
 from zorba.defaults import ESTIMATOR, NUM_PERTURBATIONS, Estimator
 

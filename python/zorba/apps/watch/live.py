@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,6 +21,9 @@ from zorba.apps.watch.words import decimal, duration, event_line, facts, fault_l
 from zorba.federated.errors import RunFolderError
 from zorba.federated.run_folder import RunFolder
 from zorba.sizes import show_bytes
+
+if TYPE_CHECKING:
+    from zorba.apps.cli import WatchSettings
 
 _POLL_SECONDS = 0.25
 _STYLES = ("dim", "green", "cyan", "yellow", "red", "bold red")  # of a client's status
@@ -40,15 +44,15 @@ def read_run(path: Path) -> tuple[RunFolder, RunState]:
     return folder, Follower(folder.events).update()
 
 
-def watch_run(path: Path, once: bool = False) -> None:
+def run_watch(settings: WatchSettings) -> None:
     """Shows a run until it ends or Ctrl-C is pressed; with ``once`` only its state of now.
 
     Raises:
         RunFolderError: there is no run, or its events cannot be read.
     """
     console = Console()
-    folder, state = read_run(path)
-    if once:
+    folder, state = read_run(settings.run)
+    if settings.once:
         console.print(view_run(state, console, every_client=True))
         return
     try:

@@ -8,7 +8,7 @@ from base64 import b64encode
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader
 from matplotlib import rc_context
@@ -24,6 +24,9 @@ from zorba.files import write_whole
 from zorba.identity import package_version
 from zorba.sizes import show_bytes
 
+if TYPE_CHECKING:
+    from zorba.apps.cli import ReportSettings
+
 _CURVES = {
     "Loss": figures.loss_picture,
     "Scores": figures.scores_picture,
@@ -36,11 +39,7 @@ _MAPS = {
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Writes the page of a run, and returns its path.
-
-    Args:
-        run: folder of the run, which may be under way.
-        out: path of the page; ``report.html`` in the folder where it is None.
+    """Writes the page of a run to ``out``, by default into its folder, and returns its path.
 
     Raises:
         RunFolderError: there is no run, or its events cannot be read.
@@ -57,11 +56,15 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     return path
 
 
+def run_report(settings: ReportSettings) -> None:
+    """Writes the page, and says where it is."""
+    print(f"wrote {write_report(settings.run, settings.out)}")
+
+
 def render_page(state: RunState, summary: Mapping[str, Any], now: datetime | None = None) -> str:
     """Returns the page of a run, with the summary of the program that ran it.
 
-    Texts of clients, configurations and files stand in it as text: nothing of them is markup, and
-    the page's policy allows no script and no request.
+    Nothing of clients, configurations and files is markup in it, and its policy allows no script.
     """
     environment = Environment(loader=PackageLoader("zorba.apps.watch"), autoescape=True)
     environment.filters |= {"size": show_bytes, "clock": _clock, "decimal": decimal}

@@ -1,4 +1,4 @@
-"""Transport, executor and launcher inside the engine, whose side the tests play.
+"""Controller and executor inside the engine, whose side the tests play.
 
 ``test_deployed.py`` runs them in the real one. Here are answers that are late or none, which the
 real one gives by chance.
@@ -13,55 +13,52 @@ from typing import Any
 
 import pytest
 from nvflare.apis.shareable import Shareable, make_reply
-from zorba.apps.deploy.flare import launcher
-from zorba.apps.deploy.flare.executor import SiteExecutor
-from zorba.apps.deploy.flare.launcher import RestartingHandle
-from zorba.apps.deploy.flare.transport import FRAME, PROBLEM, RunStoppedError, TaskTransport
+from zorba.apps.deploy import engine as ours
+from zorba.apps.deploy.engine import FRAME, PROBLEM, RunStoppedError
 from zorba.federated import Greeting, Hello, decode
 
 from tests.apps.deploy.conftest import SITES
 
 
-class Engine:
-    """The engine's controller, with sites that answer a task as soon as it is sent.
+class Engine(ours.FederationController):  # type: ignore[misc]
+    """A controller whose sites answer a task as soon as it is sent."""
 
-    Attributes:
-        answers: of each site to a message; None where it keeps silent.
-        sent: (site, task) of each message.
-        cancelled: tasks that were taken back.
-        triggered: whether the run is to stop.
-    """
-
-    def __init__(self, quorum: int = 3) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        # Of each site to a message; None where it keeps silent.
         self.answers: dict[str, Any] = {site: lambda frame: frame[::-1] for site in SITES}
-        self.sent: list[tuple[str, Any]] = []
+        self.sent: list[tuple[str, Any]] = []  # site and task of each message
         self.cancelled: list[Any] = []
-        self.triggered = False
-        self.transport = TaskTransport(self, None, self, SITES, quorum)
+        self.triggered = False  # whether the run is to stop
+        self._config = SimpleNamespace(sites=dict.fromkeys(SITES), quorum=0)
+        self._abort, self._context = self, None
 
     def send(self, task: Any, context: Any, targets: list[str]) -> None:
         (site,) = targets
         self.sent.append((site, task))
         if self.answers[site] is not None:
-            self.answer(task, site, self.answers[site](task.data[FRAME]))
+            self.answer(task, self.answers[site](task.data[FRAME]))
 
     def cancel_task(self, task: Any) -> None:
         self.cancelled.append(task)
 
-    def answer(self, task: Any, site: str, result: Any) -> None:
+    def answer(self, task: Any, result: Any) -> None:
         """Gives a task its result, by the names of arguments that the engine uses."""
         if isinstance(result, bytes):
             reply = make_reply("OK")
             reply[FRAME] = result
             result = reply
-        client = SimpleNamespace(name=site)
-        task.result_received_cb(
-            client_task=SimpleNamespace(client=client, result=result), fl_ctx=None
-        )
+        task.result_received_cb(client_task=SimpleNamespace(result=result), fl_ctx=None)
 
     def arrive(self, *sites: str) -> None:
         for site in sites or SITES:
-            self.transport.heard(site)
+            peer = SimpleNamespace(get_identity_name=lambda site=site: site)
+            context = SimpleNamespace(get_peer_context=lambda peer=peer: peer)
+            self.handle_event("_before_process_task_request", context)
+
+    def leave(self, site: str) -> None:
+        context = SimpleNamespace(get_prop=lambda _: site)
+        self.handle_event("_client_disconnected", context)
 
 
 @pytest.fixture
@@ -72,29 +69,29 @@ def engine() -> Engine:
 def test_site_that_misses_the_deadline_is_away_until_it_asks_again(engine: Engine) -> None:
     engine.arrive()
     engine.answers["bob"] = None
-    replies, failures = engine.transport.exchange(dict.fromkeys(SITES, b"xy"), 0.01)
+    replies, failures = engine.exchange(dict.fromkeys(SITES, b"xy"), 0.01)
     assert replies == {"ada": b"yx", "cleo": b"yx"}
     assert len(engine.cancelled) == 3, "no task stays with the engine"
     assert failures == {"bob": "no answer within 0.01 s"}
-    engine.transport._quorum = 2
-    assert list(engine.transport.nodes()) == ["ada", "cleo"]
+    engine._config.quorum = 2
+    assert list(engine.nodes()) == ["ada", "cleo"]
     late = next(task for site, task in engine.sent if site == "bob")
-    engine.answer(late, "bob", b"x")
+    engine.answer(late, b"x")
     assert (len(replies), len(failures)) == (2, 1), "its late answer changes nothing"
     engine.arrive("bob")
-    assert list(engine.transport.nodes()) == sorted(SITES)
+    assert list(engine.nodes()) == sorted(SITES)
 
 
 def test_nodes_wait_for_the_quorum(engine: Engine) -> None:
     engine.arrive("ada", "eve")
     later = threading.Thread(target=engine.arrive, args=("bob", "cleo"))
     later.start()
-    assert list(engine.transport.nodes()) == sorted(SITES), "and eve is no site"
+    assert list(engine.nodes()) == sorted(SITES), "and eve is no site"
     later.join()
-    engine.transport.lost("bob")
+    engine.leave("bob")
     engine.triggered = True
     with pytest.raises(RunStoppedError):
-        engine.transport.nodes()
+        engine.nodes()
 
 
 def test_exchange_ends_when_the_engine_stops(engine: Engine) -> None:
@@ -103,7 +100,7 @@ def test_exchange_ends_when_the_engine_stops(engine: Engine) -> None:
     stop = threading.Thread(target=setattr, args=(engine, "triggered", True))
     stop.start()
     with pytest.raises(RunStoppedError):
-        engine.transport.exchange(dict.fromkeys(SITES, b"x"), None)
+        engine.exchange(dict.fromkeys(SITES, b"x"), None)
     stop.join()
     assert len(engine.cancelled) == 3
 
@@ -111,22 +108,20 @@ def test_exchange_ends_when_the_engine_stops(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("result", "sentence"),
     [
-        (None, "none of ours"),
+        ("nothing", "none of ours"),
         ({"frame": "text"}, "engine answered"),
         ({"problem": "no data"}, "no data"),
         ({"problem": ["a"]}, "engine answered"),
         ({}, "engine answered OK"),
     ],
 )
-def test_result_without_a_message_is_a_failure(
-    engine: Engine, result: dict[str, Any] | None, sentence: str
-) -> None:
+def test_result_without_a_message_is_a_failure(engine: Engine, result: Any, sentence: str) -> None:
     engine.arrive()
-    made = None if result is None else make_reply("OK")
-    for key, value in (result or {}).items():
-        made[key] = value
+    made = make_reply("OK") if isinstance(result, dict) else result
+    if isinstance(result, dict):
+        made.update(result)
     engine.answers["bob"] = lambda frame: made
-    replies, failures = engine.transport.exchange(dict.fromkeys(SITES, b"x"), 30.0)
+    replies, failures = engine.exchange(dict.fromkeys(SITES, b"x"), 30.0)
     assert replies.keys() == {"ada", "cleo"}
     assert sentence in failures["bob"]
 
@@ -141,7 +136,7 @@ class Site:
         workspace = SimpleNamespace(get_root_dir=lambda: str(folder / "engine"))
         engine = SimpleNamespace(get_workspace=lambda: workspace)
         self.context: Any = SimpleNamespace(get_engine=lambda: engine)
-        self.executor = SiteExecutor()
+        self.executor = ours.SiteExecutor()
         for name in ("log_warning", "log_error", "log_exception"):
             setattr(self.executor, name, lambda *_: None)
 
@@ -159,7 +154,7 @@ def test_executor_answers_with_the_messages_of_its_client(project: Path) -> None
     assert isinstance(hello, Hello)
     assert hello.client == "bob"
     assert "a message has at least 16 bytes" in site.ask(b"x")[PROBLEM]
-    assert site.ask("text")[PROBLEM] == "the task holds no message"
+    assert site.ask("text")[PROBLEM] == "a message is bytes, got str"
     site.executor.handle_event("_end_run", site.context)
 
 
@@ -182,54 +177,3 @@ def test_site_whose_files_are_wrong_says_so_and_tells_nothing_of_its_data(
     problem = site.ask(Greeting(7).encode())[PROBLEM]
     assert told in problem
     assert "film" not in problem
-
-
-# --- The launcher ---------------------------------------------------------------------------------
-
-
-class Process:
-    """The engine's handle of a process that ends as it is told."""
-
-    def __init__(self, code: int) -> None:
-        self.code = code
-        self.killed = False
-        self.adapter = SimpleNamespace(poll=lambda: self.code)
-
-    def wait(self) -> None: ...
-
-    def poll(self) -> int:
-        return self.code
-
-    def terminate(self) -> None:
-        self.killed = True
-
-
-def test_process_that_was_killed_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "_FIRST_PAUSE", 0.01)
-    started: list[Process] = []
-    codes = iter((-9, -9, 0))
-
-    def start() -> Process:
-        started.append(Process(next(codes)))
-        return started[-1]
-
-    handle = RestartingHandle(start)
-    handle.wait()
-    assert [process.code for process in started] == [-9, -9, 0]
-    assert handle.poll() == 0
-
-
-def test_process_that_failed_or_was_terminated_is_not() -> None:
-    started: list[Process] = []
-
-    def start(code: int) -> Process:
-        started.append(Process(code))
-        return started[-1]
-
-    RestartingHandle(lambda: start(101)).wait()
-    assert len(started) == 1
-    handle = RestartingHandle(lambda: start(-9))
-    handle.terminate()
-    handle.wait()
-    assert len(started) == 2
-    assert started[1].killed

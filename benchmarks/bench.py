@@ -17,10 +17,10 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
-from zorba import machine
 
 import zorba_kernels as zk
 from benchmarks import sizes
+from benchmarks.allocations import peak_bytes
 from zorba_kernels.backends import reference
 
 GPU_BACKENDS = ("cuda", "triton")
@@ -159,7 +159,7 @@ def time_in_turn(
     if estimate > seconds:
         raise TimeoutError(f"{runs} runs of {len(calls)} calls would take {estimate:.0f} s")
     on_gpu = device.type == "cuda"
-    extra = {name: machine.peak_bytes(c, "cuda") if on_gpu else None for name, c in calls.items()}
+    extra = {name: peak_bytes(c, "cuda") if on_gpu else None for name, c in calls.items()}
     marks: dict[str, list[tuple[Mark, Mark]]] = {name: [] for name in calls}
     gc.collect()
     gc.disable()  # a collection in the middle of a call would count as the call's time

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from zorba import ZerothOrderSGD
-from zorba.machine import peak_bytes
 
+from benchmarks.allocations import peak_bytes
 from benchmarks.bench import Bench
 from benchmarks.peers import mezo
 from benchmarks.sizes import random_llama, smollm_config

@@ -39,10 +39,9 @@ def plan_masks(model: Any, shares: Mapping[str, float]) -> BlockPlan:
     """
     blocks = find_blocks(model)
     memory = model_weights_memory(model, idle="offload")
-    fixed = memory.fixed_bytes(list(shares))
     budgets = {
-        name: base + int(share * len(blocks) + 0.5) * blocks[0].nbytes
-        for (name, share), base in zip(shares.items(), fixed, strict=True)
+        name: memory.fixed + int(share * len(blocks) + 0.5) * blocks[0].nbytes
+        for name, share in shares.items()
     }
     return plan_blocks(memory, budgets)
 

@@ -18,9 +18,9 @@ from zorba import ZerothOrderSGD, ZOArguments, defaults
 from zorba.apps.cli import COMMANDS, FEDERATE, parse
 from zorba.apps.command import Command
 from zorba.apps.plan.settings import PlanSettings
-from zorba.apps.plan.workload import Workload
 from zorba.apps.reviews.settings import ReviewSettings
 from zorba.federated import FederationSettings
+from zorba.planning import IdlePolicy
 
 import zorba_kernels as zk
 from tests.command import zorba
@@ -96,7 +96,7 @@ def test_defaults_are_the_same_everywhere() -> None:
         "estimator": defaults.ESTIMATOR,
     }
     compared = set()
-    for kind in {*SETTINGS.values(), ZOArguments, FederationSettings, Workload, ZerothOrderSGD}:
+    for kind in {*SETTINGS.values(), ZOArguments, FederationSettings, ZerothOrderSGD}:
         if kind is ReviewSettings:  # tuned for one task
             continue
         for name, parameter in inspect.signature(kind).parameters.items():
@@ -104,14 +104,12 @@ def test_defaults_are_the_same_everywhere() -> None:
             if knob in expected:
                 assert parameter.default == expected[knob], f"{kind.__name__}.{name}"
                 compared.add((kind.__name__, knob))
-    assert len(compared) >= 4 + 4 + 3 + 2 + 2 + 2
+    assert len(compared) >= 4 + 4 + 3 + 2 + 2
 
 
 def test_choices_are_those_of_the_code_that_takes_them() -> None:
     assert get_args(defaults.Distribution) == zk.noise.DISTRIBUTIONS
-    planned, run = get_type_hints(PlanSettings), get_type_hints(Workload)
-    for name in ("estimator", "loss", "idle"):
-        assert set(get_args(planned[name])) == set(get_args(run[name])), name
+    assert set(get_args(get_type_hints(PlanSettings)["idle"])) == set(get_args(IdlePolicy))
 
 
 @pytest.mark.parametrize(

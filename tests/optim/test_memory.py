@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from zorba import ZerothOrderSGD
-from zorba.machine import peak_bytes
 
+from benchmarks.allocations import peak_bytes
 from benchmarks.peers import mezo
 
 MIB = 1 << 20

@@ -28,16 +28,15 @@ def random_case(
     if alike:
         active = active[np.arange(num_blocks) % rng.integers(1, 3)]
     idle = active // (4 if alike else rng.integers(2, 9, num_blocks))
-    fixed = rng.integers(10, 60, num_clients)
+    fixed = int(rng.integers(10, 60))
     share = rng.uniform(0.3, 1.1, num_clients)
     budgets = fixed + idle.sum() + np.maximum(active.max(), share * (active - idle).sum())
     priorities = np.round(rng.uniform(0.5, 3.0, num_blocks), 2)
     if alike:
         priorities = np.full(num_blocks, priorities[0])
-    memory = MemoryModel(active.tolist(), idle.tolist(), fixed.tolist())
+    memory = MemoryModel(active.tolist(), idle.tolist(), fixed)
     if whole:
-        less = rng.uniform(0.5, 1.05, num_clients) * (fixed + active.sum())
-        memory = replace(memory, whole=[int(v) for v in less])
+        memory = replace(memory, whole=int(rng.uniform(0.5, 1.05) * (fixed + active.sum())))
     return {
         "memory": memory,
         "budgets": [int(b) for b in budgets],
@@ -45,7 +44,7 @@ def random_case(
     }
 
 
-def all_values(problem: Problem, free: bool = False) -> np.ndarray:
+def all_values(problem: Problem, memory: MemoryModel, free: bool = False) -> np.ndarray:
     """F1 and F2 of every mask that satisfies the problem: [masks, 2].
 
     Clients that have room for the whole model, and need less for it than the sum of its parts, have
@@ -53,21 +52,19 @@ def all_values(problem: Problem, free: bool = False) -> np.ndarray:
     """
     rows = np.array(list(itertools.product([0, 1], repeat=len(problem.blocks))))
     active = rows.sum(axis=1)
-    allowed = (active >= problem.min_active) & (active <= problem.max_active)
-    all_active = active == len(problem.blocks)
-    shares, picks = [], []
-    for base, whole, budget in zip(problem.base, problem.whole, problem.budgets, strict=True):
-        sums = base + rows @ np.array(problem.extra)
-        memory = np.where(all_active, whole, sums)
-        fits = allowed & (memory <= budget)
-        if (fits & (memory < sums)).any() and not free:
-            fits &= all_active
-        shares.append(memory / budget)
+    least = min(problem.min_active)
+    allowed = (active >= least) & (active <= problem.max_active)
+    used = np.array([memory.bytes_of(row.tolist()) for row in rows])
+    less = used[-1] < memory.fixed + sum(memory.active)
+    picks = []
+    for budget in problem.budgets:
+        fits = allowed & (used <= budget)
+        if less and fits[-1] and not free:
+            fits &= active == len(problem.blocks)
         picks.append(np.flatnonzero(fits))
     grid = np.array(list(itertools.product(*picks)), dtype=np.int64)  # [masks, N]: a row each
     grid = grid.reshape(-1, len(picks))
     coverage = rows[grid].sum(axis=1)
     grid, coverage = (x[(coverage >= problem.min_coverage).all(axis=1)] for x in (grid, coverage))
     f1 = (np.array(problem.priorities) / coverage).sum(axis=1)
-    f2 = sum((share[grid[:, n]] for n, share in enumerate(shares)), np.zeros(len(grid)))
-    return np.stack([f1, f2], axis=1)
+    return np.stack([f1, (used[grid] / np.array(problem.budgets)).sum(axis=1)], axis=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from zorba.apps.plan.budgets import read_budgets
+from zorba.apps.plan.settings import read_budgets
 from zorba.sizes import parse_bytes, show_bytes
 
 
@@ -31,38 +31,40 @@ def test_what_is_no_size(text: str) -> None:
         parse_bytes(text)
 
 
-def test_lists_and_files(tmp_path: Path) -> None:
-    assert read_budgets("phone=1MB, desk = 2MiB") == {"phone": 1_000_000, "desk": 2 << 20}
+LISTED = {"phone": 1_000_000, "desk": 2 << 20}
+
+
+def test_lists() -> None:
+    assert read_budgets("phone=1MB, desk = 2MiB") == LISTED
     assert read_budgets("1kB,2kB") == {"client-0": 1000, "client-1": 2000}
-    lines = tmp_path / "budgets.txt"
-    lines.write_text("# ours\nphone=1MB\n\ndesk=2MB\n")
-    assert read_budgets(str(lines)) == {"phone": 1_000_000, "desk": 2_000_000}
-    record = tmp_path / "budgets.json"
-    record.write_text('{"phone": "1MB", "desk": 5}')
-    assert read_budgets(str(record)) == {"phone": 1_000_000, "desk": 5}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["# ours\nphone=1MB\n\ndesk=2MiB\n", '{"phone": "1MB", "desk": 2097152}'],
+    ids=["lines", "json"],
+)
+def test_files(tmp_path: Path, content: str) -> None:
+    (tmp_path / "budgets").write_text(content)
+    assert read_budgets(str(tmp_path / "budgets")) == LISTED
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
         ("phone=1MB,phone=2MB", "two budgets are for client 'phone'"),
+        ('{"phone": 1, "phone": 2}', "two budgets are for client 'phone'"),
         ("phone=lots", "budget of client 'phone': 'lots' is no number of bytes"),
+        ("{nothing", "is no JSON"),
         (" , ", "there are no budgets"),
     ],
 )
-def test_refused(text: str, told: str) -> None:
+def test_refused(tmp_path: Path, text: str, told: str) -> None:
+    if text.startswith("{"):
+        (tmp_path / "budgets").write_text(text)
+        text = str(tmp_path / "budgets")
     with pytest.raises(ValueError, match=told):
         read_budgets(text)
-
-
-def test_a_name_given_twice_in_a_file(tmp_path: Path) -> None:
-    record = tmp_path / "budgets.json"
-    record.write_text('{"phone": 1, "phone": 2}')
-    with pytest.raises(ValueError, match="two budgets are for client 'phone'"):
-        read_budgets(str(record))
-    record.write_text("{nothing")
-    with pytest.raises(ValueError, match="is no JSON"):
-        read_budgets(str(record))
 
 
 def test_shown() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,16 @@ from zorba.planning.problem import Problem, make_problem
 from tests.planning.cases import SOLVER_TOLERANCE, all_values, random_case
 
 
-def check(plan: BlockPlan, problem: Problem) -> None:
+def check(plan: BlockPlan, problem: Problem, memory: MemoryModel) -> None:
     for point in plan.front:
-        memory = problem.memory(point.mask)
-        assert point.memory == memory
-        assert all(used <= limit for used, limit in zip(memory, problem.budgets, strict=True))
+        assert point.memory == tuple(memory.bytes_of(row) for row in point.mask.tolist())
+        assert all(v <= c for v, c in zip(point.memory, problem.budgets, strict=True))
         assert (point.mask.sum(axis=0) >= problem.min_coverage).all()
         assert (point.mask.sum(axis=1) >= problem.min_active).all()
         assert (point.mask.sum(axis=1) <= problem.max_active).all()
         assert point.f1 == problem.f1(point.mask)
-        assert point.f2 == problem.f2(point.mask)
+        shares = (v / c for v, c in zip(point.memory, problem.budgets, strict=True))
+        assert point.f2 == math.fsum(shares)
     for left, right in itertools.pairwise(plan.front):
         assert left.f1 < right.f1
         assert left.f2 > right.f2
@@ -51,22 +52,21 @@ def test_matches_brute_force(
 ) -> None:
     case = random_case(seed, *shape, **variant)
     bounds = {k: v for k, v in limits.items() if k != "tolerance"}
-    problem = make_problem(
-        case["memory"],
-        case["budgets"],
-        case["priorities"],
-        **({"min_coverage": 1, "min_active": 1, "max_active": None} | bounds),
-    )
-    values = all_values(problem)
+    try:
+        problem = make_problem(**case, **bounds)
+        values = all_values(problem, case["memory"])
+    except InfeasiblePlanError:
+        values = np.empty((0, 2))
     if not len(values):
         with pytest.raises(InfeasiblePlanError):
             plan_blocks(**case, **limits)
         return
     plan = plan_blocks(**case, **limits, mip_rel_gap=0.0, num_points=5)
-    check(plan, problem)
+    check(plan, problem, case["memory"])
     slack = SOLVER_TOLERANCE * np.array([sum(problem.priorities), len(problem.clients)])
     # Clients that are set apart because they have room for the whole model cost F1 nothing.
-    assert all_values(problem, free=True)[:, 0].min() == pytest.approx(values[:, 0].min())
+    free = all_values(problem, case["memory"], free=True)
+    assert free[:, 0].min() == pytest.approx(values[:, 0].min())
     for point in plan.front:
         dominated = (values < np.array([point.f1, point.f2]) - slack).all(axis=1)
         assert not dominated.any()
@@ -89,9 +89,7 @@ def test_permuting_blocks_and_clients_changes_nothing() -> None:
     plan = plan_blocks(memory, budgets, priorities=case["priorities"], mip_rel_gap=0.0)
     turned = plan_blocks(
         MemoryModel(
-            [memory.active[b] for b in order],
-            [memory.idle[b] for b in order],
-            {names[n]: memory.fixed[n] for n in range(4)},
+            [memory.active[b] for b in order], [memory.idle[b] for b in order], memory.fixed
         ),
         {names[n]: budgets[n] for n in order},
         priorities=[case["priorities"][b] for b in order],
@@ -116,18 +114,6 @@ def test_equal_blocks_are_planned_as_in_0_1_0(case: dict[str, Any]) -> None:
     assert ["".join("01"[on] for on in row) for row in plan.mask.tolist()] == case["mask"]
 
 
-def test_equal_blocks_are_dealt_evenly() -> None:
-    plan = plan_blocks(MemoryModel([100] * 6, [0] * 6), [200, 200, 300])
-    assert sum(plan.coverage) == 7
-    assert max(plan.coverage) - min(plan.coverage) == 1
-
-
-def test_resident_blocks_leave_nothing_to_trade() -> None:
-    plan = plan_blocks(MemoryModel([100] * 4, [100] * 4), [400, 500])
-    assert plan.mask.all()
-    assert len(plan.front) == 1
-
-
 def test_budget_is_exact_where_the_solver_cannot_see_a_byte() -> None:
     sizes = [10**12, 10**12 + 1, 10**12 + 2]
     total = sum(sizes)
@@ -141,14 +127,14 @@ def test_budget_is_exact_where_the_solver_cannot_see_a_byte() -> None:
         assert used <= limit
 
 
-@pytest.mark.parametrize("equal", [True, False], ids=["equal", "unequal"])
-def test_twenty_clients_24_blocks(equal: bool) -> None:
+def test_twenty_clients_24_unequal_blocks() -> None:
     rng = np.random.default_rng(0)
-    sizes = [4 * 10**8] * 24 if equal else rng.integers(2 * 10**8, 6 * 10**8, 24).tolist()
+    sizes = rng.integers(2 * 10**8, 6 * 10**8, 24).tolist()
     memory = MemoryModel(sizes, [0] * 24, 10**9)
     budgets = [10**9 + int(s * sum(sizes)) for s in rng.uniform(0.15, 0.8, 20)]
     plan = plan_blocks(memory, budgets, num_points=3)
-    check(plan, make_problem(memory, budgets, None, 1, 1, None))
+    check(plan, make_problem(memory, budgets), memory)
+    assert plan.point.proven, "docs/planning.md: a gap of 3 %"
 
 
 def test_a_short_time_limit_still_gives_a_plan_and_says_so() -> None:
@@ -156,7 +142,7 @@ def test_a_short_time_limit_still_gives_a_plan_and_says_so() -> None:
     sizes = rng.integers(2 * 10**8, 6 * 10**8, 24).tolist()
     memory = MemoryModel(sizes, [0] * 24)
     plan = plan_blocks(memory, [int(0.3 * sum(sizes))] * 20, mip_rel_gap=0.0, time_limit=1.0)
-    check(plan, make_problem(memory, plan.budgets, None, 1, 1, None))
+    check(plan, make_problem(memory, plan.budgets), memory)
     assert not plan.point.proven
     assert plan.point.gap > 0
     assert "time limit" in plan.render()

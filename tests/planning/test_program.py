@@ -25,12 +25,12 @@ from tests.planning.cases import SOLVER_TOLERANCE, all_values, random_case
 def test_gaps_hold(seed: int, gap: float, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_SMALL", module._SMALL if exact else 0)
     case = random_case(seed, 4, 4)
-    problem = make_problem(case["memory"], case["budgets"], case["priorities"], 1, 1, None)
+    problem = make_problem(**case)
     scale = np.array(
         [sum(problem.priorities), sum(sum(problem.extra) / b for b in case["budgets"])]
     )
     base = sum(v / c for v, c in zip(problem.base, problem.budgets, strict=True))
-    values = (all_values(problem) - [0.0, base]) / scale  # of the program: [masks, 2]
+    values = (all_values(problem, case["memory"]) - [0.0, base]) / scale  # scaled, [masks, 2]
     program = Program(problem)
     for objective, other in ((F1, F2), (F2, F1)):
         least, most = values[:, other].min(), values[:, other].max()
@@ -39,10 +39,9 @@ def test_gaps_hold(seed: int, gap: float, exact: bool, monkeypatch: pytest.Monke
             limits[other] = least + share * (most - least)
             kept = (values <= np.array(limits) + SOLVER_TOLERANCE).all(axis=1)
             best = values[kept, objective].min()
-            found = program.minimize(objective, tuple(limits), gap=gap, seconds=60)
-            assert found is not None
+            found = program.minimize(objective, tuple(limits), None, gap=gap, seconds=60)
             assert found.proven
-            value = program.values(found.mask)
+            value = problem.values(found.mask)
             assert (value <= np.array(limits) + SOLVER_TOLERANCE).all()
             assert value[objective] * (1 - found.gap) <= best + SOLVER_TOLERANCE, "no bound"
             assert best <= value[objective] + SOLVER_TOLERANCE
@@ -54,11 +53,12 @@ def test_rounding_is_near_its_bound_and_always_the_same(seed: int) -> None:
     numbers = np.random.default_rng(seed)
     sizes = numbers.integers(200, 600, 16).tolist()
     budgets = [int(share * sum(sizes)) for share in numbers.uniform(0.2, 1.0, 30)]
-    program = Program(make_problem(MemoryModel(sizes, [0] * 16), budgets, None, 2, 2, 12))
+    problem = make_problem(MemoryModel(sizes, [0] * 16), budgets, None, 2, 2, 12)
+    program = Program(problem)
     relaxed = program.solve(program.costs[F1])
-    first, again = (program._rounded(F1, module.UNLIMITED, relaxed)[0] for _ in range(2))
+    first, again = (program.rounded(F1, module.UNLIMITED, relaxed)[0] for _ in range(2))
     assert (first == again).all()
-    assert program.values(first)[F1] * (1 - 0.03) <= relaxed.fun, "docs/planning.md: 3 %"
+    assert problem.values(first)[F1] * (1 - 0.03) <= relaxed.fun, "docs/planning.md: 3 %"
 
 
 def test_the_value_of_a_relaxation_that_was_cut_short_is_no_bound(

@@ -1,9 +1,7 @@
 """Which machine a run ran on, and how much memory it took."""
 
-from zorba.machine.allocations import peak_bytes as peak_bytes
 from zorba.machine.apart import GIVING_BACK as GIVING_BACK
 from zorba.machine.apart import Apart as Apart
-from zorba.machine.apart import Ready as Ready
 from zorba.machine.apart import run_apart as run_apart
 from zorba.machine.description import describe as describe
 from zorba.machine.description import version_of as version_of

@@ -11,14 +11,11 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 
 from zorba.machine.peak import PeakAnonymous
-
-T = TypeVar("T")
-Ready = Callable[[], None]
 
 GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
 """Environment in which glibc gives freed tensors back to the system. Left to itself it keeps freed
@@ -26,20 +23,13 @@ pieces between live ones, from some MiB to hundreds of them, by chance."""
 
 
 @dataclass(frozen=True)
-class Apart(Generic[T]):
-    """The result of a call in a separate process, and its memory.
+class Apart:
+    """The result of a call in a separate process, and its memory."""
 
-    Attributes:
-        result: the value that the function returned.
-        baseline: bytes of anonymous memory when it said that it was ready.
-        peak: the most bytes of anonymous memory since.
-        device_peak: the most bytes that torch's allocator held on a GPU since; 0 without one.
-    """
-
-    result: T
-    baseline: int
-    peak: int
-    device_peak: int
+    result: Any
+    baseline: int  # bytes of anonymous memory when the function said that it was ready
+    peak: int  # the most bytes of anonymous memory since
+    device_peak: int  # the most bytes that torch's allocator held on a GPU since; 0 without one
 
     @property
     def above(self) -> int:
@@ -48,21 +38,14 @@ class Apart(Generic[T]):
 
 
 def run_apart(
-    function: Callable[..., T],
-    *args: Any,
-    interval: float = 0.001,
-    environment: Mapping[str, str] | None = None,
-) -> Apart[T]:
+    function: Callable[..., Any], *args: Any, environment: Mapping[str, str] | None = None
+) -> Apart:
     """Calls ``function(ready, *args)`` in a fresh process and measures its memory (Linux).
 
     The function imports what it needs and then calls ``ready()``, once: the baseline is read there.
-
-    Args:
-        function: importable by name, as for ``multiprocessing`` (a script that calls this needs the
-            usual ``if __name__ == "__main__"``).
-        args: its further arguments; they and the result are pickled.
-        interval: seconds between two looks at the memory.
-        environment: variables of the process, besides those of this one; ``GIVING_BACK``, say.
+    It is importable by name, as for ``multiprocessing``; arguments and result are pickled. A script
+    that calls this needs the usual ``if __name__ == "__main__"``. The process has the variables of
+    ``environment`` besides those of this one.
 
     Raises:
         RuntimeError: the function raised (the message has its traceback), never called ``ready``,
@@ -78,24 +61,21 @@ def run_apart(
     try:
         process.start()
     finally:
-        for name in environment or {}:
-            os.environ.pop(name)
-            os.environ.update({name: before[name]} if name in before else {})
+        os.environ.clear()
+        os.environ.update(before)
     theirs.close()  # or the end of the process would not be noticed
     try:
         _receive(ours, process, "ready")
-        assert process.pid is not None
         # It waits while the baseline is read.
-        with PeakAnonymous(process.pid, interval) as watch:
+        with PeakAnonymous(int(process.pid or 0)) as watch:
             ours.send("go")
             result, device_peak = _receive(ours, process, "done")
         return Apart(result, watch.baseline, watch.peak, device_peak)
     finally:
         ours.close()
         process.join(10)
-        if process.is_alive():
-            process.kill()
-            process.join()
+        process.kill()  # if it still lives
+        process.join()
 
 
 def _receive(connection: Connection, process: Any, wanted: str) -> Any:

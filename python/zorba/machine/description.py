@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,9 @@ import zorba_kernels as zk
 
 def describe() -> dict[str, Any]:
     """Returns processor, threads, versions and instruction set."""
-    # On Linux platform.processor() is "x86_64" or empty.
-    cpu = platform.processor()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line for line in lines if line.startswith("model name")).split(":", 1)[1].strip()
+    cpu = platform.processor()  # on Linux "x86_64", or empty
+    with contextlib.suppress(OSError, IndexError):
+        cpu = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0].strip()
     return {
         "cpu": cpu,
         "threads": torch.get_num_threads(),

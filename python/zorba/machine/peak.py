@@ -33,47 +33,31 @@ def peak_memory() -> int:
 def anonymous_memory(pid: int) -> int:
     """Returns the bytes of anonymous memory that a process has resident now (Linux).
 
-    Anonymous is memory that belongs to no file: heap, stacks, tensors. Weights that are mapped from
-    a file are not, since the system can drop their pages and read them again.
-
-    Raises:
-        OSError: there is no such process, or no /proc.
+    That is memory of no file: heap, stacks, tensors, but no weights that are mapped from a file,
+    whose pages the system can drop. It is an ``OSError`` if there is no such process.
     """
-    return _anonymous(Path(f"/proc/{pid}/statm").read_bytes())
+    fields = Path(f"/proc/{pid}/statm").read_text().split()
+    # Resident pages that are not shared with a file or another process; none while it ends.
+    pages = int(fields[1]) - int(fields[2]) if fields else 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 class PeakAnonymous:
-    """Watches the anonymous memory of a process, while the ``with`` block runs.
+    """Watches the anonymous memory of a process, while the ``with`` block runs (Linux).
 
-    Memory that is held for less than ``interval`` may be missed.
-
-    Args:
-        pid: of the process; one that ends while it is watched keeps its peak.
-        interval: seconds between two looks.
-
-    Attributes:
-        baseline: bytes when the block began.
-        peak: the most bytes seen since.
-
-    Raises:
-        OSError: on entering, if there is no such process, or no /proc (it needs Linux).
+    ``baseline`` is the number of bytes when the block began, ``peak`` the most seen since; memory
+    that is held for less than a millisecond may be missed. A process that ends keeps its peak.
     """
 
-    def __init__(self, pid: int, interval: float = 0.001) -> None:
-        self.pid = pid
-        self.interval = interval
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
         self.baseline = self.peak = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="peak-anonymous", daemon=True)
 
-    @property
-    def above(self) -> int:
-        """Bytes of the peak above the baseline."""
-        return self.peak - self.baseline
-
     def __enter__(self) -> PeakAnonymous:
         """Reads the baseline and begins to watch."""
-        self.baseline = self.peak = anonymous_memory(self.pid)
+        self.baseline = self.peak = anonymous_memory(self._pid)
         self._thread.start()
         return self
 
@@ -84,19 +68,9 @@ class PeakAnonymous:
 
     def _watch(self) -> None:
         # A thread of this process reads, so the watched one is not disturbed. Linux updates its
-        # counter in batches: it may be off by some hundred KiB. The file stays open, since a
-        # thousand looks a second must cost little.
-        path = f"/proc/{self.pid}/statm"
-        with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:  # it has ended
+        # counter in batches: it may be off by some hundred KiB.
+        with contextlib.suppress(OSError):  # it has ended
             while True:
-                file.seek(0)
-                self.peak = max(self.peak, _anonymous(file.read()))
-                if self._stop.wait(self.interval):
+                self.peak = max(self.peak, anonymous_memory(self._pid))
+                if self._stop.wait(0.001):
                     return
-
-
-def _anonymous(statm: bytes) -> int:
-    """Bytes of resident pages that are not shared (with a file or another process)."""
-    fields = statm.split()
-    pages = int(fields[1]) - int(fields[2]) if fields else 0
-    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -1,8 +1,4 @@
-"""The picture of a plan: who activates what, and the front that it was picked from.
-
-Each part draws plain data on axes of the caller's, so that a report shows a plan as ``draw_plan``
-does. Only functions that draw import matplotlib.
-"""
+"""The picture of a plan, in parts that a report draws too; only functions import matplotlib."""
 
 from __future__ import annotations
 
@@ -42,30 +38,19 @@ def draw_plan(plan: BlockPlan, path: str | Path) -> None:
     draw_mask(active, plan.clients, plan.blocks, plan.mask)
     draw_coverage(figure.add_subplot(grid[0, 0], sharex=active), plan.coverage)
     draw_memory(figure.add_subplot(grid[1, 1], sharey=active), plan.memory, plan.budgets)
-    front = figure.add_subplot(grid[:, 2])
-    draw_front(front, [(p.f1, p.f2) for p in plan.front], plan.chosen, len(plan.clients))
+    _draw_front(figure.add_subplot(grid[:, 2]), plan)
     figure.savefig(path, dpi=150)
 
 
 def draw_mask(axes: Axes, clients: Sequence[str], blocks: Sequence[str], mask: ArrayLike) -> None:
-    """Draws who activates what: a row a client, a column a block.
-
-    Args:
-        axes: to draw on; row n is between y = n and n + 1, downwards, column b likewise in x.
-        clients: names of the N rows.
-        blocks: names of the B columns.
-        mask: bool [N, B].
-    """
+    """Draws who activates what, bool [N, B]: client n is between y = n and n + 1, downwards."""
     import numpy as np
     from matplotlib.colors import ListedColormap
 
+    colours = ListedColormap([IDLE, ACTIVE])
+    # With a range: a mask of ones alone would be drawn in the colour of idle blocks.
     axes.pcolormesh(
-        np.asarray(mask, dtype=float),
-        cmap=ListedColormap([IDLE, ACTIVE]),
-        vmin=0,  # a mask of ones alone would be drawn in the colour of idle blocks
-        vmax=1,
-        edgecolors="white",
-        linewidth=0.8,
+        np.asarray(mask, float), cmap=colours, vmin=0, vmax=1, edgecolors="white", linewidth=0.8
     )
     axes.invert_yaxis()
     rows, columns = _labelled(len(clients)), _labelled(len(blocks))
@@ -76,74 +61,47 @@ def draw_mask(axes: Axes, clients: Sequence[str], blocks: Sequence[str], mask: A
 
 
 def draw_coverage(axes: Axes, coverage: Sequence[int], seen: Sequence[float] | None = None) -> None:
-    """Draws how many clients have each block active, as bars above the columns of ``draw_mask``.
-
-    Args:
-        axes: to draw on.
-        coverage: clients that have each block active.
-        seen: the mean coverage over rounds, drawn as a mark on each bar; None for no marks.
-    """
+    """Draws coverage as bars above ``draw_mask``; with marks at means over rounds, if ``seen``."""
     places = [b + 0.5 for b in range(len(coverage))]
     most = max([*coverage, 1])
     axes.bar(places, coverage, color=ACTIVE, width=0.8)
     if seen is not None:
         axes.plot(places, seen, "_", color=MARK, markersize=7, markeredgewidth=2)
-    axes.set_ylim(0, most * 1.1)
-    axes.set_yticks([0, most])
-    axes.set_ylabel("clients")
+    axes.set(ylim=(0, most * 1.1), yticks=[0, most], ylabel="clients")
     axes.set_title("coverage", fontsize=9, color=TEXT, loc="left")
     _strip(axes, keep=("left",))
     axes.tick_params(axis="x", labelbottom=False, length=0)
 
 
 def draw_memory(axes: Axes, memory: Sequence[int], budgets: Sequence[int]) -> None:
-    """Draws each client's share of its budget, as bars beside the rows of ``draw_mask``.
-
-    Args:
-        axes: to draw on.
-        memory: bytes of each client.
-        budgets: bytes that each may use.
-    """
+    """Draws the shares of the budgets, both in bytes, as bars beside the rows of ``draw_mask``."""
     shares = [100 * used / limit for used, limit in zip(memory, budgets, strict=True)]
     axes.barh([n + 0.5 for n in range(len(shares))], shares, color=ACTIVE, height=0.6)
     axes.axvline(100, color=MARK, linewidth=1)
     if len(shares) <= _MAX_LABELS:
         for n, limit in enumerate(budgets):
             axes.text(104, n + 0.5, show_bytes(limit), va="center", fontsize=7, color=TEXT)
-    axes.set_xlim(0, 105)
-    axes.set_xticks([0, 50, 100])
-    axes.set_xlabel("% of budget")
+    axes.set(xlim=(0, 105), xticks=[0, 50, 100], xlabel="% of budget")
     _strip(axes, keep=("bottom",))
     axes.tick_params(axis="y", labelleft=False, length=0)
 
 
-def draw_front(
-    axes: Axes, points: Sequence[tuple[float, float]], chosen: int, num_clients: int
-) -> None:
-    """Draws a Pareto front, and the point that the plan is.
-
-    Args:
-        axes: to draw on.
-        points: (F1, F2) of each point, by rising F1; at least one.
-        chosen: index of the plan's point.
-        num_clients: clients that F2 sums over: the axis tells the mean.
-    """
+def _draw_front(axes: Axes, plan: BlockPlan) -> None:
+    """Draws the Pareto front, and the point that the plan is."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    f1, f2 = [p[0] for p in points], [100 / num_clients * p[1] for p in points]
+    f1, f2 = [p.f1 for p in plan.front], [100 / len(plan.clients) * p.f2 for p in plan.front]
     axes.plot(f1, f2, color=ACTIVE, linewidth=0.8, marker="o", markersize=4)
-    axes.plot(f1[chosen], f2[chosen], "o", color=MARK, markersize=8, label="this plan")
+    axes.plot(f1[plan.chosen], f2[plan.chosen], "o", color=MARK, markersize=8, label="this plan")
     if f1[-1] > _WIDE * f1[0]:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("F1, lower converges faster")
-    axes.set_ylabel("memory, mean % of the budgets (F2)")
+    axes.set(xlabel="F1, lower converges faster", ylabel="memory, mean % of the budgets (F2)")
     axes.set_title("Pareto front", fontsize=9, color=TEXT, loc="left")
     axes.margins(0.12)
-    axes.set_box_aspect(1.2)
-    axes.set_anchor("N")
+    axes.set(box_aspect=1.2, anchor="N")
     axes.legend(frameon=False, loc="upper right", fontsize=8)
     _strip(axes, keep=("left", "bottom"))
 

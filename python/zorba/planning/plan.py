@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from zorba.planning.problem import Mask
 from zorba.sizes import unit_of
@@ -42,7 +41,7 @@ class BlockPlan:
         blocks: block names, its columns.
         budgets: bytes that each client may use.
         front: Pareto front, by rising F1 and falling F2.
-        chosen: index in `front` of the point that this plan is.
+        chosen: index in `front` of the point that this plan is; ``dataclasses.replace`` changes it.
         seconds: time that planning took.
     """
 
@@ -75,8 +74,10 @@ class BlockPlan:
 
     @property
     def version(self) -> int:
-        """Mask version, see `mask_version`."""
-        return mask_version(self.clients, self.blocks, self.mask)
+        """Uint64: the first 8 bytes, little-endian, of SHA-256 of the names and the mask."""
+        rows = ["".join("1" if active else "0" for active in row) for row in self.mask]
+        text = json.dumps([self.clients, self.blocks, rows], separators=(",", ":"))
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
     def active_blocks(self, client: str) -> tuple[str, ...]:
         """Returns the names of the blocks that a client activates."""
@@ -85,59 +86,33 @@ class BlockPlan:
         row = self.mask[self.clients.index(client)]
         return tuple(name for name, active in zip(self.blocks, row, strict=True) if active)
 
-    def choose(self, index: int) -> BlockPlan:
-        """Returns the plan at another point of the same front."""
-        if not 0 <= index < len(self.front):
-            raise IndexError(f"the front has points 0..{len(self.front) - 1}, not {index}")
-        return replace(self, chosen=index)
-
     def render(self) -> str:
         """Returns the activation map as plain text, one row a client and one column a block."""
-        point, width = self.point, max(len(name) for name in (*self.clients, "coverage"))
+        point = self.point
         proof = f"gap {point.gap:.1%}" + ("" if point.proven else ", stopped by the time limit")
         # One unit for the column, that of the smallest budget, so that rows compare at a glance.
-        unit, name = unit_of(min(self.budgets))
-        map_width = max(len(self.blocks), 6)
+        unit, unit_name = unit_of(min(self.budgets))
+        left, right = max(map(len, (*self.clients, "coverage"))), max(len(self.blocks), 6)
+        clients, blocks = len(self.clients), len(self.blocks)
         lines = [
-            f"block plan {self.version:016x}: {len(self.clients)} clients, "
-            f"{len(self.blocks)} blocks",
+            f"block plan {self.version:016x}: {clients} clients, {blocks} blocks",
             f"F1 {point.f1:.4g}, F2 {point.f2:.4g}, point {self.chosen + 1} of {len(self.front)}, "
             f"{proof}, {self.seconds:.2f} s",
             f"columns: {self.blocks[0]} to {self.blocks[-1]}",
             "",
-            f"{'client':<{width}}  {'blocks':<{map_width}}  active  memory / budget ({name})",
+            f"{'client':<{left}}  {'blocks':<{right}}  active  memory / budget ({unit_name})",
         ]
-        rows = zip(self.clients, self.mask.tolist(), self.memory, self.budgets, strict=True)
-        for client, active, used, budget in rows:
-            row = "".join("#" if on else "." for on in active)
+        rows = zip(self.clients, self.mask, self.memory, self.budgets, strict=True)
+        for client, row, used, budget in rows:
+            drawn = "".join("#" if active else "." for active in row)
             lines.append(
-                f"{client:<{width}}  {row:<{map_width}}  {row.count('#'):>6}  "
+                f"{client:<{left}}  {drawn:<{right}}  {row.sum():>6}  "
                 f"{used / unit:.2f} / {budget / unit:.2f}  {used / budget:4.0%}"
             )
         # Coverage reads downwards, a line a digit.
-        digits = len(str(max(self.coverage)))
+        counts = [str(count) for count in self.coverage]
+        digits = max(map(len, counts))
         for i in range(digits):
-            row = "".join(f"{count:>{digits}}"[i] for count in self.coverage)
-            lines.append(f"{'coverage' if i == 0 else '':<{width}}  {row}".rstrip())
+            row_of_digits = "".join(count.rjust(digits)[i] for count in counts)
+            lines.append(f"{'' if i else 'coverage':<{left}}  {row_of_digits}".rstrip())
         return "\n".join(lines)
-
-
-def mask_version(clients: Sequence[str], blocks: Sequence[str], mask: Mask) -> int:
-    """Returns the mask's version: uint64, a hash of who activates what.
-
-    The first 8 bytes, little-endian, of SHA-256 of the names and the mask. Equal plans have equal
-    versions wherever they were made; anything else in a plan (front, timing) does not count.
-    """
-    rows = ["".join("1" if active else "0" for active in row) for row in mask]
-    text = json.dumps([list(clients), list(blocks), rows], separators=(",", ":"))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
-
-
-def pareto_front(points: Sequence[ParetoPoint]) -> tuple[ParetoPoint, ...]:
-    """Returns the points that no other dominates, by rising F1; one of each equal pair."""
-    # In this order a point is dominated just where an earlier one takes no more memory.
-    front: list[ParetoPoint] = []
-    for point in sorted(points, key=lambda p: (p.f1, p.f2)):
-        if not front or point.f2 < front[-1].f2:
-            front.append(point)
-    return tuple(front)

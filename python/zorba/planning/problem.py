@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zorba.planning.memory import MemoryModel, per_client, unique_names
+from zorba.planning.memory import MemoryModel, unique_names, whole_bytes
 
 Mask = NDArray[np.bool_]
+Whole = NDArray[np.int64]
+Vector = NDArray[np.float64]
+
+_UNCOVERED = 1e-6  # counts as so many clients
 
 
 class InfeasiblePlanError(ValueError):
@@ -20,52 +24,47 @@ class InfeasiblePlanError(ValueError):
 
     Attributes:
         shortfalls: bytes short, by client name; empty where more memory would not help.
-        missing_coverage: clients missing, by block name; empty where a client alone is too small.
     """
 
-    def __init__(
-        self,
-        message: str,
-        shortfalls: Mapping[str, int] | None = None,
-        missing_coverage: Mapping[str, int] | None = None,
-    ) -> None:
+    def __init__(self, message: str, shortfalls: Mapping[str, int] | None = None) -> None:
         """Keeps what the message says in a form that code can read."""
         super().__init__(message)
         self.shortfalls = dict(shortfalls or {})
-        self.missing_coverage = dict(missing_coverage or {})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Problem:
-    """Who may activate what: N clients, B blocks, sizes in whole bytes.
+    """Who may activate what. V_n, the memory of client n, is base[n] + sum_b a[n, b] extra[b]."""
 
-    ``base[n]`` is the memory of client n with every block idle and ``extra[b]`` what block b adds
-    where it is active, so that V_n = base[n] + sum_b a[n, b] extra[b]; with every block active it
-    is ``whole[n]``, at most as much (just as much where no client may activate every block).
-    ``covered`` further clients have every block active.
-    """
-
-    clients: tuple[str, ...]
-    blocks: tuple[str, ...]
+    clients: tuple[str, ...]  # N names
+    blocks: tuple[str, ...]  # B names
     budgets: tuple[int, ...]
-    base: tuple[int, ...]
-    whole: tuple[int, ...]
-    extra: tuple[int, ...]
+    base: Whole  # [N], bytes with every block idle
+    extra: Whole  # [B], bytes that a block adds where it is active
     priorities: tuple[float, ...]
     min_coverage: int
-    min_active: int
+    min_active: Whole  # [N]
     max_active: int
-    covered: int = 0
-
-    @property
-    def needed(self) -> int:
-        """Clients of this problem that must have each block active."""
-        return max(self.min_coverage - self.covered, 0)
 
     @cached_property
-    def spare(self) -> tuple[int, ...]:
-        """Bytes left of each budget with every block idle; negative where even that is too much."""
-        return tuple(c - v for c, v in zip(self.budgets, self.base, strict=True))
+    def spare(self) -> Whole:
+        """Bytes that active blocks may take on each client, [N]."""
+        return np.array(self.budgets, dtype=np.int64) - self.base
+
+    @cached_property
+    def weights(self) -> Vector:
+        """Weights of the blocks in F1, [B], scaled so that F1 is at most 1."""
+        return np.array(self.priorities) / math.fsum(self.priorities)
+
+    @cached_property
+    def shares(self) -> Vector:
+        """What each block adds to F2, [N, B], scaled to at most 1 in all.
+
+        A client that has every block in any case adds nothing, nor does an idle block that stays.
+        """
+        changes = self.min_active < len(self.blocks)
+        shares = np.outer(changes / np.array(self.budgets, dtype=np.float64), self.extra)
+        return shares / (shares.sum() or 1.0)
 
     @cached_property
     def kinds(self) -> tuple[tuple[int, ...], ...]:
@@ -75,74 +74,47 @@ class Problem:
         client activates: equal blocks leave one integer a client rather than B binaries.
         """
         groups: dict[tuple[int, float], list[int]] = {}
-        for b, key in enumerate(zip(self.extra, self.priorities, strict=True)):
+        for b, key in enumerate(zip(self.extra.tolist(), self.priorities, strict=True)):
             groups.setdefault(key, []).append(b)
         return tuple(tuple(group) for group in groups.values())
 
+    def values(self, mask: Mask) -> Vector:
+        """Returns F1 and F2, scaled; a block that nobody covers makes F1 huge."""
+        f1 = self.weights @ (1 / np.maximum(mask.sum(axis=0), _UNCOVERED))
+        return np.array([f1, self.shares[mask].sum()])
+
     def memory(self, mask: Mask) -> tuple[int, ...]:
         """Returns V_n of each client, exact."""
-        return tuple(
-            whole if row.all() else base + sum(self.extra[b] for b in np.flatnonzero(row).tolist())
-            for base, whole, row in zip(self.base, self.whole, mask, strict=True)
-        )
+        return tuple((self.base + mask @ self.extra).tolist())
 
     def f1(self, mask: Mask) -> float:
         """Returns F1 = sum_b priorities[b] / coverage[b]."""
         # fsum rounds once: two masks of equal coverages have equal F1, whatever the order.
         pairs = zip(self.priorities, mask.sum(axis=0).tolist(), strict=True)
-        return math.fsum(priority / (count + self.covered) for priority, count in pairs)
+        return math.fsum(priority / count for priority, count in pairs)
 
     def f2(self, mask: Mask) -> float:
         """Returns F2 = sum_n V_n / C_n."""
-        pairs = zip(self.memory(mask), self.budgets, strict=True)
-        return math.fsum(used / budget for used, budget in pairs)
-
-    def split(self) -> tuple[list[int], Problem]:
-        """Splits off the clients that have room for every block and need less than the sum for it.
-
-        Sums, which a program is made of, do not tell the memory of such a client. F1 is least where
-        it has every block active, whatever else is planned.
-
-        Returns:
-            Their indices, and the problem of the others.
-        """
-        total = sum(self.extra)
-        needs = zip(self.whole, self.budgets, self.base, strict=True)
-        # Only where the whole model takes less than the sum: else the program knows it already.
-        full = [n for n, (whole, c, base) in enumerate(needs) if whole <= min(c, base + total - 1)]
-        rest = [n for n in range(len(self.clients)) if n not in full]
-        return full, replace(
-            self,
-            clients=tuple(self.clients[n] for n in rest),
-            budgets=tuple(self.budgets[n] for n in rest),
-            base=tuple(self.base[n] for n in rest),
-            whole=tuple(self.whole[n] for n in rest),
-            covered=self.covered + len(full),
-        )
+        return math.fsum(v / c for v, c in zip(self.memory(mask), self.budgets, strict=True))
 
 
 def make_problem(
     memory: MemoryModel,
     budgets: Sequence[int] | Mapping[str, int],
-    priorities: Sequence[float] | None,
-    min_coverage: int,
-    min_active: int,
-    max_active: int | None,
+    priorities: Sequence[float] | None = None,
+    min_coverage: int = 1,
+    min_active: int = 1,
+    max_active: int | None = None,
 ) -> Problem:
-    """Checks what a user gave and puts it in client and block order."""
-    if isinstance(budgets, Mapping):
-        clients = unique_names(tuple(budgets), "client")
-    else:
-        clients = tuple(f"client-{n}" for n in range(len(budgets)))
-    blocks = tuple(memory.block_names or ())
+    """Checks what a user gave: a refusal names what is wrong, a solver only says "infeasible"."""
+    if not isinstance(budgets, Mapping):
+        budgets = {f"client-{n}": budget for n, budget in enumerate(budgets)}
+    clients, blocks = unique_names(tuple(budgets), "client"), tuple(memory.block_names or ())
     if not clients:
         raise ValueError("a plan needs at least one client")
-    # Every refusal names what is wrong before a solver could only say "infeasible".
-    limits = per_client(budgets, clients, "budget")
-    for name, limit in zip(clients, limits, strict=True):
-        if limit == 0:
-            raise ValueError(f"the budget of client {name!r} must be positive")
-    idle = sum(memory.idle)
+    limits = tuple(whole_bytes(v, f"budget of client {name!r}") for name, v in budgets.items())
+    if 0 in limits:
+        raise ValueError(f"the budget of client {clients[limits.index(0)]!r} must be positive")
     most = len(blocks) if max_active is None else max_active
     if not 1 <= min_coverage <= len(clients):
         raise ValueError(f"min_coverage must be in 1..{len(clients)} (clients), not {min_coverage}")
@@ -151,37 +123,37 @@ def make_problem(
             f"min_active and max_active must satisfy 0 <= min_active <= max_active <= "
             f"{len(blocks)} (blocks) and max_active >= 1, not {min_active} and {most}"
         )
-    base = tuple(fixed + idle for fixed in memory.fixed_bytes(clients))
-    extra = tuple(on - off for on, off in zip(memory.active, memory.idle, strict=True))
-    whole = memory.all_active_bytes(clients)
-    # Nobody may activate every block: what that would take is no part of the problem.
-    if most < len(blocks):
-        whole = tuple(sum(extra, start) for start in base)
-    return Problem(
-        clients=clients,
-        blocks=blocks,
-        budgets=limits,
-        base=base,
-        whole=whole,
-        extra=extra,
-        priorities=_checked_priorities(priorities, blocks),
-        min_coverage=min_coverage,
-        min_active=min_active,
-        max_active=most,
-    )
-
-
-def _checked_priorities(
-    priorities: Sequence[float] | None, blocks: tuple[str, ...]
-) -> tuple[float, ...]:
-    if priorities is None:
-        return (1.0,) * len(blocks)
-    values = tuple(float(p) for p in priorities)
-    if len(values) != len(blocks):
-        raise ValueError(f"priorities has {len(values)} values for {len(blocks)} blocks")
-    for name, value in zip(blocks, values, strict=True):
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(f"the priority of block {name!r} must be finite, >= 0, not {value}")
-    if not any(values):
+    weights = (1.0,) * len(blocks) if priorities is None else tuple(map(float, priorities))
+    if len(weights) != len(blocks):
+        raise ValueError(f"priorities has {len(weights)} values for {len(blocks)} blocks")
+    for name, weight in zip(blocks, weights, strict=True):
+        if not math.isfinite(weight) or weight < 0:
+            raise ValueError(f"the priority of block {name!r} must be finite, >= 0, not {weight}")
+    if not any(weights):
         raise ValueError("at least one priority must be positive")
-    return values
+    wanted, possible = len(blocks) * min_coverage, len(clients) * most
+    if wanted > possible:
+        raise InfeasiblePlanError(
+            f"{len(blocks)} blocks on {min_coverage} clients each are {wanted} activations, but "
+            f"{len(clients)} clients with max_active {most} give {possible}: "
+            f"{wanted - possible} missing, whatever the budgets"
+        )
+    extra = [on - off for on, off in zip(memory.active, memory.idle, strict=True)]
+    idle = memory.bytes_of([False] * len(blocks))
+    total = idle + sum(extra)
+    whole = memory.bytes_of([True] * len(blocks)) if most == len(blocks) else total
+    need = min(idle + sum(sorted(extra)[:min_active]), whole)
+    if short := {name: need - c for name, c in zip(clients, limits, strict=True) if c < need}:
+        lines = [
+            f"client {name!r} has {need - missing:,} bytes but needs at least {need:,} for "
+            f"{min_active} active block{'s' * (min_active != 1)}: {missing:,} bytes short"
+            for name, missing in short.items()
+        ]
+        raise InfeasiblePlanError("; ".join(lines), short)
+    # F1 is least where a client that has room for it has every block active. Where that takes less
+    # than the sum, it is settled here, and the base of such a client makes its sum right.
+    full = np.array([whole <= c and whole < total for c in limits])
+    base = np.where(full, idle - (total - whole), idle)
+    least = np.where(full, len(blocks), min_active)
+    more = np.array(extra, dtype=np.int64)
+    return Problem(clients, blocks, limits, base, more, weights, min_coverage, least, most)

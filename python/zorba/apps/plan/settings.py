@@ -2,15 +2,57 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional
 
 from zorba.apps.command import by_commas, check_at_least
-from zorba.apps.plan.budgets import read_budgets
 from zorba.defaults import ESTIMATOR, NUM_PERTURBATIONS, Estimator
+from zorba.sizes import parse_bytes
+
+# The fields that a client's memory depends on.
+_WORKLOAD = ("batch_size", "length", "perturbations", "estimator", "loss", "dtype", "idle")
+
+
+def read_budgets(text: str) -> dict[str, int]:
+    """Returns the budget of each client, by name.
+
+    Args:
+        text: budgets by commas, ``"phone=300MB,laptop=2GiB"`` or ``"300MB,2GiB"``, where clients
+            are called client-0, client-1, ...; or a file with one a line, or with a JSON object
+            from name to budget.
+
+    Raises:
+        ValueError: a budget that is none, two clients of one name, or no clients.
+    """
+    # Not Path.is_file(), which raises where a list is too long for a name.
+    content = Path(text).read_text() if os.path.isfile(text) else None
+    pairs: list[tuple[str, str | int]] = []
+    if content is not None and content.lstrip().startswith("{"):
+        try:
+            pairs = json.loads(content, object_pairs_hook=list)
+        except ValueError as error:
+            raise ValueError(f"{text} is no JSON: {error}") from error
+    else:
+        for part in text.split(",") if content is None else content.splitlines():
+            name, equals, size = part.strip().rpartition("=")
+            if size and not part.lstrip().startswith("#"):
+                pairs.append((name.strip() if equals else f"client-{len(pairs)}", size))
+    budgets: dict[str, int] = {}
+    for name, amount in pairs:
+        if name in budgets:
+            raise ValueError(f"two budgets are for client {name!r}")
+        try:
+            budgets[name] = parse_bytes(amount)
+        except ValueError as error:
+            raise ValueError(f"budget of client {name!r}: {error}") from None
+    if not budgets:
+        raise ValueError(f"there are no budgets in {text!r}")
+    return budgets
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -21,8 +63,8 @@ def _numbers(text: str) -> tuple[float, ...]:
 class PlanSettings:
     """Plan which client activates which blocks, and predict what each will take.
 
-    Budgets are bytes above what a process takes for its imports. The first plan on a machine
-    calibrates: it runs three blocks of the model, which takes a minute.
+    Budgets are bytes above what a process takes for its imports. The first plan of a workload
+    calibrates: it runs two clients of three blocks of the model, in processes of their own.
     """
 
     # The comment of a field is its help on the command line.
@@ -51,3 +93,8 @@ class PlanSettings:
     def __post_init__(self) -> None:
         check_at_least(self, batch_size=1, length=1, perturbations=1, min_coverage=1, min_active=0)
         check_at_least(self, max_active=1)
+
+    @property
+    def workload(self) -> dict[str, Any]:
+        """What a client's memory depends on, besides the model and its mask."""
+        return {name: getattr(self, name) for name in _WORKLOAD}

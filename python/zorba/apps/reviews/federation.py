@@ -136,10 +136,10 @@ def room_for_blocks(
     resident, so there these budgets shape the plan and measure nothing.
     """
     memory = model_weights_memory(model, blocks, idle="offload")
-    budgets = zip(counts, memory.fixed_bytes(list(counts)), strict=True)
     # Half a block more than the count: a budget to the byte would hang on rounding.
     halves = {name: 2 * min(count, len(blocks)) + 1 for name, count in counts.items()}
-    return memory, {name: base + halves[name] * blocks[0].nbytes // 2 for name, base in budgets}
+    room = blocks[0].nbytes
+    return memory, {name: memory.fixed + half * room // 2 for name, half in halves.items()}
 
 
 def build(

@@ -12,16 +12,9 @@ from torch import nn
 from zorba_kernels.noise import canonical_name
 
 _DEPTHS = (
-    "num_hidden_layers",
-    "num_layers",
-    "n_layer",
-    "n_layers",
-    "encoder_layers",
-    "decoder_layers",
-    "num_decoder_layers",
-    "num_encoder_layers",
-    "depth",
-)
+    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers",
+    "num_decoder_layers", "num_encoder_layers", "depth",
+)  # fmt: skip
 _STAGES = ("depths", "block_sizes")  # one depth for each stage
 _MARK = "GradientCheckpointingLayer"  # transformers derives its blocks from this class
 
@@ -106,14 +99,12 @@ def _stacks(model: nn.Module) -> list[_Stack]:
     total = _numel(model)
     # One sign alone may be an accident: norms are as many as layers, a vision stem is marked, a
     # list of experts holds most parameters. No tested model shows two by accident.
-    signs = {
-        name: (len(stack) in depths, _is_marked(stack), 10 * alike[_classes(stack)] >= total)
-        for name, stack in lists
-    }
-    found = [item for item in lists if sum(signs[item[0]]) >= 2]
+    deep = [item for item in lists if len(item[1]) in depths]
+    marked = [item for item in lists if _is_marked(item[1])]
+    large = [item for item in lists if 10 * alike[_classes(item[1])] >= total]
+    found = [item for item in lists if sum(item in some for some in (deep, marked, large)) >= 2]
     # Models of no config, or with a config that is not transformers', show fewer.
-    found = found or [item for item in lists if signs[item[0]][0]]
-    found = found or [i for i in lists if signs[i[0]][2] and len(_classes(i[1])) == 1]
+    found = found or deep or [item for item in large if len(_classes(item[1])) == 1]
     found = _outermost(found)
     if not any(_is_marked(stack) for _, stack in found):
         _refuse_parallel_lists(model, found)

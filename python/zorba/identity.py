@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from zorba.tables import DeviceTables, TableLike, each_table, fingerprint
 from zorba_kernels.table import DTYPE_CODES
 
-MAX_BLOCKS = 65534
-"""Blocks of a model; 65535 marks an uncovered block in log entries."""
+MAX_BLOCKS = 65534  # of a model; 65535 marks an uncovered block in log entries
 
 # From the plainest to the subtlest: the first that differs tells most.
 _MEANING = {
@@ -57,16 +56,13 @@ class ModelIdentity:
 def identity_of(tables: TableLike, origin: int | None) -> ModelIdentity:
     """Returns the identity of a model whose trainable parameters are in the tables.
 
-    Args:
-        tables: before the first update; only read.
-        origin: ``model_fingerprint`` of all parameters, or None.
+    ``origin`` is the ``model_fingerprint`` of all parameters, or None; nothing was updated yet.
     """
     parts = each_table(tables)
     groups = {table.num_groups for table in parts}
     if len(groups) != 1 or max(groups) > MAX_BLOCKS:
-        raise ValueError(
-            f"the tables have {sorted(groups)} blocks; expected one number, at most {MAX_BLOCKS}"
-        )
+        told = f"the tables have {sorted(groups)} blocks"
+        raise ValueError(f"{told}; expected one number, at most {MAX_BLOCKS}")
     weights = sum(table.numel for table in parts)
     return ModelIdentity(origin, fingerprint(tables), layout_of(tables), weights, groups.pop())
 
@@ -84,11 +80,7 @@ def layout_of(tables: TableLike) -> int:
 
 
 def model_fingerprint(parameters: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> int:
-    """Returns the uint64 fingerprint of all parameters, whatever devices they are on.
-
-    Args:
-        parameters: for example ``model.named_parameters()``; only read.
-    """
+    """Returns the uint64 fingerprint of ``model.named_parameters()``, whatever their devices."""
     named = dict(parameters)
     return fingerprint(DeviceTables(named, dict.fromkeys(named, 0)))
 

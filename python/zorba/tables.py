@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -49,21 +49,9 @@ class DeviceTables:
         """Entries of all tables."""
         return [entry for table in self.tables for entry in table.entries]
 
-    @property
-    def numel(self) -> int:
-        """Elements of all parameters together."""
-        return sum(table.numel for table in self.tables)
 
-    def __iter__(self) -> Iterator[zk.ParamTable]:
-        """Goes over the tables."""
-        return iter(self.tables)
-
-
-Tables = zk.ParamTable | DeviceTables
-"""What holds weights: a table, or one a device."""
-
-TableLike = Tables | Sequence[zk.ParamTable]
-"""The same, or plain tables of different devices."""
+Tables = zk.ParamTable | DeviceTables  # what holds weights: a table, or one a device
+TableLike = Tables | Sequence[zk.ParamTable]  # the same, or plain tables of different devices
 
 # Bytes between tensors of one buffer, as torch aligns tensors on a CPU: vector code takes other
 # paths at other addresses, so the bits of a product may depend on the alignment.
@@ -82,8 +70,7 @@ def views_in(buffer: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
     """
     views, start = {}, 0
     for name, tensor in tensors.items():
-        piece = buffer[start : start + tensor.nbytes]
-        views[name] = piece.view(tensor.dtype).view(tensor.shape)
+        views[name] = buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         start += padded_bytes(tensor)
     return views
 

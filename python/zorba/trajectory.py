@@ -2,10 +2,6 @@
 
 from zorba.log import (
     SUFFIX,
-    DamagedLogError,
-    Log,
-    LogError,
-    LogHeader,
     Parameter,
     ReplayReport,
     TrajectoryWriter,
@@ -13,11 +9,10 @@ from zorba.log import (
     check_base,
     replay,
 )
-
-DamagedError = DamagedLogError
-Trajectory = Log
-TrajectoryError = LogError
-TrajectoryHeader = LogHeader
+from zorba.log import DamagedLogError as DamagedError
+from zorba.log import Log as Trajectory
+from zorba.log import LogError as TrajectoryError
+from zorba.log import LogHeader as TrajectoryHeader
 
 __all__ = [
     "SUFFIX",

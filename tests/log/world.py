@@ -7,7 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from zorba.identity import ModelIdentity
-from zorba.log import Log, LogEntry, LogFile, LogHeader, TrajectoryWriter, encode_entry
+from zorba.log import (
+    Log,
+    LogEntry,
+    LogFile,
+    LogHeader,
+    TrajectoryWriter,
+    decode_entries,
+    encode_entry,
+)
 from zorba.log.header import decode_header
 from zorba.optim import InplacePlacement, NoiseTerms, step_seed
 
@@ -124,6 +132,14 @@ def ends(path: Path) -> list[int]:
     start = decode_header(data)[1]
     known = [start + sum(sizes[:n]) for n in range(len(sizes) + 1)]
     return known if log.fingerprint is None else [*known, len(data)]
+
+
+def assert_comes_back(entry: LogEntry, run_seed: int | None = None) -> bytes:
+    """Writes an entry, reads it, and returns its bytes."""
+    data = encode_entry(entry, 5, run_seed)
+    groups = len(entry.terms.coefs)
+    assert_same_entry(decode_entries(data, 1, entry.number, groups, 5, run_seed)[0], entry)
+    return data
 
 
 def assert_same_entry(mine: LogEntry, theirs: LogEntry) -> None:

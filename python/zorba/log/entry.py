@@ -12,13 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from zorba.log.binary import U64
-from zorba.log.frame import END, ENTRY, SKIP, BodyReader, Frame, LogError, frame, unframe, varint
+from zorba.log.binary import END, ENTRY, SKIP, U64, Frame, LogError, Reader, frame, unframe, varint
 from zorba.log.pattern import MAX_TERMS, Run, decode_pattern, encode_pattern, resolve, seed_of
 from zorba.optim import NoiseTerms
 
-MAX_COEFS = 1 << 26
-"""Coefficients that one entry may have: groups times terms."""
+MAX_COEFS = 1 << 26  # of an entry: groups times terms
 
 # Flags of a body's first byte: which fields are there. One byte holds all of them: a step of one
 # perturbation then takes 16 bytes, CRCs included.
@@ -77,13 +75,9 @@ def encode_entry(entry: LogEntry, log_id: int, run_seed: int | None = None) -> b
     Raises:
         LogError: numbers that are not finite, or more than a log takes.
     """
-    kind, body = (SKIP, b"") if entry.empty else (ENTRY, _body(entry, run_seed))
-    return frame(kind, entry.number, body, log_id)
-
-
-def _body(entry: LogEntry, run_seed: int | None) -> bytes:
-    terms, number = entry.terms, entry.number
-    coefs = _matrix(terms.coefs)
+    terms, number, coefs = entry.terms, entry.number, _matrix(entry.terms.coefs)
+    if entry.empty:
+        return frame(SKIP, number, b"", log_id)
     # What no reader would take must not be written: a log that cannot be read is lost.
     if coefs.size > MAX_COEFS:
         raise LogError(f"an entry of {coefs.size} coefficients; at most {MAX_COEFS} are allowed")
@@ -130,7 +124,7 @@ def _body(entry: LogEntry, run_seed: int | None) -> bytes:
             # -1 becomes the largest number, which is no column.
             fields += [varint(columns), part.columns.astype(_map_type(columns)).tobytes()]
         fields.append(part.coefs.astype("<f4").tobytes())
-    return bytes([flags]) + b"".join(fields)
+    return frame(ENTRY, number, bytes([flags]) + b"".join(fields), log_id)
 
 
 def _map_type(columns: int) -> str:
@@ -162,14 +156,13 @@ def _parts(coefs: npt.NDArray[np.float32]) -> list[_Part]:
 def _part(coefs: npt.NDArray[np.float32]) -> _Part:
     """Keeps one of equal rows [groups, terms], and none of those that are 0."""
     if len(coefs) == 1 or (coefs == coefs[:1]).all():
-        return _Part(np.zeros(len(coefs), np.int64), np.ascontiguousarray(coefs[:1].T))
+        return _Part(np.zeros(len(coefs), np.int64), coefs[:1].T)
     # Groups that the same clients covered have equal rows, to the bit: one column serves them all.
     known: dict[bytes, int] = {}
     columns = np.full(len(coefs), -1, np.int64)
     for row in np.flatnonzero((coefs != 0).any(axis=1)).tolist():
         columns[row] = known.setdefault(coefs[row].tobytes(), len(known))
-    first = [int(np.argmax(columns == column)) for column in range(len(known))]
-    return _Part(columns, np.ascontiguousarray(coefs[first].T))
+    return _Part(columns, np.frombuffer(b"".join(known), np.float32).reshape(len(known), -1).T)
 
 
 def decode_entries(
@@ -198,7 +191,7 @@ def decode_entries(
 def read_entry(found: Frame, groups: int, run_seed: int | None) -> LogEntry:
     """Returns the entry of a frame; raises LogError if it makes no sense."""
     # Field by field in the order of the flags' table in docs/log.md.
-    reader = BodyReader(found.body)
+    reader = Reader(found.body)
     if found.kind == SKIP:
         reader.end()
         return LogEntry(found.number, NoiseTerms.none(groups), 0)
@@ -229,7 +222,7 @@ def read_entry(found: Frame, groups: int, run_seed: int | None) -> LogEntry:
     return LogEntry(found.number, terms, rounding_seed, decay, base, version)
 
 
-def _read_coefs(reader: BodyReader, flags: int, terms: int, groups: int) -> Tensor:
+def _read_coefs(reader: Reader, flags: int, terms: int, groups: int) -> Tensor:
     """Takes the parts off a body: float32 [groups, terms]."""
     # No part is empty, but that of an entry without terms: the number of parts is bounded by bytes
     # that are there.
@@ -258,7 +251,7 @@ def _read_coefs(reader: BodyReader, flags: int, terms: int, groups: int) -> Tens
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _reals(reader: BodyReader, count: int, what: str) -> npt.NDArray[np.float32]:
+def _reals(reader: Reader, count: int, what: str) -> npt.NDArray[np.float32]:
     values = reader.array("<f4", count, what).astype(np.float32)
     if not np.isfinite(values).all():
         raise LogError(f"{what} of an entry are not all finite")

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from zorba.files import sync_folder
-from zorba.log.binary import U64
+from zorba.log.binary import END, U64, DamagedLogError, LogError, frame, frame_follows, unframe
 from zorba.log.entry import LogEntry, encode_entry, read_entry
-from zorba.log.frame import END, DamagedLogError, LogError, frame, frame_follows, unframe
 from zorba.log.header import LogHeader, decode_header
 
 
@@ -27,7 +26,6 @@ class Log:
     """
 
     def __init__(self, data: bytes) -> None:
-        """Checks all bytes of a file, as ``read`` does, which takes its path."""
         # A view: slices of a log of a gigabyte must not be copies.
         view = memoryview(data)
         self.header, at = decode_header(view)
@@ -71,11 +69,7 @@ class Log:
 
     @staticmethod
     def read(path: str | Path) -> Log:
-        """Reads a file and checks every byte of it; the file is not modified.
-
-        Raises:
-            LogError: it is no log, of another format or noise version, or damaged before its end.
-        """
+        """Reads a file, or raises LogError where it is no log, or damaged before its end."""
         try:
             return Log(Path(path).read_bytes())
         except OSError as error:
@@ -109,7 +103,7 @@ class Log:
         return next(self.entries(number, number))
 
     def entries(self, first: int | None = None, last: int | None = None) -> Iterator[LogEntry]:
-        """Yields entries, empty ones too, from number ``first`` to number ``last``, or all.
+        """Yields entries, empty ones too, from number ``first`` to ``last``; all by default.
 
         Raises:
             LogError: numbers that are not in the log, or an entry that was damaged since.
@@ -234,11 +228,7 @@ class LogFile(Log):
         self.close()
 
     def rewind(self, number: int) -> None:
-        """Cuts the entries from a number on, and the end: the run will make them again.
-
-        Raises:
-            LogError: the log ends before that, or starts later; it is left as it is.
-        """
+        """Cuts the entries from a number on, and the end: the run will make them again."""
         if not self.first <= number <= self.last + 1:
             mine = f"{self.first} to {self.last}"
             raise LogError(f"the trajectory has steps {mine}: it cannot go on with step {number}")
@@ -251,10 +241,7 @@ class LogFile(Log):
         self._known = {s: f for s, f in self._known.items() if s <= self.num_steps}
 
     def frames(self, first: int, max_bytes: int) -> tuple[int, bytes]:
-        """Returns how many entries from ``first`` on fit, and their bytes, for ``decode_entries``.
-
-        The number after the last entry gives none.
-        """
+        """Returns how many entries from a number on fit, and their bytes for ``decode_entries``."""
         # Whole frames, found by their ends: nothing is decoded for who lacks a thousand rounds.
         begin, stop = self._range(first, None)
         start = self._ends[begin]

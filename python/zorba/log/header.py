@@ -17,13 +17,12 @@ from typing import Any
 import torch
 
 from zorba.identity import MAX_BLOCKS, ModelIdentity, package_version
-from zorba.log.frame import CRC, DamagedLogError, HeadReader, LogError
+from zorba.log.binary import CRC, DamagedLogError, LogError, Reader
 from zorba.tables import TableLike, each_table
 from zorba_kernels.noise import DISTRIBUTIONS, NOISE_VERSION, ROUNDINGS, Distribution, Rounding
 from zorba_kernels.table import DTYPE_CODES
 
-MAGIC = b"ZORBALOG"
-FORMAT = 2
+MAGIC, FORMAT = b"ZORBALOG", 2
 MAX_TEXT_BYTES = 1 << 26  # of a header, plain
 
 _FIXED = struct.Struct("<8sHHII")
@@ -74,7 +73,6 @@ class LogHeader:
     noise_version: int = NOISE_VERSION
 
     def __post_init__(self) -> None:
-        """Raises LogError where fields make no sense."""
         me = self.identity
         numbers = {"log_id": self.log_id, "run_seed": self.run_seed, "first": self.first}
         for what, value in (numbers | vars(me)).items():
@@ -162,7 +160,8 @@ def decode_header(data: bytes | memoryview) -> tuple[LogHeader, int]:
         raise LogError("format 1, of version 0.1.0: read it with the package that wrote it")
     if start[:8] != MAGIC[: len(start)] or not start:
         raise LogError(f"this is no trajectory and no log: it starts with {start[:8]!r}")
-    reader = HeadReader(view)
+    reader = Reader(view)
+    reader.error = DamagedLogError
     _, version, zero, plain_bytes, packed_bytes = reader.unpack(_FIXED, "the start of a log")
     if version != FORMAT or zero:
         raise LogError(f"log format {version}, this package reads {FORMAT}")

@@ -11,14 +11,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from zorba.log.binary import U64
-from zorba.log.frame import BodyReader, LogError, varint
+from zorba.log.binary import U64, LogError, Reader, varint
 from zorba.optim import step_seed
 from zorba_kernels.noise import ROUNDING_DOMAIN
 
-MAX_TERMS = 1 << 20
-"""Terms that one entry may have."""
-
+MAX_TERMS = 1 << 20  # of an entry
 _WINDOW = 8192  # steps back that a seed is looked for; those of older steps are written in full
 # A step's seed is a hash: momentum asks for the same ones again and again.
 _step_seed = lru_cache(maxsize=2 * _WINDOW)(step_seed)
@@ -87,7 +84,7 @@ def _steps_of(seeds: set[int], step: int, run_seed: int | None) -> dict[int, int
     return steps
 
 
-def decode_pattern(reader: BodyReader) -> list[Run]:
+def decode_pattern(reader: Reader) -> list[Run]:
     """Takes a pattern off a body; raises LogError if it makes no sense."""
     count = reader.varint("number of runs")
     runs: list[Run] = []

@@ -12,9 +12,9 @@ from torch import nn
 import zorba_kernels as zk
 from zorba.blocks import find_blocks
 from zorba.identity import layout_of, model_fingerprint, recordable
+from zorba.log.binary import LogError
 from zorba.log.entry import LogEntry
 from zorba.log.file import Log
-from zorba.log.frame import LogError
 from zorba.log.header import LogHeader, parameters_of
 from zorba.tables import DeviceTables, TableLike, each_table, fingerprint
 from zorba_kernels.noise import Distribution, Rounding, canonical_name
@@ -153,10 +153,7 @@ def _passes(entries: Iterable[LogEntry], groups: int) -> Iterator[list[LogEntry]
 
 
 def check_base(target: nn.Module | TableLike, log: Log) -> TableLike:
-    """Returns tables of the active parameters of a log's base, or raises WrongBaseError.
-
-    ``target`` is as in ``replay``; nothing is modified.
-    """
+    """Returns tables of a base's active parameters, unmodified; or raises WrongBaseError."""
     try:
         tables = _tables_of(target, log.header) if isinstance(target, nn.Module) else target
         wrong = _difference(tables, target, log)

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from zorba.identity import identity_of, model_fingerprint, recordable
+from zorba.log.binary import LogError
 from zorba.log.entry import LogEntry
 from zorba.log.file import LogFile
-from zorba.log.frame import LogError
 from zorba.log.header import LogHeader, dtype_name, parameters_of
 from zorba.optim import NoiseTerms
 from zorba.tables import TableLike, fingerprint
@@ -55,8 +55,7 @@ class TrajectoryWriter:
         Args:
             path: of a file that does not exist; by custom it ends in ".zot".
             tables: the active parameters, a table or several of different devices.
-            run_seed: uint64; step t is of seed ``step_seed(run_seed, t)``. Others are recorded in
-                full.
+            run_seed: uint64; step t is of seed ``step_seed(run_seed, t)``, others take 8 bytes.
             distribution: of the noise.
             rounding: of 16-bit weights.
             model: whose parameters they are, so that the frozen ones are told apart too.
@@ -102,8 +101,7 @@ class TrajectoryWriter:
         # Everything is checked before the file is cut: a wrong table must not cost the record.
         log = LogFile(path, durable=False)
         try:
-            wrong = log.header.parameter_difference(parameters_of(tables))
-            if wrong:
+            if wrong := log.header.parameter_difference(parameters_of(tables)):
                 raise LogError(f"{path} is of other parameters: {wrong}")
             log.rewind(step)
         except BaseException:

@@ -196,12 +196,12 @@ class Offload:
         block = self._blocks[name]
         weights = {n: p.data for n, p in block.module.named_parameters()}
         if self._folder is None:  # from where a GPU takes them while it computes
-            kept = {
-                n: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for n, t in weights.items()
+            self._host[name] = {
+                n: torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t)
+                for n, t in weights.items()
             }
-            self._host[name] = {n: t.copy_(weights[n]) for n, t in kept.items()}
         else:
-            self._host[name] = to_file(self._path(name), weights)
+            self._host[name] = to_file(self._folder / f"{name}.bin", weights)
         self._point(name, self._host[name])
         # A forward of its own, not hooks: hooks of others (a placement's) must run inside of it.
         self._forwards[name] = ExitStack()
@@ -215,11 +215,7 @@ class Offload:
             p.data = _own(p.data, self._device)
         del self._host[name]
         if self._folder is not None:
-            self._path(name).unlink(missing_ok=True)
-
-    def _path(self, name: str) -> Path:
-        assert self._folder is not None
-        return self._folder / f"{name}.bin"
+            (self._folder / f"{name}.bin").unlink(missing_ok=True)
 
     def _forward(self, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
         """The forward of an idle block."""

@@ -100,15 +100,3 @@ class Event(BaseModel):
             numbers = {n: value for n, value in known.items() if isinstance(value, int | float)}
             known["scores"] = {n: numbers[n] for n in numbers if n not in ("round", "schema")}
         return known
-
-    def status(self, client: str) -> Status:
-        """Returns what a client did in a round: the worst, where it is in several lists."""
-        if client in self.refusals:
-            return Status.REFUSED
-        if client in self.failures:
-            return Status.FAILED
-        if client in self.clients:
-            return Status.MEASURED
-        if client in self.bytes_up:
-            return Status.NOT_USED if self.problem else Status.JOINED
-        return Status.SITS_OUT

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,6 +85,7 @@ class LiveView:
         self.ended = threading.Event()
         self.error: Exception | None = None
         self._console = console
+        self._say = partial(console.print, markup=False, highlight=False)
         self._every = every
         self._follower = Follower(events)
         self._stop = threading.Event()
@@ -145,9 +147,6 @@ class LiveView:
         line = event_line(event, state)
         if line is not None and (self._live is None or event.event == "evaluation"):
             yield line
-
-    def _say(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False)
 
 
 # Every text is a Text of rich: markup in names and reasons means nothing.

@@ -135,11 +135,15 @@ class RunState:
             self.clients.setdefault(name, ClientState(bytearray(len(self.rounds))))
 
     def _round(self, event: Event) -> None:
-        reasons = {**event.failures, **event.refusals}
-        self._meet(sorted({*event.bytes_up, *event.bytes_down, *reasons, *event.clients}))
+        # A client can be in several lists. The later ones win: the worst is what people must see.
+        did = dict.fromkeys(event.bytes_up, Status.NOT_USED if event.problem else Status.JOINED)
+        did |= dict.fromkeys(event.clients, Status.MEASURED)
+        did |= dict.fromkeys(event.failures, Status.FAILED)
+        did |= dict.fromkeys(event.refusals, Status.REFUSED)
+        self._meet(sorted({*did, *event.bytes_down}))
         for name, client in self.clients.items():
-            client.history.append(event.status(name))
-            client.reason = reasons.get(name, "")
+            client.history.append(did.get(name, Status.SITS_OUT))
+            client.reason = event.refusals.get(name) or event.failures.get(name) or ""
             if client.reason:
                 self._add_fault(event, client.status.words, client.reason, name)
             if client.status is Status.MEASURED:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -66,7 +64,10 @@ class ModelObjective:
         self._batches = batches
         self._loss = loss
         self._distribution = distribution
-        self._read: Callable[[Any], Any] = _each if per_example else float
+        # In float64: a difference of losses that nearly agree has few digits left in float32.
+        self._read: Callable[[Any], Any] = (
+            (lambda losses: losses.detach().double().cpu().numpy()) if per_example else float
+        )
         self._active: list[int] | None = None
 
     def __call__(self, round_number: int, step: int) -> tuple[Evaluate, int]:
@@ -106,10 +107,3 @@ class ModelObjective:
             groups={entry.name: entry.group for entry in entries},
             num_groups=self._table.num_groups,
         )
-
-
-def _each(losses: Tensor) -> npt.NDArray[np.float64]:
-    """Losses, Tensor [examples], as an array."""
-    # float64: a difference of losses that nearly agree has few digits left in float32.
-    numbers: npt.NDArray[np.float64] = losses.detach().double().cpu().numpy()
-    return numbers

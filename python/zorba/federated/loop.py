@@ -121,7 +121,7 @@ def run_federation(
         final_round=last,
         fingerprints=fingerprints,
         replicas_identical=same,
-        flush_bytes_down=flush.bytes_down,
+        flush_bytes_down=dict(flush.bytes_down),
         failures=flush.failures | flush.refusals,
         privacy={name: server.privacy[name] for name in messages if name in server.privacy},
     )

@@ -32,7 +32,6 @@ def make_log(rounds: int) -> list[LogEntry]:
 
 
 def assert_same(one: Replica, other: Replica) -> None:
-    """The same bits and the same round."""
     assert one.applied_round == other.applied_round
     assert one.fingerprint(fresh=True) == other.fingerprint(fresh=True)
     for a, b in zip(weights_of(one), weights_of(other), strict=True):

@@ -51,7 +51,6 @@ def make_replica(
 
 
 def copy_table(table: zk.ParamTable) -> zk.ParamTable:
-    """The same weights in other memory."""
     return zk.ParamTable(
         {e.name: e.tensor.clone() for e in table.entries},
         groups={e.name: e.group for e in table.entries},
@@ -80,7 +79,6 @@ def make_objective(replica: Replica, target: float, examples: int) -> Callable[[
 
 
 def make_settings(**changes: Any) -> FederationSettings:
-    """Settings of a small job."""
     defaults: dict[str, Any] = {"job": "test", "seed": 7, "lr": 0.05, "num_perturbations": 3}
     return FederationSettings(**(defaults | changes))
 
@@ -103,19 +101,16 @@ def make_entry(number: int, blocks: int = BLOCKS, columns: int = 2) -> LogEntry:
 
 
 def weights_of(replica: Replica) -> list[Tensor]:
-    """Copies of all tensors."""
     return [entry.tensor.clone() for entry in replica.table.entries]
 
 
 def plan_of(data: bytes) -> Plan:
-    """The plan that the bytes are."""
     plan = decode(data)
     assert isinstance(plan, Plan), plan
     return plan
 
 
 def reply_of(data: bytes) -> Reply:
-    """The reply that the bytes are."""
     reply = decode(data)
     assert isinstance(reply, Reply), reply
     return reply
@@ -181,7 +176,6 @@ class World:
         self.server = self.start()
 
     def run(self, rounds: int, **options: Any) -> FederationResult:
-        """Runs rounds with the server and the clients."""
         return run_federation(self.server, self.transport, rounds, **options)
 
     def greet(self, *names: str) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from zorba.log import LogFile
 
 from tests.conftest import Random
-from tests.log.world import WEIGHTS, make_table, make_updates, record, record_rounds
+from tests.log import world
 
 
 @pytest.fixture(autouse=True)
@@ -19,13 +20,16 @@ def one_thread(threads: None) -> None:
 @pytest.fixture
 def path(tmp_path: Path, rng: Random) -> Path:
     """A finished trajectory of eight steps of every kind."""
-    return record(tmp_path / "run.zot", make_table(WEIGHTS), make_updates(8, rng))
+    return world.record(tmp_path / "run.zot", world.make_table(), world.make_updates(8, rng))
 
 
 @pytest.fixture
 def rounds(tmp_path: Path) -> Path:
     """A federation's log of four rounds; nobody measured anything in the third."""
-    return record_rounds(tmp_path / "jobs" / "job.log")
+    with LogFile(tmp_path / "jobs" / "job.log", world.HEADER) as log:
+        for number in range(1, 5):
+            log.append(world.make_entry(number, empty=number == 3))
+    return log.path
 
 
 @pytest.fixture(params=["path", "rounds"])

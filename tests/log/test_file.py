@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 from dataclasses import replace
@@ -11,32 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from zorba.identity import ModelIdentity
 from zorba.log import DamagedLogError, Log, LogError, LogFile, TrajectoryWriter, decode_entries
 from zorba.optim import NoiseTerms
 
 import zorba_kernels as zk
 from tests.conftest import Random
-from tests.log.world import (
-    BLOCKS,
-    GROUPS,
-    HEADER,
-    IDENTITY,
-    RUN_SEED,
-    WEIGHTS,
-    assert_same_entry,
-    ends,
-    make_entry,
-    make_table,
-    make_updates,
-    record,
-    write,
-)
+from tests.log import world
+from tests.log.world import BLOCKS, GROUPS, HEADER, assert_same_entry, make_entry, make_table
 
 
 def create(path: Path, table: zk.ParamTable | None = None, **options: Any) -> TrajectoryWriter:
-    table = table or make_table(WEIGHTS)
-    return TrajectoryWriter.create(path, table, RUN_SEED, "gaussian", "nearest", **options)
+    law = (table or make_table(), world.RUN_SEED, *world.LAW)
+    return TrajectoryWriter.create(path, *law, **options)
 
 
 def test_entries_come_back(rounds: Path) -> None:
@@ -55,11 +40,11 @@ def test_entries_come_back(rounds: Path) -> None:
 
 
 def test_frames_travel_as_they_lie_in_the_file(rounds: Path) -> None:
-    whole = ends(rounds)
+    sizes = [end - world.ends(rounds)[1] for end in world.ends(rounds)[2:]]  # of 2, 2 to 3, ...
     with LogFile(rounds) as log:
-        for limit in (0, whole[2] - whole[1] - 1, *(end - whole[1] for end in whole[2:]), 1 << 20):
+        for limit in (0, sizes[0] - 1, *sizes, 1 << 20):
             count, data = log.frames(2, limit)
-            assert count == sum(end - whole[1] <= limit for end in whole[2:])
+            assert count == sum(size <= limit for size in sizes)
             entries = decode_entries(data, count, 2, BLOCKS, HEADER.log_id)
             for mine, theirs in zip(entries, log.entries(2, 1 + count), strict=True):
                 assert_same_entry(mine, theirs)
@@ -80,76 +65,58 @@ def test_frames_travel_as_they_lie_in_the_file(rounds: Path) -> None:
 def test_fingerprints_are_known_as_far_as_entries_tell(rounds: Path) -> None:
     with LogFile(rounds, HEADER) as log:
         known = [log.fingerprint_after(number) for number in range(5)]
-        assert known == [IDENTITY.start, 72, 74, 74, None], "the third changed no weight"
+        assert known == [HEADER.identity.start, 72, 74, 74, None], "the third changed no weight"
         log.append(make_entry(5, empty=True))
         assert log.fingerprint_after(4) is log.fingerprint_after(5) is None
         log.append(make_entry(6))
         assert log.fingerprint_after(4) == log.fingerprint_after(5) == 76
 
 
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"log_id": 6}, "another job"),
-        ({"identity": ModelIdentity(2, 1 << 63, 3, 4, BLOCKS)}, "another model"),
-        ({"distribution": "gaussian"}, "another distribution"),
-        ({"rounding": "nearest"}, "another rounding"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_the_log_of_something_else_is_refused(
-    rounds: Path, change: dict[str, Any], told: str
-) -> None:
+def test_the_log_of_something_else_is_refused(rounds: Path, tmp_path: Path) -> None:
     data = rounds.read_bytes()
-    with pytest.raises(LogError, match=told):
-        LogFile(rounds, replace(HEADER, **change))
+    for header, told in (
+        (replace(HEADER, log_id=6), "another job"),
+        (replace(HEADER, identity=replace(HEADER.identity, origin=2)), "another model"),
+        (replace(HEADER, distribution="gaussian"), "another distribution"),
+        (replace(HEADER, rounding="nearest"), "another rounding"),
+    ):
+        with pytest.raises(LogError, match=told):
+            LogFile(rounds, header)
     assert rounds.read_bytes() == data
+    with pytest.raises(LogError, match="there is no log"):
+        LogFile(tmp_path / "none.log")
+    assert not (tmp_path / "none.log").exists()
 
 
-def test_entries_out_of_order_or_of_another_model_are_refused(rounds: Path) -> None:
-    with LogFile(rounds, HEADER) as log:
-        for entry in (make_entry(4), make_entry(6), make_entry(5, BLOCKS + 1)):
-            with pytest.raises(LogError):
-                log.append(entry)
-        assert log.last == 4
-        log.append(make_entry(5))
-
-
-@pytest.mark.parametrize("fails", ["write", "fsync"])
+@pytest.mark.parametrize("told", ["written in part", "No space left"])
 def test_a_full_disk_leaves_the_log_as_it_was(
-    rounds: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+    rounds: Path, monkeypatch: pytest.MonkeyPatch, told: str
 ) -> None:
-    data = rounds.read_bytes()
-
     class Full:
         """A file that takes half of what it is given."""
 
         def write(self, record: bytes) -> int:
-            return file.write(record[: len(record) // 2])
+            taken = file.write(record[: len(record) // 2])
+            if told == "No space left":
+                raise OSError(28, "No space left on device")
+            return taken
 
         def __getattr__(self, name: str) -> object:
             return getattr(file, name)
 
-    def no_space(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
+    data = rounds.read_bytes()
     with LogFile(rounds, HEADER) as log:
         file = log._file
         with monkeypatch.context() as patch:
-            if fails == "write":
-                patch.setattr(log, "_file", Full())
-            else:
-                patch.setattr(os, "fsync", no_space)
-            with pytest.raises(LogError, match=r"entry 5 was not written.*(in part|No space left)"):
+            patch.setattr(log, "_file", Full())
+            with pytest.raises(LogError, match=f"entry 5 was not written.*{told}"):
                 log.append(make_entry(5))
         assert rounds.read_bytes() == data
         log.append(make_entry(5))
         assert log.last == 5
 
 
-def test_entries_ends_and_new_files_are_synced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     real = os.fsync
 
@@ -169,14 +136,6 @@ def test_entries_ends_and_new_files_are_synced(
     assert synced == ["file"], "the end"
 
 
-# --- Who may write -------------------------------------------------------------------------------
-
-
-def test_two_servers_cannot_share_a_log(rounds: Path) -> None:
-    with LogFile(rounds, HEADER), pytest.raises(LogError, match="another server"):
-        LogFile(rounds, HEADER)
-
-
 def start_server(path: Path, together: Any, said: Any, done: Any) -> None:
     together.wait()
     try:
@@ -193,11 +152,8 @@ def test_of_servers_that_start_together_one_makes_the_log(tmp_path: Path) -> Non
     context = multiprocessing.get_context("fork")
     for attempt in range(5):
         path = tmp_path / f"{attempt}.log"
-        together, said, done = context.Barrier(4), context.Queue(), context.Event()
-        servers = [
-            context.Process(target=start_server, args=(path, together, said, done))
-            for _ in range(4)
-        ]
+        told = (path, context.Barrier(4), said := context.Queue(), done := context.Event())
+        servers = [context.Process(target=start_server, args=told) for _ in range(4)]
         for server in servers:
             server.start()
         assert sorted(said.get() for _ in servers) == ["refused"] * 3 + ["wrote"]
@@ -207,34 +163,25 @@ def test_of_servers_that_start_together_one_makes_the_log(tmp_path: Path) -> Non
         assert Log.read(path).last == 1
 
 
-def test_a_missing_log_is_made_only_with_a_header(tmp_path: Path) -> None:
-    with pytest.raises(LogError, match="there is no log"):
-        LogFile(tmp_path / "none.log")
-    assert list(tmp_path.iterdir()) == []
-
-
-# --- Trajectories --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("step", [0, 7, 30])
 def test_a_resumed_run_has_the_bytes_of_an_uninterrupted_one(
     tmp_path: Path, rng: Random, step: int
 ) -> None:
-    updates, table = make_updates(30, rng), make_table(WEIGHTS)
-    path = record(tmp_path / "run.zot", table, updates)
-    whole = path.read_bytes()
+    updates, table = world.make_updates(30, rng), make_table()
+    path = world.record(tmp_path / "run.zot", table, updates)
+    whole, start = path.read_bytes(), world.ends(path)[step]
     with TrajectoryWriter.resume(path, table, step) as writer:
-        assert path.stat().st_size == writer.log.size == ends(path)[step]
-        write(writer, updates, step)
+        assert path.stat().st_size == writer.log.size == start
+        world.write(writer, updates, step)
     assert path.read_bytes() == whole
 
 
 def test_a_file_is_resumed_only_where_it_fits(path: Path) -> None:
     data = path.read_bytes()
     with pytest.raises(LogError, match="has steps 0 to 7: it cannot go on with step 13"):
-        TrajectoryWriter.resume(path, make_table(WEIGHTS), 13)
+        TrajectoryWriter.resume(path, make_table(), 13)
     with pytest.raises(LogError, match="3 parameters are missing: layer"):
-        TrajectoryWriter.resume(path, zk.ParamTable({"embed": WEIGHTS["embed"]}), 3)
+        TrajectoryWriter.resume(path, zk.ParamTable({"embed": world.WEIGHTS["embed"]}), 3)
     with pytest.raises(LogError, match="exists"):
         create(path)
     assert path.read_bytes() == data
@@ -243,11 +190,11 @@ def test_a_file_is_resumed_only_where_it_fits(path: Path) -> None:
 def test_what_cannot_be_recorded_is_refused(tmp_path: Path) -> None:
     shard = zk.ParamTable({"embed": torch.ones(4)}, offsets={"embed": 4})
     with pytest.raises(LogError, match="'embed' is a shard"):
-        create(tmp_path / "shard.zot", shard)
+        create(tmp_path / "x.zot", shard)
     with pytest.raises(LogError, match="settings must be plain JSON"):
         create(tmp_path / "x.zot", settings={"lr": float("nan")})
     with pytest.raises(LogError, match="unknown noise 'uniform'"):
-        TrajectoryWriter.create(tmp_path / "x", make_table(WEIGHTS), 1, "uniform", "nearest")
+        TrajectoryWriter.create(tmp_path / "x.zot", make_table(), 1, "uniform", "nearest")
     assert list(tmp_path.iterdir()) == []
     writer = create(tmp_path / "run.zot")
     size, good = writer.log.size, torch.ones(GROUPS, 1)
@@ -268,11 +215,3 @@ def test_what_cannot_be_recorded_is_refused(tmp_path: Path) -> None:
     writer.finish()
     with pytest.raises(LogError, match="is finished"):
         writer.skip(0)
-
-
-def test_an_exception_leaves_an_unfinished_file(tmp_path: Path) -> None:
-    with contextlib.suppress(KeyboardInterrupt), create(tmp_path / "run.zot") as writer:
-        writer.skip(0)
-        raise KeyboardInterrupt
-    trajectory = Log.read(tmp_path / "run.zot")
-    assert (trajectory.fingerprint, trajectory.last) == (None, 0)

@@ -7,15 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from zorba.identity import ModelIdentity
-from zorba.log import (
-    Log,
-    LogEntry,
-    LogFile,
-    LogHeader,
-    TrajectoryWriter,
-    decode_entries,
-    encode_entry,
-)
+from zorba.log import Log, LogEntry, LogHeader, TrajectoryWriter, decode_entries, encode_entry
 from zorba.log.header import decode_header
 from zorba.optim import InplacePlacement, NoiseTerms, step_seed
 
@@ -24,13 +16,9 @@ from tests.conftest import Random
 from tests.kernels.bits import assert_same_bits
 
 RUN_SEED = 11
+LAW = ("rademacher", "stochastic")
 NAMES = {"embed": 0, "layer.0.w": 1, "layer.1.w": 2, "norm": 0}
 GROUPS = 3
-
-BLOCKS = 4
-IDENTITY = ModelIdentity(1, 1 << 63, 3, 4, BLOCKS)
-HEADER = LogHeader(5, IDENTITY, "rademacher", "stochastic")
-"""Of a federation."""
 
 
 def make_weights(dtype: torch.dtype, rng: Random) -> dict[str, Tensor]:
@@ -41,13 +29,13 @@ def make_weights(dtype: torch.dtype, rng: Random) -> dict[str, Tensor]:
 WEIGHTS = make_weights(torch.bfloat16, Random(1))
 
 
-def make_table(weights: dict[str, Tensor]) -> zk.ParamTable:
+def make_table(weights: dict[str, Tensor] = WEIGHTS) -> zk.ParamTable:
     """A table over a copy of the weights."""
     return zk.ParamTable({n: w.clone() for n, w in weights.items()}, NAMES)
 
 
+# Terms, rounding seed and decay of a step; None for a skipped one.
 Update = tuple[NoiseTerms, int | None, Tensor | None] | None
-"""Terms, rounding seed and decay of a step; None for a skipped one."""
 
 
 def make_updates(count: int, rng: Random) -> list[Update]:
@@ -85,52 +73,40 @@ def write(writer: TrajectoryWriter, updates: list[Update], first: int = 0) -> No
 
 
 def record(
-    path: Path,
-    table: zk.ParamTable,
-    updates: list[Update],
-    distribution: str = "rademacher",
-    rounding: str = "stochastic",
-    finish: bool = True,
+    path: Path, table: zk.ParamTable, updates: list[Update], law: tuple[str, str] = LAW
 ) -> Path:
     """Trains the table with the updates and records them."""
-    placement = InplacePlacement(table, distribution)
-    writer = TrajectoryWriter.create(path, table, RUN_SEED, distribution, rounding)
-    write(writer, updates)
-    for update in updates:
-        if update is not None:
-            terms, rounding_seed, decay = update
-            placement.update(terms, rounding, rounding_seed, decay)
-    if finish:
-        writer.finish()
-    writer.close()
+    with TrajectoryWriter.create(path, table, RUN_SEED, *law) as writer:
+        write(writer, updates)
+        placement = InplacePlacement(table, law[0])
+        for terms, rounding_seed, decay in filter(None, updates):
+            placement.update(terms, law[1], rounding_seed, decay)
     return path
 
 
-def make_entry(number: int, groups: int = BLOCKS, empty: bool = False) -> LogEntry:
+# --- Of a federation -----------------------------------------------------------------------------
+
+BLOCKS = 4
+HEADER = LogHeader(5, ModelIdentity(1, 1 << 63, 3, 4, BLOCKS), *LAW)
+
+
+def make_entry(number: int, empty: bool = False) -> LogEntry:
     """P = 3; block 2 is not covered, and blocks 0 and 3 have the same clients."""
     if empty:
-        return LogEntry(number, NoiseTerms.none(groups), 0)
-    coefs = torch.arange(3.0) + torch.tensor([0.5, 1.5, 0.0, 0.5] + [0.5] * groups)[:groups, None]
+        return LogEntry(number, NoiseTerms.none(BLOCKS), 0)
+    coefs = torch.arange(3.0) + torch.tensor([[0.5], [1.5], [0.0], [0.5]])
     coefs[2] = 0.0
     terms = NoiseTerms((1 << 63 | number,) * 3, (0, 1, 2), coefs)
     return LogEntry(number, terms, 1000 + number, None, 70 + number, 9)
-
-
-def record_rounds(path: Path) -> Path:
-    """Nobody measures anything in the third of four rounds."""
-    with LogFile(path, HEADER) as log:
-        for number in range(1, 5):
-            log.append(make_entry(number, empty=number == 3))
-    return path
 
 
 def ends(path: Path) -> list[int]:
     """Offset at which the header, each entry and the end of a run end."""
     data = path.read_bytes()
     log = Log(data)
-    sizes = [len(encode_entry(e, log.header.log_id, log.header.run_seed)) for e in log.entries()]
-    start = decode_header(data)[1]
-    known = [start + sum(sizes[:n]) for n in range(len(sizes) + 1)]
+    known = [decode_header(data)[1]]
+    for entry in log.entries():
+        known.append(known[-1] + len(encode_entry(entry, log.header.log_id, log.header.run_seed)))
     return known if log.fingerprint is None else [*known, len(data)]
 
 

@@ -51,6 +51,10 @@ def test_render_is_the_map() -> None:
     assert "bb        #..          1  110.00 / 110.00  100%" in lines
     assert lines[-1] == "coverage  211"
     assert f"{plan.version:016x}" in lines[0]
+    # Bytes are in the unit of the smallest budget.
+    mib = plan_blocks(MemoryModel([1 << 20] * 2, [0] * 2), {"a": 2 << 30, "b": 3 << 19}).render()
+    assert "memory / budget (MiB)" in mib
+    assert "1.00 / 1.50   67%" in mib
 
 
 def test_version_follows_names_and_mask_only() -> None:
@@ -85,12 +89,6 @@ def test_picture(tmp_path: Path, clients: int, wide: bool) -> None:
     assert (plan.front[-1].f1 > 4 * plan.front[0].f1) == wide
     draw_plan(plan, tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_bytes_are_read_in_the_unit_of_the_smallest_budget() -> None:
-    plan = plan_blocks(MemoryModel([1 << 20] * 2, [0] * 2), {"a": 2 << 30, "b": 3 << 19})
-    assert "memory / budget (MiB)" in plan.render()
-    assert "1.00 / 1.50   67%" in plan.render()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom", "mixtral"])

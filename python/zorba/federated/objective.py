@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 import zorba_kernels as zk
 from zorba.offload import Offload
-from zorba.optim.estimator import Evaluate
 from zorba.optim.evaluation import Evaluator
 from zorba.optim.scratch import ScratchPlacement
-from zorba.optim.terms import NoiseTerms
+from zorba.optim.terms import Evaluate, NoiseTerms
 from zorba.tables import DeviceTables, Tables
 from zorba_kernels.noise import Distribution
 
@@ -67,7 +64,10 @@ class ModelObjective:
         self._batches = batches
         self._loss = loss
         self._distribution = distribution
-        self._read: Callable[[Any], Any] = _each if per_example else float
+        # In float64: a difference of losses that nearly agree has few digits left in float32.
+        self._read: Callable[[Any], Any] = (
+            (lambda losses: losses.detach().double().cpu().numpy()) if per_example else float
+        )
         self._active: list[int] | None = None
 
     def __call__(self, round_number: int, step: int) -> tuple[Evaluate, int]:
@@ -78,8 +78,8 @@ class ModelObjective:
         def evaluate(noises: Sequence[NoiseTerms]) -> Sequence[Any]:
             groups = range(self._table.num_groups)
             self._activate([g for g in groups if any(terms.active(g) for terms in noises)])
-            with self._evaluator.step(lambda: self._loss(batch)) as evaluation:
-                return evaluation.losses(noises)
+            with self._evaluator.step(lambda: self._loss(batch)) as losses_at:
+                return losses_at(noises)
 
         return evaluate, count
 
@@ -96,7 +96,6 @@ class ModelObjective:
             names = {entry.name for entry in self._table.entries if entry.group in active}
             offload.set_active([b.name for b in offload.blocks if names & set(b.parameters)])
         self._placement = ScratchPlacement(self._model, self._table_of(active), self._distribution)
-        self._placement.remake = lambda: self._table_of(active)
         self._evaluator = Evaluator(self._model, self._placement, True, self._read)
         self._active = active
 
@@ -108,10 +107,3 @@ class ModelObjective:
             groups={entry.name: entry.group for entry in entries},
             num_groups=self._table.num_groups,
         )
-
-
-def _each(losses: Tensor) -> npt.NDArray[np.float64]:
-    """Losses, Tensor [examples], as an array."""
-    # float64: a difference of losses that nearly agree has few digits left in float32.
-    numbers: npt.NDArray[np.float64] = losses.detach().double().cpu().numpy()
-    return numbers

@@ -25,14 +25,12 @@ _WIDE = 4.0
 
 def draw_plan(plan: BlockPlan, path: str | Path) -> None:
     """Writes a picture of the plan; the file's extension sets the format (PNG, SVG, PDF)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = min(max(2.2, 0.28 * len(plan.clients)), 9.0)
     columns = min(max(3.5, 0.24 * len(plan.blocks)), 9.0)
     # A figure without pyplot: no global state, and no window where there is a display.
     figure = Figure(figsize=(columns + 6.2, rows + 2.0), layout="constrained")
-    FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 3, width_ratios=[columns, 1.7, 3.0], height_ratios=[0.9, rows])
     active = figure.add_subplot(grid[1, 0])
     draw_mask(active, plan.clients, plan.blocks, plan.mask)
@@ -99,9 +97,8 @@ def _draw_front(axes: Axes, plan: BlockPlan) -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="F1, lower converges faster", ylabel="memory, mean % of the budgets (F2)")
+    axes.set(xmargin=0.12, ymargin=0.12, box_aspect=1.2, anchor="N")
     axes.set_title("Pareto front", fontsize=9, color=TEXT, loc="left")
-    axes.margins(0.12)
-    axes.set(box_aspect=1.2, anchor="N")
     axes.legend(frameon=False, loc="upper right", fontsize=8)
     _strip(axes, keep=("left", "bottom"))
 

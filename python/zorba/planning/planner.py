@@ -155,9 +155,9 @@ def _too_little(problem: Problem) -> InfeasiblePlanError:
         may = ~mask[:, b] & (mask.sum(axis=1) < problem.max_active)
         if not may.any():  # no room for this block by number: bytes alone do not tell
             return InfeasiblePlanError(message)
-        n = np.where(may, free, free.min() - 1).argmax()
-        mask[n, b] = True
-        free[n] -= problem.extra[b]
+        roomiest = np.where(may, free, free.min() - 1).argmax()
+        mask[roomiest, b] = True
+        free[roomiest] -= problem.extra[b]
     for n, least in enumerate(problem.min_active):
         more = [b for b in order if not mask[n, b]][: max(least - mask[n].sum(), 0)]
         free[n] -= problem.extra[more].sum()

@@ -15,7 +15,6 @@ from zorba.apps.deploy.config import ConfigError
 from zorba.apps.deploy.party import PartyFolder, parties
 
 from tests.apps.deploy.deployed import Deployed
-from tests.command import zorba
 
 
 @pytest.fixture
@@ -72,10 +71,3 @@ def test_supervisor_loads_no_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_command_line_says_what_is_wrong(tmp_path: Path) -> None:
-    result = zorba("federate", "status", tmp_path)
-    assert result.exit_code == 1
-    assert "zorba federate status: " in result.text
-    assert "is no project" in result.text

@@ -45,9 +45,8 @@ class Engine(ours.FederationController):  # type: ignore[misc]
     def answer(self, task: Any, result: Any) -> None:
         """Gives a task its result, by the names of arguments that the engine uses."""
         if isinstance(result, bytes):
-            reply = make_reply("OK")
-            reply[FRAME] = result
-            result = reply
+            result, frame = make_reply("OK"), result
+            result[FRAME] = frame
         task.result_received_cb(client_task=SimpleNamespace(result=result), fl_ctx=None)
 
     def arrive(self, *sites: str) -> None:
@@ -89,37 +88,35 @@ def test_nodes_wait_for_the_quorum(engine: Engine) -> None:
     assert list(engine.nodes()) == sorted(SITES), "and eve is no site"
     later.join()
     engine.leave("bob")
-    engine.triggered = True
-    with pytest.raises(RunStoppedError):
-        engine.nodes()
-
-
-def test_exchange_ends_when_the_engine_stops(engine: Engine) -> None:
-    engine.arrive()
-    engine.answers["ada"] = None
     stop = threading.Thread(target=setattr, args=(engine, "triggered", True))
     stop.start()
     with pytest.raises(RunStoppedError):
-        engine.exchange(dict.fromkeys(SITES, b"x"), None)
+        engine.nodes()
     stop.join()
+
+
+def test_exchange_ends_when_the_engine_stops(engine: Engine) -> None:
+    engine.answers["ada"] = None
+    engine.triggered = True
+    with pytest.raises(RunStoppedError):
+        engine.exchange(dict.fromkeys(SITES, b"x"), None)
     assert len(engine.cancelled) == 3
 
 
 @pytest.mark.parametrize(
     ("result", "sentence"),
     [
-        ("nothing", "none of ours"),
         ({"frame": "text"}, "engine answered"),
         ({"problem": "no data"}, "no data"),
         ({"problem": ["a"]}, "engine answered"),
         ({}, "engine answered OK"),
     ],
 )
-def test_result_without_a_message_is_a_failure(engine: Engine, result: Any, sentence: str) -> None:
-    engine.arrive()
-    made = make_reply("OK") if isinstance(result, dict) else result
-    if isinstance(result, dict):
-        made.update(result)
+def test_result_without_a_message_is_a_failure(
+    engine: Engine, result: dict[str, Any], sentence: str
+) -> None:
+    made = make_reply("OK")
+    made.update(result)
     engine.answers["bob"] = lambda frame: made
     replies, failures = engine.exchange(dict.fromkeys(SITES, b"x"), 30.0)
     assert replies.keys() == {"ada", "cleo"}

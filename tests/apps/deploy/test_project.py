@@ -82,7 +82,8 @@ def test_budgets_decide_who_activates_which_blocks(
     base: Path, shared_project: Path, tmp_path: Path
 ) -> None:
     table = build_client(shared_project / "sites" / "ada").replica.table
-    block, outside = 4 * table.numel // 2, 4 * 2000
+    blocks = sum(entry.tensor.nbytes for entry in table.entries)
+    block, outside = blocks // 2, 4 * 2000
     budgets = {"ada": 10 * block, "bob": outside + 3 * block + block // 2, "cleo": 10 * block}
     sites = tuple(f"{name}={size}" for name, size in budgets.items())
     plan = init_project(wanted(base, tmp_path / "planned", site=sites))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from zorba import machine
 from zorba.federated import (
     Client,
     FederationSettings,
@@ -27,6 +28,9 @@ from tests.federated.faults.wire import SiteLink, SocketTransport
 from tests.federated.world import MASKS, NAMES, make_objective, make_replica
 
 SERVER = "server"
+# It asks a program, once and for all forks: one that a killed server had just started would hold
+# the lock of its log for a moment longer.
+machine.describe()
 
 
 @dataclass

@@ -29,9 +29,8 @@ from zorba.apps.watch.events import Event
 from zorba.apps.watch.state import Follower
 from zorba.federated import Client, FederationError, RunFolder, RunRecorder, run_federation
 
-FRAME, PROBLEM = "frame", "problem"
-"""Keys of a task and its result: bytes of a message, and a site's sentence where it has none."""
-
+FRAME = "frame"  # key of a message's bytes in a task and in its result
+PROBLEM = "problem"  # key of the sentence that a site sends where it has no answer
 _MAX_TEXT = 500
 _CHECK_SECONDS = 0.05  # how often the engine clears tasks that are done
 _WAKE_SECONDS = 1.0  # between two looks at whether the engine wants the run to stop
@@ -111,15 +110,18 @@ class FederationController(Controller):  # type: ignore[misc]
         failures: dict[str, str] = {}
 
         def received(site: str, client_task: Any, fl_ctx: Any) -> None:
-            answer = _read(client_task.result)
+            result = client_task.result
+            frame, problem = result.get(FRAME), result.get(PROBLEM)
             with self._changed:
                 # The first answer counts: after the deadline its site is among the failures.
-                if site not in replies and site not in failures:
-                    if isinstance(answer, bytes):
-                        replies[site] = answer
-                    else:
-                        failures[site] = answer
-                    self._changed.notify_all()
+                if site in replies or site in failures:
+                    return
+                if isinstance(frame, bytes):
+                    replies[site] = frame
+                else:
+                    answered = f"the site's engine answered {result.get_return_code()}"
+                    failures[site] = problem if isinstance(problem, str) else answered
+                self._changed.notify_all()
 
         tasks = []
         for site, frame in plans.items():
@@ -156,18 +158,6 @@ class FederationController(Controller):  # type: ignore[misc]
             if left <= 0:
                 return
             self._changed.wait(min(left, _WAKE_SECONDS))
-
-
-def _read(result: Any) -> bytes | str:
-    """Returns a result's message, or why there is none."""
-    if not isinstance(result, Shareable):
-        return "the site's result is none of ours"
-    frame, problem = result.get(FRAME), result.get(PROBLEM)
-    if isinstance(frame, bytes):
-        return frame
-    if isinstance(problem, str):
-        return problem
-    return f"the site's engine answered {result.get_return_code()}"
 
 
 def _folder(fl_ctx: FLContext) -> Path:

@@ -17,9 +17,7 @@ from typing import Any
 from zorba.apps.deploy.config import ServerConfig
 from zorba.apps.deploy.provision import ADMIN, ADMIN_NAME, CONTROLLER, EXECUTOR, write_json
 
-ASK_SECONDS = 0.05
-"""How often a site asks for work: most of what a round costs besides the measuring."""
-
+ASK_SECONDS = 0.05  # between a site's questions: most of what a round costs beside the measuring
 _CONNECT_SECONDS = 5.0
 _GATHER_SECONDS = 20.0  # how long the first job waits for sites beyond the quorum
 _GONE_LOOKS = 3  # in a row: a job that starts or ends just now has no process either

@@ -12,18 +12,14 @@ from typing import Any
 
 from zorba.apps.deploy.config import ConfigError
 
-ENGINE = "engine"
-"""The engine's folder, in the server's and in each site's."""
-ADMIN = "admin"
-"""The folder of whoever starts jobs, in the server's."""
-AUTHORITY = "authority"
-"""The folder of the key that signs certificates; no process needs it."""
+ENGINE = "engine"  # the engine's folder, in the server's and in each site's
+ADMIN = "admin"  # the folder of whoever starts jobs, in the server's
+AUTHORITY = "authority"  # the folder of the key that signs certificates; no process needs it
 ADMIN_NAME = "admin@zorba.local"
-
 CONTROLLER = "zorba.apps.deploy.engine.FederationController"
 EXECUTOR = "zorba.apps.deploy.engine.SiteExecutor"
+# Beginnings of the names of classes that a job may name; a party refuses all others.
 ALLOWED = [CONTROLLER, EXECUTOR, "nvflare."]
-"""Beginnings of the names of classes that a job may name; a party refuses all others."""
 
 _UNUSED = ("site_log_streamer", "log_receiver")  # a site's logs stay at the site
 _BUILDERS = {

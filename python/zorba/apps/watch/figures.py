@@ -1,4 +1,4 @@
-"""Pictures of a run: functions that draw a state on axes and return a caption, "" for no picture."""
+"""Pictures of a run: each draws a state on axes and returns a caption, empty for no picture."""
 
 from __future__ import annotations
 

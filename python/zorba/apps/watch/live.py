@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -82,8 +83,6 @@ class LiveView:
 
     def __enter__(self) -> LiveView:
         """Starts to show."""
-        if self._live is not None:
-            self._live.start()
         self._thread.start()
         return self
 
@@ -91,26 +90,23 @@ class LiveView:
         """Shows the last state and stops."""
         self._stop.set()
         self._thread.join()
-        if self._live is not None:
-            self._live.stop()
 
     def _run(self) -> None:
         try:
-            if self._live is not None:
+            with self._live or nullcontext() as live:
                 # What happened before somebody looked shapes the view, and leaves no lines.
-                self._faults = len(self._follower.update().faults)
-            stopping = False
-            while not stopping:
-                # Asked before the events are read: whatever came before the stop is shown.
-                stopping = self._stop.is_set()
-                for event in self._follower.events():
-                    self._tell(event, self._follower.state)
-                state = self._follower.state
-                if self._live is not None:
-                    self._live.update(view_run(state, self._console), refresh=True)
-                if state.end is not None:
-                    self.ended.set()
-                self._stop.wait(_POLL_SECONDS)
+                self._faults = len(self._follower.update().faults) if live else 0
+                stopping = False
+                while not stopping:
+                    # Asked before the events are read: whatever came before the stop is shown.
+                    stopping = self._stop.is_set()
+                    for event in self._follower.events():
+                        self._tell(event, self._follower.state)
+                    if live is not None:
+                        live.update(view_run(self._follower.state, self._console), refresh=True)
+                    if self._follower.state.end is not None:
+                        self.ended.set()
+                    self._stop.wait(_POLL_SECONDS)
         except Exception as error:  # a view must not end the run that it shows
             self.error = error
             self._say(f"the view of the run stopped: {error}")

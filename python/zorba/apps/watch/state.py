@@ -169,16 +169,10 @@ class RunState:
 
 
 class Follower:
-    """The state of a run folder, kept up with its events.
+    """Keeps ``state`` up with the events of a run.
 
-    Args:
-        events: path of ``events.jsonl``; it need not exist yet.
-
-    Attributes:
-        state: as of the last update.
-
-    Raises:
-        RunFolderError: when it reads a file that holds no events.
+    ``events`` is the path of ``events.jsonl``, which need not exist yet. Reading a file that holds
+    no events raises RunFolderError.
     """
 
     def __init__(self, events: str | Path) -> None:

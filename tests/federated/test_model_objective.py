@@ -163,7 +163,7 @@ def test_checkpoint_of_an_offloaded_replica(tmp_path: Path) -> None:
     with ExitStack() as stack:
         client = make_client("ada", 0, tmp_path / "host", stack, torch.bfloat16)
         other = make_client("bob", 0, None, stack, torch.bfloat16)
-        for table in client.replica.table:  # type: ignore[union-attr]
+        for table in client.replica.table.tables:  # type: ignore[union-attr]
             zk.add_noise_(table, 3, 0.1)
         client.replica.save(tmp_path / "checkpoint")
         other.replica.load(tmp_path / "checkpoint")

@@ -23,7 +23,7 @@ from zorba.federated import (
 from zorba.hf import find_blocks
 from zorba.offload import Offload
 from zorba.optim import NoiseTerms, active_table
-from zorba.tables import DeviceTables
+from zorba.tables import DeviceTables, each_table
 
 import zorba_kernels as zk
 from tests.federated.world import make_settings
@@ -163,7 +163,7 @@ def test_checkpoint_of_an_offloaded_replica(tmp_path: Path) -> None:
     with ExitStack() as stack:
         client = make_client("ada", 0, tmp_path / "host", stack, torch.bfloat16)
         other = make_client("bob", 0, None, stack, torch.bfloat16)
-        for table in client.replica.table:  # type: ignore[union-attr]
+        for table in each_table(client.replica.table):
             zk.add_noise_(table, 3, 0.1)
         client.replica.save(tmp_path / "checkpoint")
         other.replica.load(tmp_path / "checkpoint")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
+from zorba import ZerothOrderSGD
 from zorba.optim import Placement
 
 from tests.tolerances import bound
@@ -48,6 +52,41 @@ def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 def loss_of(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(model(ids).float().flatten(0, 1), labels.flatten())
+
+
+def task(
+    generator: torch.Generator, dtype: torch.dtype = torch.float32
+) -> tuple[Tied, Callable[[], Tensor]]:
+    """A model, and its loss on a batch as a closure."""
+    model, (ids, labels) = Tied(dtype), batch(generator)
+    return model, lambda: loss_of(model, ids, labels)
+
+
+def failing(
+    closure: Callable[[], Tensor], at: int, error: type[BaseException]
+) -> Callable[[], Tensor]:
+    """The closure, which raises at the end of its call number ``at``."""
+    calls = itertools.count(1)
+
+    def call() -> Tensor:
+        loss = closure()
+        if next(calls) == at:
+            raise error("injected")
+        return loss
+
+    return call
+
+
+def untouched(model: nn.Module) -> bool:
+    """Whether a step has left no hook and no forward of its own on the model."""
+    return not any(
+        m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules()
+    )
+
+
+def scratch_bytes(optimizer: ZerothOrderSGD) -> int:
+    """Bytes of the buffers that wait for the next forward."""
+    return sum(buffer.numel() for free in optimizer.placement._free for buffer in free)
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

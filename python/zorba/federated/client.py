@@ -18,8 +18,7 @@ from zorba.federated.messages import Greeting, Hello, Plan, Reply, decode
 from zorba.federated.privacy import PrivacyAccountant
 from zorba.federated.replica import Replica
 from zorba.identity import package_version
-from zorba.optim.estimator import Evaluate, differences, evaluation_noises, mean_loss
-from zorba.optim.terms import NoiseTerms
+from zorba.optim.terms import Evaluate, NoiseTerms, differences, evaluation_noises, mean_loss
 from zorba_kernels.noise import NOISE_VERSION
 
 Objective = Callable[[int, int], tuple[Evaluate, int]]

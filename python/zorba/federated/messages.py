@@ -14,13 +14,13 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from zorba.defaults import Estimator
 from zorba.federated.codec import Layout, Reader, check_name, frame, pack_name, unframe
 from zorba.federated.errors import MessageError
 from zorba.federated.privacy import PrivacySpent
 from zorba.federated.settings import MAX_STEPS, positive_in_float32
 from zorba.identity import MAX_BLOCKS, ModelIdentity
 from zorba.log import LogEntry, LogError, decode_entries
-from zorba.optim.estimator import Estimator
 from zorba_kernels.noise import NOISE_VERSION, Distribution, Rounding
 
 # A field of fixed size is named here and in its message's class, and nowhere else. The codes are

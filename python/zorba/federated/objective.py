@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 import zorba_kernels as zk
 from zorba.offload import Offload
-from zorba.optim.estimator import Evaluate
 from zorba.optim.evaluation import Evaluator
 from zorba.optim.scratch import ScratchPlacement
-from zorba.optim.terms import NoiseTerms
+from zorba.optim.terms import Evaluate, NoiseTerms
 from zorba.tables import DeviceTables, Tables
 from zorba_kernels.noise import Distribution
 
@@ -79,8 +78,8 @@ class ModelObjective:
         def evaluate(noises: Sequence[NoiseTerms]) -> Sequence[Any]:
             groups = range(self._table.num_groups)
             self._activate([g for g in groups if any(terms.active(g) for terms in noises)])
-            with self._evaluator.step(lambda: self._loss(batch)) as evaluation:
-                return evaluation.losses(noises)
+            with self._evaluator.step(lambda: self._loss(batch)) as losses_at:
+                return losses_at(noises)
 
         return evaluate, count
 
@@ -97,7 +96,6 @@ class ModelObjective:
             names = {entry.name for entry in self._table.entries if entry.group in active}
             offload.set_active([b.name for b in offload.blocks if names & set(b.parameters)])
         self._placement = ScratchPlacement(self._model, self._table_of(active), self._distribution)
-        self._placement.remake = lambda: self._table_of(active)
         self._evaluator = Evaluator(self._model, self._placement, True, self._read)
         self._active = active
 

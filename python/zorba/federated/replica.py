@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 import zorba_kernels as zk
+from zorba import defaults
 from zorba.federated.errors import DivergedError, GapError, ReplicaError
 from zorba.files import write_whole
 from zorba.identity import ModelIdentity, identity_of
 from zorba.log import LogEntry, apply_entries
-from zorba.optim import defaults
 from zorba.tables import Tables, fingerprint
 from zorba_kernels.noise import NOISE_VERSION, Distribution, Rounding
 

@@ -13,9 +13,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from zorba import defaults
+from zorba.defaults import ESTIMATORS, Estimator
 from zorba.federated.codec import check_name
-from zorba.optim import defaults
-from zorba.optim.defaults import ESTIMATORS, Estimator
 from zorba_kernels.noise import DISTRIBUTIONS, ROUNDINGS, Distribution, Rounding
 from zorba_kernels.program import check_choice, check_uint64, integer
 

@@ -126,8 +126,8 @@ class _Reads:
     calls: int = 0  # of the head
 
 
-# Of the forward that runs now. Forwards that run side by side (``zorba.optim.lockstep``: each is a
-# greenlet, which has a context of its own) go through one head and each read their own.
+# Of the forward that runs now. Forwards that run side by side (``zorba.optim.evaluation``: each is
+# a greenlet, which has a context of its own) go through one head and each read their own.
 _reads: ContextVar[_Reads | None] = ContextVar("reads", default=None)
 
 

@@ -1,12 +1,11 @@
 """The optimizer and its parts: terms, estimator, placements."""
 
-from zorba.optim.estimator import Evaluate, finite_differences, one_by_one
+from zorba.optim.options import active_parameters, active_table
 from zorba.optim.placement import InplacePlacement, Placement
 from zorba.optim.reuse import PrefixReuse
-from zorba.optim.scratch import ScratchPlacement, UnreachedParameterError
-from zorba.optim.select import active_parameters, active_table
+from zorba.optim.scratch import ScratchPlacement
 from zorba.optim.sgd import Recorder, StepReport, ZerothOrderSGD
-from zorba.optim.terms import NoiseTerms, step_seed
+from zorba.optim.terms import Evaluate, NoiseTerms, one_by_one, step_seed
 
 __all__ = [
     "Evaluate",
@@ -17,11 +16,9 @@ __all__ = [
     "Recorder",
     "ScratchPlacement",
     "StepReport",
-    "UnreachedParameterError",
     "ZerothOrderSGD",
     "active_parameters",
     "active_table",
-    "finite_differences",
     "one_by_one",
     "step_seed",
 ]

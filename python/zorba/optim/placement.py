@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import zorba_kernels as zk
-from zorba.optim.interrupt import deferred_interrupts
 from zorba.optim.owners import Owner
 from zorba.optim.terms import NoiseTerms
+from zorba.optim.thread import deferred_interrupts
 
 PlacementName = Literal["scratch", "inplace"]
 PLACEMENTS: tuple[PlacementName, ...] = get_args(PlacementName)
@@ -23,19 +24,13 @@ PLACEMENTS: tuple[PlacementName, ...] = get_args(PlacementName)
 class Placement(ABC):
     """Shows a model perturbed weights, and writes updates.
 
-    Args:
-        table: the active weights.
-        distribution: of the noise.
-        owners: modules that hold them; see ``find_owners``.
-
     Attributes:
-        table: the weights; its groups are the rows of every ``NoiseTerms`` given.
+        table: the active weights; its groups are the rows of every ``NoiseTerms`` given.
         distribution: of the noise.
-        owners: modules that hold the parameters.
+        owners: modules that hold the weights; see ``find_owners``.
         kernel_seconds: time spent in passes over weights so far.
-        remake: makes the table anew where its parameters have moved; None where they may not.
-        by_module: whether weights are perturbed in the forwards of their modules alone, so that it
-            must ``learn`` which of them a closure uses elsewhere.
+        by_module: whether weights are perturbed in the forwards of their modules alone, but for
+            those that it is told to ``hold``.
         side_by_side: whether evaluations may take turns within a forward: ``park``, ``resume``.
     """
 
@@ -49,7 +44,6 @@ class Placement(ABC):
         self.distribution = distribution
         self.owners = owners
         self.kernel_seconds = 0.0
-        self.remake: Callable[[], zk.ParamTable] | None = None
 
     @abstractmethod
     def session(self) -> AbstractContextManager[None]:
@@ -59,7 +53,6 @@ class Placement(ABC):
     def move_to(self, terms: NoiseTerms) -> None:
         """Makes the following forwards see the weights plus ``terms``; inside a session."""
 
-    @abstractmethod
     def update(
         self,
         terms: NoiseTerms,
@@ -78,62 +71,38 @@ class Placement(ABC):
             then: where the next session moves to first. The weights may be left there, in the same
                 pass, until ``restore`` or the next session takes it off again.
         """
+        self._show_weights()  # what is shown perturbed would be refused as moved
+        how = self.distribution, rounding, rounding_seed
+        program = zk.Program(terms.seeds, terms.coefs, *how, samples=terms.samples, decay=decay)
+        self._run(self.table, program)
+
+    def _show_weights(self) -> None:  # noqa: B027
+        """Lets parameters read the weights themselves, which a pass is about to write."""
 
     def restore(self) -> None:  # noqa: B027
         """Takes off what ``update`` left on the weights for the next session."""
 
-    def learn(self, functional: Collection[str], unread: Collection[str]) -> bool:
-        """Is told how an evaluation used the parameters.
+    def hold(self, names: Collection[str]) -> None:  # noqa: B027
+        """Is told, between evaluations, what is used without the forward of its module."""
 
-        Args:
-            functional: names of those that were used without the forward of their module.
-            unread: names of those that were not used.
+    def park(self) -> Any:  # noqa: B027
+        """Takes perturbed weights away amid an evaluation; returns what ``resume`` takes."""
 
-        Returns:
-            Whether the evaluation must be made again, as it did not see all of them perturbed.
-        """
-        del functional, unread
-        return False
-
-    def park(self) -> Any:
-        """Takes perturbed weights away in the middle of an evaluation; see ``side_by_side``.
-
-        Returns:
-            What ``resume`` needs to go on with it.
-        """
-        raise NotImplementedError(f"{type(self).__name__} shows one evaluation at a time")
-
-    def resume(self, parked: Any) -> None:
+    def resume(self, parked: Any) -> None:  # noqa: B027
         """Goes on with an evaluation where ``park`` left it."""
-        raise NotImplementedError(f"{type(self).__name__} shows one evaluation at a time")
 
     def refresh(self) -> None:
-        """Follows parameters that have moved, to a device or another dtype, with ``remake``."""
-        if self.remake is not None and not self.table.current:
-            self.rebase(self.remake())
+        """Follows parameters that have moved, to a device or another dtype; between sessions."""
+        table = self.table
+        if not table.current:
+            tensors = {entry.name: entry.source for entry in table.entries}
+            groups = {entry.name: entry.group for entry in table.entries}
+            offsets = {entry.name: entry.offset for entry in table.entries}
+            self.table = zk.ParamTable(tensors, groups, offsets, table.num_groups)
+            self._find_owners()
 
-    def rebase(self, table: zk.ParamTable) -> None:
-        """Works on another table of the same parameters from here on: they have moved."""
-        self.table = table
-
-    def _add(
-        self,
-        terms: NoiseTerms,
-        rounding: str = "nearest",
-        rounding_seed: int | None = None,
-        decay: Tensor | None = None,
-    ) -> None:
-        """Adds terms to the weights themselves, in one pass."""
-        program = zk.Program(
-            terms.seeds,
-            terms.coefs,
-            self.distribution,
-            rounding,
-            rounding_seed,
-            samples=terms.samples,
-            decay=decay,
-        )
-        self._run(self.table, program)
+    def _find_owners(self) -> None:  # noqa: B027
+        """Looks where the parameters of a new table are."""
 
     def _run(
         self, table: zk.ParamTable, program: zk.Program, out: zk.ParamTable | None = None
@@ -149,17 +118,14 @@ class InplacePlacement(Placement):
     """Perturbs the weights themselves. No extra memory; restoring rounds, so 16-bit weights drift.
 
     A central difference costs three passes: perturb, flip, and one that restores and updates; two,
-    where that one also perturbs for the next step (``then``).
-
-    Attributes:
-        ahead: whether the weights carry what the next session begins with.
+    where that one also perturbs for the next step (``then``): the weights are ``ahead`` until then.
     """
 
     def __init__(
         self, table: zk.ParamTable, distribution: str, owners: Sequence[Owner] = ()
     ) -> None:
         super().__init__(table, distribution, owners)
-        self._current = NoiseTerms.none(table.num_groups)
+        self._current = NoiseTerms.none(table.num_groups)  # on the weights now
         self.ahead = False
 
     @contextmanager
@@ -179,16 +145,17 @@ class InplacePlacement(Placement):
         self.refresh()
         self.move_to(NoiseTerms.none(self.table.num_groups))
 
+    # Of both: the pass and the note of where it led belong together. Ctrl-C between them would
+    # leave weights perturbed that nobody knows of.
+    @deferred_interrupts()
     def move_to(self, terms: NoiseTerms) -> None:
         """See ``Placement.move_to``; one pass, or none where nothing changes."""
         delta = _difference(terms, self._current)
-        # The pass and the note of where it led belong together: Ctrl-C between them would leave
-        # weights perturbed that nobody knows of.
-        with deferred_interrupts():
-            if delta.seeds:
-                self._add(delta)
-            self._current, self.ahead = terms, False
+        if delta.seeds:
+            super().update(delta, "nearest")
+        self._current, self.ahead = terms, False
 
+    @deferred_interrupts()
     def update(
         self,
         terms: NoiseTerms,
@@ -199,14 +166,43 @@ class InplacePlacement(Placement):
     ) -> None:
         """See ``Placement.update``; restores in the same pass."""
         # Decay acts on what is in memory, the perturbation too: that share of it is gone already.
-        kept = 1.0 - (decay.double() if decay is not None else torch.zeros(1).double())
+        kept = 1.0 - (torch.zeros(1) if decay is None else decay).double()
         current = self._current
         left = NoiseTerms(current.seeds, current.samples, current.coefs * kept[:, None])
         target = NoiseTerms.none(self.table.num_groups) if then is None else then
-        delta = _difference(terms.plus(target), left)
-        with deferred_interrupts():
-            self._add(delta, rounding, rounding_seed, decay)
-            self._current, self.ahead = target, then is not None
+        super().update(_difference(terms.plus(target), left), rounding, rounding_seed, decay)
+        self._current, self.ahead = target, then is not None
+
+    def guard(self, model: nn.Module) -> Callable[[], None]:
+        """Restores weights before the model uses them outside of a step; returns what ends this."""
+        # Forwards of the modules that hold active parameters, and both state dicts of all modules:
+        # each may be called on a part of the model alone. Within a step weights are never
+        # ``ahead``, and the hooks do nothing.
+        restore = _Restore(self)
+        hooks = ExitStack()
+        for owner in self.owners:
+            hooks.enter_context(owner.module.register_forward_pre_hook(restore))
+        for module in model.modules():
+            hooks.enter_context(module.register_state_dict_pre_hook(restore))  # type: ignore[no-untyped-call]
+            hooks.enter_context(module.register_load_state_dict_pre_hook(restore))  # type: ignore[no-untyped-call]
+        hooks.callback(restore)  # called first: the stack is undone from its end
+        return hooks.close
+
+
+@dataclass
+class _Restore:
+    """A hook. In a copy of the model it does nothing: the copy's weights are no placement's."""
+
+    placement: InplacePlacement | None = None
+
+    def __call__(self, *arguments: Any) -> None:
+        if self.placement is not None and self.placement.ahead:
+            self.placement.restore()
+
+    def __reduce__(self) -> tuple[type[_Restore], tuple[()]]:
+        # deepcopy and pickle come here: a copy that held the placement would restore the original
+        # model, and a placement with its table cannot be pickled at all.
+        return _Restore, ()
 
 
 def _difference(target: NoiseTerms, current: NoiseTerms) -> NoiseTerms:
@@ -215,8 +211,7 @@ def _difference(target: NoiseTerms, current: NoiseTerms) -> NoiseTerms:
     for sign, terms in ((-1.0, current), (1.0, target)):
         for k, key in enumerate(zip(terms.seeds, terms.samples, strict=True)):
             # In float64: eps - lr * g, of very different sizes, is rounded to float32 once.
-            column = sign * terms.coefs[:, k].double()
-            merged[key] = merged[key] + column if key in merged else column
+            merged[key] = merged.get(key, torch.zeros(())) + sign * terms.coefs[:, k].double()
     kept = {key: column for key, column in merged.items() if bool((column != 0).any())}
     if not kept:
         return NoiseTerms.none(target.coefs.shape[0])

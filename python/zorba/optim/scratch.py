@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import zorba_kernels as zk
-from zorba.optim.interrupt import deferred_interrupts
 from zorba.optim.owners import Owner, find_owners
 from zorba.optim.placement import Placement
 from zorba.optim.terms import NoiseTerms
-
-
-class UnreachedParameterError(RuntimeError):
-    """A parameter was to be perturbed, but its module's forward never ran."""
+from zorba.optim.thread import deferred_interrupts
 
 
 class ScratchPlacement(Placement):
@@ -28,259 +23,146 @@ class ScratchPlacement(Placement):
     length of the forward), so any module works, tied weights and modules called twice among them.
     The weights themselves are written by ``update`` alone: an evaluation leaves every bit of them
     as it was. Extra memory: the largest module's own active parameters; where modules with active
-    parameters are nested, the largest of each level; and all parameters that ``hold`` names.
-
-    Args:
-        model: whose modules are hooked during a session.
-        table: its active parameters; names must be the model's canonical ones.
-        distribution: of the noise.
+    parameters are nested, the largest of each level; and all parameters that ``hold`` names. Names
+    of the table must be the model's canonical ones.
     """
 
     by_module = True
     side_by_side = True
 
     def __init__(self, model: nn.Module, table: zk.ParamTable, distribution: str) -> None:
-        super().__init__(table, distribution, find_owners(model, table))
+        super().__init__(table, distribution)
         self._model = model
         self._hooks = ExitStack()
-        self._in_session = False
-        self._program: zk.Program | None = None  # of the evaluation that runs
+        self._program: zk.Program  # of the evaluation that runs
         self._moving: frozenset[int] = frozenset()  # groups that it changes
-        self._shown: set[str] = set()  # names of parameters that read scratch now
         self._held: set[str] = set()
-        self._excused: set[str] = set()
-        self._checked = False
-        self._make_sites()
+        self._find_owners()
 
-    def _make_sites(self) -> None:
-        """Places where parameters read scratch: the owners, and one for those that are held."""
-        parts = [owner.without(self._held) for owner in self.owners]
-        self._sites = [part for part in parts if part is not None]
+    def _find_owners(self) -> None:
+        self.owners = find_owners(self._model, self.table, self._held)
+        self._owner_of = {owner.module: owner for owner in self.owners if not owner.held}
         # Siblings run one after the other and share a buffer; a module that runs inside of another
         # one's forward needs its own beside it. So there is one size a level.
-        whole: dict[str, list[nn.Parameter]] = {}
-        for owner in self.owners:
-            for name in owner.parameters.keys() & self._held:
-                whole.setdefault(name, []).extend(owner.parameters[name])
-        if whole:
-            level = 1 + max((site.level for site in self._sites), default=-1)
-            self._sites.append(Owner(self._model, whole, self.table, level, held=True))
-        self._level_bytes = [0] * (1 + max(site.level for site in self._sites))
-        for site in self._sites:
-            self._level_bytes[site.level] = max(self._level_bytes[site.level], site.nbytes)
-        self._free: list[list[Tensor]] = [[] for _ in self._level_bytes]
-
-    @property
-    def scratch_bytes(self) -> int:
-        """Bytes of the buffers that wait for the next forward."""
-        return sum(buffer.numel() for buffers in self._free for buffer in buffers)
+        levels = range(1 + max(owner.level for owner in self.owners))
+        self._sizes = [max(o.nbytes for o in self.owners if o.level == n) for n in levels]
+        self._free: list[list[Tensor]] = [[] for _ in levels]
 
     def hold(self, names: Collection[str]) -> None:
-        """Shows these parameters perturbed during whole evaluations, not only in their forwards.
-
-        For parameters that are used without the forward of their module (a head that multiplies
-        with the weight of the embedding). They need scratch of their own during an evaluation.
-
-        Raises:
-            ValueError: a name is not in the table.
-        """
-        unknown = sorted(set(names) - set(self.table.names))
-        if unknown:
-            raise ValueError(f"the table has no parameters named {unknown}")
-        in_session = self._in_session
-        self._leave()
-        self._program = None
+        """See ``Placement.hold``: perturbed for whole evaluations, in scratch of their own."""
+        self._show_weights()
+        self._moving = frozenset()
         self._held |= set(names)
-        self._make_sites()
-        if in_session:
-            self._enter()
-
-    def excuse(self, names: Collection[str]) -> None:
-        """Says that an evaluation may pass without these parameters: it does not read them.
-
-        Experts of a mixture that no token reaches, for example.
-        """
-        self._excused |= set(names)
-
-    def learn(self, functional: Collection[str], unread: Collection[str]) -> bool:
-        """See ``Placement.learn``: ``hold`` what is functional, ``excuse`` what is unread."""
-        self.excuse(unread)
-        if functional:
-            self.hold(functional)
-        return bool(functional)
-
-    def rebase(self, table: zk.ParamTable) -> None:
-        """See ``Placement.rebase``; outside of a session."""
-        super().rebase(table)
-        self.owners = find_owners(self._model, table)
-        self._checked = False
-        self._make_sites()
+        self._find_owners()
 
     @contextmanager
     def session(self) -> Iterator[None]:
         """See ``Placement.session``; exact."""
-        self._program = None
+        self._moving = frozenset()
         try:
-            with deferred_interrupts():
-                self._enter()
+            self._enter()
             yield
-            self._check_reached()
         finally:
-            with deferred_interrupts():
-                self._leave()
+            self._leave()
 
+    @deferred_interrupts()
     def _enter(self) -> None:
-        self._in_session = True
-        for site in self._sites:
-            if site.held:
-                continue
+        register = self._hooks.enter_context
+        for module in self._owner_of:
             # In front of hooks that compute with the weights, as weight_norm's: they must find
             # perturbed ones. Behind a forward that raises too, or its parameters would keep
             # reading scratch.
-            before, after = partial(self._before, site), partial(self._after, site)
-            register = self._hooks.enter_context
-            register(site.module.register_forward_pre_hook(before, prepend=True))
-            register(site.module.register_forward_hook(after, always_call=True))
+            register(module.register_forward_pre_hook(self._before, prepend=True))
+            register(module.register_forward_hook(self._after, always_call=True))
 
+    @deferred_interrupts()
     def _leave(self) -> None:
         self._hooks.close()
-        self._in_session = False
-        self._put_all_back()
-
-    def _put_all_back(self) -> None:
-        for site in self._sites:
-            site.depth = 0  # an evaluation that was cut short has not left its modules
-            self._put_back(site)
+        self._show_weights()
 
     def move_to(self, terms: NoiseTerms) -> None:
         """See ``Placement.move_to``; costs nothing until a forward runs."""
-        self._check_reached()
+        self._show_weights()
         self._moving = frozenset(g for g in range(self.table.num_groups) if terms.active(g))
         # Made once for all modules: checking and packing the terms costs more than a small pass.
-        self._program = zk.Program(
-            terms.seeds, terms.coefs, self.distribution, samples=terms.samples
-        )
-        self._put_all_back()
-        for site in self._sites:
-            if site.held:
-                self._show(site)
+        how = self.distribution
+        self._program = zk.Program(terms.seeds, terms.coefs, how, samples=terms.samples)
+        for owner in self.owners:
+            if owner.held:
+                self._show(owner)
 
     def park(self) -> Any:
         """See ``Placement.park``."""
-        parked = [
-            (site, site.depth, site.shown) for site in self._sites if site.depth or site.shown
-        ]
-        self._put_all_back()
-        program, self._program = self._program, None  # whose evaluation has not reached all yet
-        return program, self._moving, parked
+        shown = [(owner, owner.depth, owner.buffer, owner.before) for owner in self.owners]
+        self._show_weights()
+        return self._program, self._moving, shown
 
     def resume(self, parked: Any) -> None:
         """See ``Placement.resume``; in the same memory."""
-        self._program, self._moving, sites = parked
-        for site, depth, shown in sites:
-            site.depth = depth
-            if shown is not None:
+        self._program, self._moving, shown = parked
+        for owner, depth, buffer, before in shown:
+            owner.depth = depth
+            if buffer is not None:
                 # The values are made again, others may have used the buffer. But it must be the
                 # same one: the forward that waits may hold a view of it.
-                part, buffer = shown
-                free = self._free[site.level]
+                free = self._free[owner.level]
                 free[:] = [other for other in free if other is not buffer]
-                self._show_part(site, part, buffer)
+                self._show(owner, buffer)
+                owner.before = before
 
-    def update(
-        self,
-        terms: NoiseTerms,
-        rounding: str,
-        rounding_seed: int | None = None,
-        decay: Tensor | None = None,
-        then: NoiseTerms | None = None,
-    ) -> None:
-        """See ``Placement.update``; one pass. ``then`` costs nothing here, and changes nothing."""
-        self._check_reached()
-        # Parameters that are held read scratch until here, and would be refused as moved.
-        self._put_all_back()
-        self._add(terms, rounding, rounding_seed, decay)
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        owner = self._owner_of.get(module)  # none where all its parameters are held by now
+        if owner is not None:
+            owner.depth += 1
+            if owner.depth == 1:
+                self._show(owner)
 
-    def _check_reached(self) -> None:
-        """Once, after the first perturbed evaluation: did every active module run?"""
-        # A parameter that is used without its module's forward would be updated along a direction
-        # that the losses never saw: worse than an error, a random walk.
-        if self._checked or self._program is None or not self._moving:
-            return
-        active = [s for s in self._sites if not self._moving.isdisjoint(s.groups)]
-        # By name, not by site: a tied weight is seen if one of its modules ran.
-        reached = {name for s in active if s.reached for name in s.parameters} | self._excused
-        missed = [n for s in active for n in s.parameters if n not in reached]
-        if missed:
-            raise UnreachedParameterError(
-                f"the forward of these parameters' modules never ran: {', '.join(missed[:5])}"
-                f"{' and more' if len(missed) > 5 else ''}. Are they used by another module "
-                "directly? Then hold() them. Are they not used? Then freeze them "
-                "(requires_grad=False) or excuse() them"
-            )
-        self._checked = True
-
-    def _before(self, site: Owner, module: nn.Module, args: tuple[Any, ...]) -> None:
-        del module, args
-        site.depth += 1
-        if site.depth == 1:
-            self._show(site)
-
-    def _after(self, site: Owner, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        del module, args
-        site.depth = max(0, site.depth - 1)
-        if site.depth or site.shown is None:
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        owner = self._owner_of.get(module)
+        if owner is None:
             return None
-        kept = _outside(output, site.shown[1])
-        self._put_back(site)
+        owner.depth = max(0, owner.depth - 1)
+        if owner.depth or owner.buffer is None:
+            return None
+        kept = _outside(output, owner.buffer)
+        self._put_back(owner, owner.before)
         return kept
 
-    def _show(self, site: Owner) -> None:
-        if self._moving.isdisjoint(site.groups):
+    def _show(self, owner: Owner, buffer: Tensor | None = None) -> None:
+        """Writes an owner's perturbed weights to scratch, and lets its parameters read it."""
+        if self._moving.isdisjoint(owner.groups):
             return
-        site.reached = True
-        # A module around this one may show some of its parameters already: tied weights.
-        part = site.without(self._shown)
-        if part is not None:
-            free = self._free[site.level]
-            size = self._level_bytes[site.level]
-            buffer = (
-                free.pop()
-                if free
-                else torch.empty(size, dtype=torch.uint8, device=self.table.device)
-            )
-            self._show_part(site, part, buffer)
-
-    def _show_part(self, site: Owner, part: Owner, buffer: Tensor) -> None:
-        assert self._program is not None
-        target = part.target(buffer)
+        if buffer is None:
+            free, size = self._free[owner.level], self._sizes[owner.level]
+            device = self.table.device
+            buffer = free.pop() if free else torch.empty(size, dtype=torch.uint8, device=device)
+        table, views = owner.target(buffer)
         # Noted before the pass: if it raises, ``_leave`` gives the buffer back.
-        site.shown = part, buffer
-        self._run(part.table, self._program, target)
-        part.point_to(target)
-        self._shown |= part.parameters.keys()
+        owner.buffer, owner.before = buffer, owner.shown()
+        self._run(owner.table, self._program, table)
+        owner.point_to(views)
 
-    def _put_back(self, site: Owner) -> None:
-        if site.shown is None:
-            return
-        part, buffer = site.shown
+    def _put_back(self, owner: Owner, tensors: list[Tensor]) -> None:
         # Ctrl-C may stop a closure anywhere in here, and ``_leave`` does it again: it may cost a
         # buffer, and must not put one back twice or leave a parameter pointing to it.
-        part.point_to(part.table)
-        self._shown -= part.parameters.keys()
-        site.shown = None
-        self._free[site.level].append(buffer)
+        owner.point_to(tensors)
+        buffer, owner.buffer = owner.buffer, None
+        if buffer is not None:
+            self._free[owner.level].append(buffer)
+
+    def _show_weights(self) -> None:
+        for owner in self.owners:
+            owner.depth = 0  # an evaluation that was cut short has not left its modules
+            if owner.buffer is not None:
+                self._put_back(owner, owner.weights)
 
 
 def _outside(output: Any, buffer: Tensor) -> Any:
     """The output of a forward, with copies of views of its perturbed weights."""
     # The next module's weights will be written to the buffer while such a view is still in use.
     if isinstance(output, Tensor):
-        inside = (
-            output.layout == torch.strided
-            and output.device == buffer.device
-            and 0 <= output.data_ptr() - buffer.data_ptr() < buffer.nbytes
-        )
+        dense = output.layout == torch.strided  # others have no address
+        inside = dense and 0 <= output.data_ptr() - buffer.data_ptr() < buffer.nbytes
         return output.clone() if inside else output
     if type(output) in (tuple, list):
         return type(output)(_outside(value, buffer) for value in output)

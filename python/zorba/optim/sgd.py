@@ -13,16 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from zorba.defaults import DISTRIBUTION, EPS, ESTIMATOR, NUM_PERTURBATIONS, Distribution, Estimator
-from zorba.optim.estimator import differences, evaluation_noises, mean_loss
 from zorba.optim.evaluation import Evaluator
-from zorba.optim.guard import guard
-from zorba.optim.momentum import Step, velocity, window
-from zorba.optim.options import StepOptions, check_group, param_groups
+from zorba.optim.options import Blocks, active_parameters, active_table, check_options, param_groups
 from zorba.optim.owners import find_owners
 from zorba.optim.placement import PLACEMENTS, InplacePlacement, Placement, PlacementName
 from zorba.optim.scratch import ScratchPlacement
-from zorba.optim.select import Blocks, active_parameters, active_table
-from zorba.optim.terms import NoiseTerms, step_seed
+from zorba.optim.terms import (
+    NoiseTerms,
+    Step,
+    differences,
+    evaluation_noises,
+    mean_loss,
+    step_seed,
+    velocity,
+    window,
+)
 from zorba_kernels.noise import Rounding
 from zorba_kernels.program import check_choice
 
@@ -129,46 +134,38 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 f"the first argument is the model (an nn.Module), not {type(model).__name__}: "
                 "perturbing needs its modules, not only its parameters"
             )
-        options = StepOptions(
-            lr, eps, num_perturbations, estimator, distribution, rounding, weight_decay, momentum,
-            clip, seed,
-        )  # fmt: skip
         check_choice("placement", placement, PLACEMENTS)
         if two_pass and (placement, estimator) != ("inplace", "central"):
             raise ValueError(
                 "two_pass is for placement='inplace' with estimator='central'; got "
                 f"{placement!r} and {estimator!r}"
             )
+        options = check_options(
+            lr=lr, eps=eps, num_perturbations=num_perturbations, estimator=estimator,
+            distribution=distribution, rounding=rounding, weight_decay=weight_decay,
+            momentum=momentum, clip=clip, seed=seed,
+        )  # fmt: skip
         parameters = active_parameters(model, blocks)
-        self._built = False
-        super().__init__(param_groups(parameters, groups), vars(options))
-        self._built = True
-        group_of: dict[str, int] = {}
-        names = {id(p): name for name, p in parameters.items()}
-        for g, group in enumerate(self.param_groups):
-            check_group(group)
-            group_of.update({names[id(p)]: g for p in group["params"]})
-        table = active_table(model, group_of)
+        super().__init__(param_groups(parameters, groups or (), options), options)
+        group_of = {id(p): g for g, group in enumerate(self.param_groups) for p in group["params"]}
+        table = active_table(model, {name: group_of[id(p)] for name, p in parameters.items()})
         self.placement: Placement
         if placement == "scratch":
             self.placement = ScratchPlacement(model, table, distribution)
         else:
             self.placement = InplacePlacement(table, distribution, find_owners(model, table))
-        # Models move after construction: ``accelerator.prepare`` does, and ``model.to``.
-        self.placement.remake = lambda: active_table(model, group_of)
-        self._evaluator = Evaluator(model, self.placement, prefix_reuse)
+            if two_pass:
+                # The weights are restored when the optimizer is collected, which the hooks, as they
+                # know the placement alone, do not prevent. At exit nobody needs them any more.
+                weakref.finalize(self, self.placement.guard(model)).atexit = False
         self._two_pass = two_pass
-        if two_pass:
-            # The weights are restored when the optimizer is collected, which the hooks, as they
-            # know the placement alone, do not prevent. At exit nobody needs them any more.
-            assert isinstance(self.placement, InplacePlacement)
-            weakref.finalize(self, guard(model, self.placement)).atexit = False
+        self._evaluator = Evaluator(model, self.placement, prefix_reuse)
         self.last_step: StepReport | None = None
         self.recorder: Recorder | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused after construction: the groups are the model's parameters."""
-        if self._built:
+        if hasattr(self, "placement"):
             raise ValueError(
                 "ZerothOrderSGD takes its parameters from the model: set requires_grad, or give "
                 "groups=, and make a new optimizer"
@@ -202,15 +199,10 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         """Takes the next step's perturbation off the weights, where ``two_pass`` left one there."""
         self.placement.restore()
 
+    eval = flush  # Trainer calls it before it evaluates and saves
+
     def train(self) -> None:
         """Does nothing; the counterpart of ``eval``."""
-
-    def eval(self) -> None:
-        """Makes the weights fit for evaluation and saving, as ``flush``."""
-        self.flush()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Does nothing: there are no gradients."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float | Tensor] | None = None) -> Tensor:  # type: ignore[override]
@@ -233,13 +225,14 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         if closure is None:
             raise ValueError("step needs a closure that returns the loss of one batch")
         started = time.perf_counter()
+        # Models move after construction: ``accelerator.prepare`` does, and ``model.to``.
         self.placement.refresh()
         kernel_before = self.placement.kernel_seconds
         options = self.param_groups[0]
         step, clip = options["step"], options["clip"]
         seed = step_seed(options["seed"], step)
-        with self._evaluator.step(closure) as evaluation:
-            losses = evaluation.losses(self._noises(step))
+        with self._evaluator.step(closure) as losses_at:
+            losses = losses_at(self._noises(step))
             scalars = differences(losses, options["eps"], options["estimator"])
             # One bad batch must not end a run, nor move the weights in a direction of no meaning.
             skipped = not all(map(math.isfinite, scalars))
@@ -254,26 +247,16 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 else:
                     self.recorder.append(step, *update)
         loss = mean_loss(losses)
-        self.last_step = StepReport(
-            seed,
-            tuple(scalars),
-            loss,
-            skipped,
-            time.perf_counter() - started,
-            self.placement.kernel_seconds - kernel_before,
-        )
+        seconds = time.perf_counter() - started
+        in_kernels = self.placement.kernel_seconds - kernel_before
+        self.last_step = StepReport(seed, tuple(scalars), loss, skipped, seconds, in_kernels)
         return torch.tensor(loss)
 
     def _noises(self, step: int) -> list[NoiseTerms]:
         """Where a step evaluates."""
         options = self.param_groups[0]
-        return evaluation_noises(
-            step_seed(options["seed"], step),
-            options["eps"],
-            options["num_perturbations"],
-            options["estimator"],
-            active=self._shares(),
-        )
+        seed, count = step_seed(options["seed"], step), options["num_perturbations"]
+        return evaluation_noises(seed, options["eps"], count, options["estimator"], self._shares())
 
     def _shares(self) -> list[float]:
         """Distance of each group in units of the first one's."""
@@ -284,9 +267,11 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         options, groups = self.param_groups[0], self.param_groups
         momentum = options["momentum"]
         steps: list[Step] = [(seed, tuple(scalars), momentum)]
+        # torch keeps its state by parameters, and saves entries with other keys as they are.
+        state = cast(dict[str, Any], self.state)
         if momentum:
             # A few bytes a step stand for a buffer as large as the model.
-            steps = [*self._recent(), *steps][-window(momentum) :]
+            steps = [*state["momentum"].get("steps", []), *steps][-window(momentum) :]
         rates = [float(group["lr"]) for group in groups]
         # A scalar is a difference over the first group's eps; a group's own is that over its share.
         terms = velocity(steps, [-lr / s for lr, s in zip(rates, self._shares(), strict=True)])
@@ -296,13 +281,5 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         then = self._noises(options["step"] + 1)[0] if self._two_pass else None
         self.placement.update(terms, options["rounding"], seed, decay, then)
         if momentum:
-            self._kept()["momentum"] = {"steps": steps}
+            state["momentum"] = {"steps": steps}
         return terms, seed, decay
-
-    def _recent(self) -> list[Step]:
-        """Steps that the velocity is made of."""
-        return list(self._kept()["momentum"].get("steps", []))
-
-    def _kept(self) -> dict[str, Any]:
-        # torch keys its state by parameters, and saves entries with other keys as they are.
-        return cast(dict[str, Any], self.state)

@@ -46,7 +46,7 @@ demo: install
 
 # The command refuses a folder with something in it: an earlier demo ends, and goes.
 federate-demo: install
-	@test ! -e runs/federate-demo || $(BIN)/zorba federate stop runs/federate-demo >/dev/null 2>&1 || true
+	@test ! -f runs/federate-demo/server/server.yaml || $(BIN)/zorba federate stop runs/federate-demo >/dev/null
 	@rm -rf runs/federate-demo
 	$(BIN)/zorba federate demo
 

@@ -1,25 +1,40 @@
-"""An experiment: results in one JSON file, so that it can be stopped and goes on, and pictures."""
+"""An experiment: a table of runs of the demo's federation, kept as JSON and drawn as curves.
+
+Each result is written down when it is there, and only those that are missing are made: an
+experiment that was stopped goes on where it was.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.figure import Figure
+from torch import nn
 from zorba import machine
+from zorba.apps.reviews import packages
+from zorba.apps.reviews.data import read_reviews
+from zorba.apps.reviews.federation import build
+from zorba.apps.reviews.settings import ReviewSettings
+from zorba.federated import Client, LocalTransport, Replica, RoundReport, Server, run_federation
 from zorba.files import write_whole
+
+Masks = npt.NDArray[np.bool_]  # [clients, blocks]
+Run = dict[str, Any]  # what a run found, as it stands in the JSON file
 
 
 class Results:
-    """A JSON file, ``data``, that is written anew with each result.
-
-    Runs that are kept in it have all ``settings`` but their own in common.
-
-    Raises:
-        SystemExit: the file is of an experiment with other settings.
-    """
+    """A JSON file, ``data``, that is written anew with each result; all runs share ``settings``."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any] | None = None) -> None:
         self.path = path
@@ -38,7 +53,7 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, json.dumps(self.data, indent=1, allow_nan=False) + "\n")
 
-    def run(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def run(self, name: str, make: Callable[[], Run]) -> Run:
         """Returns a run, made and written down where it is missing."""
         if name not in self.part("runs"):
             print(name, flush=True)
@@ -56,19 +71,117 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def panels(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Any, list[Any]]:
-    """Returns a figure of inches by inches, and its axes from left to right."""
-    from matplotlib.figure import Figure
+# --- Runs ----------------------------------------------------------------------------------------
 
+
+class DemoRuns:
+    """Model, data and frozen prefixes of ``zorba demo``, for runs that differ in other things."""
+
+    def __init__(self, settings: ReviewSettings) -> None:
+        self.settings = settings
+        model, tokenizer = packages.load_model(settings.cache)
+        self.federation = build(settings, model, read_reviews(settings, tokenizer))
+        self.masks: Masks = np.array(self.federation.plan.mask, dtype=bool)  # the plan's
+        self._start = {
+            key: [entry.tensor.clone() for entry in replica.table.entries]
+            for key, replica in self.federation.replicas.items()
+        }
+
+    def run(
+        self,
+        masks: Masks,  # which trainable blocks each client activates
+        lr: float,  # of the first round; it falls linearly to 0
+        measure: Callable[[], float],  # of the shared replica's weights
+        every: int,  # rounds between two points of the curve
+        *,
+        seed: int | None = None,  # of the noise and the order of batches; the demo's by default
+        wrap: Callable[[str, Client], Client] = lambda name, client: client,
+        **changes: Any,  # fields of ``FederationSettings`` that differ from the demo's
+    ) -> Run:
+        """Runs a federation from the original weights; ``wrap`` may replace an honest client."""
+        made, rounds = self.federation, self.settings.rounds
+        replicas = {key: self._restored(key) for key in made.replicas}
+        clients = {}
+        for n, (name, pool) in enumerate(made.pools.items()):
+            order = pool.seed if seed is None else seed * 1000 + n
+            own = replace(pool, first=int(masks[n].argmax()), seed=order)
+            replica = replicas.get(name, replicas["shared"])
+            clients[name] = wrap(name, Client(name, replica, own.objective))
+        if seed is not None:
+            changes["seed"] = seed
+        falling = lambda at: lr * (1 - (at - 1) / rounds)  # noqa: E731
+        settings = replace(made.settings, lr=falling, **changes)
+        curve = [(0, measure())]
+
+        def on_round(report: RoundReport) -> None:
+            if report.round % every == 0:
+                curve.append((report.round, measure()))
+                print(f"  round {report.round}: {curve[-1][1]:.4f}", flush=True)
+
+        with tempfile.TemporaryDirectory() as folder:
+            log, identity = Path(folder) / "job.log", replicas["shared"].identity
+            server = Server(settings, identity, list(clients), masks, log)
+            result = run_federation(server, LocalTransport(clients), rounds, on_round=on_round)
+            server.close()
+        return {
+            "lr": lr,
+            "curve": curve,
+            "accuracy": self.accuracy(),
+            "replicas_identical": result.replicas_identical,
+        }
+
+    def accuracy(self) -> float:
+        """Of the held-out set, at the shared replica's weights."""
+        return self.federation.score().accuracy
+
+    @torch.no_grad()
+    def loss(self, every: int) -> float:
+        """Mean loss of every so-manieth batch of each client, at the shared replica's weights.
+
+        An estimate of the objective that the federation minimizes, clients weighing the same.
+        """
+        suffix = self.federation.suffixes["shared"]
+        losses = [
+            nn.functional.cross_entropy(suffix.logits(prefix), prefix.labels)
+            for pool in self.federation.pools.values()
+            for prefix in pool.prefixes[::every]
+        ]
+        return float(torch.stack(losses).mean())
+
+    @torch.no_grad()
+    def _restored(self, key: str) -> Replica:
+        """Returns a replica of the original weights that belongs to no job yet."""
+        made = self.federation.replicas[key]
+        for entry, tensor in zip(made.table.entries, self._start[key], strict=True):
+            entry.tensor.copy_(tensor)
+        return Replica(made.table, made.identity.origin, self.settings.distribution)
+
+
+def kept_runs(
+    path: Path, settings: ReviewSettings, table: Mapping[str, Callable[[DemoRuns], Run]]
+) -> dict[str, Run]:
+    """Makes those runs of a table that the file lacks; returns all of them by name."""
+    common = {k: v for k, v in asdict(settings).items() if k not in ("out", "cache")}
+    results, demo = Results(path, common), cache(lambda: DemoRuns(settings))
+    return {name: results.run(name, lambda m=make: m(demo())) for name, make in table.items()}  # type: ignore[misc]
+
+
+# --- Pictures ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def picture(
+    path: Path, width: float, height: float, columns: int = 1, **options: Any
+) -> Iterator[list[Any]]:
+    """Gives the axes of a picture of inches by inches, from left to right, and writes it."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False, **options)[0]
-    for one in axes:
-        one.grid(alpha=0.3)
-        one.spines[["top", "right"]].set_visible(False)
-    return figure, list(axes)
-
-
-def save(figure: Any, path: Path) -> None:
-    """Writes a figure, and its folder where that is missing."""
+    panels = figure.subplots(1, columns, squeeze=False, **options)[0]
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    yield list(panels)
+    for axes in panels:
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

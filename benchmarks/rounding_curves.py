@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import LlamaForCausalLM
 from zorba import ZerothOrderSGD, machine
 
-from benchmarks import experiment
+from benchmarks.experiment import picture
 from benchmarks.sizes import llama_config
 
 VOCABULARY, LENGTH, BATCH = 32, 12, 32
@@ -33,16 +34,6 @@ RUNS: dict[str, tuple[torch.dtype, Any, str]] = {
 """Dtype, rounding and colour."""
 
 
-def make_model(seed: int) -> Any:
-    """A Llama of 0.1 M parameters whose initial weights are exact in bfloat16."""
-    from transformers import LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config = llama_config(2, 64, 128, VOCABULARY, initializer_range=0.05, **heads)
-    return LlamaForCausalLM(config).to(torch.bfloat16).float().eval()
-
-
 def batch_of(step: int, strides: tuple[int, int]) -> Tensor:
     """Sequences of constant stride, one of ``strides[0] .. strides[1]``: int64 [BATCH, LENGTH]."""
     generator = torch.Generator().manual_seed(step)
@@ -52,8 +43,12 @@ def batch_of(step: int, strides: tuple[int, int]) -> Tensor:
 
 
 def pretrained(seed: int) -> Any:
-    """A model that knows strides of 1 to 3; its weights are exact in bfloat16."""
-    model = make_model(seed)
+    """A Llama of 0.1 M parameters that knows strides of 1 to 3; weights are exact in bfloat16."""
+    torch.manual_seed(seed)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = llama_config(2, 64, 128, VOCABULARY, initializer_range=0.05, **heads)
+    # Rounded before the training too: the published figures began so.
+    model = LlamaForCausalLM(config).to(torch.bfloat16).float().eval()
     adam = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(400):
         ids = batch_of(step, (1, 3))
@@ -79,17 +74,16 @@ def train(name: str, base: Any, seed: int) -> list[float]:
 
 def draw(path: Path, losses: dict[str, list[list[float]]]) -> None:
     """Draws every run, smoothed over 50 steps, and the mean of each kind."""
-    figure, (axes,) = experiment.panels(7, 4)
-    for name, runs in losses.items():
-        before = np.repeat(np.array(runs)[:, :1], 49, axis=1)
-        padded = np.concatenate([before, runs], axis=1)
-        smooth = np.lib.stride_tricks.sliding_window_view(padded, 50, axis=1).mean(axis=2)
-        color, style = RUNS[name][2], "--" if name == "float32" else "-"
-        axes.plot(smooth.T, color=color, linewidth=0.7, alpha=0.35)
-        axes.plot(smooth.mean(axis=0), style, color=color, linewidth=2, label=name)
-    axes.set(xlabel="step", ylabel="training loss", title="Rounding of updates to bfloat16 weights")
-    axes.legend(frameon=False)
-    experiment.save(figure, path)
+    with picture(path, 7, 4) as (axes,):
+        for name, runs in losses.items():
+            before = np.repeat(np.array(runs)[:, :1], 49, axis=1)
+            padded = np.concatenate([before, runs], axis=1)
+            smooth = np.lib.stride_tricks.sliding_window_view(padded, 50, axis=1).mean(axis=2)
+            color, style = RUNS[name][2], "--" if name == "float32" else "-"
+            axes.plot(smooth.T, color=color, linewidth=0.7, alpha=0.35)
+            axes.plot(smooth.mean(axis=0), style, color=color, linewidth=2, label=name)
+        title = "Rounding of updates to bfloat16 weights"
+        axes.set(xlabel="step", ylabel="training loss", title=title)
 
 
 def main() -> None:

@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import experiment
 from benchmarks.compare.loop import ROWS, Row
 from benchmarks.compare.settings import PLANS, SHARES
+from benchmarks.experiment import picture
 
 MIB = 2**20
 
@@ -59,31 +59,24 @@ def mean_of(run: dict[str, Any], key: str) -> float:
 
 def draw_accuracy(path: Path, data: dict[str, Any]) -> None:
     """Draws accuracy and training loss against rounds."""
-    figure, (left, right) = experiment.panels(9.5, 3.8, 2)
-    for name, run in data["methods"].items():
-        sentences = min(score["sentences"] for score in run["scores"])
-        points = [score for score in run["scores"] if score["sentences"] == sentences]
-        style = {"color": PLANS[name].color, "label": PLANS[name].title}
-        at = [p["round"] for p in points]
-        left.plot(at, [p["accuracy"] for p in points], marker="o", markersize=4, **style)
-        losses = [r["loss"] for r in run["rounds"]]
-        right.plot(range(1, len(losses) + 1), _smooth(losses), linewidth=1.6, **style)
-    left.set(xlabel="round", title="SST-2 accuracy")
-    right.set(xlabel="round", title="loss of the clients' batches (mean of 5 rounds)")
-    left.legend(frameon=False, fontsize=8)
-    experiment.save(figure, path)
+    with picture(path, 9.5, 3.8, 2) as (left, right):
+        for name, run in data["methods"].items():
+            sentences = min(score["sentences"] for score in run["scores"])
+            points = [score for score in run["scores"] if score["sentences"] == sentences]
+            at, color = [p["round"] for p in points], PLANS[name].color
+            accuracies = [p["accuracy"] for p in points]
+            left.plot(at, accuracies, "o-", markersize=4, color=color, label=PLANS[name].title)
+            losses = _smooth([r["loss"] for r in run["rounds"]])
+            right.plot(range(1, len(losses) + 1), losses, linewidth=1.6, color=color)
+        left.set(xlabel="round", title="SST-2 accuracy")
+        right.set(xlabel="round", title="loss of the clients' batches (mean of 5 rounds)")
 
 
 def draw_costs(path: Path, data: dict[str, Any]) -> None:
     """Draws memory and time of a client, and what it sends and gets."""
-    figure, (left, right, last) = experiment.panels(12.5, 4.2, 3, width_ratios=[1.25, 1, 1])
     rows = [row for row in ROWS if row.key in data["clients"]][::-1]
     seen = [data["clients"][row.key] for row in rows]
     labels, colors = [label_of(row) for row in rows], [PLANS[row.method].color for row in rows]
-    _bars(left, labels, [c["peak_bytes"] / MIB for c in seen], colors, "{:,.0f}")
-    left.set(title="peak memory of a client, MiB")
-    _bars(right, [""] * len(rows), [c["seconds_round"] for c in seen], colors, "{:.1f}")
-    right.set(title="time of a client and round, s")
     moved = [
         (f"{PLANS[name].title.split(' (')[0]}, {way}", mean_of(run, way), PLANS[name].color)
         for name, run in list(data["methods"].items())[::-1]
@@ -91,10 +84,14 @@ def draw_costs(path: Path, data: dict[str, Any]) -> None:
         for way in ("down", "up")
     ]
     names, heights, tints = ([row[k] for row in moved] for k in range(3))
-    _bars(last, names, heights, tints, "{:,.0f}")
-    last.set(xscale="log", title="bytes of a client and round")
-    last.set_xlim(1, 30 * max(heights, default=1))
-    experiment.save(figure, path)
+    with picture(path, 12.5, 4.2, 3, width_ratios=[1.25, 1, 1]) as (left, right, last):
+        _bars(left, labels, [c["peak_bytes"] / MIB for c in seen], colors, "{:,.0f}")
+        left.set(title="peak memory of a client, MiB")
+        _bars(right, [""] * len(rows), [c["seconds_round"] for c in seen], colors, "{:.1f}")
+        right.set(title="time of a client and round, s")
+        _bars(last, names, heights, tints, "{:,.0f}")
+        last.set(xscale="log", title="bytes of a client and round")
+        last.set_xlim(1, 30 * max(heights, default=1))
 
 
 def _traffic(run: dict[str, Any], way: str) -> str:

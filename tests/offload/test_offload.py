@@ -64,7 +64,7 @@ def test_updates_reach_the_file_and_the_next_forward(tmp_path: Path) -> None:
         for active in (["model.layers.1"], ["model.layers.0", "model.layers.2"], CASE.names, []):
             offload.set_active(active)
             for tables_of in tables:
-                for table in tables_of:
+                for table in tables_of.tables:
                     zk.add_noise_(table, [1, 2], [[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])
             assert fingerprint(tables[0]) == fingerprint(tables[1])
             with torch.no_grad():

@@ -139,7 +139,8 @@ def test_partial_runs(
 
 
 def test_a_file_without_a_start(tmp_path: Path) -> None:
-    (tmp_path / "events.jsonl").write_text('{"event": "hm", "schema": 1}\nno json\n')
+    first = '{"event": "hm", "time": "2026-01-01T00:00:00Z", "schema": 1}'
+    (tmp_path / "events.jsonl").write_text(f"{first}\nno json\n")
     (tmp_path / "summary.json").write_text("[no json")
     page = Page(tmp_path)
     assert "No server has started this run." in page.text

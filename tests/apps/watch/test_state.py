@@ -16,10 +16,17 @@ from tests.apps.watch.runs import HOSTILE, Run
 
 def test_clients_and_rounds(tmp_path: Path, draw: random.Random) -> None:
     run = Run(tmp_path, ["ada", "bob", "cleo"], 6, 3, draw)
-    run.round(1)
-    run.round(2, failures={"bob": "OSError: gone"}, away=["cleo"])
-    run.round(3, refusals={"ada": "ada has diverged"})
-    state = Follower(tmp_path / "events.jsonl").update()
+    follower = Follower(tmp_path / "events.jsonl")
+    happens: list[tuple[dict[str, Any], list[int]]] = [
+        ({}, [0, 1, 2]),
+        ({"failures": {"bob": "OSError: gone"}, "away": ["cleo"]}, [0]),
+        ({"refusals": {"ada": "ada has diverged"}}, [1, 2]),
+    ]
+    for number, (what, rows) in enumerate(happens, 1):
+        run.round(number, **what)
+        covered = [sum(column) for column in zip(*(run.mask[n] for n in rows), strict=True)]
+        assert follower.update().coverage == covered
+    state = follower.state
     ada, bob, cleo = (state.clients[name] for name in run.names)
     assert list(ada.history) == [Status.MEASURED, Status.MEASURED, Status.REFUSED]
     assert list(bob.history) == [Status.MEASURED, Status.FAILED, Status.MEASURED]
@@ -28,9 +35,9 @@ def test_clients_and_rounds(tmp_path: Path, draw: random.Random) -> None:
     assert (ada.last_round, ada.rounds_measured, ada.rounds_failed) == (2, 2, 1)
     assert (ada.bytes_up, ada.bytes_down, bob.bytes_up) == (3 * 82, 3 * 234, 2 * 82)
     assert ada.last_seen == cleo.last_seen == state.rounds[2].time
-    for r, rows in zip(state.rounds, ([0, 1, 2], [0], [1, 2]), strict=True):
-        covered = [sum(column) for column in zip(*(run.mask[n] for n in rows), strict=True)]
-        assert state.plan.coverage(r.clients) == covered
+    assert [(r.asked, r.bytes_up, r.bytes_down) for r in state.rounds] == [
+        (asked, used * 82, asked * 234) for asked, used in ((3, 3), (2, 1), (3, 3))
+    ]
     assert (state.round, state.end) == (3, None)
 
 
@@ -64,7 +71,7 @@ def test_starts_and_ends(tmp_path: Path, draw: random.Random) -> None:
         "4 events could not be written: the disk was full",
     ]
     assert list(state.clients["dan"].history) == [Status.SITS_OUT, Status.MEASURED]
-    assert state.plan.coverage(state.rounds[1].clients) == [1, 1]
+    assert state.coverage == [1, 1]
     run.writer.write("end", {"problem": "LogError: no space left"})
     run.start(2)
     assert [fault.text for fault in follower.update().faults.values()][-2:] == [

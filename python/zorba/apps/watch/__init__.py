@@ -1,7 +1,4 @@
-"""Watching a run: what its events add up to, a live view in the terminal, and a page.
-
-See ``docs/watching.md``.
-"""
+"""Watching a run, from its events, in a terminal and as a page: see ``docs/watching.md``."""
 
 from zorba.apps.watch.events import Status
 from zorba.apps.watch.state import Follower, RunState

@@ -58,17 +58,12 @@ class Plan(BaseModel):
             raise ValueError("the mask is not of the size clients by blocks")
         return self
 
-    def coverage(self, measured: set[str]) -> list[int]:
-        """Returns how many of the clients that measured have each block active."""
-        rows = [row for name, row in zip(self.clients, self.mask, strict=True) if name in measured]
-        return [sum(row[b] == "1" for row in rows) for b in range(len(self.blocks))]
-
 
 class Event(BaseModel):
     """An event of any kind; ``docs/watching.md`` says which fields a kind has."""
 
-    event: str = ""  # the kind
-    time: AwareDatetime | None = None
+    event: str  # the kind
+    time: AwareDatetime
     round: Count = 0
     job: Text = ""
     last_round: Count = 0
@@ -97,6 +92,6 @@ class Event(BaseModel):
     def _prepare(cls, record: dict[str, Any]) -> dict[str, Any]:
         known = {name: value for name, value in record.items() if value is not None}
         if known.get("event") == "evaluation":
-            numbers = {n: value for n, value in known.items() if isinstance(value, int | float)}
+            numbers = {n: known[n] for n in known if isinstance(known[n], int | float)}
             known["scores"] = {n: numbers[n] for n in numbers if n not in ("round", "schema")}
         return known

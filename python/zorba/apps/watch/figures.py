@@ -1,8 +1,4 @@
-"""Pictures of a run. The page shows them as SVG, the demo writes two as PNG.
-
-A picture is a function that draws a state on axes and returns a caption, which is empty where
-there is nothing to draw.
-"""
+"""Pictures of a run: each draws a state on axes and returns a caption, empty for no picture."""
 
 from __future__ import annotations
 
@@ -26,9 +22,7 @@ from zorba.apps.watch.words import decimal, metric
 from zorba.planning.picture import IDLE, MARK, draw_coverage, draw_mask, draw_memory
 from zorba.sizes import show_bytes
 
-MOST_ROWS = 200
-"""Clients in a picture, and blocks."""
-
+MOST_ROWS = 200  # clients in a picture, and blocks
 _MOST_COLUMNS = 384
 # From pale to dark as the status gets worse: colours alone are not for every eye.
 _STATUS_COLOURS = (IDLE, "#a9cbe4", "#63b491", "#e8bb5f", MARK, "#7d1128")
@@ -67,8 +61,7 @@ def loss_picture(axes: Axes, state: RunState) -> str:
     means = np.convolve(shown, np.full(width, 1 / width), mode="valid")
     axes.plot(numbers, shown, ".-", color="0.7", ms=2, lw=1, label="round")
     _curve(axes, numbers[width - 1 :], means, "-", f"mean of {width}")
-    if tests := {at: scores["loss"] for at, scores in state.evaluations if "loss" in scores}:
-        _curve(axes, list(tests), list(tests.values()), "o-", "evaluation")
+    _score(axes, state, "loss", "evaluation")
     _finish(axes, state)
     words, outside = "Mean of the clients' batches, weighted by their examples.", losses != shown
     return words + (f" {outside.sum()} rounds lie outside of the picture." if outside.any() else "")
@@ -78,8 +71,7 @@ def scores_picture(axes: Axes, state: RunState) -> str:
     """Draws the scores of the evaluations, except the loss."""
     names = dict.fromkeys(n for _, scores in state.evaluations for n in scores if n != "loss")
     for name in names:
-        points = {at: scores[name] for at, scores in state.evaluations if name in scores}
-        _curve(axes, list(points), list(points.values()), "o-", short(metric(name)))
+        _score(axes, state, name, short(metric(name)))
     if names:
         _finish(axes, state)
     return "On the evaluation data." if names else ""
@@ -90,8 +82,8 @@ def traffic_picture(axes: Axes, state: RunState) -> str:
     if not state.rounds:
         return ""
     numbers = [r.round for r in state.rounds]
-    axes.plot(numbers, [sum(r.bytes_down.values()) for r in state.rounds], ".-", ms=2, label="down")
-    axes.plot(numbers, [sum(r.bytes_up.values()) for r in state.rounds], ".-", ms=2, label="up")
+    axes.plot(numbers, [r.bytes_down for r in state.rounds], ".-", ms=2, label="down")
+    axes.plot(numbers, [r.bytes_up for r in state.rounds], ".-", ms=2, label="up")
     # A client that comes back after a month gets a month's log; a round without messages is 0.
     axes.set_yscale("symlog", base=2, linthresh=64)
     axes.yaxis.set_major_formatter(lambda value, _: show_bytes(value))
@@ -142,9 +134,8 @@ def status_picture(axes: Axes, state: RunState) -> str:
     _finish(axes, state, [Patch(color=_STATUS_COLOURS[s], label=s.words) for s in there])
     axes.set_xlim(edges[:2])
     axes.set_yticks(range(len(names)), list(map(short, names)))
-    words = "What each client did in each round."
-    if columns < count:
-        words += f" Each column is the worst of about {round(count / columns)} rounds."
+    words = f" Each column is the worst of about {round(count / columns)} rounds."
+    words = "What each client did in each round." + (words if columns < count else "")
     return words + _cut(state.clients, "clients")
 
 
@@ -153,11 +144,16 @@ def short(text: str, length: int = 18) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
+def _score(axes: Axes, state: RunState, name: str, label: str) -> None:
+    points = {at: scores[name] for at, scores in state.evaluations if name in scores}
+    if points:
+        _curve(axes, list(points), list(points.values()), "o-", label)
+
+
 def _curve(axes: Axes, rounds: Any, values: Any, style: str, label: str) -> None:
     (line,) = axes.plot(rounds, values, style, ms=4, label=label)
-    last = (rounds[-1], values[-1])
-    note, colour = decimal(last[1]), line.get_color()
-    axes.annotate(note, last, (6, -3), textcoords="offset points", color=colour)
+    note, end, colour = decimal(values[-1]), (rounds[-1], values[-1]), line.get_color()
+    axes.annotate(note, end, (6, -3), textcoords="offset points", color=colour)
 
 
 def _finish(axes: Axes, state: RunState, handles: list[Patch] | None = None) -> None:
@@ -173,6 +169,5 @@ def _finish(axes: Axes, state: RunState, handles: list[Patch] | None = None) -> 
 
 
 def _cut(names: Sized, what: str) -> str:
-    if len(names) <= MOST_ROWS:
-        return ""
-    return f" Only the first {MOST_ROWS} of {len(names):,} {what} are shown."
+    told = f" Only the first {MOST_ROWS} of {len(names):,} {what} are shown."
+    return told if len(names) > MOST_ROWS else ""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -16,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from zorba.apps.cli import WatchSettings
 from zorba.apps.watch.events import Event, Status
 from zorba.apps.watch.state import ClientState, Follower, RunState
 from zorba.apps.watch.words import decimal, duration, event_line, facts, fault_line, status, tally
@@ -23,20 +23,13 @@ from zorba.federated.errors import RunFolderError
 from zorba.federated.run_folder import RunFolder
 from zorba.sizes import show_bytes
 
-if TYPE_CHECKING:
-    from zorba.apps.cli import WatchSettings
-
 _POLL_SECONDS = 0.25
 _STYLES = ("dim", "green", "cyan", "yellow", "red", "bold red")  # of a client's status
 _MOODS = {"good": "green", "warn": "yellow", "bad": "red"}
 
 
 def read_run(path: Path) -> tuple[RunFolder, RunState]:
-    """Returns a run's folder, and the state that its events add up to.
-
-    Raises:
-        RunFolderError: there is no run, or its events cannot be read.
-    """
+    """Returns a run's folder, and what its events add up to; RunFolderError where there is none."""
     folder = RunFolder(path)
     if not folder.events.is_file():
         raise RunFolderError(
@@ -46,11 +39,7 @@ def read_run(path: Path) -> tuple[RunFolder, RunState]:
 
 
 def run_watch(settings: WatchSettings) -> None:
-    """Shows a run until it ends or Ctrl-C is pressed; with ``once`` only its state of now.
-
-    Raises:
-        RunFolderError: there is no run, or its events cannot be read.
-    """
+    """Shows a run until it ends or Ctrl-C is pressed; with ``once`` only its state of now."""
     console = Console()
     folder, state = read_run(settings.run)
     if settings.once:
@@ -84,20 +73,16 @@ class LiveView:
     def __init__(self, events: Path, console: Console, every: float = 0.0) -> None:
         self.ended = threading.Event()
         self.error: Exception | None = None
-        self._console = console
+        self._console, self._every = console, every
         self._say = partial(console.print, markup=False, highlight=False)
-        self._every = every
         self._follower = Follower(events)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="zorba live view", daemon=True)
-        self._faults = 0
-        self._next_line = 0.0
+        self._faults, self._next_line = 0, 0.0  # faults that were told; time of the next line
         self._live = Live(console=console, auto_refresh=False) if console.is_interactive else None
 
     def __enter__(self) -> LiveView:
         """Starts to show."""
-        if self._live is not None:
-            self._live.start()
         self._thread.start()
         return self
 
@@ -105,48 +90,39 @@ class LiveView:
         """Shows the last state and stops."""
         self._stop.set()
         self._thread.join()
-        if self._live is not None:
-            self._live.stop()
 
     def _run(self) -> None:
         try:
-            if self._live is not None:
+            with self._live or nullcontext() as live:
                 # What happened before somebody looked shapes the view, and leaves no lines.
-                self._faults = len(self._follower.update().faults)
-            stopping = False
-            while not stopping:
-                # Asked before the events are read: whatever came before the stop is shown.
-                stopping = self._stop.is_set()
-                self._update()
-                self._stop.wait(_POLL_SECONDS)
+                self._faults = len(self._follower.update().faults) if live else 0
+                stopping = False
+                while not stopping:
+                    # Asked before the events are read: whatever came before the stop is shown.
+                    stopping = self._stop.is_set()
+                    for event in self._follower.events():
+                        self._tell(event, self._follower.state)
+                    if live is not None:
+                        live.update(view_run(self._follower.state, self._console), refresh=True)
+                    if self._follower.state.end is not None:
+                        self.ended.set()
+                    self._stop.wait(_POLL_SECONDS)
         except Exception as error:  # a view must not end the run that it shows
             self.error = error
             self._say(f"the view of the run stopped: {error}")
             self.ended.set()
 
-    def _update(self) -> None:
-        for event in self._follower.events():
-            clock = f"{event.time.astimezone():%H:%M:%S} " if event.time else ""
-            for line in self._lines(event):
-                self._say(clock + line)
-        state = self._follower.state
-        if self._live is not None:
-            self._live.update(view_run(state, self._console), refresh=True)
-        if state.end is not None:
-            self.ended.set()
-
-    def _lines(self, event: Event) -> Iterator[str]:
-        """Yields the lines that an event leaves: on a terminal above the view, else all."""
-        state = self._follower.state
-        yield from map(fault_line, list(state.faults.values())[self._faults :])
+    def _tell(self, event: Event, state: RunState) -> None:
+        """Prints the lines that an event leaves: on a terminal above the view, else all."""
+        lines = [fault_line(fault) for fault in list(state.faults.values())[self._faults :]]
         self._faults = len(state.faults)
-        if event.event == "round":
-            if time.monotonic() < self._next_line:
-                return
+        due = event.event != "round" or time.monotonic() >= self._next_line
+        if event.event == "round" and due:
             self._next_line = time.monotonic() + self._every
-        line = event_line(event, state)
-        if line is not None and (self._live is None or event.event == "evaluation"):
-            yield line
+        if due and (self._live is None or event.event == "evaluation"):
+            lines.append(event_line(event, state) or "")
+        for line in filter(None, lines):
+            self._say(f"{event.time.astimezone():%H:%M:%S} {line}")
 
 
 # Every text is a Text of rich: markup in names and reasons means nothing.

@@ -23,27 +23,29 @@ class ClientState:
     """One client."""
 
     history: bytearray  # status in each of RunState.rounds
+    status: Status = Status.SITS_OUT  # in the last round
     reason: str = ""  # of a failure or a refusal in the last round
     last_round: int = 0  # whose scalars were used; 0 before the first
     last_seen: datetime | None = None  # time of its last answer
     loss: float | None = None  # of the last round that it measured
+    rounds_measured: int = 0  # whose entry has its scalars
+    rounds_failed: int = 0  # in which it failed or was refused
     bytes_up: int = 0  # total of its answers
     bytes_down: int = 0  # total of what it was sent
 
-    @property
-    def status(self) -> Status:
-        """What it did in the last round."""
-        return Status(self.history[-1]) if self.history else Status.SITS_OUT
 
-    @property
-    def rounds_measured(self) -> int:
-        """Rounds whose entry has its scalars."""
-        return self.history.count(Status.MEASURED)
+# A run may have 10,000 rounds of 100 clients: only sums of a round are kept, not its event.
+@dataclass(slots=True)
+class Round:
+    """A round that is done."""
 
-    @property
-    def rounds_failed(self) -> int:
-        """Rounds in which it failed or was refused."""
-        return self.history.count(Status.FAILED) + self.history.count(Status.REFUSED)
+    round: int
+    time: datetime  # of its end
+    seconds: float
+    loss: float | None
+    asked: int  # clients that were sent a message
+    bytes_up: int  # of all clients, as those down
+    bytes_down: int
 
 
 @dataclass
@@ -66,43 +68,47 @@ class RunState:
     machine: dict[str, Any] = field(default_factory=dict)  # of the server
     plan: Plan = field(default_factory=Plan)  # in force
     clients: dict[str, ClientState] = field(default_factory=dict)  # in the order of the plan
-    rounds: list[Event] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # round, scores
     faults: dict[tuple[str, str, str], Fault] = field(default_factory=dict)  # in order of the first
     starts: list[Event] = field(default_factory=list)
     rounds_before_start: int = 0  # the last start
+    round: int = 0  # the last one done
     last_round: int = 0  # where the last start is to end
     end: Event | None = None  # None while the run goes on, or when the server was killed
+    identical: bool = False  # whether the run ended with all replicas identical
     last_event: datetime | None = None
     damaged: int = 0  # lines of the file that held no event
-
-    @property
-    def round(self) -> int:
-        """Number of the last round done."""
-        last = self.rounds[-1:] or self.starts[-1:]
-        return last[0].round if last else 0
 
     @property
     def pace(self) -> float | None:
         """Seconds from one round to the next, over the last rounds since the last start."""
         recent = self.rounds[self.rounds_before_start :][-_PACE_ROUNDS:]
-        times = [r.time for r in recent if r.time is not None]
-        if len(times) < 2:
+        if len(recent) < 2:
             return None
-        return max(0.0, (times[-1] - times[0]).total_seconds()) / (len(times) - 1)
+        return max(0.0, (recent[-1].time - recent[0].time).total_seconds()) / (len(recent) - 1)
 
     @property
-    def identical(self) -> bool:
-        """Whether the run ended with all replicas identical."""
-        end = self.end
-        return end is not None and end.replicas_identical and len({*end.fingerprints.values()}) == 1
+    def coverage(self) -> list[int]:
+        """How many clients that measured in the last round have each block active."""
+        rows = zip(self.plan.clients, self.plan.mask, strict=True)
+        used = [row for name, row in rows if self.clients[name].status is Status.MEASURED]
+        return [sum(row[b] == "1" for row in used) for b in range(len(self.plan.blocks))]
 
     def apply(self, event: Event) -> None:
         """Takes the next event; kinds that are not known change nothing."""
-        self.last_event = event.time or self.last_event
+        self.last_event = event.time
         match event.event:
             case "start":
-                self._start(event)
+                if self.starts:
+                    how = "went on" if self.end else "started again, after no end was written"
+                    self._add_fault(event, "server", f"the server {how}")
+                self.job, self.settings, self.machine = event.job, event.settings, event.machine
+                self.plan, self.round, self.last_round = event.plan, event.round, event.last_round
+                self.end, self.identical = None, False
+                self.starts.append(event)
+                self.rounds_before_start = len(self.rounds)
+                self._meet(event.plan.clients)
             case "round":
                 self._round(event)
             case "evaluation" if event.scores:
@@ -114,20 +120,12 @@ class RunState:
                 self._add_fault(event, "server", words)
             case "end":
                 self.end = event
+                told = set(event.fingerprints.values())
+                self.identical = event.replicas_identical and len(told) == 1
                 if event.problem:
                     self._add_fault(event, "server", f"ended: {event.problem}")
                 for name, reason in event.failures.items():
                     self._add_fault(event, "failed", f"at the end: {reason}", name)
-
-    def _start(self, event: Event) -> None:
-        if self.starts:
-            how = "went on" if self.end else "started again, after no end was written"
-            self._add_fault(event, "server", f"the server {how}")
-        self.job, self.settings, self.machine = event.job, event.settings, event.machine
-        self.plan, self.last_round, self.end = event.plan, event.last_round, None
-        self.starts.append(event)
-        self.rounds_before_start = len(self.rounds)
-        self._meet(event.plan.clients)
 
     def _meet(self, names: list[str]) -> None:
         for name in names:
@@ -140,21 +138,27 @@ class RunState:
         did |= dict.fromkeys(event.clients, Status.MEASURED)
         did |= dict.fromkeys(event.failures, Status.FAILED)
         did |= dict.fromkeys(event.refusals, Status.REFUSED)
-        self._meet(sorted({*did, *event.bytes_down}))
+        up, down = event.bytes_up, event.bytes_down
+        self._meet(sorted({*did, *down}))
         for name, client in self.clients.items():
-            client.history.append(did.get(name, Status.SITS_OUT))
+            client.status = did.get(name, Status.SITS_OUT)
+            client.history.append(client.status)
             client.reason = event.refusals.get(name) or event.failures.get(name) or ""
             if client.reason:
                 self._add_fault(event, client.status.words, client.reason, name)
             if client.status is Status.MEASURED:
                 client.last_round, client.loss = event.round, event.losses.get(name)
-            if name in event.bytes_up:
-                client.last_seen = event.time or client.last_seen
-            client.bytes_up += event.bytes_up.get(name, 0)
-            client.bytes_down += event.bytes_down.get(name, 0)
+            client.rounds_measured += client.status is Status.MEASURED
+            client.rounds_failed += client.status in (Status.FAILED, Status.REFUSED)
+            if name in up:
+                client.last_seen = event.time
+            client.bytes_up += up.get(name, 0)
+            client.bytes_down += down.get(name, 0)
         if event.problem:
             self._add_fault(event, Status.NOT_USED.words, event.problem)
-        self.rounds.append(event)
+        self.round, times = event.round, (event.time, event.seconds)
+        sums = (len(down), sum(up.values()), sum(down.values()))
+        self.rounds.append(Round(event.round, *times, event.loss, *sums))
 
     def _add_fault(self, event: Event, kind: str, words: str, client: str = "") -> None:
         # "answered after 31.2 s" a thousand times is one fault with a count, not a thousand.
@@ -165,16 +169,10 @@ class RunState:
 
 
 class Follower:
-    """The state of a run folder, kept up with its events.
+    """Keeps ``state`` up with the events of a run.
 
-    Args:
-        events: path of ``events.jsonl``; it need not exist yet.
-
-    Attributes:
-        state: as of the last update.
-
-    Raises:
-        RunFolderError: when it reads a file that holds no events.
+    ``events`` is the path of ``events.jsonl``, which need not exist yet. Reading a file that holds
+    no events raises RunFolderError.
     """
 
     def __init__(self, events: str | Path) -> None:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 
 from zorba.apps.watch.events import Event, Status
 from zorba.apps.watch.state import Fault, RunState
 from zorba.sizes import show_bytes
-
-Fact = tuple[str, str, str]
-"""Name, figure and note."""
 
 _SILENT_SECONDS = 30.0
 
@@ -56,15 +53,15 @@ def status(state: RunState, now: datetime) -> tuple[str, str]:
         return "warn", f"{words}, no event for {duration(silent)}: it waits, or was killed."
     if state.end.problem:
         return "bad", f"Stopped after round {state.round}: {state.end.problem}"
-    if not state.identical:
-        return "bad", f"Ended after round {state.round}, and the replicas are not all identical."
-    return "good", f"Ended after round {state.round}, all replicas identical."
+    if state.identical:
+        return "good", f"Ended after round {state.round}, all replicas identical."
+    return "bad", f"Ended after round {state.round}, and the replicas are not all identical."
 
 
-def facts(state: RunState) -> list[Fact]:
-    """Returns the figures of a run that come first."""
+def facts(state: RunState) -> list[tuple[str, str, str]]:
+    """Returns the figures of a run that come first: name, figure and note of each."""
     found = [("rounds", f"{state.round:,} of {state.last_round:,}", "")]
-    if state.starts and state.starts[0].time and state.last_event:
+    if state.starts and state.last_event:
         pace = "" if state.pace is None else f"{duration(state.pace)} a round lately"
         if state.pace is not None and state.end is None:
             pace += f", {duration(state.pace * (state.last_round - state.round))} left"
@@ -81,24 +78,22 @@ def facts(state: RunState) -> list[Fact]:
         note = "after round " + " and ".join(map(str, ends))
         found.append((title, " → ".join(seen[at] for at in ends), note))
     if state.rounds:
-        clients = state.clients.values()
-        asked = max(1, sum(len(r.bytes_down) for r in state.rounds))
-        measured = sum(c.rounds_measured for c in clients)
-        up, down = sum(c.bytes_up for c in clients), sum(c.bytes_down for c in clients)
+        asked = max(1, sum(r.asked for r in state.rounds))
+        measured = sum(client.rounds_measured for client in state.clients.values())
+        up, down = sum(r.bytes_up for r in state.rounds), sum(r.bytes_down for r in state.rounds)
         for way, total, count in (("up", up, max(1, measured)), ("down", down, asked)):
             note = f"a client and round; {show_bytes(total)} in all"
             found.append((way, f"{total / count:,.0f} B", note))
-        if covered := state.plan.coverage(state.rounds[-1].clients):
-            figure = f"{min(covered)} to {max(covered)}"
-            found.append(("coverage", figure, "clients a block in the last round"))
+        if covered := state.coverage:
+            note = "clients a block in the last round"
+            found.append(("coverage", f"{min(covered)} to {max(covered)}", note))
         answered = f"{measured / asked:.1%} of the requests were measured"
-        found.append(("clients", f"{len(clients):,}", answered))
+        found.append(("clients", f"{len(state.clients):,}", answered))
     if state.end and state.end.fingerprints:
         same = "equal" if state.identical else "NOT equal"
         found.append(("fingerprints", same, _fingerprints(state.end)))
-    faults = state.faults.values()
-    last = max(faults, key=lambda fault: fault.rounds[-1], default=None)
-    note = f"last in {fault_line(last)}" if last else ""
+    faults = sorted(state.faults.values(), key=lambda fault: fault.rounds[-1])
+    note = f"last in {fault_line(faults[-1])}" if faults else ""
     return [*found, ("faults", f"{sum(len(fault.rounds) for fault in faults):,}", note)]
 
 
@@ -111,9 +106,8 @@ def event_line(event: Event, state: RunState) -> str | None:
         case "round":
             words = "no loss" if event.loss is None else f"loss {decimal(event.loss)}"
             words += ", " + tally(client.status for client in state.clients.values())
-            covered = state.plan.coverage(event.clients)
-            if bare := covered.count(0):
-                words += f", {bare} of {len(covered)} blocks not covered"
+            if bare := state.coverage.count(0):
+                words += f", {bare} of {len(state.plan.blocks)} blocks not covered"
             up, down = (show_bytes(sum(b.values())) for b in (event.bytes_up, event.bytes_down))
             words += f", {up} up, {down} down, {duration(event.seconds)}"
             return f"round {event.round}/{state.last_round}: {words}"
@@ -122,7 +116,7 @@ def event_line(event: Event, state: RunState) -> str | None:
             return f"round {event.round}: {words}"
         case "end":
             words = f" Fingerprints: {_fingerprints(event)}." if event.fingerprints else ""
-            return status(state, state.last_event or datetime.now(timezone.utc))[1] + words
+            return status(state, event.time)[1] + words
     return None
 
 

@@ -9,7 +9,6 @@ measured times: a kernel may be slower (latencies, caches), never faster.
 Exits with 1 when a kernel of the installed extension or of the Triton backend spills, exceeds its
 limit, or exceeds its count in recorded.json by more than 10 %; ``--record`` writes that file.
 
-disassembly.py reads the machine code, flow.py finds the hot paths, terms.py the loop over terms,
-pipes.py knows the throughput of the pipes, rows.py counts, triton_code.py compiles Triton kernels
-without a GPU, recorded.py compares, __main__.py prints.
+disassembly.py reads the machine code, flow.py finds the hot paths, pipes.py knows the throughput of
+the pipes, rows.py counts and compares, triton_code.py compiles Triton kernels without a GPU.
 """

@@ -12,17 +12,21 @@ from pathlib import Path
 import tyro
 
 from benchmarks.sass import pipes
-from benchmarks.sass.disassembly import assembler, assembler_of, find_tool
-from benchmarks.sass.recorded import Recorded, cuda_slots, failures, limit_of, notes
-from benchmarks.sass.rows import ARCH, Row, cuda_rows, triton_rows
+from benchmarks.sass.disassembly import (
+    ARCH,
+    assembler,
+    assembler_of,
+    disassemble,
+    disassemble_cubin,
+    find_tool,
+)
+from benchmarks.sass.rows import Counted, Recorded, Row, cuda_rows, triton_row
 
-Counted = tuple[list[Row], dict[str, str]]  # rows, and the version of the compiler by backend
 LEGEND = f"""
 bound: cycles of a scheduler a weight, by its slots or its busiest pipe (see pipes.py).
 of mem.: the bound, of the time that an H200's memory takes: at {pipes.HERTZ / 1e9} GHz and \
 {pipes.BYTES_A_SECOND / 1e12} TB/s, {pipes.budget("bfloat16"):.1f} cycles a 16-bit weight and \
-twice that a float32 one.
-each: one more term in the same pass. signs: its share of making those of a batch."""
+twice that a float32 one."""
 
 
 def count_cuda() -> Counted | str:
@@ -33,12 +37,13 @@ def count_cuda() -> Counted | str:
     path = Path(spec.origin)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            rows, version = cuda_rows(path), assembler_of(path, ARCH, Path(folder))
+            kernels, version = disassemble(path, ARCH), assembler_of(path, Path(folder))
         except RuntimeError as error:  # no cuobjdump, or it found no device code at all
             return str(error)
+    rows = [row for code in kernels for row in cuda_rows(code)]
     if not rows:
         return f"{path} holds no add_noise kernel for {ARCH} (see ZORBA_CUDA and ZORBA_CUDA_ARCHS)"
-    return rows, {"cuda": f"ptxas {version}"}
+    return Counted(rows, kernels, {"cuda": f"ptxas {version}"})
 
 
 def count_triton() -> Counted | str:
@@ -47,40 +52,32 @@ def count_triton() -> Counted | str:
         return "triton is not installed, or has no cuobjdump"
     from benchmarks.sass import triton_code
 
-    kernels = [*triton_code.add_noise(), triton_code.peer()]
+    compiled = [*triton_code.add_noise(), triton_code.peer()]
     made = f"triton {triton_code.triton.__version__}, ptxas "
-    versions = {about["backend"]: made + assembler(cubin) for cubin, about in kernels}
+    versions = {about["backend"]: made + assembler(cubin) for cubin, about in compiled}
     with ThreadPoolExecutor(2) as pool:  # it is cuobjdump that takes time
-        counted = pool.map(lambda kernel: triton_rows(kernel[0], **kernel[1]), kernels)
-        return [row for rows in counted for row in rows], versions
+        kernels = list(pool.map(disassemble_cubin, [cubin for cubin, _ in compiled]))
+    found = zip(kernels, compiled, strict=True)
+    rows = [triton_row(code, **about) for code, (_, about) in found]
+    return Counted(rows, kernels[:-1], versions)  # the last is tl.randn
 
 
 def lines(rows: list[Row], recorded: Recorded) -> Iterator[str]:
     """Yields a line for each row, between a head and an explanation."""
     busy = "".join(f"{pipe:>8}" for pipe in pipes.PIPES)
-    yield f"{'slots a weight, and how many of them each pipe takes':68}{'slots':>7}{busy}" + (
-        f"{'bound':>8}{'of mem.':>8}{'regs':>5}{'recorded':>9}"
+    yield f"{'slots a weight, and how many of them each pipe takes':54}{'slots':>7}{busy}" + (
+        f"{'bound':>8}{'of mem.':>8}{'regs':>5}{'recorded':>9}{'limit':>7}{'x CUDA':>8}"
     )
     for row in rows:
         counts = "".join(f"{n / row.weights:8.2f}" for n in row.pipes.values())
+        limit = recorded.limit_of(row, rows)
         yield (
-            f"{row.name:68}{row.slots_per_weight:7.2f}{counts}{row.bound:8.2f}"
+            f"{row.name:54}{row.slots_per_weight:7.2f}{counts}{row.bound:8.2f}"
             f"{row.bound / pipes.budget(row.dtype):8.0%}{row.registers:5d}"
-            f"{recorded.slots.get(row.name, ''):>9}  {remarks(row, rows, recorded)}"
+            f"{recorded.slots.get(row.name, ''):>9}{'' if limit is None else f'{limit:.4g}':>7}"
+            f"{row.slots_per_weight / recorded.cuda_slots(row, rows):8.2f}"
         )
     yield LEGEND
-
-
-def remarks(row: Row, rows: list[Row], recorded: Recorded) -> str:
-    """Limits, and how the backends compare."""
-    limit = limit_of(row) if row.backend == "cuda" else None
-    cuda = cuda_slots(row, rows, recorded) if row.backend != "cuda" else None
-    found = [
-        f"limit {limit:g}" if limit is not None else "",
-        f"{row.slots_per_weight / cuda:.2f} x cuda" if cuda is not None else "",
-        "SPILLS" if row.spills else "",
-    ]
-    return ", ".join(filter(None, found))
 
 
 def main(record: bool = False) -> int:
@@ -89,23 +86,22 @@ def main(record: bool = False) -> int:
     Args:
         record: Write recorded.json instead of comparing with it.
     """
-    rows: list[Row] = []
-    versions: dict[str, str] = {}
-    for name, counted in (("cuda", count_cuda()), ("triton", count_triton())):
-        if isinstance(counted, str):
-            print(f"{name} was not counted: {counted}")
+    counted = Counted([], [], {})
+    for name, found in (("cuda", count_cuda()), ("triton", count_triton())):
+        if isinstance(found, str):
+            print(f"{name} was not counted: {found}")
         else:
-            rows += counted[0]
-            versions |= counted[1]
-    if not rows:
+            rows, kernels, versions = counted
+            counted = Counted(rows + found.rows, kernels + found.kernels, versions | found.versions)
+    if not counted.rows:
         return 1
     recorded = Recorded.load()
-    print("\n".join(lines(rows, recorded)))
+    print("\n".join(lines(counted.rows, recorded)))
     if record:
-        recorded = recorded.updated(rows, versions)
+        recorded = recorded.updated(counted)
         recorded.save()
-    wrong = failures(rows, versions, recorded)
-    print("\n".join(["", *notes(versions, recorded), *(f"FAILED {what}" for what in wrong)]))
+    wrong = [f"FAILED {what}" for what in recorded.failures(counted)]
+    print("\n".join(["", *recorded.notes(counted.versions), *wrong]))
     return int(bool(wrong))
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from pathlib import Path
 LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 RESOURCES = re.compile(r"Function (\S+):\s*REG:(\d+) STACK:(\d+)(?: SHARED:\d+ LOCAL:(\d+))?")
 PRODUCER = re.compile(rb"Cuda compilation tools, release [0-9.]+, V([0-9.]+)")
+ARCH = "sm_90"
 REGISTER = re.compile(r"[-|~]*R(\d+)(\.\w+)*\|?")
 STORED = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}  # bytes; 4 without a size
 
@@ -32,10 +34,6 @@ class Instruction:
         return self.name.split(".")[0]
 
     @cached_property
-    def suffixes(self) -> list[str]:
-        return self.name.split(".")[1:]
-
-    @cached_property
     def arguments(self) -> list[str]:
         return [part.strip() for part in self.operands.split(",")]
 
@@ -44,7 +42,7 @@ class Instruction:
         """What a lane stores to global memory with it."""
         if self.opcode not in ("ST", "STG"):
             return 0
-        return next((STORED[s] for s in self.suffixes if s in STORED), 4)
+        return next((STORED[s] for s in self.name.split(".") if s in STORED), 4)
 
     @property
     def is_wide_store(self) -> bool:
@@ -100,6 +98,15 @@ def disassemble(path: Path, arch: str | None = None) -> list[Code]:
     return [Code(name, code, *used[name]) for name, code in functions(listing)]
 
 
+def disassemble_cubin(cubin: bytes) -> Code:
+    """The one kernel of a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        (code,) = disassemble(Path(file.name))
+    return code
+
+
 def functions(listing: str) -> Iterator[tuple[str, list[Instruction]]]:
     """Yields name and instructions of every kernel of a listing."""
     for part in listing.split("Function : ")[1:]:
@@ -121,8 +128,8 @@ def assembler(binary: bytes) -> str:
     return found[1].decode() if found else "unknown"
 
 
-def assembler_of(path: Path, arch: str, folder: Path) -> str:
+def assembler_of(path: Path, folder: Path) -> str:
     """Version of the ptxas that made the kernels of a file; ``folder`` takes its cubins."""
-    run_tool("-arch", arch, "-xelf", "all", str(path.resolve()), folder=folder)
+    run_tool("-arch", ARCH, "-xelf", "all", str(path.resolve()), folder=folder)
     made = {assembler(cubin.read_bytes()) for cubin in folder.glob("*.cubin")}
     return ", ".join(sorted(made)) or "unknown"

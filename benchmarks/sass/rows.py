@@ -1,66 +1,63 @@
-"""Rows of the table: one hot path each, of one variant of one kernel."""
+"""Rows of the table: one hot path each, of one variant of the pass of one term; and their record.
+
+recorded.json is written by ``python -m benchmarks.sass --record``. Another compiler than the one it
+names may count otherwise; the same 10 % apply, because what matters is the code that it makes.
+"""
 
 from __future__ import annotations
 
+import json
 import re
-import tempfile
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.sass import pipes
-from benchmarks.sass.disassembly import Code, disassemble, register
-from benchmarks.sass.flow import Blocks, Path, blocks_of, hot_paths
-from benchmarks.sass.terms import Loop, sign_batch, term_loops, wide_products
+from benchmarks.sass.disassembly import Code, register
+from benchmarks.sass.flow import Path, blocks_of, hot_paths
 from zorba_kernels.noise import DISTRIBUTIONS
 
-ARCH = "sm_90"
-HELD = 16  # weights that a lane of a CUDA kernel holds while it goes through the terms of a program
-BATCH = 32  # terms whose signs a warp makes together (csrc/cuda/signs.h)
-SIGNS_HELD = 32  # weights that a lane holds meanwhile
-
-CUDA_KERNEL = re.compile(r"add_noise\w*ILN\w*?Distribution\w*?E([01])ELb([01])E\w*?(Single|Many)")
+FILE = FilePath(__file__).with_name("recorded.json")
+TOLERANCE = 1.10
+TRITON_TO_CUDA = 1.3
+LIMITS = {  # slots a weight of the CUDA kernels: bfloat16, no decay
+    ("gaussian", "nearest"): 26.0,
+    ("gaussian", "stochastic"): 32.0,
+    ("rademacher", "nearest"): 7.0,
+}
+RECORD = "if that is meant, run: python -m benchmarks.sass --record"
+CUDA_KERNEL = re.compile(r"add_noise\w*ILN\w*?Distribution\w*?E([01])ELb([01])E\w*?Single")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A hot path, per weight.
+    """A hot path. The work that a tile or a strip of weights takes once is not counted.
 
-    ``terms`` says what is counted: "one" is a whole pass of one term, "each" is one more term in
-    the same pass, and "signs" is that term's share of making the signs of a batch of terms. What a
-    tile or a strip of weights takes once is not counted: for "one", where in its parameter a tile
-    lies and, in CUDA, its signs; for "each", loading, rounding and storing.
+    That is where in its parameter a tile lies and, in CUDA, its signs.
     """
 
-    backend: str  # "cuda", "triton" or "peer"
-    kernel: str
+    backend: str  # "cuda", "triton" or "tl.randn"
     distribution: str
     rounding: str
-    terms: str
-    dtype: str  # "any": alike for all
+    dtype: str
     decay: bool  # with weight decay in the same pass
-    weights: int  # that a lane handles on the path, times the terms it adds to each
+    weights: int  # that a lane handles on the path
     slots: int
     pipes: dict[str, int] = field(compare=False)
     registers: int
-    stack_bytes: int
-    local_accesses: int
+
+    @property
+    def work(self) -> str:
+        """What it does, in words."""
+        decay = " with decay" if self.decay else ""
+        return f"{self.distribution} {self.rounding} {self.dtype}{decay}"
 
     @property
     def name(self) -> str:
         """What tells it from the other rows."""
-        return f"{self.backend} {self.kernel} {self.work(self.dtype)}"
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is the pass that limits are made for: one term, bfloat16, no decay."""
-        return self.terms == "one" and self.dtype == "bfloat16" and not self.decay
-
-    def work(self, dtype: str) -> str:
-        """What it does, in words, to weights of a dtype."""
-        decay = " with decay" if self.decay else ""
-        return f"{self.distribution} {self.rounding} {self.terms} {dtype}{decay}"
+        return f"{self.backend} {self.work}"
 
     @property
     def slots_per_weight(self) -> float:
@@ -71,26 +68,19 @@ class Row:
         """Cycles of a scheduler a weight, see pipes.py."""
         return round(pipes.bound(self.pipes) / self.weights, 2)
 
-    @property
-    def spills(self) -> bool:
-        """Whether the kernel has a stack or uses local memory."""
-        return self.stack_bytes > 0 or self.local_accesses > 0
+
+class Counted(NamedTuple):
+    """What was found in some machine code."""
+
+    rows: list[Row]
+    kernels: list[Code]  # none of which may spill
+    versions: dict[str, str]  # of the compilers, by backend: all rows of these must be there
 
 
 def row_of(code: Code, path: Path, weights: int, **about: Any) -> Row:
     """Counts a path."""
-    used = {name: getattr(code, name) for name in ("registers", "stack_bytes", "local_accesses")}
-    return Row(**about, weights=weights, slots=len(path), pipes=pipes.count_pipes(path), **used)
-
-
-def term_rows(code: Code, blocks: Blocks, loops: list[Loop], **about: Any) -> Iterator[Row]:
-    """The loop over terms, in the cheapest of its forms: others start or end a round."""
-    if loops:
-        loop = min(loops, key=lambda one: one.slots_per_weight)
-        yield row_of(code, loop.path, loop.added, terms="each", **about)
-        batch = None if loop.makes_noise else sign_batch(blocks, loop.path)
-        if batch is not None:
-            yield row_of(code, batch, BATCH * SIGNS_HELD, terms="signs", **about)
+    busy = pipes.count_pipes(path)
+    return Row(**about, weights=weights, slots=len(path), pipes=busy, registers=code.registers)
 
 
 def stored_dtype(path: Path) -> str:
@@ -112,62 +102,119 @@ def stored_dtype(path: Path) -> str:
     return "float16" if any(i.name.startswith(half) for i in path) else "bfloat16"
 
 
-def cuda_rows(path: FilePath) -> list[Row]:
-    """Counts every add_noise kernel of a file."""
-    return [row for code in disassemble(path, ARCH) for row in rows_of_cuda(code)]
-
-
-def rows_of_cuda(code: Code) -> list[Row]:
-    """Counts one kernel, which serves all dtypes; none if it is no add_noise."""
+def cuda_rows(code: Code) -> list[Row]:
+    """Counts one kernel, which serves all dtypes; none if it is not the pass of one term."""
     match = CUDA_KERNEL.search(code.name)
     if match is None:
         return []
     about: dict[str, Any] = {
         "backend": "cuda",
-        "kernel": f"add_noise/{match[3].lower()}",
         "distribution": DISTRIBUTIONS[int(match[1])],
         "rounding": "stochastic" if match[2] == "1" else "nearest",
         "decay": False,
     }
-    blocks = blocks_of(code.instructions)
-    if match[3] == "Many":
-        return list(term_rows(code, blocks, term_loops(blocks, HELD), dtype="any", **about))
     found: list[Row] = []
-    for hot in hot_paths(blocks):
+    for hot in hot_paths(blocks_of(code.instructions)):
         dtype = stored_dtype(hot)
         weights = sum(i.stored_bytes for i in hot if i.is_wide_store) // itemsize(dtype)
-        found.append(row_of(code, hot, weights, terms="one", dtype=dtype, **about))
+        found.append(row_of(code, hot, weights, dtype=dtype, **about))
     found.sort(key=lambda r: (r.dtype, r.slots))
     # A loop comes twice for each dtype: without decay, and with it, which takes more slots.
     firsts = {row.dtype: row for row in reversed(found)}
     return [replace(row, decay=row is not firsts[row.dtype]) for row in found]
 
 
-def triton_rows(cubin: bytes, **about: Any) -> list[Row]:
-    """Counts a Triton kernel, which serves one dtype; ``about`` are fields of ``Row``.
-
-    A lane's weights are what it stores on the hot path. Of a kernel of many terms only the loop
-    over them is counted.
-    """
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        (code,) = disassemble(FilePath(file.name))
-    blocks = blocks_of(code.instructions)
-    if about.pop("terms") == "many":
-        loops = term_loops(blocks, 1)
-        # A round that passes all its terms by is a loop that adds to float32 weights, too, but
-        # makes no noise: it has few wide products. All of a Philox call need not be there
-        # either, as those that are alike for all lanes may be made elsewhere.
-        most = max((wide_products(loop.path) for loop in loops), default=0)
-        noisy = [loop for loop in loops if 2 * wide_products(loop.path) >= most]
-        return list(term_rows(code, blocks, noisy, **about))
+def triton_row(code: Code, **about: Any) -> Row:
+    """Counts a Triton kernel, which serves one dtype; a lane's weights are what it stores."""
     size = itemsize(about["dtype"])
-    counted = [(hot, sum(i.stored_bytes for i in hot) // size) for hot in hot_paths(blocks)]
+    paths = hot_paths(blocks_of(code.instructions))
+    counted = [(hot, sum(i.stored_bytes for i in hot) // size) for hot in paths]
     hot, weights = min(counted, key=lambda found: len(found[0]) / found[1])
-    return [row_of(code, hot, weights, terms="one", **about)]
+    return row_of(code, hot, weights, **about)
 
 
 def itemsize(dtype: str) -> int:
     """Bytes of a weight."""
     return 4 if dtype == "float32" else 2
+
+
+# --- The record ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The contents of recorded.json."""
+
+    versions: dict[str, str]  # of the compilers, by backend
+    slots: dict[str, float]  # a weight, by name of the row
+
+    @classmethod
+    def load(cls, file: FilePath = FILE) -> Recorded:
+        return cls(**json.loads(file.read_text())) if file.is_file() else cls({}, {})
+
+    def save(self, file: FilePath = FILE) -> None:
+        file.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+
+    def updated(self, counted: Counted) -> Recorded:
+        """With other rows for the backends that were counted."""
+        kept = {n: slots for n, slots in self.slots.items() if n.split()[0] not in counted.versions}
+        slots = {row.name: row.slots_per_weight for row in counted.rows}
+        return Recorded({**self.versions, **counted.versions}, {**kept, **slots})
+
+    def limit_of(self, row: Row, rows: list[Row]) -> float | None:
+        """Returns the most slots that a kernel may take, whatever is recorded of it.
+
+        Triton's is compared with the CUDA kernel among ``rows`` that does the same, or else with
+        what is recorded of that.
+        """
+        limit = LIMITS.get((row.distribution, row.rounding))
+        if limit is None or row.dtype != "bfloat16" or row.decay or row.backend == "tl.randn":
+            return None
+        return limit if row.backend == "cuda" else TRITON_TO_CUDA * self.cuda_slots(row, rows)
+
+    def cuda_slots(self, row: Row, rows: list[Row]) -> float:
+        """Slots of the CUDA kernel that does the same: as counted, or else as recorded, or nan."""
+        known = self.slots | {r.name: r.slots_per_weight for r in rows}
+        return known.get(f"cuda {row.work}", float("nan"))
+
+    def failures(self, counted: Counted) -> Iterator[str]:
+        """Yields everything that is wrong."""
+        rows, versions = counted.rows, counted.versions
+        for kernel in counted.kernels:
+            if kernel.stack_bytes or kernel.local_accesses:
+                yield (
+                    f"{kernel.name}: spills ({kernel.stack_bytes} bytes of stack, "
+                    f"{kernel.local_accesses} accesses of local memory); expected none: hold less "
+                    "in registers"
+                )
+        for row in rows:
+            if row.backend == "tl.randn":  # not ours to improve
+                continue
+            now, before, limit = row.slots_per_weight, self.slots.get(row.name), None
+            limit = self.limit_of(row, rows)
+            if limit is not None and not now <= limit:
+                said = f" ({TRITON_TO_CUDA} x CUDA's)" if row.backend == "triton" else ""
+                yield f"{row.name}: {now} slots a weight; the limit is {limit:.4g}{said}"
+            if before is None:
+                yield f"{row.name}: found in the machine code, but not recorded; {RECORD}"
+            elif now > TOLERANCE * before:
+                then = self.versions.get(row.backend, "unknown")
+                yield (
+                    f"{row.name}: {now} slots a weight, recorded are {before} "
+                    f"(+{now / before - 1:.0%}, 10 % are allowed; compiled by "
+                    f"{versions[row.backend]}, recorded with {then}); {RECORD}"
+                )
+        for name, times in Counter(row.name for row in rows).items():
+            if times > 1:
+                yield f"{name}: {times} hot paths look alike; expected one: see rows.py"
+        for name in sorted(self.slots.keys() - {row.name for row in rows}):
+            if name.split()[0] in versions:
+                yield f"{name}: recorded, but not found in the machine code; {RECORD}"
+
+    def notes(self, versions: dict[str, str]) -> list[str]:
+        """Compilers other than the recorded ones."""
+        return [
+            f"note: {backend} was compiled by {now}, recorded with {self.versions[backend]}"
+            for backend, now in versions.items()
+            if self.versions.get(backend, now) != now
+        ]

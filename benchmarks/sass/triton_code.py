@@ -23,20 +23,12 @@ Compiled = tuple[bytes, dict[str, Any]]  # a cubin, and the fields of ``Row`` th
 
 def cubin_of(
     kernel: triton.JITFunction,
-    signature: Mapping[str, str],
+    signature: Mapping[str, str],  # type of each argument that is no constant, such as "*bf16"
     constants: Mapping[str, object],
-    aligned: tuple[str, ...] = (),
+    aligned: tuple[str, ...] = (),  # multiples of 16, as a launch finds out by itself
     **options: object,
 ) -> bytes:
-    """Compiles a kernel of ``triton.jit``.
-
-    Args:
-        kernel: to compile.
-        signature: type of each argument that is no constant, such as "*bf16", "i32" or "fp32".
-        constants: the values of the others.
-        aligned: arguments that are a multiple of 16, as a launch finds out by itself.
-        options: ``num_warps``, ``enable_fp_fusion`` and such.
-    """
+    """Compiles a kernel of ``triton.jit``; ``options`` are ``num_warps`` and such."""
     names = kernel.arg_names
     types = {name: "constexpr" if name in constants else signature[name] for name in names}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
@@ -68,8 +60,8 @@ def compile_all(some: Iterable[Variant], arch: int) -> list[CompiledKernel]:
 
 
 def add_noise() -> list[Compiled]:
-    """Every variant of the backend's ``add_noise``, with the configuration of small tables."""
-    some = [v for v in variants() if v.op == "add_noise"]
+    """Every variant of the pass of one term, with the configuration of small tables."""
+    some = [v for v in variants() if v.op == "add_noise" and not v.flags["MANY"]]
     kernels = compile_all(some, TARGET.arch)
     return [(bytes(k.asm["cubin"]), about(v)) for v, k in zip(some, kernels, strict=True)]
 
@@ -80,12 +72,10 @@ def about(variant: Variant) -> dict[str, Any]:
     names = {code: str(dtype).removeprefix("torch.") for dtype, code in DTYPE_CODES.items()}
     return {
         "backend": "triton",
-        "kernel": variant.op,
         "distribution": DISTRIBUTIONS[flags["DISTRIBUTION"]],
         "rounding": "stochastic" if flags["STOCHASTIC"] else "nearest",
-        "terms": "many" if flags["MANY"] else "one",
         "dtype": names[flags["DTYPE"]],
-        "decay": flags["DECAYS"] and not flags["MANY"],  # that of a round is no part of its terms
+        "decay": flags["DECAYS"],
     }
 
 
@@ -94,5 +84,5 @@ def peer() -> Compiled:
     types = {"p_w": "*bf16", "n": "i32", "seed": "i32", "eps": "fp32"}
     options = {"num_warps": 4, "enable_fp_fusion": True}
     cubin = cubin_of(tl_randn.add_randn, types, {"block": 1024}, ("p_w", "n"), **options)
-    what = {"backend": "peer", "kernel": "tl.randn", "distribution": "gaussian", "terms": "one"}
-    return cubin, {**what, "rounding": "nearest", "dtype": "bfloat16", "decay": False}
+    what = {"backend": "tl.randn", "distribution": "gaussian", "rounding": "nearest"}
+    return cubin, {**what, "dtype": "bfloat16", "decay": False}

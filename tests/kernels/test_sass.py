@@ -5,18 +5,22 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from benchmarks.sass import pipes
 from benchmarks.sass.__main__ import count_cuda, count_triton
-from benchmarks.sass.disassembly import Code, find_tool, functions, resources, run_tool
+from benchmarks.sass.disassembly import (
+    Code,
+    disassemble_cubin,
+    find_tool,
+    functions,
+    resources,
+    run_tool,
+)
 from benchmarks.sass.flow import blocks_of, hot_paths
-from benchmarks.sass.recorded import Recorded, failures, limit_of, notes
-from benchmarks.sass.rows import Row, rows_of_cuda, triton_rows
-from benchmarks.sass.terms import additions, term_loops
+from benchmarks.sass.rows import Counted, Recorded, Row, cuda_rows, triton_row
 from zorba_kernels.build import build_info
 
 TRITON = importlib.util.find_spec("triton") is not None
@@ -98,134 +102,99 @@ def test_a_kernel_without_a_hot_path(lines, said):
         hot_paths(blocks_of(listing(*lines)))
 
 
-# --- Terms ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("lines", "sums"),
-    [
-        (["FADD R1, R1, R9"], {1: 1}),
-        (["FADD R1, R9, R1", "FFMA R2, R8, R9, R2"], {1: 1, 2: 1}),
-        (["FADD R5, R1, R9", "FADD R1, R5, R9"], {1: 2}),  # two terms a round
-        (["FADD R5, R1, R9", "IMAD.MOV.U32 R1, RZ, RZ, R5"], {1: 1}),
-        (["FFMA R1, R1, R8, R9"], {}),  # a polynomial
-        (["FMUL R1, R8, R9", "FADD R1, R1, R9"], {}),  # begins anew each round
-        (["LDG.E R9, [R2.64]", "FADD R1, R1, R9"], {1: 1}),
-        (["LDG.E.128 R0, [R2.64]", "FADD R1, R1, R9"], {}),  # overwritten with the others
-        # Either of two instructions adds, whatever stands between them but a new predicate.
-        (["@P0 FADD R1, R1, R9", "FADD R2, R2, R9", "@!P0 FADD R1, R1, -R9"], {1: 1, 2: 1}),
-        (["@P0 FADD R1, R1, R9", "R2P PR, R7, 0x7f", "@!P0 FADD R1, R1, -R9"], {1: 2}),
-        (["@P0 FADD R1, R1, R9", "ISETP.NE.AND P0, PT, R7", "@!P0 FADD R1, R1, -R9"], {1: 2}),
-    ],
-)
-def test_additions(lines, sums):
-    assert additions(listing("R2P PR, R7, 0x7f", *lines)) == sums
-
-
-def test_term_loop():
-    adds, store = [f"FADD R{k}, R{k}, R40" for k in range(16)], "STG.E.128 [R2.64], R4"
-    blocks = blocks_of(listing(*BODY, *adds, "@P0 BRA 0x0", store, "EXIT"))
-    (loop,) = term_loops(blocks, least=16)
-    assert loop.added == 16
-    assert loop.slots_per_weight == (len(BODY) + 17) / 16
-    assert term_loops(blocks, least=17) == []
-    storing = blocks_of(listing(*BODY, *adds, store, "@P0 BRA 0x0", "EXIT"))
-    assert term_loops(storing, least=16) == []
-
-
 @triton
-@pytest.mark.parametrize("name", ["add_constant", "add_constant_in_loop", "add_terms"])
-def test_triton_shapes(name):
-    """8 float32 weights a lane: in a straight line, in a loop, and with a loop over terms."""
+@pytest.mark.parametrize(("name", "additions"), [("add_constant", 1), ("add_constant_in_loop", 16)])
+def test_triton_shapes(name, additions):
+    """8 float32 weights a lane, in a straight line and in a loop."""
     from benchmarks.sass.triton_code import cubin_of
     from tests.kernels import triton_shapes
 
-    many = name == "add_terms"
-    types = {"p_w": "*fp32", "p_coefs": "*fp32", "n": "i32", "terms": "i32", "value": "fp32"}
-    cubin = cubin_of(
-        getattr(triton_shapes, name), types, {"block": 1024}, ("p_w",) if many else ("p_w", "n"),
-        num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
-    about = dict.fromkeys(("backend", "kernel", "distribution", "rounding"), "-")
-    terms = "many" if many else "one"
-    (row,) = triton_rows(cubin, **about, terms=terms, dtype="float32", decay=False)
-    assert not row.spills
-    if many:
-        assert row.terms == "each"
-        assert row.weights % 8 == 0  # the compiler may take several terms at once
-        assert row.pipes["fma"] == row.weights  # one addition each
-    else:
-        assert row.weights == 8
-        assert row.pipes["fma"] == (8 if name == "add_constant" else 8 * 16)
-        assert row.pipes["memory"] >= 4  # loads and stores of 16 bytes
+    types = {"p_w": "*fp32", "n": "i32", "value": "fp32"}
+    options = {"num_warps": 4, "enable_fp_fusion": False}
+    kernel = getattr(triton_shapes, name)
+    code = disassemble_cubin(cubin_of(kernel, types, {"block": 1024}, ("p_w", "n"), **options))
+    about = dict.fromkeys(("backend", "distribution", "rounding"), "-")
+    row = triton_row(code, **about, dtype="float32", decay=False)
+    assert row.weights == 8
+    assert row.pipes["fma"] == 8 * additions
+    assert row.pipes["memory"] >= 4  # loads and stores of 16 bytes
 
 
 # --- The record ----------------------------------------------------------------------------------
 
 ROW = Row(
-    "cuda", "add_noise/single", "gaussian", "nearest", "one", "bfloat16", decay=False, weights=32,
-    slots=32 * 24, pipes={"fma": 32 * 24}, registers=128, stack_bytes=0, local_accesses=0,
+    "cuda", "gaussian", "nearest", "bfloat16", decay=False, weights=32, slots=32 * 24,
+    pipes={"fma": 32 * 24}, registers=128,
 )  # fmt: skip
-VERSIONS = {"cuda": "ptxas 13.0"}
-RECORDED = Recorded({}, {}).updated([ROW], VERSIONS)
+CUDA = {"cuda": "ptxas 13.0"}
 
 
-def test_as_recorded():
-    assert failures([ROW], VERSIONS, RECORDED) == []
-    assert failures([replace(ROW, slots=32 * 26)], VERSIONS, RECORDED) == []  # 8 % more
+def count_of(*rows, kernels=(), versions=CUDA):
+    return Counted(list(rows), list(kernels), versions)
+
+
+RECORDED = Recorded({}, {}).updated(count_of(ROW))
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("counted", "message"),
     [
-        ([ROW, replace(ROW, dtype="float16")], "not recorded; .*--record"),
-        ([], "gaussian nearest one bfloat16: recorded, but not found .*--record"),
-        ([replace(ROW, stack_bytes=8)], "spills .8 bytes of stack"),
-        ([replace(ROW, local_accesses=2)], "2 accesses of local memory"),
-        ([ROW, ROW], "2 hot paths look alike"),
+        (count_of(ROW), None),
+        (count_of(replace(ROW, slots=32 * 26)), None),  # 8 % more
+        (count_of(ROW, replace(ROW, dtype="float16")), "not recorded; .*--record"),
+        (count_of(), "gaussian nearest bfloat16: recorded, but not found .*--record"),
+        (count_of(ROW, kernels=[Code("k", [], 128, 8)]), "k: spills .8 bytes of stack"),
+        (
+            count_of(ROW, kernels=[Code("k", listing("LDL R1, [R2]", "STL [R2], R1"), 128, 0)]),
+            "k: spills .*2 accesses of local memory",
+        ),
+        (count_of(ROW, ROW), "2 hot paths look alike"),
     ],
 )
-def test_failures(rows, message):
-    (found,) = failures(rows, VERSIONS, RECORDED)
-    assert re.search(message, found)
+def test_failures(counted, message):
+    found = list(RECORDED.failures(counted))
+    assert len(found) == (message is not None)
+    assert all(re.search(message, one) for one in found)
 
 
 def test_a_limit_is_not_a_matter_of_records():
-    row = replace(ROW, slots=32 * 27)
-    (found,) = failures([row], VERSIONS, RECORDED.updated([row], VERSIONS))
+    counted = count_of(replace(ROW, slots=32 * 27))
+    (found,) = RECORDED.updated(counted).failures(counted)
     assert "27.0 slots a weight; the limit is 26" in found
 
 
 def test_more_than_recorded_names_both_compilers():
     slow = replace(ROW, decay=True, slots=32 * 27)
-    recorded = RECORDED.updated([replace(slow, slots=32 * 24)], VERSIONS)
-    (found,) = failures([slow], {"cuda": "ptxas 14.0"}, recorded)
+    recorded = RECORDED.updated(count_of(replace(slow, slots=32 * 24)))
+    (found,) = recorded.failures(count_of(slow, versions={"cuda": "ptxas 14.0"}))
     assert "27.0 slots a weight, recorded are 24.0 (+12%" in found
     assert "compiled by ptxas 14.0, recorded with ptxas 13.0" in found
-    (note,) = notes({"cuda": "ptxas 14.0"}, recorded)
+    (note,) = recorded.notes({"cuda": "ptxas 14.0"})
     assert "ptxas 13.0" in note
-    assert notes(VERSIONS, recorded) == []
+    assert recorded.notes(CUDA) == []
 
 
 @pytest.mark.parametrize("others", [[ROW], []], ids=["counted now", "recorded"])
 def test_triton_is_compared_with_cuda(others):
-    rows = [replace(ROW, backend="triton", kernel="add_noise", slots=32 * n) for n in (31, 32)]
-    versions = {row.backend: "" for row in [*others, rows[0]]}
-    good, bad = (
-        failures([*others, r], versions, RECORDED.updated([r], {"triton": ""})) for r in rows
-    )
-    assert good == []
-    assert "32.0 slots a weight; the limit is 1.3 x CUDA's 24.0" in bad[0]
+    versions = {"triton": ""} | (CUDA if others else {})
+    found = []
+    for n in (31, 32):
+        row = replace(ROW, backend="triton", slots=32 * n)
+        counted = count_of(*others, row, versions=versions)
+        found += RECORDED.updated(counted).failures(counted)
+    assert len(found) == 1
+    assert "32.0 slots a weight; the limit is 31.2 (1.3 x CUDA's)" in found[0]
 
 
 def test_what_was_not_counted_stays_recorded(tmp_path):
     file = tmp_path / "recorded.json"
-    peer = replace(ROW, backend="peer", slots=32 * 119)
-    RECORDED.updated([peer], {"peer": "triton 3.9"}).save(file)
+    peer = replace(ROW, backend="tl.randn", slots=32 * 119)
+    counted = count_of(peer, versions={"tl.randn": "triton 3.9"})
+    RECORDED.updated(counted).save(file)
     read = Recorded.load(file)
-    assert read.versions == {"cuda": "ptxas 13.0", "peer": "triton 3.9"}
+    assert read.versions == {**CUDA, "tl.randn": "triton 3.9"}
     assert read.slots == {ROW.name: 24.0, peer.name: 119.0}
-    assert failures([peer], {"peer": "triton 3.9"}, read) == []
+    assert list(read.failures(counted)) == []
     assert Recorded.load(tmp_path / "none.json") == Recorded({}, {})
 
 
@@ -235,26 +204,22 @@ def test_what_was_not_counted_stays_recorded(tmp_path):
 @pytest.mark.skipif(not build_info()["cuda"] or find_tool() is None, reason="built without CUDA")
 def test_cuda_kernels():
     """No spills, nothing over its limit, nothing more than 10 % over its record."""
-    rows, versions = count_cuda()
-    assert sum(limit_of(row) is not None for row in rows) == 3
-    assert failures(rows, versions, Recorded.load()) == []
-    assert rows_of_cuda(Code("fingerprint_sum", listing("EXIT"), 8, 0)) == []  # another kernel
+    counted, recorded = count_cuda(), Recorded.load()
+    limits = [recorded.limit_of(row, counted.rows) for row in counted.rows]
+    assert sum(limit is not None for limit in limits) == 3
+    assert list(recorded.failures(counted)) == []
+    assert cuda_rows(Code("fingerprint_sum", listing("EXIT"), 8, 0)) == []  # another kernel
 
 
 @triton
 def test_triton_kernels():
-    rows, versions = count_triton()
-    (peer,) = (row for row in rows if row.backend == "peer")
+    counted = count_triton()
+    *ours, peer = counted.rows
     assert 80 < peer.slots_per_weight < 160
-    ours = [row for row in rows if row.backend == "triton"]
-    assert Counter(row.terms for row in ours) == {"one": 20, "each": 10}
-    # A loop with the 18 to 20 products of a Philox call, not one over rounds that have no terms.
+    assert len(ours) == len(counted.kernels) == 20
+    # A loop with the 18 to 20 products of a Philox call.
     assert all(row.pipes["imad"] > 18 for row in ours)
-    each = [row for row in ours if row.terms == "each"]
-    for distribution in ("gaussian", "rademacher"):  # the noise does not depend on the dtype
-        slots = [row.slots_per_weight for row in each if row.distribution == distribution]
-        assert max(slots) < 1.15 * min(slots)
-    assert failures(rows, versions, Recorded.load()) == []
+    assert list(Recorded.load().failures(counted)) == []
 
 
 @triton

@@ -21,15 +21,3 @@ def add_constant_in_loop(p_w, n, value, block: tl.constexpr):
         for _ in tl.static_range(8):
             b_w = b_w * value + 1.0
         tl.store(p_w + o_w, b_w)
-
-
-@triton.jit
-def add_terms(p_w, p_coefs, terms, block: tl.constexpr):
-    """A tile a program, and a loop over terms that stores nothing."""
-    o_w = tl.program_id(0) * block + tl.arange(0, block)
-    b_w = tl.load(p_w + o_w)
-    total = tl.zeros_like(b_w)
-    for k in range(terms):
-        coef = tl.load(p_coefs + k)
-        total += tl.where(((o_w ^ k) * 7 & 8) != 0, coef, -coef)
-    tl.store(p_w + o_w, b_w + total)

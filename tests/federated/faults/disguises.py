@@ -7,19 +7,8 @@ import random
 import resource
 import signal
 import time
-from functools import partial
 
-from zorba.federated import client, events
-
-
-def other_package() -> None:
-    """A site whose package is of another version."""
-    client.package_version = lambda: "0.0.9"  # type: ignore[assignment]
-
-
-def other_noise() -> None:
-    """A site whose kernels make another version of the noise."""
-    client.Hello = partial(client.Hello, noise_version=99)  # type: ignore[assignment, misc]
+from zorba.federated import events
 
 
 def small_disk() -> None:

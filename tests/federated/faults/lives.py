@@ -16,6 +16,7 @@ from zorba import machine
 from zorba.federated import (
     Client,
     FederationSettings,
+    Replica,
     ReplicaError,
     RunFolder,
     RunRecorder,
@@ -42,15 +43,8 @@ class Job:
     rounds: int
     dtype: torch.dtype = torch.float32
     checkpoint_every: int | None = 3  # None for no checkpoints
-    quorum: int = len(NAMES)  # sites that the server waits for
-    # By site: the round whose end lets it start, and whose next one waits for it.
-    late_sites: dict[str, int] = field(default_factory=dict)
     # By process: called in it before it does anything; importable by name.
     disguise: dict[str, Callable[[], None]] = field(default_factory=dict)
-    # By site: the round whose reply comes late, when it was asked the next thing.
-    held_round: dict[str, int] = field(default_factory=dict)
-    # By site: the value of its model's frozen head; 1 is that of the job.
-    frozen: dict[str, float] = field(default_factory=dict)
 
     @property
     def socket(self) -> Path:
@@ -60,10 +54,9 @@ class Job:
     def run_folder(self) -> RunFolder:
         return RunFolder(self.folder / "run")
 
-    def replica(self, name: str = "") -> Any:
+    def replica(self) -> Replica:
         """A replica at theta_0."""
-        law = (self.settings.distribution, self.settings.rounding)
-        return make_replica(self.dtype, *law, frozen=self.frozen.get(name, 1.0))
+        return make_replica(self.dtype, self.settings.distribution, self.settings.rounding)
 
 
 def live(job: Job, name: str, reaper: Reaper) -> None:
@@ -101,28 +94,13 @@ def _serve(job: Job, reaper: Reaper) -> None:
     server = Server(job.settings, job.replica().identity, list(NAMES), MASKS, folder.log)
     server.log._file = _DoomedFile(server.log._file, reaper)  # type: ignore[assignment]
 
-    def late(name: str, data: bytes) -> None:
-        size = server.log.size
-        receipt = server.receive(name, data)
-        _note(job, late=name, accepted=receipt.accepted, reason=receipt.reason)
-        assert server.log.size == size
-
-    transport = SocketTransport(job.socket, job.quorum, late)
+    transport = SocketTransport(job.socket, len(NAMES))
     _after(transport, "_send", lambda *_: reaper.reach("sent") if transport._pending else None)
     _after(transport, "exchange", lambda *_: reaper.reach("replied"))
     _after(server, "end_round", lambda *_: reaper.reach("ended"))
     rounds = max(0, job.rounds - server.log.last)
     with RunRecorder(folder, server, rounds) as recorder:
-
-        def on_round(report: Any) -> None:
-            recorder.round(report)
-            _note(job, round=report.round, clients=report.clients, failures=report.failures)
-            for name, reason in report.refusals.items():
-                _note(job, refused=name, reason=reason)
-            # Who is late may not come too late: the next round waits for it.
-            transport.quorum += list(job.late_sites.values()).count(report.round)
-
-        result = run_federation(server, transport, rounds, on_round)
+        result = run_federation(server, transport, rounds, recorder.round)
         recorder.end(result)
     _note(job, fingerprints=result.fingerprints, identical=result.replicas_identical)
     transport.close()
@@ -162,7 +140,7 @@ class _DoomedFile:
 
 def _measure(job: Job, name: str, reaper: Reaper) -> None:
     number = NAMES.index(name)
-    replica = job.replica(name)
+    replica = job.replica()
     checkpoint = job.folder / f"{name}.safetensors"
     if checkpoint.exists():
         try:
@@ -193,21 +171,10 @@ def _measure(job: Job, name: str, reaper: Reaper) -> None:
     kept = None if every is None else checkpoint
     client = Client(name, replica, doomed_objective, kept, checkpoint_every=every or 1)
     link = SiteLink(job.socket, name)
-    held: list[tuple[int, bytes]] = []
     while (received := link.receive())[1]:
         message_number, data = received
         reaper.reach("before")
-        before = replica.applied_round, replica.passes
         answer = client.handle(data)
-        applied = replica.applied_round - before[0]
-        if applied > 1:
-            _note(job, site=name, caught_up=applied, passes=replica.passes - before[1])
         reaper.reach("measured")
-        while held:
-            link.send(*held.pop())
-        if replica.applied_round + 1 == job.held_round.get(name):
-            held.append((message_number, answer))
-            link.send(message_number, b"")
-            continue
         link.send(message_number, answer)
         reaper.reach("after")

@@ -140,8 +140,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         attack = Attack(Path(folder))
-        taken, sizes = 0, []
-        every = max(1, arguments.messages // 10)
+        taken, sizes, every = 0, [], max(1, arguments.messages // 10)
         started = time.perf_counter()
         for n, (name, data) in enumerate(attack.messages_of(arguments.messages, arguments.seed)):
             taken += attack.strike(name, data)

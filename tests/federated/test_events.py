@@ -152,8 +152,8 @@ def test_a_full_disk_loses_events_and_says_how_many(path: Path) -> None:
     writer = EventWriter(path)
     disk: Any = FullDisk(writer._file)
     writer._file = disk
-    for event, full in (("start", False), ("x", True), ("x", True), ("x", True), ("end", False)):
-        disk.full = full
+    for event in ("start", "x", "x", "x", "end"):
+        disk.full = event == "x"
         writer.write(event)
     writer.close()
     told = [(event["event"], event.get("events")) for event in read(path)]

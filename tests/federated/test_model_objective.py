@@ -109,7 +109,7 @@ def test_losses_of_examples_are_told_apart(tmp_path: Path, place: str) -> None:
     with ExitStack() as stack:
         folder = tmp_path / "host" if place == "offloaded" else None
         inner: Any = make_client("ada", 0, folder, stack, torch.float32).objective
-        model = inner._model
+        model = inner.model
 
         def losses(ids: torch.Tensor) -> torch.Tensor:
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].transpose(1, 2)
@@ -121,7 +121,7 @@ def test_losses_of_examples_are_told_apart(tmp_path: Path, place: str) -> None:
                 return ids, len(ids)
 
             law = ("rademacher", True)
-            return list(ModelObjective(model, inner._table, some, losses, *law)(1, 0)[0](noises))
+            return list(ModelObjective(model, inner.table, some, losses, *law)(1, 0)[0](noises))
 
         both = np.array(told(slice(None)))  # [noises, examples]
         assert (both.shape, both.dtype) == ((2, 2), np.float64)
@@ -135,7 +135,7 @@ def test_blocks_follow_the_mask(tmp_path: Path) -> None:
     with ExitStack() as stack:
         client = make_client("ada", 0, tmp_path / "host", stack, torch.float32)
         objective: Any = client.objective
-        offload = Offload.of(objective._model)
+        offload = Offload.of(objective.model)
         assert offload is not None
         for active in ([0], [2], [0, 1, 2], [1]):
             evaluate, count = objective(1, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,6 @@ def test_noise_has_the_scale_that_is_counted(policy: Privacy, rows: int) -> None
 
 def test_noise_does_not_come_from_seeds() -> None:
     """Not from the plan's, nor from those of numpy, torch and random."""
-    import random
-
     told = []
     for _ in range(2):
         random.seed(1)

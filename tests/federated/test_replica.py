@@ -172,10 +172,8 @@ def test_models_that_share_shapes_have_other_identities() -> None:
     groups = {e.name: e.group for e in entries}
 
     def changed(names: dict[str, str], groups: dict[str, int]) -> Replica:
-        table = zk.ParamTable(
-            {names[e.name]: e.tensor for e in entries},
-            groups={names[name]: group for name, group in groups.items()},
-        )
+        tensors = {names[e.name]: e.tensor for e in entries}
+        table = zk.ParamTable(tensors, groups={names[name]: g for name, g in groups.items()})
         return Replica(table, mine.origin or 0)
 
     assert mine == make_replica().identity

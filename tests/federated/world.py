@@ -76,7 +76,7 @@ def make_objective(replica: Replica, target: float, examples: int) -> Callable[[
 
 
 def make_settings(**changes: Any) -> FederationSettings:
-    defaults: dict[str, Any] = {"job": "test", "seed": 7, "lr": 0.05, "num_perturbations": 3}
+    defaults = {"job": "test", "seed": 7, "lr": 0.05, "num_perturbations": 3}
     return FederationSettings(**(defaults | changes))
 
 

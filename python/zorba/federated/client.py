@@ -167,14 +167,8 @@ class Client:
                 )
             masked = mask[:, None] * torch.from_numpy(coefs)
             pending = pending.plus(NoiseTerms((seed,) * len(samples), samples, masked))
+        loss = math.nan if spent else math.fsum(losses) / max(1, len(losses))
+        measured_at = (self.replica.applied_round, self.replica.fingerprint())
         return Reply(
-            job=plan.job,
-            round=plan.round,
-            client=self.name,
-            applied_round=self.replica.applied_round,
-            fingerprint=self.replica.fingerprint(),
-            scalars=scalars,
-            num_examples=examples,
-            loss=math.nan if spent else math.fsum(losses) / max(1, len(losses)),
-            privacy=spent,
+            plan.job, plan.round, self.name, *measured_at, scalars, examples, loss, privacy=spent
         )

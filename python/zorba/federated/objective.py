@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,62 +21,52 @@ Batches = Callable[[int, int], tuple[Any, int]]
 """``batches(round, step)`` returns a batch and its number of examples, always the same ones."""
 
 
+@dataclass(eq=False, repr=False)
 class ModelObjective:
     """An ``Objective`` of ``Client``: the loss of a model, perturbed exactly (placement "scratch").
 
     Only the blocks that a plan's mask activates are perturbed. Where the model is offloaded
     (``zorba.offload.Offload``), blocks move between host and device as the mask says.
 
-    Args:
-        model: what ``loss`` runs.
-        table: its trainable parameters, the replica's; group b is block b. ``DeviceTables`` where
-            the model is offloaded.
-        batches: picks a batch, see ``Batches``.
-        loss: returns the loss of a batch, a number or a tensor of one element; or with
-            ``per_example`` the loss of each example, Tensor [examples].
-        distribution: of the noise, the replica's.
-        per_example: whether ``loss`` tells the examples apart, as ``Privacy`` with the unit
-            "example" needs it. Without privacy the scalars are those of the examples' mean.
-
     Raises:
         ValueError: the model is offloaded, and the table is no ``DeviceTables``.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        table: Tables,
-        batches: Batches,
-        loss: Callable[[Any], float | Tensor],
-        distribution: Distribution,
-        per_example: bool = False,
-    ) -> None:
+    model: nn.Module  # that ``loss`` runs
+    # Its trainable parameters, the replica's; group b is block b. ``DeviceTables`` where the model
+    # is offloaded.
+    table: Tables
+    batches: Batches
+    # Of a batch, a number or a tensor of one element; or with ``per_example`` of each example,
+    # Tensor [examples].
+    loss: Callable[[Any], float | Tensor]
+    distribution: Distribution  # of the noise, the replica's
+    # Whether ``loss`` tells the examples apart, as ``Privacy`` with the unit "example" needs it.
+    # Without privacy the scalars are those of the examples' mean.
+    per_example: bool = False
+
+    def __post_init__(self) -> None:
         # A ParamTable holds addresses, which a block that moves leaves behind.
-        if Offload.of(model) is not None and not isinstance(table, DeviceTables):
+        if Offload.of(self.model) is not None and not isinstance(self.table, DeviceTables):
             raise ValueError(
                 "the blocks of an offloaded model move: give DeviceTables of its parameters as the "
                 "table, to the replica too"
             )
-        self._model = model
-        self._table = table
-        self._batches = batches
-        self._loss = loss
-        self._distribution = distribution
         # In float64: a difference of losses that nearly agree has few digits left in float32.
-        self._read: Callable[[Any], Any] = (
-            (lambda losses: losses.detach().double().cpu().numpy()) if per_example else float
-        )
+        self._read: Callable[[Any], Any] = float
+        if self.per_example:
+            self._read = lambda losses: losses.detach().double().cpu().numpy()
         self._active: list[int] | None = None
 
     def __call__(self, round_number: int, step: int) -> tuple[Evaluate, int]:
         """See ``Objective``."""
-        batch, count = self._batches(round_number, step)
+        batch, count = self.batches(round_number, step)
 
         @torch.no_grad()
         def evaluate(noises: Sequence[NoiseTerms]) -> Sequence[Any]:
-            groups = range(self._table.num_groups)
+            groups = range(self.table.num_groups)
             self._activate([g for g in groups if any(terms.active(g) for terms in noises)])
-            with self._evaluator.step(lambda: self._loss(batch)) as losses_at:
+            with self._evaluator.step(lambda: self.loss(batch)) as losses_at:
                 return losses_at(noises)
 
         return evaluate, count
@@ -87,18 +78,18 @@ class ModelObjective:
             return
         self._active = None
         # Blocks move before the table is made: it holds addresses.
-        offload = Offload.of(self._model)
+        offload = Offload.of(self.model)
         if offload is not None:
             # By parameters, not by numbers: an offload may know more blocks than are trained.
-            names = {entry.name for entry in self._table.entries if entry.group in active}
+            names = {entry.name for entry in self.table.entries if entry.group in active}
             offload.set_active([b.name for b in offload.blocks if names & set(b.parameters)])
         # Of active blocks alone: scratch is made for each parameter of a table, perturbed or not.
-        entries = [entry for entry in self._table.entries if entry.group in active]
+        entries = [entry for entry in self.table.entries if entry.group in active]
         table = zk.ParamTable(
             {entry.name: entry.source for entry in entries},
             groups={entry.name: entry.group for entry in entries},
-            num_groups=self._table.num_groups,
+            num_groups=self.table.num_groups,
         )
-        self._placement = ScratchPlacement(self._model, table, self._distribution)
-        self._evaluator = Evaluator(self._model, self._placement, True, self._read)
+        self._placement = ScratchPlacement(self.model, table, self.distribution)
+        self._evaluator = Evaluator(self.model, self._placement, True, self._read)
         self._active = active

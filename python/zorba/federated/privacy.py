@@ -45,7 +45,6 @@ class Privacy:
     max_epsilon: float = math.inf  # the client measures nothing that would spend more
 
     def __post_init__(self) -> None:
-        """Raises ValueError where a number makes no sense."""
         check_choice("unit", self.unit, UNITS)
         for what, fits, expected in (
             ("clip", 0 < self.clip < math.inf, "positive and finite"),
@@ -125,10 +124,7 @@ class PrivacyAccountant:
         return after
 
     def release(self, differences: Sequence[Any], examples: int) -> npt.NDArray[np.float32]:
-        """Clips, averages and adds noise: private scalars, float32 [P].
-
-        Differences are [P] numbers, or arrays [examples], which the unit "example" needs.
-        """
+        """Makes P numbers, or P arrays [examples] for the unit "example", private: float32 [P]."""
         # In float64: rounding to float32 comes last, after the noise, and so tells nothing more.
         rows = np.array([np.asarray(d, dtype=np.float64) for d in differences])
         if self.privacy.unit == "client":

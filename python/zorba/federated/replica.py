@@ -178,7 +178,6 @@ class Replica:
         self._interrupted = False
 
     def _law(self) -> dict[str, Any]:
-        """What a checkpoint must be of, beside the model."""
         law = {"distribution": self.distribution, "rounding": self.rounding}
         return {"schema": CHECKPOINT_SCHEMA, "noise_version": NOISE_VERSION} | law
 

@@ -54,24 +54,17 @@ class RunRecorder:
     Leaving the block through an exception is written as the run's end, with the reason. A server
     that was killed leaves no end; the next one on the same folder goes on with a start of its own.
 
-    Args:
-        folder: of the run; made where there is none.
-        server: of the job.
-        rounds: to run now.
-        plan: that the masks come from; None where they were given by hand.
-        settings: more than the server's to tell of, by name.
-
     Raises:
         ValueError: the server has other masks than the plan.
     """
 
     def __init__(
         self,
-        folder: RunFolder,
+        folder: RunFolder,  # made where there is none
         server: Server,
-        rounds: int,
-        plan: BlockPlan | None = None,
-        settings: Mapping[str, Any] | None = None,
+        rounds: int,  # to run now
+        plan: BlockPlan | None = None,  # that the masks come from; None where they are by hand
+        settings: Mapping[str, Any] | None = None,  # more than the server's to tell of, by name
     ) -> None:
         self._server = server
         self._ended = False

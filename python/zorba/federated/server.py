@@ -72,8 +72,7 @@ class Server:
     @property
     def masks(self) -> dict[str, tuple[bool, ...]]:
         """Which blocks each client activates, by client."""
-        rows = map(tuple, self._masks.array.tolist())
-        return dict(zip(self._masks.rows, rows, strict=True))
+        return dict(zip(self._masks.rows, map(tuple, self._masks.array.tolist()), strict=True))
 
     def begin_round(
         self, available: Iterable[str] | None = None, *, measures: bool = True
@@ -194,7 +193,6 @@ class Server:
             raise MessageError(f"{name} has {wrong}")
 
     def _check_position(self, name: str, applied: int, fingerprint: int) -> None:
-        """Compares a client's weights with those that the log knows of that round."""
         if applied > self.log.last:
             raise MessageError(
                 f"{name} has applied round {applied}, but the log ends at {self.log.last}: it "

@@ -54,7 +54,6 @@ class FederationSettings:
     trim: float = 0.25
 
     def __post_init__(self) -> None:
-        """Raises ValueError or TypeError where a setting makes no sense."""
         if not isinstance(self.job, str) or not 1 <= len(self.job) <= 200:
             raise ValueError(f"job must be a name of 1 to 200 characters, got {self.job!r}")
         check_uint64(self.seed, "seed")
@@ -91,8 +90,8 @@ class FederationSettings:
         """Returns the uint64 seed of each local step of a round, [K]."""
         # A function of job and round: clients that are asked at different times measure the same
         # directions, and a server that was killed asks the same again.
-        places = (struct.pack("<II", round_number, step) for step in range(self.local_steps))
-        return tuple(self._derive("seed", place) for place in places)
+        steps = range(self.local_steps)
+        return tuple(self._derive("seed", struct.pack("<II", round_number, k)) for k in steps)
 
     def rounding_seed_of(self, round_number: int) -> int:
         """Returns the uint64 seed of a round's stochastic rounding."""

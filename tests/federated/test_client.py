@@ -14,15 +14,7 @@ from zorba.federated import FederationError, Greeting, Hello, MessageError, Repl
 from zorba.optim import one_by_one
 
 import zorba_kernels as zk
-from tests.federated.world import (
-    World,
-    copy_table,
-    fail,
-    make_replica,
-    plan_of,
-    reply_of,
-    spy,
-)
+from tests.federated.world import World, copy_table, fail, make_replica, plan_of, reply_of, spy
 
 ALONE: dict[str, Any] = {"masks": [[True] * 4], "names": ("ada",)}
 

@@ -13,13 +13,7 @@ import numpy as np
 import pytest
 import torch
 from dp_accounting import get_epsilon_gaussian
-from zorba.federated import (
-    FederationError,
-    MessageError,
-    Privacy,
-    PrivacyAccountant,
-    PrivacySpent,
-)
+from zorba.federated import FederationError, MessageError, Privacy, PrivacyAccountant, PrivacySpent
 from zorba.optim import one_by_one
 
 from tests.federated.test_messages import make_reply

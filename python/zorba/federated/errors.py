@@ -1,7 +1,5 @@
 """Errors of a federation, by what must be looked at."""
 
-from __future__ import annotations
-
 from zorba.log import LogError
 
 

@@ -45,7 +45,6 @@ class Greeting:
     """Server to a client that it does not know: which job this is. The answer is a Hello."""
 
     KIND: ClassVar[int] = 1
-
     job: int
 
     def encode(self) -> bytes:
@@ -58,7 +57,6 @@ class Hello:
     """Client to server: who it is and what it holds. Also the answer to a plan it cannot follow."""
 
     KIND: ClassVar[int] = 2
-
     client: str
     job: int
     identity: ModelIdentity  # of its model at theta_0
@@ -81,7 +79,6 @@ class Plan:
     """Server to client: apply these log entries, then measure these directions."""
 
     KIND: ClassVar[int] = 3
-
     job: int
     round: int  # that is measured, at the weights that round - 1 left
     base_round: int  # that the server knows the client to have applied; entries start after it
@@ -150,7 +147,6 @@ class Reply:
     """Client to server: what it measured."""
 
     KIND: ClassVar[int] = 4
-
     job: int
     round: int  # of the plan
     client: str

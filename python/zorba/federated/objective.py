@@ -90,6 +90,6 @@ class ModelObjective:
             groups={entry.name: entry.group for entry in entries},
             num_groups=self.table.num_groups,
         )
-        self._placement = ScratchPlacement(self.model, table, self.distribution)
-        self._evaluator = Evaluator(self.model, self._placement, True, self._read)
+        self._placement: ScratchPlacement = ScratchPlacement(self.model, table, self.distribution)
+        self._evaluator: Evaluator = Evaluator(self.model, self._placement, True, self._read)
         self._active = active

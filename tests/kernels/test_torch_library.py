@@ -9,11 +9,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import zorba_kernels as zk
 from tests.kernels.bits import assert_same_bits, changed
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 operators = torch.ops.zorba_kernels
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     return request.param
 

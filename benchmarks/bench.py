@@ -89,11 +89,38 @@ class Bench:
         return self._deadline - time.monotonic()
 
     def in_turn(self, calls: Mapping[str, Call]) -> dict[str, Times]:
-        """Times calls in turn; skips the test, with the reason, where time is too short."""
+        """Times every call, round robin, so that a change of clocks meets all alike.
+
+        On a GPU with events, and nothing waits in between: the time is that of the device, unless
+        the host falls behind. Skips the test, with the reason, where time is too short.
+        """
+        for call in calls.values():
+            for _ in range(WARM_UP):
+                call()
+        synchronize(self.device)
+        start = time.perf_counter()
+        for call in calls.values():
+            call()
+        synchronize(self.device)
+        estimate = (time.perf_counter() - start) * self.sizes.runs
+        if estimate > self.left():
+            said = f"{self.sizes.runs} runs of {len(calls)} calls would take {estimate:.0f} s"
+            pytest.skip(f"left out: {said}")
+        on_gpu = self.device.type == "cuda"
+        extra = {name: peak_bytes(c, "cuda") if on_gpu else None for name, c in calls.items()}
+        marks: dict[str, list[tuple[Mark, Mark]]] = {name: [] for name in calls}
+        gc.collect()
+        gc.disable()  # a collection in the middle of a call would count as the call's time
         try:
-            return time_in_turn(calls, self.device, self.sizes.runs, self.left())
-        except TimeoutError as error:
-            pytest.skip(f"left out: {error}")
+            for _ in range(self.sizes.runs):
+                for name, call in calls.items():
+                    begin = mark(self.device)
+                    call()
+                    marks[name].append((begin, mark(self.device)))
+            synchronize(self.device)
+        finally:
+            gc.enable()
+        return {n: Times([between(*m) for m in some], extra[n]) for n, some in marks.items()}
 
     def measure(self, group: str, name: str, **figures: Any) -> None:
         """Adds a row to the table of a group."""
@@ -128,42 +155,6 @@ class Bench:
 
 
 # --- Times -------------------------------------------------------------------------------------
-
-
-def time_in_turn(
-    calls: Mapping[str, Call], device: torch.device, runs: int, seconds: float
-) -> dict[str, Times]:
-    """Times every call ``runs`` times, round robin, so that a change of clocks meets all alike.
-
-    On a GPU with events, and nothing waits in between: the time is that of the device, unless the
-    host falls behind. Raises ``TimeoutError`` where the runs would take longer than ``seconds``.
-    """
-    for call in calls.values():
-        for _ in range(WARM_UP):
-            call()
-    synchronize(device)
-    start = time.perf_counter()
-    for call in calls.values():
-        call()
-    synchronize(device)
-    estimate = (time.perf_counter() - start) * runs
-    if estimate > seconds:
-        raise TimeoutError(f"{runs} runs of {len(calls)} calls would take {estimate:.0f} s")
-    on_gpu = device.type == "cuda"
-    extra = {name: peak_bytes(c, "cuda") if on_gpu else None for name, c in calls.items()}
-    marks: dict[str, list[tuple[Mark, Mark]]] = {name: [] for name in calls}
-    gc.collect()
-    gc.disable()  # a collection in the middle of a call would count as the call's time
-    try:
-        for _ in range(runs):
-            for name, call in calls.items():
-                begin = mark(device)
-                call()
-                marks[name].append((begin, mark(device)))
-        synchronize(device)
-    finally:
-        gc.enable()
-    return {name: Times([between(*m) for m in some], extra[name]) for name, some in marks.items()}
 
 
 def mark(device: torch.device) -> Mark:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,12 +26,11 @@ def count_cuda() -> Counted | str:
     if spec is None or spec.origin is None:
         return "zorba_kernels._C is not built"
     path = Path(spec.origin)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            kernels = disassembly.disassemble(path, disassembly.ARCH)
-            version = disassembly.assembler_of(path, Path(folder))
-        except RuntimeError as error:  # no cuobjdump, or it found no device code at all
-            return str(error)
+    try:
+        kernels = disassembly.disassemble(path, disassembly.ARCH)
+        version = disassembly.assembler_of(path)
+    except RuntimeError as error:  # no cuobjdump, or it found no device code at all
+        return str(error)
     rows = [row for code in kernels for row in cuda_rows(code)]
     if not rows:
         there = f"{path} holds no add_noise kernel for {disassembly.ARCH}"

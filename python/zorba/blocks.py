@@ -23,27 +23,16 @@ _Stack = tuple[str, nn.ModuleList]
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block.
+    """One transformer block."""
 
-    Attributes:
-        name: its module's canonical name, for example ``model.layers.3``.
-        module: the module itself.
-        parameters: canonical names of its parameters, tied ones under their first name.
-    """
-
-    name: str
+    name: str  # its module's canonical name, for example ``model.layers.3``
     module: nn.Module
-    parameters: tuple[str, ...]
-
-    @property
-    def numel(self) -> int:
-        """Elements of all its parameters."""
-        return sum(p.numel() for p in self.module.parameters())
+    parameters: tuple[str, ...]  # canonical names, tied ones under their first name
 
     @property
     def nbytes(self) -> int:
         """Bytes of all its parameters."""
-        return sum(p.numel() * p.element_size() for p in self.module.parameters())
+        return sum(p.nbytes for p in self.module.parameters())
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
@@ -105,10 +94,14 @@ def _stacks(model: nn.Module) -> list[_Stack]:
     found = [item for item in lists if sum(item in some for some in (deep, marked, large)) >= 2]
     # Models of no config, or with a config that is not transformers', show fewer.
     found = found or deep or [item for item in large if len(_classes(item[1])) == 1]
-    found = _outermost(found)
-    if not any(_is_marked(stack) for _, stack in found):
-        _refuse_parallel_lists(model, found)
-    return found
+    # Experts of a block are a list in a member of a list: named_modules tells the outer one first.
+    kept: list[_Stack] = []
+    for name, stack in found:
+        if not any(not outer or name.startswith(outer + ".") for outer, _ in kept):
+            kept.append((name, stack))
+    if not any(_is_marked(stack) for _, stack in kept):
+        _refuse_parallel_lists(model, kept)
+    return kept
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:
@@ -137,7 +130,6 @@ def _depths(model: nn.Module) -> tuple[set[int], list[tuple[int, ...]]]:
 
 
 def _is_stages(stack: nn.ModuleList, stages: list[tuple[int, ...]]) -> bool:
-    """Whether the members are stages, each with a list of its blocks."""
     # Swin's list of stages is as long as ``depths``; its blocks are one level below.
     lengths = [{len(m) for m in s.modules() if isinstance(m, nn.ModuleList)} for s in stack]
     return any(
@@ -152,15 +144,6 @@ def _is_marked(stack: nn.ModuleList) -> bool:
 
 def _classes(stack: nn.ModuleList) -> frozenset[type]:
     return frozenset(type(member) for member in stack)
-
-
-def _outermost(stacks: list[_Stack]) -> list[_Stack]:
-    # Experts of a block are a list in a member of a list: named_modules tells the outer one first.
-    kept: list[_Stack] = []
-    for name, stack in stacks:
-        if not any(not outer or name.startswith(outer + ".") for outer, _ in kept):
-            kept.append((name, stack))
-    return kept
 
 
 def _refuse_parallel_lists(model: nn.Module, stacks: list[_Stack]) -> None:

@@ -27,21 +27,13 @@ _MEANING = {
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """A model before its first update, in a few numbers.
+    """A model before its first update, in a few numbers."""
 
-    Attributes:
-        origin: fingerprint of all parameters, frozen ones too; None where it is not known.
-        start: fingerprint of the trainable parameters.
-        layout: hash of the trainable parameters' names, shapes, dtypes and blocks.
-        num_weights: how many weights are trainable.
-        num_blocks: how many blocks (groups of coefficients) they are in.
-    """
-
-    origin: int | None
-    start: int
-    layout: int
-    num_weights: int
-    num_blocks: int
+    origin: int | None  # fingerprint of all parameters, frozen ones too; None where not known
+    start: int  # fingerprint of the trainable parameters
+    layout: int  # hash of the trainable parameters' names, shapes, dtypes and blocks
+    num_weights: int  # how many weights are trainable
+    num_blocks: int  # how many blocks (groups of coefficients) they are in
 
     def difference(self, other: ModelIdentity) -> str | None:
         """Returns a sentence on the first thing in which ``other`` differs, or None."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zorba.blocks import name_of
+from zorba.forward import replaced_forward
 
 
 class HeadError(ValueError):
@@ -20,13 +21,10 @@ class HeadError(ValueError):
 
 @torch.no_grad()
 def check_head(model: nn.Module, ids: list[int], causal: bool) -> None:
-    """Compares narrowed logits with the model's own, once, for a sequence of two tokens.
+    """Raises HeadError where narrowed logits of two tokens are not the model's own.
 
     A model may only change each logit by itself behind the output embedding (a scale, a softcap),
     and positions of a causal model must not see later ones.
-
-    Raises:
-        HeadError: it is not so.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise HeadError(
@@ -92,9 +90,23 @@ def narrow_logits(
     Raises:
         HeadError: the model has no output embedding, or does not call it.
     """
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head: Any = find() if find is not None else None
+    if head is None:
+        raise HeadError(f"{name_of(model)} has no output embedding: is it a language model?")
+    # One narrowed forward for all that run side by side: whoever comes last takes it off.
+    there = vars(head).get("forward")
+    narrow = there if isinstance(there, _Narrow) else _Narrow(head)
     reads = _Reads(inputs["input_ids"].shape[1], rows, positions, columns)
-    with _narrowed(model, reads):
+    narrow.users += 1
+    token = _reads.set(reads)
+    try:
         logits: Tensor = model(**inputs).logits
+    finally:
+        _reads.reset(token)
+        narrow.users -= 1
+        if not narrow.users:
+            narrow.replaced.close()
     if reads.calls != 1:
         raise HeadError(
             f"{name_of(model)} called its output embedding {reads.calls} times in a forward, not "
@@ -124,11 +136,13 @@ class _Narrow:
 
     def __init__(self, head: Any) -> None:
         self.users = 0
-        # accelerate sets one on a head that it placed on a device of its own: it must be called.
-        self.own: Callable[[Tensor], Tensor] | None = vars(head).get("forward")
+        # A head of another class, or one that accelerate placed on a device of its own and gave a
+        # forward of its own, may do more than multiply.
+        self._plain = type(head) is nn.Linear and "forward" not in vars(head)
         self._head = head
         self._whole: Callable[[Tensor], Tensor] = head.forward
-        head.forward = self
+        self.replaced = ExitStack()
+        self.replaced.enter_context(replaced_forward(head, self))
 
     def __call__(self, hidden: Tensor) -> Tensor:
         reads = _reads.get()
@@ -139,35 +153,9 @@ class _Narrow:
         ahead = hidden.shape[1] - reads.length  # virtual tokens of a soft prompt
         at = (reads.rows.to(hidden.device), reads.positions.to(hidden.device) + ahead)
         read, columns = hidden[at][None], reads.columns  # read: [1, n, width]
-        if columns is None:
-            return self._whole(read)
-        # A head of another class may do more than multiply: all columns, and then some of them.
-        if type(self._head) is not nn.Linear or self.own is not None:
+        if columns is None or not self._plain:
             logits = self._whole(read)
-            return logits[..., columns.to(logits.device)]
+            return logits if columns is None else logits[..., columns.to(logits.device)]
         # A few rows of the vocabulary's: a copy of them is small, the whole product is not.
         weight, bias = self._head.weight[columns], self._head.bias
         return nn.functional.linear(read, weight, None if bias is None else bias[columns])
-
-
-@contextmanager
-def _narrowed(model: nn.Module, reads: _Reads) -> Iterator[None]:
-    find: Any = getattr(model, "get_output_embeddings", None)
-    head: Any = find() if find is not None else None
-    if head is None:
-        raise HeadError(f"{name_of(model)} has no output embedding: is it a language model?")
-    # One narrowed forward for all that run side by side: whoever comes last takes it off.
-    there = vars(head).get("forward")
-    narrow = there if isinstance(there, _Narrow) else _Narrow(head)
-    narrow.users += 1
-    token = _reads.set(reads)
-    try:
-        yield
-    finally:
-        _reads.reset(token)
-        narrow.users -= 1
-        if not narrow.users:
-            # A method of the class is found again when the instance has none of its own.
-            del head.forward
-            if narrow.own is not None:
-                head.forward = narrow.own

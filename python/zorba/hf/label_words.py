@@ -21,29 +21,19 @@ _MASK = "mask"  # the field of a template that becomes the tokenizer's mask toke
 class LabelWordBatch:
     """Encoded examples: sequences padded on the right, and where their logits are read.
 
-    Tensors are on the model's device.
-
-    Attributes:
-        inputs: what the model is called with.
-        rows: Tensor  # int64 [reads], sequence of each read position
-        positions: Tensor  # int64 [reads], its index in the sequence
-        targets: Tensor  # int64 [reads], the token that is scored there, candidate by candidate;
-            None where every label word is one token
-        lengths: tokens of each candidate; empty where every label word is one token.
-        choices: candidates of each example.
-        labels: Tensor  # int64 [examples], or None
+    Tensors are on the model's device. Where every label word is one token, ``targets`` is None and
+    ``lengths`` is empty.
     """
 
-    inputs: dict[str, Tensor]
-    rows: Tensor
-    positions: Tensor
-    targets: Tensor | None
-    lengths: list[int]
-    choices: list[int]
-    labels: Tensor | None
+    inputs: dict[str, Tensor]  # what the model is called with
+    rows: Tensor  # int64 [reads], sequence of each read position
+    positions: Tensor  # int64 [reads], its index in the sequence
+    targets: Tensor | None  # int64 [reads], the token that is scored there, candidate by candidate
+    lengths: list[int]  # tokens of each candidate
+    choices: list[int]  # candidates of each example
+    labels: Tensor | None  # int64 [examples]
 
     def __len__(self) -> int:
-        """Number of examples."""
         return len(self.choices)
 
 
@@ -53,15 +43,13 @@ class LabelWordLoss:
     Logits are computed only where they are read: for label words of one token, the position behind
     the prompt and the words' rows of the output embedding. Otherwise each candidate is a sequence
     of its own, scored by the log-probabilities of its tokens, which need the whole vocabulary at
-    their positions alone. Causal models get no attention mask: the padding comes last, where no
-    position that is read sees it.
+    their positions alone. Causal models get no attention mask: the padding comes last, unseen.
 
     Args:
         model: a causal language model of transformers, or a masked one for a template with
             ``{mask}``; wrappers of PEFT work. Whatever it does with its logits is honoured.
         tokenizer: its tokenizer.
-        template: a format string over the fields of an example: ``"{sentence} It was"``, or
-            ``"{sentence} It was {mask}."``.
+        template: with an example's fields: ``"{sentence} It was"`` or ``"{text} It was {mask}."``.
         words: the label words, each with the space in front that the prompt needs:
             ``[" terrible", " great"]``. Or the name of the field with an example's own candidates.
         normalise: divide a candidate's sum of log-probabilities by its number of tokens.
@@ -107,7 +95,7 @@ class LabelWordLoss:
             self._tokens = [self._continuation(tail, word) for word in self.words]
             if all(len(ids) == 1 for ids in self._tokens):
                 self._columns = torch.tensor(self._tokens)[:, 0]
-                if len({*map(tuple, self._tokens)}) < len(self._tokens):
+                if len(self._columns.unique()) < len(self._columns):
                     raise ValueError(f"two of the label words {self.words} are the same token")
         if self.masked and self._columns is None:
             raise ValueError(
@@ -147,16 +135,12 @@ class LabelWordLoss:
             rows = [row for row, (_, ids) in enumerate(pairs) for _ in ids]
             positions = [len(prompt) - 1 + k for prompt, ids in pairs for k in range(len(ids))]
         device = next(self.model.parameters()).device
-        labels = self._labels(examples, choices)
-        return LabelWordBatch(
-            {name: ids.to(device) for name, ids in self._pad(sequences).items()},
-            torch.tensor(rows, device=device),
-            torch.tensor(positions, device=device),
-            torch.tensor(targets, device=device) if targets else None,
-            lengths,
-            choices,
-            None if labels is None else torch.tensor(labels, device=device),
-        )
+        inputs = {name: ids.to(device) for name, ids in self._pad(sequences).items()}
+        read, at = torch.tensor([rows, positions], device=device).unbind()
+        wanted = torch.tensor(targets, device=device) if targets else None
+        right = self._labels(examples, choices)
+        labels = None if right is None else torch.tensor(right, device=device)
+        return LabelWordBatch(inputs, read, at, wanted, lengths, choices, labels)
 
     def scores(self, batch: LabelWordBatch) -> Tensor:
         """Returns float32 [examples, choices]; minus infinity where there is no such choice.
@@ -171,22 +155,17 @@ class LabelWordLoss:
             return logits
         gains = logits.gather(1, batch.targets[:, None])[:, 0] - logits.logsumexp(dim=1)
         # Padded, not scattered: the sum then has a fixed order on every device.
-        each = torch.split(gains, batch.lengths)
-        scores = pad_sequence(list(each), batch_first=True).sum(dim=1)
+        scores = pad_sequence(list(torch.split(gains, batch.lengths)), True).sum(dim=1)
         if self.normalise:
             scores = scores / torch.tensor(batch.lengths, device=scores.device)
-        own = torch.split(scores, batch.choices)
-        return pad_sequence(list(own), batch_first=True, padding_value=-torch.inf)
+        return pad_sequence(list(torch.split(scores, batch.choices)), True, -torch.inf)
 
     def __call__(self, batch: LabelWordBatch) -> Tensor:
         """Returns the mean cross-entropy of the right words among the candidates, a scalar."""
-        return self._entropy(batch, "mean")
+        return self.losses(batch, reduction="mean")
 
-    def losses(self, batch: LabelWordBatch) -> Tensor:
+    def losses(self, batch: LabelWordBatch, reduction: str = "none") -> Tensor:
         """Returns the cross-entropy of each example, float32 [examples]."""
-        return self._entropy(batch, "none")
-
-    def _entropy(self, batch: LabelWordBatch, reduction: str) -> Tensor:
         if batch.labels is None:
             raise ValueError(f"the examples have no field {self.label!r}: there is no loss")
         return nn.functional.cross_entropy(self.scores(batch), batch.labels, reduction=reduction)
@@ -214,12 +193,12 @@ class LabelWordLoss:
     def _read_at(self, prompt: list[int]) -> int:
         if not self.masked:
             return len(prompt) - 1
-        count = prompt.count(self.tokenizer.mask_token_id)
-        if count != 1:
+        mask = self.tokenizer.mask_token_id
+        if (count := prompt.count(mask)) != 1:
             raise ValueError(
                 f"a prompt must have one mask token, got {count}: is max_length too short?"
             )
-        return prompt.index(self.tokenizer.mask_token_id)
+        return prompt.index(mask)
 
     def _candidates(self, example: Mapping[str, Any]) -> list[list[int]]:
         if not isinstance(self.words, str):
@@ -228,8 +207,7 @@ class LabelWordLoss:
         return [self._continuation(prompt, choice) for choice in example[self.words]]
 
     def _continuation(self, prompt: str, word: str) -> list[int]:
-        """Tokens that a word adds to a prompt."""
-        # Of the text with and without it: a tokenizer may merge a word with the text before it.
+        # Tokens with and without the word: a tokenizer may merge it with the text before it.
         before, after = (
             list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
             for text in (prompt, prompt + word)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,27 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from zorba.forward import replaced_forward
+
 
 @dataclass(frozen=True)
 class Prefix:
-    """A batch in front of a block. The same for every perturbation of that block and later ones.
+    """A batch in front of a block. The same for every perturbation of that block and later ones."""
 
-    Attributes:
-        hidden: Tensor  # [batch, positions, width], what enters the block, padded on the right
-        kwargs: the other arguments that the model hands to each of its blocks.
-        last: Tensor  # int64 [batch], index of each row's last real position
-        labels: Tensor  # int64 [batch]
-    """
-
-    hidden: Tensor
-    kwargs: dict[str, Any]
-    last: Tensor
-    labels: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the hidden states."""
-        return self.hidden.numel() * self.hidden.element_size()
+    hidden: Tensor  # [batch, positions, width], what enters the block, padded on the right
+    kwargs: dict[str, Any]  # the other arguments that the model hands to each of its blocks
+    last: Tensor  # int64 [batch], index of each row's last real position
+    labels: Tensor  # int64 [batch]
 
 
 # The model's own forward makes masks and positions in front of its blocks, of every architecture in
@@ -67,25 +56,19 @@ def run_prefix(
         )
     device = next(model.parameters()).device
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
-    caught: dict[str, Any] = {}
+    last = torch.tensor([len(row) - 1 for row in rows], device=device)
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught["kwargs"] = dict(kwargs)
-        caught["hidden"] = args[0] if args else caught["kwargs"].pop("hidden_states")
-        raise _StopError
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise _StopError(args[0] if args else kwargs.pop("hidden_states"), kwargs)
 
-    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        with suppress(_StopError):
+        with replaced_forward(block, stop):
             model(input_ids=ids, use_cache=False)
-    finally:
-        handle.remove()
-    if not caught:
-        raise ValueError("the forward of the model never reached the block")
-    # A copy: a buffer of the model's may be behind it, which the next forward writes.
-    hidden, last = caught["hidden"].clone(), [len(row) - 1 for row in rows]
-    at, right = (torch.tensor(values, device=device) for values in (last, labels))
-    return Prefix(hidden, caught["kwargs"], at, right)
+    except _StopError as stopped:
+        hidden, kwargs = stopped.args
+        # A copy: a buffer of the model's may be behind it, which the next forward writes.
+        return Prefix(hidden.clone(), kwargs, last, torch.tensor(labels, device=device))
+    raise ValueError("the forward of the model never reached the block")
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -62,9 +62,8 @@ class ZOTrainer(Trainer):
     - Mixed precision is that of the forward alone; no loss is scaled. Weights keep the dtype that
       the model was loaded in, and bfloat16 and float16 train well (stochastic rounding).
 
-    Args:
-        model: and all others as ``Trainer`` takes them; ``args`` may be plain
-            ``TrainingArguments`` for the default options. ``optimizers`` may hold a scheduler.
+    Arguments are those of ``Trainer``; ``args`` may be plain ``TrainingArguments`` for the default
+    options, and ``optimizers`` may hold a scheduler.
 
     Raises:
         ValueError: an optimizer is given, a trajectory with placement "inplace", or DeepSpeed, FSDP
@@ -89,10 +88,8 @@ class ZOTrainer(Trainer):
                 "a GPU (torchrun), or set CUDA_VISIBLE_DEVICES"
             )
         # Plain TrainingArguments have none of the options: then each is the default.
-        added = (
-            (n, f.default) for n, f in ZOArguments.__dataclass_fields__.items() if n[:3] == "zo_"
-        )
-        options = {n.removeprefix("zo_"): getattr(self.args, n, default) for n, default in added}
+        added = [f for f in fields(ZOArguments) if f.name.startswith("zo_")]
+        options = {f.name.removeprefix("zo_"): getattr(self.args, f.name, f.default) for f in added}
         self._trajectory: str | None = options.pop("trajectory")
         if self._trajectory and options["placement"] != "scratch":
             raise ValueError(
@@ -110,15 +107,13 @@ class ZOTrainer(Trainer):
     @property
     def zo_optimizer(self) -> ZerothOrderSGD:
         """The optimizer without what accelerate puts around it."""
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        assert isinstance(inner, ZerothOrderSGD)
+        inner: ZerothOrderSGD = getattr(self.optimizer, "optimizer", self.optimizer)
         return inner
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Makes the optimizer from the arguments; weight decay spares norms and biases."""
         if self.optimizer is None:
-            target = self.model if model is None else model
-            assert target is not None
+            target: Any = self.model if model is None else model
             groups = None
             if self.args.weight_decay:
                 decaying = set(self.get_decay_parameter_names(target))
@@ -126,21 +121,13 @@ class ZOTrainer(Trainer):
                 active = active_parameters(target, self._options["blocks"]).values()
                 spared = [p for p in active if names[id(p)] not in decaying]
                 groups = [{"params": spared, "weight_decay": 0.0}] if spared else None
-            self.optimizer = _SteppedByTrainer(
-                target,
-                lr=self.args.learning_rate,
-                weight_decay=self.args.weight_decay,
-                seed=self.args.seed,
-                groups=groups,
-                **self._options,
-            )
+            options = {"lr": self.args.learning_rate, "seed": self.args.seed, **self._options}
+            options |= {"weight_decay": self.args.weight_decay, "groups": groups}
+            self.optimizer = _SteppedByTrainer(target, **options)
         return self.optimizer
 
     def training_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         """Collects a micro-batch, and takes a step on those of a batch at the last one.
 
@@ -165,9 +152,7 @@ class ZOTrainer(Trainer):
         self._skipped_steps += int(report is not None and report.skipped)
         return loss.to(self.args.device)
 
-    def _loss(
-        self, model: nn.Module, batch: dict[str, Any], num_items: Tensor | int | None, count: int
-    ) -> Tensor:
+    def _loss(self, model: nn.Module, batch: dict[str, Any], num_items: Any, count: int) -> Tensor:
         with self.compute_loss_context_manager():
             loss: Any = self.compute_loss(model, dict(batch), num_items_in_batch=num_items)
         # A loss that is divided by the batch's items sums up over micro-batches; a mean of its
@@ -180,8 +165,8 @@ class ZOTrainer(Trainer):
         share: Tensor = (loss if shared else loss / count).detach().float()
         return share
 
+    # There is no gradient to clip, nor a scale to take off it.
     def _clip_grad_norm(self, model: nn.Module) -> float:
-        """There is no gradient to clip, nor a scale to take off it."""
         return 0.0
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
@@ -190,8 +175,7 @@ class ZOTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Logs the scalar and the skipped steps in place of the norm of a gradient."""
         if logs.pop("grad_norm", None) is not None:
-            report = self.zo_optimizer.last_step
-            if report is not None:
+            if (report := self.zo_optimizer.last_step) is not None:
                 logs["zo_scalar"] = report.scalars[-1]
             logs["zo_skipped_steps"] = self._skipped_steps
         super().log(logs, *args, **kwargs)
@@ -212,16 +196,14 @@ class ZOTrainer(Trainer):
                 self.zo_optimizer.flush()
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the loop; one that is entered again after running out of memory has no batch."""
+        # Entered again after running out of memory it has no batch.
         self._micro_batches.clear()
         return super()._inner_training_loop(*args, **kwargs)
 
     def _start_recording(self) -> None:
-        """Opens the trajectory, in front of the first step."""
-        path = self._trajectory
+        path, optimizer = self._trajectory, self.zo_optimizer
         if not path or self._writer is not None or not self.is_world_process_zero():
             return
-        optimizer = self.zo_optimizer
         options, table = optimizer.param_groups[0], optimizer.placement.table
         # A run that goes on cuts the records of the steps that it will take again.
         if options["step"]:
@@ -235,8 +217,7 @@ class ZOTrainer(Trainer):
         optimizer.recorder = self._writer
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Saves a checkpoint, and the record of the steps before it first."""
-        # In this order: a run that resumes from a checkpoint needs the record up to it.
+        # The record first: a run that resumes from a checkpoint needs it up to there.
         if self._writer is not None:
             self._writer.sync()
         super()._save_checkpoint(*args, **kwargs)
@@ -247,5 +228,4 @@ class _SteppedByTrainer(ZerothOrderSGD):
 
     # A class of its own: without a closure the optimizer raises, which others should find out.
     def step(self, closure: Callable[[], float | Tensor] | None = None) -> Tensor:  # type: ignore[override]
-        """Does nothing without a closure."""
         return torch.zeros(()) if closure is None else super().step(closure)

@@ -66,8 +66,6 @@ class Offload:
         self._stream = BlockStream(self._device, {})
         # Checked before anything moves: a refusal leaves the model as it was.
         self._check(active)
-        if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
         # Known from here on: what fails below is undone by close(), which needs to find it.
         _offloads[model] = self
         try:
@@ -102,11 +100,6 @@ class Offload:
         """Device memory that the buffers take: twice the largest idle block."""
         return self._stream.nbytes
 
-    @property
-    def loads(self) -> int:
-        """How many times a block was copied to the device since the last ``set_active``."""
-        return self._stream.loads
-
     @contextmanager
     def streaming(self) -> Iterator[None]:
         """Context in which no weight changes: blocks are fetched ahead, and kept between uses."""
@@ -119,10 +112,7 @@ class Offload:
                 self._point(name, self._host[name])
 
     def set_active(self, active: Collection[str]) -> None:
-        """Moves blocks between host and device; their bits stay.
-
-        Args:
-            active: names of all blocks that shall be on the device from now on.
+        """Moves blocks between host and device, so that ``active`` are those on the device.
 
         Raises:
             ValueError: an unknown block, or weights shared with the rest; nothing was moved.
@@ -136,9 +126,9 @@ class Offload:
         self._stream = BlockStream(self._device, {})
         try:
             # Leaving ones first: arriving blocks need the memory that they free.
-            for name in [n for n in self._blocks if n not in wanted and n not in self._host]:
+            for name in [name for name in self.active if name not in wanted]:
                 self._leave(name)
-            for name in [n for n in self._blocks if n in wanted and n in self._host]:
+            for name in [name for name in self.idle if name in wanted]:
                 self._arrive(name)
         finally:
             self._host = {name: self._host[name] for name in self._blocks if name in self._host}
@@ -146,25 +136,23 @@ class Offload:
 
     def close(self) -> None:
         """Brings all blocks to the device and removes the files. The model is as it was."""
-        for name in list(self._host):
+        for name in self.idle:
             self._arrive(name)
         self._stream = BlockStream(self._device, {})
         _offloads.pop(self._model, None)
 
     def __enter__(self) -> Offload:
-        """Returns itself."""
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """Closes."""
         self.close()
 
     def _check(self, active: Collection[str]) -> None:
-        unknown = sorted(set(active) - set(self._blocks))
-        if unknown:
+        names = list(self._blocks)
+        if unknown := sorted(set(active) - set(names)):
             raise ValueError(
-                f"the model has no blocks named {', '.join(map(str, unknown[:5]))}; it has "
-                f"{next(iter(self._blocks))} to {next(reversed(self._blocks))}"
+                f"the model has no blocks named {', '.join(unknown[:5])}; it has {names[0]} to "
+                f"{names[-1]}"
             )
         # A module that shares an idle block's weights would read them on the host.
         idle = [block for name, block in self._blocks.items() if name not in active]
@@ -180,8 +168,8 @@ class Offload:
                     )
 
     def _bring_rest(self) -> None:
-        """Puts active blocks, what is in no block, and all buffers on the device."""
-        # Through ``.data``: an optimizer that was made before keeps its parameters.
+        # Active blocks, what is in no block, and all buffers. Through ``.data``: an optimizer that
+        # was made before keeps its parameters.
         idle = {id(p) for name in self._host for p in self._blocks[name].module.parameters()}
         for p in self._model.parameters():
             if id(p) not in idle:
@@ -192,7 +180,6 @@ class Offload:
                     module._buffers[name] = buffer.to(self._device)
 
     def _leave(self, name: str) -> None:
-        """Moves a block to the host."""
         block = self._blocks[name]
         weights = {n: p.data for n, p in block.module.named_parameters()}
         if self._folder is None:  # from where a GPU takes them while it computes
@@ -209,7 +196,6 @@ class Offload:
         self._forwards[name].enter_context(replaced_forward(block.module, forward))
 
     def _arrive(self, name: str) -> None:
-        """Moves a block to the device."""
         self._forwards.pop(name).close()
         for p in self._blocks[name].module.parameters():
             p.data = _own(p.data, self._device)
@@ -218,7 +204,6 @@ class Offload:
             (self._folder / f"{name}.bin").unlink(missing_ok=True)
 
     def _forward(self, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
-        """The forward of an idle block."""
         with self._stream.use(name) as weights:
             try:
                 self._point(name, weights)
@@ -227,13 +212,11 @@ class Offload:
                 self._point(name, self._host[name])
 
     def _point(self, name: str, weights: Mapping[str, Tensor]) -> None:
-        """Lets a block's parameters read these weights."""
         for n, p in self._blocks[name].module.named_parameters():
             p.data = weights[n]
 
 
 def _own(weights: Tensor, device: torch.device) -> Tensor:
-    """Weights on the device, in memory of their own rather than a mapped file's."""
     # On a CPU always a copy: tensors of a mapped file would keep the removed file on the disk.
     return weights.to(device, copy=device.type == "cpu")
 
@@ -242,8 +225,9 @@ def to_file(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Writes tensors to a new file, and returns CPU tensors that are mapped from there.
 
     The mapping is shared: writes to the tensors go to the file, and the system may drop their pages
-    and read them again. They take no memory of the process's own. Each has its own storage.
+    and read them again. They take no memory of the process's own.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     # A new file, not the old one rewritten: another process may have that mapped.
     path.unlink(missing_ok=True)
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -27,7 +27,14 @@ class _HostCopies:
 
     def start(self, pairs: Pairs, freed: None) -> Future[None]:
         """Copies second to first of each pair, once ``freed`` is done; returns a ticket."""
-        return self._thread.submit(self._copy, pairs)
+
+        # By numpy: torch's copy_ would start threads that compete with those of the forward. It
+        # lets go of the interpreter, also while a page of a mapped file comes from the disk.
+        def copy() -> None:
+            for target, source in pairs:
+                np.copyto(bytes_of(target), bytes_of(source))
+
+        return self._thread.submit(copy)
 
     def wait(self, ticket: Future[None], *, host: bool = False) -> None:
         """Lets what follows on the device, or the host itself, wait until the copy is done."""
@@ -37,13 +44,6 @@ class _HostCopies:
         """Returns a mark behind all work of the device so far."""
         # None: whoever released a buffer is the one thread that computes, and done with it.
 
-    @staticmethod
-    def _copy(pairs: Pairs) -> None:
-        # By numpy: torch's copy_ would start threads that compete with those of the forward. It
-        # lets go of the interpreter, also while a page of a mapped file comes from the disk.
-        for target, source in pairs:
-            np.copyto(bytes_of(target), bytes_of(source))
-
 
 class _DeviceCopies:
     """The same by a stream of a GPU beside the one that computes; not run on a GPU yet."""
@@ -52,14 +52,14 @@ class _DeviceCopies:
         self._device = device
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def start(self, pairs: Pairs, freed: torch.cuda.Event | None) -> torch.cuda.Event:
+    def start(self, pairs: Pairs, freed: torch.cuda.Event | None) -> Any:
         with torch.cuda.stream(self._stream):
             # Kernels that read the buffer may still run: the host is ahead of the device.
             if freed is not None:
                 self._stream.wait_event(freed)
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
-            return self._mark(self._stream)
+            return self._stream.record_event()
 
     def wait(self, ticket: torch.cuda.Event, *, host: bool = False) -> None:
         if host:
@@ -67,13 +67,8 @@ class _DeviceCopies:
         else:
             torch.cuda.current_stream(self._device).wait_event(ticket)
 
-    def freed(self) -> torch.cuda.Event:
-        return self._mark(torch.cuda.current_stream(self._device))
-
-    @staticmethod
-    def _mark(stream: Any) -> torch.cuda.Event:
-        event: torch.cuda.Event = stream.record_event()
-        return event
+    def freed(self) -> Any:
+        return torch.cuda.current_stream(self._device).record_event()
 
 
 @dataclass
@@ -92,10 +87,7 @@ class _Buffer:
 class BlockStream:
     """Brings blocks to the device, each ahead of its use inside of ``streaming``.
 
-    Args:
-        device: where they are used.
-        blocks: weights of each block on the host, by block and parameter, in the order of use.
-            They are only read.
+    ``blocks`` are weights on the host by block and parameter, in the order of use; only read.
     """
 
     def __init__(self, device: torch.device, blocks: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -110,13 +102,11 @@ class BlockStream:
         self._streaming = False
         self._uses = 0
         self.nbytes = count * size  # of the buffers
-        self.loads = 0  # copies of a block to the device
 
     @contextmanager
     def streaming(self) -> Iterator[None]:
         """Weights on the host do not change inside: they may be fetched ahead, and used again."""
-        # Nested, the outer one goes on: its end drops the buffers.
-        if self._streaming or not self._order:
+        if self._streaming:  # nested, the outer one goes on: its end drops the buffers
             yield
             return
         self._streaming = True
@@ -172,7 +162,6 @@ class BlockStream:
         pairs = [(buffer.views[p], source[p]) for p in source]
         buffer.ticket = self._copies.start(pairs, buffer.freed)
         buffer.block = name  # last: Ctrl-C before it leaves a buffer of no block
-        self.loads += 1
         return buffer
 
     def _drop(self, buffer: _Buffer) -> None:

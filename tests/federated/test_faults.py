@@ -12,11 +12,10 @@ from zorba.federated import RoundLog
 from zorba.federated.events import EventReader
 
 from tests.conftest import Random
-from tests.federated.faults import disguises
 from tests.federated.faults.kills import SERVER_POINTS, SITE_POINTS, Kill
-from tests.federated.faults.lives import Job
+from tests.federated.faults.lives import Job, jumping_clock, small_disk
 from tests.federated.faults.run import Outcome, run, run_random
-from tests.federated.world import NAMES, make_settings
+from tests.federated.world import NAMES
 
 ROUNDS = 8
 
@@ -24,7 +23,7 @@ ROUNDS = 8
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """The run that nothing disturbs."""
-    outcome = run(Job(tmp_path_factory.mktemp("plain"), make_settings(), ROUNDS))
+    outcome = run(Job(tmp_path_factory.mktemp("plain"), rounds=ROUNDS))
     assert outcome.identical
     assert outcome.kills == ()
     return outcome
@@ -46,7 +45,7 @@ def test_killed_process_comes_back(
 ) -> None:
     few = point in ("starting", "drafted", "saved")
     kill = Kill(point, 1 if few else 1 + rng.integer(3) % ROUNDS)
-    outcome = run(Job(tmp_path, make_settings(), ROUNDS), {process: [kill]})
+    outcome = run(Job(tmp_path, rounds=ROUNDS), {process: [kill]})
     assert outcome.kills == ((process, point),)
     assert_same(outcome, undisturbed)
 
@@ -61,7 +60,7 @@ def test_random_kill_schedule(tmp_path: Path, number: int, rng: Random) -> None:
 def test_full_disk_stops_the_server_and_room_lets_it_go_on(
     tmp_path: Path, undisturbed: Outcome
 ) -> None:
-    job = Job(tmp_path, make_settings(), ROUNDS, disguise={"server": disguises.small_disk})
+    job = Job(tmp_path, rounds=ROUNDS, disguise={"server": small_disk})
     with pytest.raises(RuntimeError, match=r"LogError: entry \d was not written to "):
         run(job)
     with RoundLog(job.run_folder.log) as log:
@@ -72,8 +71,8 @@ def test_full_disk_stops_the_server_and_room_lets_it_go_on(
 
 
 def test_jumping_clocks_change_nothing(tmp_path: Path, undisturbed: Outcome) -> None:
-    jumping = dict.fromkeys(("server", *NAMES), disguises.jumping_clock)
-    job = Job(tmp_path, make_settings(), ROUNDS, disguise=jumping)
+    jumping = dict.fromkeys(("server", *NAMES), jumping_clock)
+    job = Job(tmp_path, rounds=ROUNDS, disguise=jumping)
     assert_same(run(job), undisturbed)
     moments = [event["time"] for event in EventReader(job.run_folder.events).poll()]
     assert moments != sorted(moments), "the clocks did jump"

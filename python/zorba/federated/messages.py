@@ -100,7 +100,6 @@ class Plan:
     noise_version: int = NOISE_VERSION
 
     def __post_init__(self) -> None:
-        """Raises MessageError where the parts do not belong together."""
         steps, samples, blocks = len(self.seeds), self.num_perturbations, len(self.mask)
         before, reached = self.round, self.reached
         for fits, wrong in (
@@ -163,7 +162,6 @@ class Reply:
     privacy: PrivacySpent | None = None  # what its scalars have told so far; None without noise
 
     def __post_init__(self) -> None:
-        """Raises MessageError where the parts do not belong together."""
         check_name(self.client, "client name")
         if self.scalars.ndim != 2 or self.scalars.dtype != np.float32:
             raise MessageError(f"scalars must be float32 [K, P], got {self.scalars.shape}")

@@ -100,9 +100,8 @@ class PrivacyAccountant:
             from dp_accounting import GaussianDpEvent
             from dp_accounting.rdp import RdpAccountant
         except ImportError as error:
-            raise ImportError(
-                "privacy is counted with dp-accounting: pip install zorba-kernels[privacy]"
-            ) from error
+            told = "privacy is counted with dp-accounting: pip install zorba-kernels[privacy]"
+            raise ImportError(told) from error
         # Each local step is one Gaussian mechanism; they compose by Renyi differential privacy
         # (Mironov, arXiv 1702.07476). No amplification by sampling: nothing here knows how batches
         # are picked. By noise multiplier: when a site changes it, earlier steps count as they were.

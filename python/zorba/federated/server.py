@@ -80,13 +80,9 @@ class Server:
     ) -> dict[str, bytes]:
         """Starts a round, or starts it over: replies that came to an unfinished one are dropped.
 
-        Args:
-            available: clients that can take part; None for all.
-            measures: whether clients are asked for scalars. Else they only get all of the log, as
-                after the last round, and the round must not be ended with an entry.
-
-        Returns:
-            A plan for each admitted client that is drawn, and a greeting for each other one.
+        Returns a plan for each admitted client that is drawn from those available (None for all),
+        and a greeting for each other one. Where nothing is measured, clients only get all of the
+        log, as after the last round, and the round must not be ended with an entry.
         """
         self.current = Round(self.round, self.settings, self._masks, measures=measures)
         wanted = self._masks.rows.keys() if available is None else set(available)
@@ -122,8 +118,7 @@ class Server:
             self.current.asked |= dict.fromkeys(group, plan.reached)
         return messages
 
-    def _plan(self, mark: int) -> Plan:
-        """The plan of clients after round ``mark``, with all blocks active."""
+    def _plan(self, mark: int) -> Plan:  # of clients after round mark, with all blocks active
         s = self.settings
         count, frames = self.log.frames(mark + 1, MAX_PLAN_LOG_BYTES)
         # Who does not get all of the log would measure at old weights: it only catches up.

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
+import random
 import resource
+import signal
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,12 +25,13 @@ from zorba.federated import (
     RunFolder,
     RunRecorder,
     Server,
+    events,
     run_federation,
 )
 
 from tests.federated.faults.kills import Reaper, die
 from tests.federated.faults.wire import SiteLink, SocketTransport
-from tests.federated.world import MASKS, NAMES, make_objective, make_replica
+from tests.federated.world import MASKS, NAMES, make_objective, make_replica, make_settings
 
 SERVER = "server"
 # It asks a program, once and for all forks: one that a killed server had just started would hold
@@ -39,8 +44,8 @@ class Job:
     """One run, and how its processes differ from the plain ones."""
 
     folder: Path  # for everything that it writes
-    settings: FederationSettings
-    rounds: int
+    settings: FederationSettings = field(default_factory=make_settings)
+    rounds: int = 8
     dtype: torch.dtype = torch.float32
     checkpoint_every: int | None = 3  # None for no checkpoints
     # By process: called in it before it does anything; importable by name.
@@ -76,6 +81,30 @@ def live(job: Job, name: str, reaper: Reaper) -> None:
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def small_disk() -> None:
+    """A disguise: files cannot grow beyond 500 bytes, a few rounds of the log."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
+
+
+def jumping_clock() -> None:
+    """A disguise: the clock is days off, in another direction at every look."""
+    jumps = random.Random(0)
+    now = time.time
+
+    def jumped() -> float:
+        return now() + jumps.choice((-1, 1)) * jumps.randrange(10**6)
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:  # type: ignore[override]
+            return datetime.datetime.fromtimestamp(jumped(), tz)
+
+    time.time = jumped
+    time.time_ns = lambda: int(1e9 * jumped())
+    events.datetime = Clock  # type: ignore[misc]
 
 
 def _note(job: Job, **what: Any) -> None:
@@ -168,8 +197,7 @@ def _measure(job: Job, name: str, reaper: Reaper) -> None:
 
     os.replace = doomed_replace
     every = job.checkpoint_every
-    kept = None if every is None else checkpoint
-    client = Client(name, replica, doomed_objective, kept, checkpoint_every=every or 1)
+    client = Client(name, replica, doomed_objective, checkpoint if every else None, every or 1)
     link = SiteLink(job.socket, name)
     while (received := link.receive())[1]:
         message_number, data = received

@@ -44,7 +44,10 @@ $(VENV)/.installed: pyproject.toml setup.py Makefile $(SOURCES)
 demo: install
 	$(BIN)/zorba demo
 
+# The command refuses a folder with something in it: an earlier demo ends, and goes.
 federate-demo: install
+	@test ! -f runs/federate-demo/server/server.yaml || $(BIN)/zorba federate stop runs/federate-demo >/dev/null
+	@rm -rf runs/federate-demo
 	$(BIN)/zorba federate demo
 
 test: install

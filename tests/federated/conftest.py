@@ -8,25 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from tests.conftest import Random
-from tests.federated.world import MASKS, NAMES, World, make_settings
+from tests.federated.world import World
 
 
 @pytest.fixture
 def make_world(tmp_path: Path) -> Iterator[Callable[..., World]]:
-    """Makes worlds with changed settings, each on a log of its own."""
+    """Makes worlds, each on a log of its own."""
     worlds: list[World] = []
 
-    def make(
-        masks: Any = MASKS,
-        names: tuple[str, ...] = NAMES,
-        dtype: torch.dtype = torch.float32,
-        **changes: Any,
-    ) -> World:
-        path = tmp_path / f"job-{len(worlds)}.log"
-        worlds.append(World(path, make_settings(**changes), masks, names, dtype))
+    def make(**options: Any) -> World:
+        worlds.append(World(tmp_path / f"job-{len(worlds)}.log", **options))
         return worlds[-1]
 
     yield make

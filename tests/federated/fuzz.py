@@ -27,7 +27,7 @@ from zorba.federated import Client, FederationError
 from zorba.federated.codec import HEADER_BYTES, MAGIC, SCHEMA
 from zorba.optim import NoiseTerms
 
-from tests.federated.world import World, make_settings
+from tests.federated.world import World
 
 FLOATS = [struct.pack("<f", x) for x in (float("nan"), float("inf"), -float("inf"), 1e30, -1e30)]
 NAMES = ("", "eve", "ADA", "ada ", "a" * 64, "a" * 65, "../ada", "ada\n", "\u00e4da", "ada\0")
@@ -84,7 +84,7 @@ class Attack:
     """A federation whose server and one client get hostile messages in the middle of a round."""
 
     def __init__(self, folder: Path) -> None:
-        self.world = World(folder / "job.log", make_settings(num_perturbations=2))
+        self.world = World(folder / "job.log", num_perturbations=2)
         self.world.run(2)
         plans = self.world.server.begin_round()
         self.client = self.world.clients["ada"]
@@ -125,7 +125,7 @@ class Attack:
     def end(self) -> None:
         """Goes on as if nothing had been; AssertionError where something had."""
         assert self._state() == self._before, "log or weights changed"
-        fresh = World(self.world.path.with_name("undisturbed.log"), self.world.settings)
+        fresh = World(self.world.path.with_name("undisturbed.log"), num_perturbations=2)
         expected = fresh.run(4).fingerprints
         assert self.world.run(2).fingerprints == expected, "the run ends as an undisturbed one"
         for world in (fresh, self.world):

@@ -10,23 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from zorba.federated import (
-    FederationError,
-    Greeting,
-    Hello,
-    MessageError,
-    ReplicaError,
-    decode,
-)
-from zorba.optim import NoiseTerms, one_by_one
+from zorba.federated import FederationError, Greeting, Hello, MessageError, ReplicaError, decode
+from zorba.optim import one_by_one
 
 import zorba_kernels as zk
 from tests.federated.world import (
     World,
     copy_table,
     fail,
-    loss_of,
-    make_objective,
     make_replica,
     plan_of,
     reply_of,
@@ -157,31 +148,9 @@ def test_pending_steps_are_the_round_of_a_single_client(make_world: Any, distrib
     assert zk.fingerprint(start) == replica.fingerprint(fresh=True)
 
 
-def test_pending_steps_equal_written_steps_to_rounding(make_world: Any) -> None:
-    """Steps that are written round three times, pending ones once: a few float32 ulps apart."""
-    world = make_world(**ALONE, local_steps=3)
-    replica, s = world.replicas["ada"], world.settings
-    table = copy_table(replica.table)
-    world.run(1)
-    for step, seed in enumerate(s.seeds_of(1)):
-        g = []
-        for p in range(3):
-            losses = []
-            for sign in (1.0, -1.0):
-                moved = copy_table(table)
-                zk.add_noise_(moved, seed, sign * s.eps, samples=p)
-                losses.append(loss_of(moved, 0.01 + 0.1 * step))
-            g.append((losses[0] - losses[1]) / (2 * s.eps))
-        coefs = [-0.05 * value / 3 for value in g]
-        zk.add_noise_(table, [seed] * 3, coefs, samples=[0, 1, 2])
-    for pending, written in zip(replica.table.entries, table.entries, strict=True):
-        # weights of size 1 (ulp 1.2e-7), and scalars that differ by what that does to the losses
-        torch.testing.assert_close(pending.tensor, written.tensor, rtol=0, atol=2e-6)
-
-
 def test_masked_blocks_stay_still_while_measuring(make_world: Any) -> None:
     world = make_world(local_steps=2)
-    seen: list[NoiseTerms] = spy(world.clients["cleo"])
+    seen = spy(world.clients["cleo"])
     reply = reply_of(world.clients["cleo"].handle(world.plan("cleo")))
     assert reply.scalars.shape == (2, 3)
     assert {tuple(map(terms.active, range(4))) for terms in seen} == {(True, True, False, False)}
@@ -197,13 +166,10 @@ def test_clip_holds_for_pending_steps_too(make_world: Any) -> None:
         assert 0 < float(coefs.abs().max()) <= np.float32(0.05 * 1e-3 / 3)
 
 
-def test_client_continues_from_its_checkpoint(world: World, tmp_path: Path) -> None:
+def test_checkpoint_is_kept_up_to_date(world: World, tmp_path: Path) -> None:
     client, path = world.clients["ada"], tmp_path / "ada.safetensors"
     client.checkpoint, client.checkpoint_every = path, 2
     world.run(6)
     replica = make_replica()
     replica.load(path)
     assert replica.applied_round == 6
-    client.replica, client.objective = replica, make_objective(replica, 0.0, 10)
-    world.restart()  # a server does not know that a client was started again
-    assert world.run(3).replicas_identical

@@ -20,7 +20,7 @@ from zorba.federated import (
     RunRecorder,
 )
 
-from tests.federated.world import BLOCKS, MASKS, NAMES, World, fail, make_settings
+from tests.federated.world import BLOCKS, MASKS, NAMES, World, fail
 
 
 @pytest.fixture
@@ -167,8 +167,8 @@ def record(world: World, folder: RunFolder, rounds: int, plan: Any = None, **opt
         recorder.end(result)
 
 
-def test_events_of_a_run(folder: RunFolder) -> None:
-    world = World(folder.log, make_settings(lr=lambda t: 0.1 / t))
+def test_events_of_a_run(folder: RunFolder, make_world: Any) -> None:
+    world = make_world(lr=lambda t: 0.1 / t)
     fail(world.clients["bob"], OSError("the data\nis gone " + "x" * 2000))
     record(world, folder, 3, available=lambda t: NAMES if t < 3 else NAMES[1:2])
     start, *rounds, evaluation, end = read(folder.events)
@@ -193,14 +193,12 @@ def test_events_of_a_run(folder: RunFolder) -> None:
     assert (evaluation["accuracy"], evaluation["auc"]) == (0.5, None)
     assert end["replicas_identical"]
     assert set(end["fingerprints"].values()) == {f"{f:016x}" for f in world.fingerprints()}
-    world.server.close()
 
 
-def test_a_server_that_starts_again_continues(folder: RunFolder) -> None:
-    world = World(folder.log)
+def test_a_server_that_starts_again_continues(folder: RunFolder, world: World) -> None:
     record(world, folder, 2)
     world.server.close()
-    folder.log.write_bytes(folder.log.read_bytes() + b"\1torn...")
+    world.path.write_bytes(world.path.read_bytes() + b"\1torn...")
     world.server = world.start()
     record(world, folder, 1)
     events = read(folder.events)
@@ -209,13 +207,11 @@ def test_a_server_that_starts_again_continues(folder: RunFolder) -> None:
     again, fault = events[len(one) :][:2]
     assert (again["round"], again["last_round"]) == (2, 3)
     assert "8 bytes" in fault["text"]
-    world.server.close()
     folder.clear()
     assert list(folder.path.iterdir()) == []
 
 
-def test_what_ended_a_run_is_told(folder: RunFolder) -> None:
-    world = World(folder.log)
+def test_what_ended_a_run_is_told(folder: RunFolder, world: World) -> None:
     recorder = RunRecorder(folder, world.server, 5)
 
     def on_round(report: RoundReport) -> None:
@@ -227,14 +223,13 @@ def test_what_ended_a_run_is_told(folder: RunFolder) -> None:
     events = read(folder.events)
     assert kinds(events) == ["start", "round", "end"]
     assert events[-1]["problem"] == "KeyboardInterrupt"
-    world.server.close()
 
 
-def test_the_plan_is_told(folder: RunFolder) -> None:
+def test_the_plan_is_told(folder: RunFolder, make_world: Any) -> None:
     planning = pytest.importorskip("zorba.planning")
     memory = planning.MemoryModel([100] * BLOCKS, [0] * BLOCKS)
     plan, other = (planning.plan_blocks(memory, dict.fromkeys(NAMES, n)) for n in (200, 300))
-    world = World(folder.log, masks=plan.mask)
+    world = make_world(masks=plan.mask)
     with pytest.raises(ValueError, match="not those of the plan"):
         RunRecorder(folder, world.server, 1, other)
     record(world, folder, 1, plan)
@@ -243,4 +238,3 @@ def test_the_plan_is_told(folder: RunFolder) -> None:
     assert (told["budgets"], told["memory"]) == ([200] * 3, [200] * 3)
     assert told["version"] == f"{plan.version:016x}"
     assert all(row.count("1") == 2 for row in told["mask"])
-    world.server.close()

@@ -6,18 +6,16 @@ Every server and site here is a process of its own, with its log and checkpoints
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from zorba.federated import RoundLog
 from zorba.federated.events import EventReader
 
 from tests.conftest import Random
-from tests.federated.faults import disguises
-from tests.federated.faults.kills import SERVER_POINTS, SITE_POINTS, Kill, Schedule
-from tests.federated.faults.lives import Job
+from tests.federated.faults.kills import SERVER_POINTS, SITE_POINTS, Kill
+from tests.federated.faults.lives import Job, jumping_clock, small_disk
 from tests.federated.faults.run import Outcome, run, run_random
-from tests.federated.world import NAMES, make_settings
+from tests.federated.world import NAMES
 
 ROUNDS = 8
 
@@ -25,7 +23,7 @@ ROUNDS = 8
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """The run that nothing disturbs."""
-    outcome = run(Job(tmp_path_factory.mktemp("plain"), make_settings(), ROUNDS))
+    outcome = run(Job(tmp_path_factory.mktemp("plain"), rounds=ROUNDS))
     assert outcome.identical
     assert outcome.kills == ()
     return outcome
@@ -47,7 +45,7 @@ def test_killed_process_comes_back(
 ) -> None:
     few = point in ("starting", "drafted", "saved")
     kill = Kill(point, 1 if few else 1 + rng.integer(3) % ROUNDS)
-    outcome = run(Job(tmp_path, make_settings(), ROUNDS), Schedule({process: [kill]}))
+    outcome = run(Job(tmp_path, rounds=ROUNDS), {process: [kill]})
     assert outcome.kills == ((process, point),)
     assert_same(outcome, undisturbed)
 
@@ -59,33 +57,10 @@ def test_random_kill_schedule(tmp_path: Path, number: int, rng: Random) -> None:
     assert not wrong
 
 
-def test_site_away_for_20_rounds_catches_up_in_one_pass(tmp_path: Path) -> None:
-    job = Job(tmp_path, make_settings(), 24, quorum=2, late_sites={"cleo": 20})
-    outcome = run(job)
-    assert outcome.identical
-    assert outcome.fingerprints.keys() == set(NAMES)
-    caught_up = [note for note in outcome.notes if note.get("site") == "cleo"]
-    assert [note["passes"] for note in caught_up] == [1]
-    assert caught_up[0]["caught_up"] >= 20
-
-
-def test_late_reply_is_refused(tmp_path: Path) -> None:
-    job = Job(tmp_path, make_settings(), 6, held_round={"bob": 3})
-    outcome = run(job)
-    rounds = {note["round"]: note for note in outcome.notes if "round" in note}
-    assert "bob" not in rounds[3]["clients"]
-    assert rounds[3]["failures"] == {"bob": "no answer in time"}
-    (late,) = [note for note in outcome.notes if "late" in note]
-    assert (late["late"], late["accepted"]) == ("bob", False)
-    assert "replies to round 3" in late["reason"]
-    assert outcome.identical, "it catches up"
-
-
 def test_full_disk_stops_the_server_and_room_lets_it_go_on(
     tmp_path: Path, undisturbed: Outcome
 ) -> None:
-    job = Job(tmp_path, make_settings(), ROUNDS)
-    job.disguise = {"server": disguises.small_disk}
+    job = Job(tmp_path, rounds=ROUNDS, disguise={"server": small_disk})
     with pytest.raises(RuntimeError, match=r"LogError: entry \d was not written to "):
         run(job)
     with RoundLog(job.run_folder.log) as log:
@@ -96,28 +71,8 @@ def test_full_disk_stops_the_server_and_room_lets_it_go_on(
 
 
 def test_jumping_clocks_change_nothing(tmp_path: Path, undisturbed: Outcome) -> None:
-    job = Job(tmp_path, make_settings(), ROUNDS)
-    job.disguise = dict.fromkeys(("server", *NAMES), disguises.jumping_clock)
+    jumping = dict.fromkeys(("server", *NAMES), jumping_clock)
+    job = Job(tmp_path, rounds=ROUNDS, disguise=jumping)
     assert_same(run(job), undisturbed)
     moments = [event["time"] for event in EventReader(job.run_folder.events).poll()]
     assert moments != sorted(moments), "the clocks did jump"
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"frozen": {"bob": 2.0}}, "bob has another model: the fingerprint of all parameters"),
-        ({"disguise": {"bob": disguises.other_noise}}, "bob has noise version 99, this job is of "),
-        ({"disguise": {"bob": disguises.other_package}}, "bob has package version 0.0.9, this job"),
-    ],
-    ids=["model", "noise version", "package version"],
-)
-def test_site_that_does_not_fit_is_refused(
-    tmp_path: Path, change: dict[str, Any], sentence: str
-) -> None:
-    outcome = run(Job(tmp_path, make_settings(), 3, **change))
-    refused = [note for note in outcome.notes if "refused" in note]
-    assert {note["refused"] for note in refused} == {"bob"}
-    assert all(sentence in note["reason"] for note in refused)
-    assert outcome.fingerprints.keys() == {"ada", "cleo"}
-    assert not outcome.identical

@@ -10,15 +10,7 @@ import pytest
 import torch
 from zorba.federated import Client, Greeting, LocalTransport, RoundLog, run_federation
 
-from tests.federated.world import (
-    NAMES,
-    World,
-    fail,
-    loss_of,
-    make_objective,
-    make_replica,
-    make_settings,
-)
+from tests.federated.world import NAMES, World, fail, make_objective, make_replica, make_settings
 
 
 @pytest.mark.parametrize(
@@ -46,13 +38,6 @@ def test_replicas_are_identical_after_random_participation(
         rebuilt = make_replica(dtype, **law)
         rebuilt.apply(log.entries(1))
     assert world.fingerprints() == {rebuilt.fingerprint(fresh=True)}, "the log alone is enough"
-
-
-def test_loss_goes_down(make_world: Any) -> None:
-    world = make_world(lr=1.0, num_perturbations=10)
-    before = loss_of(world.replicas["ada"].table, 0.1)
-    world.run(30)
-    assert loss_of(world.replicas["ada"].table, 0.1) < 0.99 * before
 
 
 def test_absent_client_catches_up_in_one_pass(world: World) -> None:
@@ -115,16 +100,6 @@ def test_masks_can_be_others_when_a_server_starts_again(world: World) -> None:
     entry = result.reports[-1].entry
     assert entry.uncovered() == [0, 1, 3], "these blocks are left alone"
     assert entry.mask_version != old
-
-
-def test_rejoined_client_applies_no_round_twice(world: World) -> None:
-    result = world.run(8, available=lambda t: NAMES[:2] if t in {3, 4, 5} else NAMES)
-    assert result.replicas_identical
-    # Its answer to the last plan is lost, so the server sends the same entries again.
-    world.clients["cleo"].handle(world.server.begin_round()["cleo"])
-    world.server.end_round()
-    assert world.run(1).replicas_identical
-    assert len(world.fingerprints()) == 1
 
 
 def test_client_back_at_its_checkpoint_misses_no_round(

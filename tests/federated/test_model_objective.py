@@ -70,12 +70,10 @@ def make_client(
 def federate(path: Path, offloaded: bool, dtype: torch.dtype) -> tuple[FederationResult, set[int]]:
     """Five rounds: cleo joins late, masks change in mid-run, bob leaves for good."""
     with ExitStack() as stack:
-        clients = {
-            name: make_client(
-                name, n, path / f"{name}-host" if offloaded and n else None, stack, dtype
-            )
-            for n, name in enumerate(NAMES)
-        }
+        clients = {}
+        for n, name in enumerate(NAMES):
+            folder = path / f"{name}-host" if offloaded and n else None
+            clients[name] = make_client(name, n, folder, stack, dtype)
         settings = make_settings(distribution="rademacher", local_steps=2, num_perturbations=2)
         identity = clients["ada"].replica.identity
 
@@ -152,8 +150,7 @@ def test_blocks_follow_the_mask(tmp_path: Path) -> None:
 
 def test_a_plain_table_of_an_offloaded_model_is_refused(tmp_path: Path) -> None:
     model = build(CASE)
-    groups = {p: b for b, block in enumerate(find_blocks(model)) for p in block.parameters}
-    table = active_table(model, groups)
+    table = active_table(model, dict.fromkeys(find_blocks(model)[0].parameters, 0))
     offload = Offload(model, ["model.layers.0"], folder=tmp_path)
     with offload, pytest.raises(ValueError, match="DeviceTables"):
         ModelObjective(model, table, batches(0), lambda ids: 0.0, "rademacher")

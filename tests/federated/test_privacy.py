@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from zorba.federated import (
     Privacy,
     PrivacyAccountant,
     PrivacySpent,
-    Reply,
 )
 from zorba.optim import one_by_one
 
@@ -70,8 +70,7 @@ def test_replacing_an_example_moves_the_mean_no_further_than_the_noise_is_scaled
 ) -> None:
     """For any replacement, those without a finite loss among them."""
     accountant = quiet(PrivacyAccountant(EXAMPLE))
-    samples, examples = 4, 7
-    far = 0.0
+    samples, examples, far = 4, 7, 0.0
     for size in (1e-3, 1.0, 1e30, 1e300, math.inf, math.nan):
         one = numbers.normal(size=(samples, examples))
         other = one.copy()
@@ -196,19 +195,12 @@ def test_the_same_question_has_one_answer_also_after_a_restart(world: World, led
     assert epsilon(ledger) > spent, "another question is counted"
 
 
-def test_nothing_leaves_before_it_is_counted(
-    world: World, ledger: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_leaves_before_it_is_counted(world: World, ledger: Path) -> None:
     accountant = make_private(world, "ada", PrivacyAccountant(POLICY, ledger))
     data = world.plan("ada")
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("zorba.federated.privacy.write_whole", full)
-        with pytest.raises(OSError, match="No space left"):
-            world.clients["ada"].handle(data)
+    full = patch("zorba.federated.privacy.write_whole", side_effect=OSError(28, "No space left"))
+    with full, pytest.raises(OSError, match="No space left"):
+        world.clients["ada"].handle(data)
     assert accountant.spent().epsilon > 0, "counted, though it was not told"
     world.clients["ada"].handle(data)
     assert accountant.spent().epsilon == epsilon(further=2)
@@ -226,23 +218,16 @@ def test_later_local_steps_see_only_the_private_scalars(make_world: Any) -> None
     assert pending.tolist() == (-0.1 * first / 2).astype(np.float32).tolist()
 
 
-def private(privacy: PrivacySpent, loss: float = math.nan) -> Reply:
-    return replace(make_reply(), loss=loss, privacy=privacy)
-
-
-@pytest.mark.parametrize("unit", ["example", "client"])
-def test_privacy_comes_back_as_it_went(unit: Any) -> None:
-    reply = private(PrivacySpent(unit, 2.5, 1e-5))
-    back = reply_of(reply.encode())
-    assert back.privacy == reply.privacy
-    assert back.encode() == reply.encode()
-
-
 @pytest.mark.parametrize(
-    ("spent", "delta"), [(math.nan, 1e-5), (math.inf, 1e-5), (-1.0, 1e-5), (1.0, 0.0)]
+    ("spent", "delta", "loss", "told"),
+    [
+        *((spent, 1e-5, math.nan, "tells no privacy") for spent in (math.nan, math.inf, -1.0)),
+        (1.0, 0.0, math.nan, "tells no privacy"),
+        (1.0, 1e-5, 0.5, "tells a loss"),
+    ],
 )
-def test_privacy_that_is_none_is_refused(spent: float, delta: float) -> None:
-    with pytest.raises(MessageError, match="tells no privacy"):
-        private(PrivacySpent("client", spent, delta))
-    with pytest.raises(MessageError, match="tells a loss"):
-        private(PrivacySpent("client", 1.0, 1e-5), loss=0.5)
+def test_privacy_that_is_none_is_refused(
+    spent: float, delta: float, loss: float, told: str
+) -> None:
+    with pytest.raises(MessageError, match=told):
+        replace(make_reply(), loss=loss, privacy=PrivacySpent("client", spent, delta))

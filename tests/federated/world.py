@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from zorba.federated import (
     Client,
     FederationResult,
@@ -42,10 +41,8 @@ def make_replica(
     """A replica at theta_0: blocks of odd sizes, beside a frozen head of the given value."""
     generator = torch.Generator().manual_seed(0)
     groups = {f"blocks.{b}.weight": b for b in range(BLOCKS)}
-    blocks = {
-        name: torch.randn(97 + 40 * b, 3, generator=generator).to(dtype)
-        for name, b in groups.items()
-    }
+    shapes = {name: (97 + 40 * b, 3) for name, b in groups.items()}
+    blocks = {n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
     origin = model_fingerprint(blocks | {"head": torch.full((5,), frozen, dtype=dtype)})
     return Replica(zk.ParamTable(blocks, groups=groups), origin, distribution, rounding)
 
@@ -100,10 +97,6 @@ def make_entry(number: int, blocks: int = BLOCKS, columns: int = 2) -> LogEntry:
     return LogEntry(number, terms, (1 << 64) - number, base=base, mask_version=0xFFFFFFFF)
 
 
-def weights_of(replica: Replica) -> list[Tensor]:
-    return [entry.tensor.clone() for entry in replica.table.entries]
-
-
 def plan_of(data: bytes) -> Plan:
     plan = decode(data)
     assert isinstance(plan, Plan), plan
@@ -142,18 +135,17 @@ def spy(client: Client) -> list[NoiseTerms]:
 
 
 class World:
-    """A server, and one client with a replica of its own for each name."""
+    """A server with changed settings, and one client with a replica of its own for each name."""
 
     def __init__(
         self,
         path: Path,
-        settings: FederationSettings | None = None,
         masks: Any = MASKS,
         names: tuple[str, ...] = NAMES,
         dtype: torch.dtype = torch.float32,
+        **changes: Any,
     ) -> None:
-        self.settings = settings or make_settings()
-        self.path = path
+        self.path, self.settings = path, make_settings(**changes)
         law = (self.settings.distribution, self.settings.rounding)
         self.replicas = {name: make_replica(dtype, *law) for name in names}
         self.clients = {

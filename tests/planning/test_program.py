@@ -31,7 +31,7 @@ def test_gaps_hold(seed: int, gap: float, exact: bool, monkeypatch: pytest.Monke
     )
     base = sum(v / c for v, c in zip(problem.base, problem.budgets, strict=True))
     values = (all_values(problem, case["memory"]) - [0.0, base]) / scale  # scaled, [masks, 2]
-    program = Program(problem)
+    program = Program(problem, gap, math.inf)
     for objective, other in ((F1, F2), (F2, F1)):
         least, most = values[:, other].min(), values[:, other].max()
         for share in (0.0, 0.03, 0.3, 1.0):
@@ -39,7 +39,7 @@ def test_gaps_hold(seed: int, gap: float, exact: bool, monkeypatch: pytest.Monke
             limits[other] = least + share * (most - least)
             kept = (values <= np.array(limits) + SOLVER_TOLERANCE).all(axis=1)
             best = values[kept, objective].min()
-            found = program.minimize(objective, tuple(limits), None, gap=gap, seconds=60)
+            found = program.minimize(objective, tuple(limits), None)
             assert found.proven
             value = problem.values(found.mask)
             assert (value <= np.array(limits) + SOLVER_TOLERANCE).all()
@@ -54,8 +54,8 @@ def test_rounding_is_near_its_bound_and_always_the_same(seed: int) -> None:
     sizes = numbers.integers(200, 600, 16).tolist()
     budgets = [int(share * sum(sizes)) for share in numbers.uniform(0.2, 1.0, 30)]
     problem = make_problem(MemoryModel(sizes, [0] * 16), budgets, None, 2, 2, 12)
-    program = Program(problem)
-    relaxed = program.solve(program.costs[F1])
+    program = Program(problem, 0.03, math.inf)
+    relaxed = program.solve(program.costs[F1], module.UNLIMITED)
     first, again = (program.rounded(F1, module.UNLIMITED, relaxed)[0] for _ in range(2))
     assert (first == again).all()
     assert problem.values(first)[F1] * (1 - 0.03) <= relaxed.fun, "docs/planning.md: 3 %"

@@ -1,7 +1,4 @@
-"""Federated zeroth-order fine-tuning: server, clients, messages, log, and the loop over them.
-
-See ``docs/protocol.md``.
-"""
+"""Federated zeroth-order fine-tuning, see ``docs/protocol.md``: server, clients, and their loop."""
 
 from zorba.federated.client import Client, Objective
 from zorba.federated.errors import (

@@ -29,16 +29,16 @@ def update_coefs(scalars: _Floats, lr: float) -> npt.NDArray[np.float32]:
 
 
 def aggregate(
-    scalars: npt.NDArray[np.float32],
-    masks: npt.NDArray[np.bool_],
-    examples: npt.NDArray[np.integer[Any]],
+    scalars: npt.NDArray[np.float32],  # g, finite, [clients, K, P], in the order of the names
+    masks: npt.NDArray[np.bool_],  # a, [clients, blocks]
+    examples: npt.NDArray[np.integer[Any]],  # of each client's batches, at most 2**32 each
     lr: float,
     weighting: Weighting = "examples",
-    clip: float | None = None,
+    clip: float | None = None,  # largest absolute scalar; larger ones are cut to it first
     aggregation: Aggregation = "mean",
-    trim: float = 0.25,
+    trim: float = 0.25,  # share of the copies that "trimmed" leaves out at each end, below 0.5
 ) -> npt.NDArray[np.float32]:
-    """Makes one scalar of those of all clients that had a block active, for each block.
+    """Returns coefficients ``-lr G / P``, float32 [blocks, K, P]; 0 for blocks nobody covered.
 
     Client n counts as p[n] equal copies: its number of examples, or 1 with "uniform". For each
     block, step and perturbation, over the W copies of the clients that had the block active:
@@ -51,19 +51,6 @@ def aggregate(
     The last two are the coordinate-wise rules of Yin et al., arXiv 1803.01498 (definitions 1 and
     2), a block at a time. They withstand less than that share of copies, so with "examples" a
     client that claims many examples is many clients.
-
-    Args:
-        scalars: g, finite, float32 [clients, K, P], in the order of the clients' names.
-        masks: a, bool [clients, blocks].
-        examples: of each client's batches, [clients], at most 2**32 each.
-        lr: learning rate.
-        weighting: "examples" or "uniform".
-        clip: largest absolute scalar; larger ones are cut to it first.
-        aggregation: "mean", "median" or "trimmed".
-        trim: share of the copies that "trimmed" leaves out at each end, below 0.5.
-
-    Returns:
-        Coefficients ``-lr G / P``, float32 [blocks, K, P]; zeros where nobody covered the block.
     """
     count, *shape = scalars.shape
     # Integers: a sum of weights is exact, whatever its order.

@@ -94,13 +94,12 @@ class Client:
             return self._hello(message.job)
         # Scalars of older weights would be worse than none: the server is asked for the rest.
         needed = message.round - 1 if message.seeds else message.reached
-        if self.replica.applied_round < needed:
+        applied = self.replica.applied_round
+        if applied < needed:
             return self._hello(message.job)
-        if self.replica.applied_round >= message.round:
-            raise MessageError(
-                f"{self.name} got a plan of round {message.round} but has applied round "
-                f"{self.replica.applied_round}: the plan is stale"
-            )
+        if applied >= message.round:
+            told = f"got a plan of round {message.round} but has applied round {applied}"
+            raise MessageError(f"{self.name} {told}: the plan is stale")
         answer = self._measure(message).encode()
         if message.seeds:
             # Counted on disk before the answer leaves: what others saw is never forgotten.
@@ -108,7 +107,7 @@ class Client:
                 self.privacy.note(len(message.seeds), asked, answer)
             self._last = (asked, answer)
         # After the answer: a checkpoint costs time, never a round. An old one means catching up.
-        if self.replica.applied_round >= self._saved_round + self.checkpoint_every:
+        if applied >= self._saved_round + self.checkpoint_every:
             self.save()
         return answer
 
@@ -121,10 +120,8 @@ class Client:
     def _hello(self, job: int) -> bytes:
         r = self.replica
         now = r.fingerprint(fresh=True)  # so a replica that was changed from outside is found
-        law = (r.distribution, r.rounding)
-        return Hello(
-            self.name, job, r.identity, *law, r.applied_round, now, package_version()
-        ).encode()
+        what = (r.identity, r.distribution, r.rounding, r.applied_round, now)
+        return Hello(self.name, job, *what, package_version()).encode()
 
     def _check(self, plan: Plan) -> None:
         for what, theirs, mine in (
@@ -137,7 +134,6 @@ class Client:
                 raise MessageError(f"the plan is for {what} {theirs}, {self.name} has {mine}")
 
     def _measure(self, plan: Plan) -> Reply:
-        """Runs the local steps."""
         # Asked first: a budget that is spent must not be found out after the measurement.
         spent = None if self.privacy is None else self.privacy.afford(len(plan.seeds))
         mask = torch.tensor(plan.mask, dtype=torch.float32)

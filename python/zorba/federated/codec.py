@@ -51,10 +51,8 @@ def unframe(data: bytes, kinds: Collection[int]) -> tuple[int, Reader]:
         raise MessageError(f"a message starts with {MAGIC!r}, got {magic!r}")
     # Before the CRC: a message of another version is whole, and sending it again would not help.
     if schema != SCHEMA:
-        raise MessageError(
-            f"message schema {schema}, expected {SCHEMA}: install the same package version "
-            "everywhere"
-        )
+        told = f"message schema {schema}, expected {SCHEMA}"
+        raise MessageError(f"{told}: install the same package version everywhere")
     if length != len(data) or length > MAX_MESSAGE_BYTES:
         raise MessageError(f"the message says {length} bytes but {len(data)} came: send it again")
     payload = memoryview(data)[HEADER_BYTES:]  # no copy: a plan may carry 64 MiB of the log

@@ -109,7 +109,6 @@ class EventReader:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """The event of a line; None where it holds none."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):  # deep brackets are a line like any other damaged one

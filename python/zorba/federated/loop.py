@@ -21,7 +21,6 @@ class Transport(Protocol):
 
     def nodes(self) -> Sequence[str]:
         """Returns the names of the clients that can be reached now."""
-        ...
 
     def exchange(
         self, plans: Mapping[str, bytes], timeout: float | None = None
@@ -30,7 +29,6 @@ class Transport(Protocol):
 
         Clients that have not answered after ``timeout`` seconds have failed; None waits.
         """
-        ...
 
 
 class LocalTransport:
@@ -123,28 +121,24 @@ def run_federation(
         final_round=last,
         fingerprints=fingerprints,
         replicas_identical=same,
-        flush_bytes_down=flush.bytes_down,
+        flush_bytes_down=dict(flush.bytes_down),
         failures=flush.failures | flush.refusals,
         privacy={name: server.privacy[name] for name in messages if name in server.privacy},
     )
 
 
 def _exchange(
-    server: Server,
-    transport: Transport,
-    messages: Mapping[str, bytes],
-    most: int,
-    timeout: float | None,
+    server: Server, transport: Transport, plans: dict[str, bytes], most: int, timeout: float | None
 ) -> None:
     """Sends messages and takes the answers, which may ask for further ones, and notes all of it."""
     now = server.current
     # Bounded, whatever clients answer: one that says hello for ever misses the round, and the
     # others do not wait for it.
-    while messages and most:
-        now.sent(messages)
+    while plans and most:
+        now.bytes_down.update({name: len(data) for name, data in plans.items()})
         # A failure is of the client alone, and the round goes on with the others.
-        replies, failures = transport.exchange(messages, timeout)
+        replies, failures = transport.exchange(plans, timeout)
         now.failures.update(failures)
         for name, data in replies.items():
             now.note(name, data, server.receive(name, data))
-        messages, most = server.ask_again(), most - 1
+        plans, most = server.ask_again(), most - 1

@@ -1,7 +1,4 @@
-"""The four messages between server and clients: one schema, plain data, no code in any of them.
-
-``docs/protocol.md`` has them byte for byte.
-"""
+"""The four messages between server and clients; ``docs/protocol.md`` has them byte for byte."""
 
 from __future__ import annotations
 
@@ -103,7 +100,6 @@ class Plan:
     noise_version: int = NOISE_VERSION
 
     def __post_init__(self) -> None:
-        """Raises MessageError where the parts do not belong together."""
         steps, samples, blocks = len(self.seeds), self.num_perturbations, len(self.mask)
         before, reached = self.round, self.reached
         for fits, wrong in (
@@ -128,9 +124,9 @@ class Plan:
         """The log entries, of rounds ``base_round + 1`` to ``reached``."""
         # The log checks that they are of this job, without a gap, and undamaged. Their CRCs were
         # made by the server that wrote them, so a change on the way to the plan is found, too.
-        first, blocks = self.base_round + 1, len(self.mask)
+        wanted = (self.num_entries, self.base_round + 1, len(self.mask), self.job)
         try:
-            return decode_entries(self.frames, self.num_entries, first, blocks, self.job)
+            return decode_entries(self.frames, *wanted)
         except LogError as error:
             raise MessageError(f"log entries of a plan: {error}") from None
 
@@ -166,7 +162,6 @@ class Reply:
     privacy: PrivacySpent | None = None  # what its scalars have told so far; None without noise
 
     def __post_init__(self) -> None:
-        """Raises MessageError where the parts do not belong together."""
         check_name(self.client, "client name")
         if self.scalars.ndim != 2 or self.scalars.dtype != np.float32:
             raise MessageError(f"scalars must be float32 [K, P], got {self.scalars.shape}")

@@ -41,9 +41,6 @@ class ModelObjective:
         ValueError: the model is offloaded, and the table is no ``DeviceTables``.
     """
 
-    _placement: ScratchPlacement
-    _evaluator: Evaluator
-
     def __init__(
         self,
         model: nn.Module,
@@ -95,15 +92,13 @@ class ModelObjective:
             # By parameters, not by numbers: an offload may know more blocks than are trained.
             names = {entry.name for entry in self._table.entries if entry.group in active}
             offload.set_active([b.name for b in offload.blocks if names & set(b.parameters)])
-        self._placement = ScratchPlacement(self._model, self._table_of(active), self._distribution)
-        self._evaluator = Evaluator(self._model, self._placement, True, self._read)
-        self._active = active
-
-    def _table_of(self, active: list[int]) -> zk.ParamTable:
         # Of active blocks alone: scratch is made for each parameter of a table, perturbed or not.
         entries = [entry for entry in self._table.entries if entry.group in active]
-        return zk.ParamTable(
+        table = zk.ParamTable(
             {entry.name: entry.source for entry in entries},
             groups={entry.name: entry.group for entry in entries},
             num_groups=self._table.num_groups,
         )
+        self._placement = ScratchPlacement(self._model, table, self._distribution)
+        self._evaluator = Evaluator(self._model, self._placement, True, self._read)
+        self._active = active

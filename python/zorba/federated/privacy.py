@@ -36,20 +36,13 @@ class Privacy:
     averaged over the batch's n (n = 1 for "client"), and a Gaussian of standard deviation
     ``noise_multiplier * 2 * clip / n`` is added to each of the P numbers: 2 clip / n is how far the
     mean can move when one example is replaced by any other, or with "client" all of its data.
-
-    Attributes:
-        unit: whom epsilon protects: each "example", or the "client" with all of its examples.
-        clip: L2 norm of a vector of P differences, in units of the scalars.
-        noise_multiplier: of that sensitivity.
-        delta: at which epsilon is told; well below one over the number of units.
-        max_epsilon: the client measures nothing that would spend more.
     """
 
-    unit: Unit
-    clip: float
-    noise_multiplier: float
-    delta: float
-    max_epsilon: float = math.inf
+    unit: Unit  # whom epsilon protects: each example, or the client with all of its examples
+    clip: float  # L2 norm of a vector of P differences, in units of the scalars
+    noise_multiplier: float  # of that sensitivity
+    delta: float  # at which epsilon is told; well below one over the number of units
+    max_epsilon: float = math.inf  # the client measures nothing that would spend more
 
     def __post_init__(self) -> None:
         """Raises ValueError where a number makes no sense."""
@@ -96,7 +89,7 @@ class PrivacyAccountant:
         self.last: tuple[bytes, bytes] | None = None  # digest of the last plan, and the answer
         self._releases: dict[float, int] = {}  # by noise multiplier
         # The operating system's: noise that follows from a seed can be taken off again.
-        self._random: random.Random = random.SystemRandom()
+        self._random = random.SystemRandom()
         if self.path is not None and self.path.exists():
             self._load(self.path)
         self.spent()  # a missing package is told here, not after the first round
@@ -107,19 +100,16 @@ class PrivacyAccountant:
             from dp_accounting import GaussianDpEvent
             from dp_accounting.rdp import RdpAccountant
         except ImportError as error:
-            raise ImportError(
-                "privacy is counted with dp-accounting: pip install zorba-kernels[privacy]"
-            ) from error
+            told = "privacy is counted with dp-accounting: pip install zorba-kernels[privacy]"
+            raise ImportError(told) from error
         # Each local step is one Gaussian mechanism; they compose by Renyi differential privacy
         # (Mironov, arXiv 1702.07476). No amplification by sampling: nothing here knows how batches
         # are picked. By noise multiplier: when a site changes it, earlier steps count as they were.
-        accountant = RdpAccountant()
-        releases = self._with(further)
-        for multiplier, count in releases.items():
-            if count:
-                accountant.compose(GaussianDpEvent(multiplier), count)
-        delta = self.privacy.delta
-        epsilon = float(accountant.get_epsilon(delta)) if any(releases.values()) else 0.0
+        accountant, delta = RdpAccountant(), self.privacy.delta
+        releases = {noise: count for noise, count in self._with(further).items() if count}
+        for noise, count in releases.items():
+            accountant.compose(GaussianDpEvent(noise), count)
+        epsilon = float(accountant.get_epsilon(delta)) if releases else 0.0
         return PrivacySpent(self.privacy.unit, epsilon, delta)
 
     def afford(self, steps: int) -> PrivacySpent:
@@ -137,10 +127,7 @@ class PrivacyAccountant:
     def release(self, differences: Sequence[Any], examples: int) -> npt.NDArray[np.float32]:
         """Clips, averages and adds noise: private scalars, float32 [P].
 
-        Args:
-            differences: finite differences of each of P perturbations: numbers, or arrays
-                [examples], which the unit "example" needs.
-            examples: of the batch.
+        Differences are [P] numbers, or arrays [examples], which the unit "example" needs.
         """
         # In float64: rounding to float32 comes last, after the noise, and so tells nothing more.
         rows = np.array([np.asarray(d, dtype=np.float64) for d in differences])
@@ -177,13 +164,11 @@ class PrivacyAccountant:
         self.last = (digest, answer)
 
     def _with(self, steps: int) -> dict[float, int]:
-        """Releases by noise multiplier, with further ones of today's."""
         noise = self.privacy.noise_multiplier
         return self._releases | {noise: self._releases.get(noise, 0) + steps}
 
     def _gaussian(self) -> float:
-        """A standard normal."""
-        # The lowest bits of one sampled in doubles can give away what it was added to (Mironov
+        # The lowest bits of a normal sampled in doubles can give away what it was added to (Mironov
         # 2012); a sum of several hides that (Holohan and Braghin, arXiv 2107.10138).
         return math.fsum(self._random.gauss(0.0, 1.0) for _ in range(4)) / 2
 

@@ -36,12 +36,6 @@ class Replica:
             models that differ only in frozen weights are told apart.
         distribution: of the noise that the client's objective makes.
         rounding: of 16-bit weights in updates.
-
-    Attributes:
-        identity: of the model at theta_0.
-        applied_round: the last round whose entry was applied; 0 at theta_0.
-        job: of the log that was applied; None as long as any will do.
-        passes: how often the weights were read and written by ``apply``.
     """
 
     def __init__(
@@ -52,12 +46,12 @@ class Replica:
         rounding: Rounding = "stochastic",
     ) -> None:
         self.table = table
-        self.identity = identity_of(table, origin)
+        self.identity = identity_of(table, origin)  # of the model at theta_0
         self.distribution = distribution
         self.rounding = rounding
-        self.applied_round = 0
-        self.job: int | None = None
-        self.passes = 0
+        self.applied_round = 0  # the last round whose entry was applied; 0 at theta_0
+        self.job: int | None = None  # of the log that was applied; None as long as any will do
+        self.passes = 0  # how often ``apply`` read and wrote the weights
         self._fingerprint: int | None = self.identity.start
         self._interrupted = False
 
@@ -81,10 +75,8 @@ class Replica:
     def apply(self, entries: Iterable[LogEntry]) -> int:
         """Applies log entries in one pass over the weights, and returns how many were new.
 
-        R entries in one call leave the bits of R calls.
-
-        Args:
-            entries: of a log of the replica's noise and rounding, in the order of rounds.
+        Entries are of a log of the replica's noise and rounding, in the order of rounds. R of them
+        in one call leave the bits of R calls.
 
         Raises:
             GapError: entries are missing after ``applied_round``.
@@ -103,10 +95,8 @@ class Replica:
                 )
             blocks, mine = entry.terms.coefs.shape[0], self.identity.num_blocks
             if blocks != mine:
-                number = entry.number
-                raise ReplicaError(
-                    f"entry {number} is for {blocks} blocks, this replica has {mine}"
-                )
+                told = f"entry {entry.number} is for {blocks} blocks, this replica has {mine}"
+                raise ReplicaError(told)
         # Building on other weights would make a difference that nobody could find the start of.
         base = new[0].base if new else None
         if base is not None and base != self.fingerprint():
@@ -115,15 +105,14 @@ class Replica:
                 f"{self.fingerprint():#018x}, the others have {base:#018x}: its weights were "
                 "changed from outside; load a checkpoint, or start again from the original model"
             )
-        if all(entry.empty for entry in new):
-            self.applied_round += len(new)
-            return len(new)
         # Set until the round is noted: a Ctrl-C or a fault leaves a replica that says so, not one
         # that applies the same rounds a second time.
-        self._interrupted, self._fingerprint = True, None
-        apply_entries(self.table, new, self.distribution, self.rounding)
+        self._interrupted = True
+        if not all(entry.empty for entry in new):
+            self._fingerprint = None
+            apply_entries(self.table, new, self.distribution, self.rounding)
+            self.passes += 1
         self.applied_round += len(new)
-        self.passes += 1
         self._interrupted = False
         return len(new)
 
@@ -132,10 +121,7 @@ class Replica:
         from safetensors.torch import save_file  # optional: only checkpoints need it
 
         info = {
-            "schema": CHECKPOINT_SCHEMA,
-            "noise_version": NOISE_VERSION,
-            "distribution": self.distribution,
-            "rounding": self.rounding,
+            **self._law(),
             "identity": asdict(self.identity),
             "job": self.job or 0,
             "applied_round": self.applied_round,
@@ -169,12 +155,7 @@ class Replica:
             applied, job, saved = (info[key] for key in ("applied_round", "job", "fingerprint"))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ReplicaError(f"{path} cannot be read as a checkpoint: {error!r}") from None
-        for what, mine in (
-            ("schema", CHECKPOINT_SCHEMA),
-            ("noise_version", NOISE_VERSION),
-            ("distribution", self.distribution),
-            ("rounding", self.rounding),
-        ):
+        for what, mine in self._law().items():
             if info.get(what) != mine:
                 raise ReplicaError(f"{path} is of {what} {info.get(what)}, this replica of {mine}")
         if wrong := self.identity.difference(identity):
@@ -195,6 +176,11 @@ class Replica:
                 entry.tensor.copy_(tensors[entry.name])
         self.applied_round, self.job, self._fingerprint = applied, job or None, saved
         self._interrupted = False
+
+    def _law(self) -> dict[str, Any]:
+        """What a checkpoint must be of, beside the model."""
+        law = {"distribution": self.distribution, "rounding": self.rounding}
+        return {"schema": CHECKPOINT_SCHEMA, "noise_version": NOISE_VERSION} | law
 
     def _check_whole(self) -> None:
         if self._interrupted:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,8 +56,10 @@ class Round:
         self.number = number
         self.measures = measures  # whether clients are asked for scalars; else they only catch up
         self.to_ask: set[str] = set()  # clients that a plan is due to, see ``Server.ask_again``
-        self.bytes_up: dict[str, int] = {}
-        self.bytes_down: dict[str, int] = {}
+        self.asked: dict[str, int] = {}  # round after which each client is to answer
+        self.replies: dict[str, Reply] = {}  # those that have scalars
+        self.bytes_up: Counter[str] = Counter()
+        self.bytes_down: Counter[str] = Counter()
         self.failures: dict[str, str] = {}
         self.refusals: dict[str, str] = {}
         self.disbelieved: dict[str, str] = {}  # why replies that came are not used
@@ -66,63 +67,43 @@ class Round:
         self._masks = masks
         self._diverged = False
         self._started = time.perf_counter()  # monotonic: the clock of the day may jump
-        self._asked: dict[str, int] = {}  # round after which each client is to answer
-        self._replies: dict[str, Reply] = {}  # those that have scalars
 
     def draw(self, ready: list[str]) -> list[str]:
         """Returns the clients of these, sorted, that take part beside those that do already."""
         limit, rows = self._settings.clients_per_round, self._masks.rows
         if limit is None or not self.measures:
             return ready
-        room = max(0, limit - len(self._asked.keys() - set(ready)))
+        room = max(0, limit - len(self.asked.keys() - set(ready)))
         # Ranks are a function of job and round: a round that is begun again draws the same.
         ranks = self._settings.ranks_of(self.number, len(rows)).tolist()
         return sorted(sorted(ready, key=lambda name: ranks[rows[name]])[:room])
 
-    def expect(self, names: Sequence[str], reached: int) -> None:
-        """Expects replies to plans that lead to round ``reached``, and none to older plans."""
-        self._asked |= dict.fromkeys(names, reached)
-
-    def sent(self, messages: Mapping[str, bytes]) -> None:
-        """Counts messages that go down."""
-        for name, data in messages.items():
-            self.bytes_down[name] = self.bytes_down.get(name, 0) + len(data)
-
     def note(self, name: str, data: bytes, receipt: Receipt) -> None:
         """Counts an answer, and keeps the reason where the server refused it."""
-        self.bytes_up[name] = self.bytes_up.get(name, 0) + len(data)
+        self.bytes_up[name] += len(data)
         if not receipt.accepted:
             self.refusals[name] = receipt.reason
             self._diverged |= receipt.diverged
 
-    def answered(self, name: str) -> bool:
-        """Returns whether a client's scalars came."""
-        return name in self._replies
-
     def check(self, name: str, reply: Reply) -> None:
         """Raises MessageError for a reply that is not the one which was asked for."""
         now, applied, shape = self.number, reply.applied_round, list(reply.scalars.shape)
-        asked = self._asked.get(name, now)
+        asked = self.asked.get(name, now)
         # The shape follows from what was asked, not from the reply: who only catches up has none.
         steps = self._settings.local_steps if self.measures and asked == now - 1 else 0
         wanted = [steps, self._settings.num_perturbations]
         for fits, wrong in (
-            (name in self._asked, f"replies to round {reply.round}; it was asked nothing now"),
+            (name in self.asked, f"replies to round {reply.round}; it was asked nothing now"),
             # Common after a timeout. Its scalars are of older weights: nothing of it is used.
             (reply.round == now, f"replies to round {reply.round}; round {now} is under way"),
             # The first counts: a network that repeats messages must not weigh a client twice.
-            (not self.answered(name), f"replied to round {reply.round} already"),
+            (name not in self.replies, f"replied to round {reply.round} already"),
             (shape == wanted, f"sent scalars of shape {shape}, expected {wanted}"),
             (asked <= applied < now, f"measured after round {applied}, expected round {asked}"),
             (steps == 0 or reply.num_examples > 0, "measured on no examples"),
         ):
             if not fits:
                 raise MessageError(f"{name} {wrong}")
-
-    def add(self, reply: Reply) -> None:
-        """Takes a checked reply; one without scalars tells nothing that the round needs."""
-        if len(reply.scalars):
-            self._replies[reply.client] = reply
 
     def end(self) -> LogEntry:
         """Returns the log entry that the replies make; see ``Server.end_round``."""
@@ -142,7 +123,7 @@ class Round:
         """The majority's replies by name, and why others are not believed; without one, all."""
         # The server has no model, so the clients judge each other: all measured at the same bits if
         # nothing went wrong. This finds accidents, not who makes a fingerprint fit on purpose.
-        replies = [self._replies[name] for name in sorted(self._replies)]
+        replies = [reply for _, reply in sorted(self.replies.items())]
         votes = Counter(reply.fingerprint for reply in replies).most_common()
         if len(votes) <= 1:
             return replies, {}
@@ -167,18 +148,13 @@ class Round:
             self._masks.of([reply.client for reply in replies]),
             np.array([reply.num_examples for reply in replies]),
             s.lr_at(self.number),
-            s.weighting,
-            s.clip,
-            s.aggregation,
-            s.trim,
+            *(s.weighting, s.clip, s.aggregation, s.trim),
         )
         # Steps before perturbations, as clients add local steps: float32 sums depend on the order.
         samples = tuple(range(s.num_perturbations))
-        return NoiseTerms(
-            seeds=tuple(seed for seed in s.seeds_of(self.number) for _ in samples),
-            samples=samples * s.local_steps,
-            coefs=torch.from_numpy(coefs.reshape(len(coefs), -1)),
-        )
+        seeds = tuple(seed for seed in s.seeds_of(self.number) for _ in samples)
+        terms = torch.from_numpy(coefs.reshape(len(coefs), -1))
+        return NoiseTerms(seeds, samples * s.local_steps, terms)
 
     def report(self, entry: LogEntry) -> RoundReport:
         """Returns what the round, which ended with this entry, did and cost."""
@@ -191,8 +167,8 @@ class Round:
             clients=tuple(losses),
             loss=sum(x * n for x, n in told) / sum(n for _, n in told) if told else math.nan,
             losses=losses,
-            bytes_up=self.bytes_up,
-            bytes_down=self.bytes_down,
+            bytes_up=dict(self.bytes_up),
+            bytes_down=dict(self.bytes_down),
             scalar_bytes_up={reply.client: reply.scalars.nbytes for reply in self._used},
             scalar_bytes_down=entry.scalar_bytes,
             seconds=time.perf_counter() - self._started,

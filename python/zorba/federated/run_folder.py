@@ -137,7 +137,6 @@ class RunRecorder:
         )
 
     def __enter__(self) -> RunRecorder:
-        """Returns the recorder itself."""
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -168,8 +167,7 @@ def _plan_record(server: Server, plan: BlockPlan | None) -> dict[str, Any]:
             "front": [{"f1": point.f1, "f2": point.f2} for point in plan.front],
             "chosen": plan.chosen,
         }
-    rows = ["".join("01"[active] for active in row) for row in masks.values()]
-    return record | {"mask": rows}
+    return record | {"mask": ["".join("01"[active] for active in row) for row in masks.values()]}
 
 
 def _cut(texts: Mapping[str, str]) -> dict[str, str]:

@@ -39,12 +39,6 @@ class Server:
         masks: which client activates which block, bool [clients, blocks].
         log_path: of the log; made when it does not exist.
 
-    Attributes:
-        log: the log.
-        current: the round under way.
-        fingerprints: (applied round, fingerprint) that each admitted client last told.
-        privacy: what each client last told of its privacy; none of those that add no noise.
-
     Raises:
         ValueError: names or masks do not fit.
         ServerLogError: the log is damaged, of another job or model, or open in another server.
@@ -60,15 +54,15 @@ class Server:
     ) -> None:
         self.settings = settings
         self.identity = identity
-        # Only ever what the client itself told, never what was sent to it, and not kept on disk: a
-        # server that starts again asks anew.
+        # (applied round, fingerprint) that each admitted client last told. Never what was sent to
+        # it, and not kept on disk: a server that starts again asks anew.
         self.fingerprints: dict[str, tuple[int, int]] = {}
-        self.privacy: dict[str, PrivacySpent] = {}
+        self.privacy: dict[str, PrivacySpent] = {}  # last told by each client that adds noise
         self._masks = Masks(names, masks, identity.num_blocks)
         law = (settings.distribution, settings.rounding)
         with _log_errors():
             self.log = LogFile(log_path, LogHeader(settings.job_id, identity, *law))
-        self.current = Round(self.round, self.settings, self._masks)
+        self.current = Round(self.round, settings, self._masks)  # the round under way
 
     @property
     def round(self) -> int:
@@ -86,13 +80,9 @@ class Server:
     ) -> dict[str, bytes]:
         """Starts a round, or starts it over: replies that came to an unfinished one are dropped.
 
-        Args:
-            available: clients that can take part; None for all.
-            measures: whether clients are asked for scalars. Else they only get all of the log, as
-                after the last round, and the round must not be ended with an entry.
-
-        Returns:
-            A plan for each admitted client that is drawn, and a greeting for each other one.
+        Returns a plan for each admitted client that is drawn from those available (None for all),
+        and a greeting for each other one. Where nothing is measured, clients only get all of the
+        log, as after the last round, and the round must not be ended with an entry.
         """
         self.current = Round(self.round, self.settings, self._masks, measures=measures)
         wanted = self._masks.rows.keys() if available is None else set(available)
@@ -110,26 +100,25 @@ class Server:
         They joined, or could not follow their plan: one that was killed is back at its checkpoint.
         In a round that measures nothing, clients that still lack entries are asked again, too.
         """
-        ready = sorted(name for name in self.current.to_ask if not self.current.answered(name))
+        ready = sorted(self.current.to_ask - self.current.replies.keys())
         self.current.to_ask = set()
         return self._ask(self.current.draw(ready))
 
     def _ask(self, names: Sequence[str]) -> dict[str, bytes]:
         """A plan for each of these clients, in the order given; expects their replies."""
+        messages: dict[str, bytes] = dict.fromkeys(names, b"")
         by_mark: dict[int, list[str]] = {}
         for name in names:
             by_mark.setdefault(self.fingerprints[name][0], []).append(name)
-        messages: dict[str, bytes] = dict.fromkeys(names, b"")
         # Clients after the same round get the same plan but for their masks: the log is read once.
         for mark, group in by_mark.items():
             plan = self._plan(mark)
             plans = plan.encode_each(self._masks.of(group))
             messages.update(zip(group, plans, strict=True))
-            self.current.expect(group, plan.reached)
+            self.current.asked |= dict.fromkeys(group, plan.reached)
         return messages
 
-    def _plan(self, mark: int) -> Plan:
-        """The plan of clients after round ``mark``, with all blocks active."""
+    def _plan(self, mark: int) -> Plan:  # of clients after round mark, with all blocks active
         s = self.settings
         count, frames = self.log.frames(mark + 1, MAX_PLAN_LOG_BYTES)
         # Who does not get all of the log would measure at old weights: it only catches up.
@@ -180,7 +169,8 @@ class Server:
         self._check_position(name, message.applied_round, message.fingerprint)
         self.fingerprints[name] = (message.applied_round, message.fingerprint)
         if isinstance(message, Reply):
-            self.current.add(message)
+            if len(message.scalars):  # one without tells nothing that the round needs
+                self.current.replies[name] = message
             # The client's own word, kept to be shown; nothing depends on it.
             self.privacy.pop(name, None)
             if message.privacy is not None:

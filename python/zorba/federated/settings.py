@@ -20,7 +20,6 @@ from zorba_kernels.noise import DISTRIBUTIONS, ROUNDINGS, Distribution, Rounding
 from zorba_kernels.program import check_choice, check_uint64, integer
 
 Weighting = Literal["examples", "uniform"]
-WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 Aggregation = Literal["mean", "median", "trimmed"]
 AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
 
@@ -33,39 +32,25 @@ class FederationSettings:
 
     ``job``, ``seed``, ``distribution`` and ``rounding`` must stay as they are when a server
     continues a log. The others may change: log entries hold final coefficients.
-
-    Attributes:
-        job: name of the job.
-        seed: uint64 from which every seed of the job is derived.
-        num_perturbations: P, perturbations of a local step.
-        local_steps: K, local steps of a round.
-        eps: distance of the evaluations.
-        lr: learning rate, or a function from the round (from 1) to it.
-        estimator: "central" or "forward".
-        distribution: of the noise, "gaussian" or "rademacher".
-        rounding: of 16-bit weights in an update, "nearest" or "stochastic".
-        clip: largest absolute value of a scalar; larger ones are cut to it. None for no limit.
-        clients_per_round: how many clients take part in a round; None for all.
-        weighting: clients weigh by their "examples", or all alike: "uniform".
-        aggregation: of a block's scalars: their "mean", "median", or the mean of what is left when
-            they are "trimmed" at both ends. See ``zorba.federated.aggregate``.
-        trim: share of a block's weight that "trimmed" leaves out at each end, at least 0 and below
-            0.5. Take more than the share of clients that may lie.
     """
 
-    job: str
-    seed: int
-    lr: float | Callable[[int], float]
-    num_perturbations: int = defaults.NUM_PERTURBATIONS
-    local_steps: int = 1
-    eps: float = defaults.EPS
+    job: str  # name of the job
+    seed: int  # uint64 from which every seed of the job is derived
+    lr: float | Callable[[int], float]  # learning rate, or a function from the round (from 1) to it
+    num_perturbations: int = defaults.NUM_PERTURBATIONS  # P, perturbations of a local step
+    local_steps: int = 1  # K, local steps of a round
+    eps: float = defaults.EPS  # distance of the evaluations
     estimator: Estimator = defaults.ESTIMATOR
-    distribution: Distribution = defaults.DISTRIBUTION
-    rounding: Rounding = "stochastic"
-    clip: float | None = None
-    clients_per_round: int | None = None
-    weighting: Weighting = "examples"
+    distribution: Distribution = defaults.DISTRIBUTION  # of the noise
+    rounding: Rounding = "stochastic"  # of 16-bit weights in an update
+    clip: float | None = None  # largest absolute scalar; larger ones are cut to it. None: no limit
+    clients_per_round: int | None = None  # how many clients take part in a round; None for all
+    weighting: Weighting = "examples"  # clients weigh by their examples, or all alike
+    # Of a block's scalars: their mean, their median, or the mean of what is left when they are
+    # trimmed at both ends. See ``zorba.federated.aggregate``.
     aggregation: Aggregation = "mean"
+    # Share of a block's weight that is trimmed at each end, at least 0 and below 0.5: more than the
+    # share of clients that may lie.
     trim: float = 0.25
 
     def __post_init__(self) -> None:
@@ -85,7 +70,7 @@ class FederationSettings:
         check_choice("estimator", self.estimator, ESTIMATORS)
         check_choice("distribution", self.distribution, DISTRIBUTIONS)
         check_choice("rounding", self.rounding, ROUNDINGS)
-        check_choice("weighting", self.weighting, WEIGHTINGS)
+        check_choice("weighting", self.weighting, get_args(Weighting))
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
         if _check_number("trim", self.trim) >= 0.5:
             raise ValueError(f"trim must be below 0.5, got {self.trim!r}: 0.5 is the median")
@@ -122,7 +107,6 @@ class FederationSettings:
         return ranks
 
     def _derive(self, purpose: str, data: bytes) -> int:
-        """First 8 bytes of SHA-256 of the purpose, the job's seed and data."""
         # A hash, not a generator's next number: a server may start in the middle of a job. Seeds of
         # noise and of rounding must never be the same, so the purpose is part of it.
         text = b"zorba " + purpose.encode() + b"\0" + struct.pack("<Q", self.seed) + data
@@ -134,11 +118,10 @@ class Masks:
 
     def __init__(self, names: Sequence[str], masks: Any, num_blocks: int) -> None:
         array: npt.NDArray[np.bool_] = np.asarray(masks)
-        if array.dtype != np.bool_ or array.shape != (len(names), num_blocks):
-            wanted, got = [len(names), num_blocks], [*array.shape]
-            raise ValueError(
-                f"masks must be bool {wanted} (clients, blocks), got {array.dtype} {got}"
-            )
+        wanted, got = [len(names), num_blocks], [*array.shape]
+        if array.dtype != np.bool_ or got != wanted:
+            told = f"masks must be bool {wanted} (clients, blocks), got {array.dtype} {got}"
+            raise ValueError(told)
         # A name is the client's place in the log's sums and on disk: two clients cannot share it.
         if len(set(names)) != len(names) or not names:
             raise ValueError("there must be clients, and their names must differ")

@@ -47,21 +47,19 @@ class MemoryModel:
         names = unique_names(self.block_names or default, "block")
         if not active:
             raise ValueError("a memory model needs at least one block")
-        for what, values in (("idle", idle), ("block_names", names)):
-            if len(values) != len(active):
-                raise ValueError(f"{what} has {len(values)} values for {len(active)} blocks")
+        for what, given in (("idle", idle), ("block_names", names)):
+            if len(given) != len(active):
+                raise ValueError(f"{what} has {len(given)} values for {len(active)} blocks")
         for name, on, off in zip(names, active, idle, strict=True):
             if off > on:
                 raise ValueError(
                     f"block {name!r} takes {off:,} bytes idle, more than {on:,} active"
                 )
         fixed = whole_bytes(self.fixed, "fixed")
-        whole = total = fixed + sum(active)
-        if self.whole is not None:
-            whole = min(total, whole_bytes(self.whole, "whole"))
-        checked = {"active": active, "idle": idle, "fixed": fixed, "whole": whole}
-        for field, value in {**checked, "block_names": names}.items():
-            object.__setattr__(self, field, value)
+        total = fixed + sum(active)
+        whole = total if self.whole is None else min(total, whole_bytes(self.whole, "whole"))
+        values = {"active": active, "idle": idle, "fixed": fixed, "whole": whole}
+        self.__dict__.update(values, block_names=names)  # past the frozen fields
 
     def bytes_of(self, mask: Sequence[bool]) -> int:
         """Returns the bytes of a client, from its row of the mask, bool [B]."""
@@ -93,13 +91,13 @@ def model_weights_memory(
     if idle not in get_args(IdlePolicy):
         raise ValueError(f"idle must be one of {get_args(IdlePolicy)}, not {idle!r}")
     found = find_blocks(model)
-    planned = found if blocks is None else blocks
-    active = [block.nbytes for block in planned]
+    blocks = found if blocks is None else blocks
+    active = [block.nbytes for block in blocks]
     fixed = sum(p.nbytes for p in model.parameters()) - sum(block.nbytes for block in found)
     if idle == "offload":
         fixed += BUFFERS * max(block.nbytes for block in found)
     waiting = active if idle == "resident" else [0] * len(active)
-    return MemoryModel(active, waiting, fixed, [block.name for block in planned])
+    return MemoryModel(active, waiting, fixed, [block.name for block in blocks])
 
 
 def whole_bytes(value: SupportsIndex | float, what: str) -> int:

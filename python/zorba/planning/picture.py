@@ -42,14 +42,11 @@ def draw_plan(plan: BlockPlan, path: str | Path) -> None:
 
 def draw_mask(axes: Axes, clients: Sequence[str], blocks: Sequence[str], mask: ArrayLike) -> None:
     """Draws who activates what, bool [N, B]: client n is between y = n and n + 1, downwards."""
-    import numpy as np
     from matplotlib.colors import ListedColormap
 
     colours = ListedColormap([IDLE, ACTIVE])
     # With a range: a mask of ones alone would be drawn in the colour of idle blocks.
-    axes.pcolormesh(
-        np.asarray(mask, float), cmap=colours, vmin=0, vmax=1, edgecolors="white", linewidth=0.8
-    )
+    axes.pcolormesh(mask, cmap=colours, vmin=0, vmax=1, edgecolors="white", linewidth=0.8)
     axes.invert_yaxis()
     rows, columns = _labelled(len(clients)), _labelled(len(blocks))
     axes.set_yticks([n + 0.5 for n in rows], [clients[n] for n in rows])
@@ -86,7 +83,7 @@ def draw_memory(axes: Axes, memory: Sequence[int], budgets: Sequence[int]) -> No
 
 def _draw_front(axes: Axes, plan: BlockPlan) -> None:
     """Draws the Pareto front, and the point that the plan is."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator
 
     f1, f2 = [p.f1 for p in plan.front], [100 / len(plan.clients) * p.f2 for p in plan.front]
     axes.plot(f1, f2, color=ACTIVE, linewidth=0.8, marker="o", markersize=4)
@@ -94,8 +91,8 @@ def _draw_front(axes: Axes, plan: BlockPlan) -> None:
     if f1[-1] > _WIDE * f1[0]:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
     axes.set(xlabel="F1, lower converges faster", ylabel="memory, mean % of the budgets (F2)")
     axes.set(xmargin=0.12, ymargin=0.12, box_aspect=1.2, anchor="N")
     axes.set_title("Pareto front", fontsize=9, color=TEXT, loc="left")

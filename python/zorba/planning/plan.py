@@ -93,7 +93,7 @@ class BlockPlan:
         # One unit for the column, that of the smallest budget, so that rows compare at a glance.
         unit, unit_name = unit_of(min(self.budgets))
         left, right = max(map(len, (*self.clients, "coverage"))), max(len(self.blocks), 6)
-        clients, blocks = len(self.clients), len(self.blocks)
+        clients, blocks = self.mask.shape
         lines = [
             f"block plan {self.version:016x}: {clients} clients, {blocks} blocks",
             f"F1 {point.f1:.4g}, F2 {point.f2:.4g}, point {self.chosen + 1} of {len(self.front)}, "
@@ -110,9 +110,8 @@ class BlockPlan:
                 f"{used / unit:.2f} / {budget / unit:.2f}  {used / budget:4.0%}"
             )
         # Coverage reads downwards, a line a digit.
-        counts = [str(count) for count in self.coverage]
-        digits = max(map(len, counts))
-        for i in range(digits):
-            row_of_digits = "".join(count.rjust(digits)[i] for count in counts)
-            lines.append(f"{'' if i else 'coverage':<{left}}  {row_of_digits}".rstrip())
+        width = len(str(max(self.coverage)))
+        columns = [f"{count:>{width}}" for count in self.coverage]
+        for i, digits in enumerate(zip(*columns, strict=True)):
+            lines.append(f"{'' if i else 'coverage':<{left}}  {''.join(digits)}".rstrip())
         return "\n".join(lines)

@@ -11,20 +11,10 @@ import numpy as np
 from zorba.planning.memory import MemoryModel
 from zorba.planning.plan import BlockPlan, ParetoPoint
 from zorba.planning.problem import InfeasiblePlanError, Mask, Problem, make_problem
-from zorba.planning.program import (
-    F1,
-    F2,
-    UNLIMITED,
-    InfeasibleProgramError,
-    Limits,
-    Program,
-    Solution,
-)
+from zorba.planning.program import F1, F2, UNLIMITED, InfeasibleProgramError, Program, Solution
 
 # F1 of equal blocks takes few values, so that one may be just what is tolerated, but for rounding.
 _ROUNDING = 1e-12
-# A solve may take this part of the time that is left: most need little, so that much comes back.
-_SHARE = 1 / 8
 
 
 def plan_blocks(
@@ -78,9 +68,9 @@ def plan_blocks(
             raise ValueError(what)
     start = time.monotonic()
     problem = make_problem(memory, budgets, priorities, min_coverage, min_active, max_active)
-    sweep = _Sweep(problem, mip_rel_gap, start + time_limit)
+    program = Program(problem, mip_rel_gap, start + time_limit)
     try:
-        points = [_point(problem, each) for each in sweep.run(num_points, tolerance)]
+        points = [_point(problem, each) for each in _sweep(program, num_points, tolerance)]
     except InfeasibleProgramError:
         raise _too_little(problem) from None
     # In this order a point is dominated just where an earlier one takes no more memory.
@@ -90,66 +80,56 @@ def plan_blocks(
             front.append(point)
     # The last point within the bound has the least memory.
     bound = (1 + tolerance) * front[0].f1 * (1 + _ROUNDING)
-    return BlockPlan(
-        clients=problem.clients,
-        blocks=problem.blocks,
-        budgets=problem.budgets,
-        front=tuple(front),
-        chosen=max(i for i, point in enumerate(front) if point.f1 <= bound),
-        seconds=time.monotonic() - start,
-    )
+    chosen = max(i for i, point in enumerate(front) if point.f1 <= bound)
+    took = time.monotonic() - start
+    return BlockPlan(problem.clients, problem.blocks, problem.budgets, tuple(front), chosen, took)
 
 
-class _Sweep:
-    """Solves from one end of the front to the other."""
+def _sweep(program: Program, num_points: int, tolerance: float) -> Iterator[Solution]:
+    """Yields solutions from one end of the front to the other; some may dominate others."""
+    problem = program.problem
+    # Best convergence first: where time runs out, that is the plan worth having.
+    fastest = _lexicographic(program, F1, UNLIMITED)
+    yield fastest
+    if not problem.shares.any():  # no mask saves memory: the front is one point
+        return
+    least_f1, high = problem.values(fastest.mask).tolist()
+    if tolerance:
+        yield _lexicographic(program, F2, ((1 + tolerance) * least_f1, math.inf), fastest.mask)
+    leanest = _lexicographic(program, F2, UNLIMITED, fastest.mask)
+    yield leanest
+    low = problem.values(leanest.mask)[F2]
+    for epsilon in np.linspace(low, high, num_points)[1:-1].tolist():
+        # The leanest mask is within every epsilon, so each of these has a plan to start from.
+        yield _lexicographic(program, F1, (math.inf, epsilon), leanest.mask)
 
-    def __init__(self, problem: Problem, gap: float, end: float) -> None:
-        self._problem, self._program, self._gap, self._end = problem, Program(problem), gap, end
 
-    def run(self, num_points: int, tolerance: float) -> Iterator[Solution]:
-        """Yields solutions of the sweep; some may dominate others."""
-        # Best convergence first: where time runs out, that is the plan worth having.
-        fastest = self._lexicographic(F1, UNLIMITED)
-        yield fastest
-        if not self._problem.shares.any():  # no mask saves memory: the front is one point
-            return
-        least_f1, high = self._problem.values(fastest.mask).tolist()
-        if tolerance:
-            yield self._lexicographic(F2, ((1 + tolerance) * least_f1, math.inf), fastest.mask)
-        leanest = self._lexicographic(F2, UNLIMITED, fastest.mask)
-        yield leanest
-        low = self._problem.values(leanest.mask)[F2]
-        for epsilon in np.linspace(low, high, num_points)[1:-1].tolist():
-            # The leanest mask is within every epsilon, so each of these has a plan to start from.
-            yield self._lexicographic(F1, (math.inf, epsilon), leanest.mask)
-
-    def _lexicographic(self, first: int, limits: Limits, known: Mask | None = None) -> Solution:
-        """Minimizes an objective within limits, then the other one keeping the first."""
-        best = self._minimize(first, limits, known)
-        # Without the second stage a point could be dominated by one of the same first objective.
-        kept = list(limits)
-        kept[first] = float(self._problem.values(best.mask)[first])
-        refined = self._minimize(F1 + F2 - first, (kept[F1], kept[F2]), best.mask)
-        return Solution(refined.mask, max(best.gap, refined.gap), best.proven and refined.proven)
-
-    def _minimize(self, objective: int, limits: Limits, known: Mask | None) -> Solution:
-        seconds = _SHARE * max(self._end - time.monotonic(), 0.0)
-        return self._program.minimize(objective, limits, known, gap=self._gap, seconds=seconds)
+def _lexicographic(
+    program: Program, first: int, limits: tuple[float, float], known: Mask | None = None
+) -> Solution:
+    """Minimizes an objective within limits, then the other one keeping the first."""
+    best = program.minimize(first, limits, known)
+    # Without the second stage a point could be dominated by one of the same first objective.
+    kept = list(limits)
+    kept[first] = float(program.problem.values(best.mask)[first])
+    refined = program.minimize(F1 + F2 - first, (kept[F1], kept[F2]), best.mask)
+    return Solution(refined.mask, max(best.gap, refined.gap), best.proven and refined.proven)
 
 
 def _point(problem: Problem, solution: Solution) -> ParetoPoint:
     mask = solution.mask
     mask.flags.writeable = False
     # From the mask in whole bytes, not from the solver's floats: what is told is exact.
-    f1, f2, memory = problem.f1(mask), problem.f2(mask), problem.memory(mask)
-    return ParetoPoint(f1, f2, mask, memory, solution.gap, solution.proven)
+    memory = tuple((problem.base + mask @ problem.extra).tolist())
+    f2 = math.fsum(v / c for v, c in zip(memory, problem.budgets, strict=True))
+    return ParetoPoint(problem.f1(mask), f2, mask, memory, solution.gap, solution.proven)
 
 
 def _too_little(problem: Problem) -> InfeasiblePlanError:
     """Says how many bytes more are enough to cover every block."""
     message = f"the budgets cannot cover every block on {problem.min_coverage} clients"
     free, order = problem.spare.copy(), np.argsort(problem.extra)
-    mask = np.zeros((len(free), len(order)), dtype=np.bool_)
+    mask = np.zeros((len(free), len(order)), np.bool_)
     # Large blocks first, each to whoever has most room: small ones fill what is left.
     for b in order[::-1].repeat(problem.min_coverage):
         may = ~mask[:, b] & (mask.sum(axis=1) < problem.max_active)

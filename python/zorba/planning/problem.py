@@ -27,7 +27,6 @@ class InfeasiblePlanError(ValueError):
     """
 
     def __init__(self, message: str, shortfalls: Mapping[str, int] | None = None) -> None:
-        """Keeps what the message says in a form that code can read."""
         super().__init__(message)
         self.shortfalls = dict(shortfalls or {})
 
@@ -38,7 +37,7 @@ class Problem:
 
     clients: tuple[str, ...]  # N names
     blocks: tuple[str, ...]  # B names
-    budgets: tuple[int, ...]
+    budgets: tuple[int, ...]  # C_n, bytes
     base: Whole  # [N], bytes with every block idle
     extra: Whole  # [B], bytes that a block adds where it is active
     priorities: tuple[float, ...]
@@ -83,19 +82,11 @@ class Problem:
         f1 = self.weights @ (1 / np.maximum(mask.sum(axis=0), _UNCOVERED))
         return np.array([f1, self.shares[mask].sum()])
 
-    def memory(self, mask: Mask) -> tuple[int, ...]:
-        """Returns V_n of each client, exact."""
-        return tuple((self.base + mask @ self.extra).tolist())
-
     def f1(self, mask: Mask) -> float:
-        """Returns F1 = sum_b priorities[b] / coverage[b]."""
+        """Returns F1 = sum_b priorities[b] / coverage[b], as it is told."""
         # fsum rounds once: two masks of equal coverages have equal F1, whatever the order.
         pairs = zip(self.priorities, mask.sum(axis=0).tolist(), strict=True)
         return math.fsum(priority / count for priority, count in pairs)
-
-    def f2(self, mask: Mask) -> float:
-        """Returns F2 = sum_n V_n / C_n."""
-        return math.fsum(v / c for v, c in zip(self.memory(mask), self.budgets, strict=True))
 
 
 def make_problem(

@@ -26,6 +26,8 @@ _KEEP_SLACK = 1e-7
 _TOLERANCE = 1e-6
 # Programs of up to this many counts are solved exactly, larger ones are relaxed and rounded first.
 _SMALL = 80
+# A solve may take this part of the time that is left: most need little, so that much comes back.
+_SHARE = 1 / 8
 
 
 class PlanSolverError(RuntimeError):
@@ -53,12 +55,13 @@ class Program:
     robin gives coverages that differ by at most one, the best for a convex cost of coverage.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, gap: float, end: float) -> None:
         from scipy.sparse import block_array, csr_array, eye_array, kron
 
-        self._problem = problem
+        self.problem, self._gap, self._end = problem, gap, end  # the end in monotonic seconds
         self._shape = clients, kinds = len(problem.clients), len(problem.kinds)
         self._counts = clients * kinds
+        self._exact = kinds == 1 or self._counts <= _SMALL
         first = [kind[0] for kind in problem.kinds]
         sizes = np.array([len(kind) for kind in problem.kinds])
         covers = np.arange(problem.min_coverage, clients + 1)
@@ -87,8 +90,8 @@ class Program:
         most = np.minimum(problem.max_active, fitting)
         self._most = np.concatenate([spare / unit, most, -problem.min_active])
         room = np.where(extra > 0, spare[:, None] // np.maximum(extra, 1), sizes)
-        room = np.minimum(room, sizes)
-        self._upper = np.concatenate([room.ravel(), np.repeat(sizes, len(covers))])
+        upper = [np.minimum(room, sizes).ravel(), np.repeat(sizes, len(covers))]
+        self._upper = np.concatenate(upper)
         # y of a mask is whole without being told. But equal blocks leave many equal choices, and
         # HiGHS decides among them at once only where it may branch on their sum.
         self._integer = np.ones(len(self._upper), dtype=np.int64)
@@ -98,36 +101,33 @@ class Program:
         self.costs[F1, self._counts :] = np.outer(problem.weights[first], 1 / covers).ravel()
         self.costs[F2, : self._counts] = problem.shares[:, first].ravel()
 
-    def minimize(
-        self, objective: int, limits: Limits, known: Mask | None, *, gap: float, seconds: float
-    ) -> Solution:
+    def minimize(self, objective: int, limits: Limits, known: Mask | None) -> Solution:
         """Minimizes F1 or F2 while both stay within limits; ``known`` is a mask that does.
 
         Few or equal blocks, and least memory, are solved exactly. Others are relaxed, which gives a
         bound, and rounded; HiGHS searches on where that is not within the gap of the bound.
         """
-        end = time.monotonic() + seconds
-        cost = self.costs[objective]
+        start = time.monotonic()
+        end = start + _SHARE * max(self._end - start, 0.0)
+        cost, bound = self.costs[objective], 0.0
         masks = [] if known is None else [known]
-        bound = 0.0
-        exact = self._shape[1] == 1 or self._counts <= _SMALL
         try:
             # The relaxation of least memory is nearly whole, so that HiGHS is quick; and F1 rises
             # so steeply at this end of the front that a gap here is several times as large there.
-            if not (exact or (objective == F2 and limits == UNLIMITED)):
+            if not (self._exact or (objective == F2 and limits == UNLIMITED)):
                 relaxed = self.solve(cost, limits)
                 bound = relaxed.fun
                 masks += self.rounded(objective, limits, relaxed)
-                if masks and (best := self._best(objective, masks, bound, gap)).proven:
+                if masks and (best := self._best(objective, masks, bound)).proven:
                     return best
             # HiGHS takes a time limit below 0 for none.
             left = max(end - time.monotonic(), 0.01)
-            result = self.solve(cost, limits, whole=True, gap=0.0 if exact else gap, seconds=left)
+            result = self.solve(cost, limits, whole=True, seconds=left)
         except InfeasibleProgramError:
             if known is None:
                 raise
             # `known` is a solution, so only HiGHS's tolerance can say otherwise.
-            return self._best(objective, masks, bound, gap)
+            return self._best(objective, masks, bound)
         bound = max(bound, result.get("mip_dual_bound") or 0.0)
         # HiGHS's tolerance may let a client be over its budget by some bytes: then the mask is
         # repaired like a rounded one, never returned as it is.
@@ -137,22 +137,15 @@ class Program:
             masks += [search.mask] if good else self._repaired(search, objective, limits)
         if not masks:
             raise PlanSolverError("time ran out before any plan was found: raise time_limit")
-        return self._best(objective, masks, bound, gap)
+        return self._best(objective, masks, bound)
 
     def solve(
-        self,
-        cost: Vector,
-        limits: Limits = UNLIMITED,
-        *,
-        whole: bool = False,
-        gap: float = 0.0,
-        seconds: float = math.inf,
+        self, cost: Vector, limits: Limits, *, whole: bool = False, seconds: float = math.inf
     ) -> Any:
         """Returns scipy's result for a cost of the variables: relaxed, or in whole numbers.
 
         Where time ran out, its ``x`` is the best solution so far or None, and ``mip_dual_bound``,
-        where there is one, holds for all solutions. A relaxation that is cut short has no bound,
-        and so is an error.
+        where there is one, holds for all. A relaxation cut short has no bound, and is an error.
         """
         from scipy.optimize import linprog
         from scipy.sparse import csr_array, vstack
@@ -167,7 +160,7 @@ class Program:
             b_eq=self._right,
             bounds=np.stack([np.zeros(len(self._upper)), self._upper], axis=1),
             integrality=self._integer if whole else None,
-            options={"mip_rel_gap": gap, "time_limit": seconds},
+            options={"mip_rel_gap": 0.0 if self._exact else self._gap, "time_limit": seconds},
         )
         if result.status == 2:
             raise InfeasibleProgramError
@@ -190,25 +183,25 @@ class Program:
         """Brings a mask within all limits and improves it there; none where that fails."""
         search.meet(limits)
         search.improve(np.eye(2)[objective], limits)
-        kept = (self._problem.values(search.mask) <= np.array(limits) + 2 * _KEEP_SLACK).all()
+        kept = (self.problem.values(search.mask) <= np.array(limits) + 2 * _KEEP_SLACK).all()
         return [search.mask] if kept and search.complete() else []
 
-    def _best(self, objective: int, masks: list[Mask], bound: float, gap: float) -> Solution:
+    def _best(self, objective: int, masks: list[Mask], bound: float) -> Solution:
         # The first of equal ones: a mask that was known before stays.
-        values = [float(self._problem.values(mask)[objective]) for mask in masks]
+        values = [float(self.problem.values(mask)[objective]) for mask in masks]
         value = min(values)
         found = max(0.0, (value - bound) / value) if value else 0.0
-        return Solution(masks[values.index(value)], found, proven=found <= gap + _TOLERANCE)
+        return Solution(masks[values.index(value)], found, proven=found <= self._gap + _TOLERANCE)
 
     def _search(self, variables: Vector) -> Search:
         """Turns counts into a mask, dealing the blocks of a kind round robin over the clients."""
         # Clients in their order and blocks in theirs: ties always break the same way, and a plan
         # that is made again is the same plan.
         counts = np.rint(variables[: self._counts]).astype(np.int64).reshape(self._shape)
-        mask = np.zeros((self._shape[0], len(self._problem.blocks)), dtype=np.bool_)
-        for kind, given in zip(self._problem.kinds, counts.T.tolist(), strict=True):
+        mask = np.zeros((self._shape[0], len(self.problem.blocks)), dtype=np.bool_)
+        for kind, given in zip(self.problem.kinds, counts.T.tolist(), strict=True):
             turn = 0
             for n, count in enumerate(given):
                 mask[n, [kind[(turn + step) % len(kind)] for step in range(count)]] = True
                 turn += count
-        return Search(self._problem, mask)
+        return Search(self.problem, mask)

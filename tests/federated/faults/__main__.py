@@ -34,15 +34,9 @@ def main() -> int:
             print(f"schedule {number}, --seed {seed} --schedules 1: {wrong}", flush=True)
         elif sys.stderr.isatty():
             print(f"\r{number + 1} of {options.schedules}", end="", file=sys.stderr, flush=True)
-    record = {
-        "schedules": options.schedules,
-        "rounds": options.rounds,
-        "seed": options.seed,
-        "failed": failed,
-        "kills": dict(sorted(kills.items())),
-        "seconds": round(time.monotonic() - began, 1),
-    }
-    print(json.dumps(record))
+    seconds = round(time.monotonic() - began, 1)
+    record = {"failed": failed, "kills": dict(sorted(kills.items())), "seconds": seconds}
+    print(json.dumps(vars(options) | record))
     return 1 if failed else 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 SITE_POINTS = (
     "starting",  # before it is connected
@@ -29,27 +29,17 @@ SERVER_POINTS = (
 
 @dataclass(frozen=True)
 class Kill:
-    """One kill."""
-
     point: str  # where; "any time" for a moment after the start of the process
     count: int  # the how many-th time that the point is reached, from 1; or milliseconds
 
 
-@dataclass
-class Schedule:
-    """Kills of each process, in the order of its lives; a life without one is not disturbed."""
-
-    kills: dict[str, list[Kill]] = field(default_factory=dict)  # by process: "server" or a site
-
-    def next(self, process: str) -> Kill | None:
-        """Takes the kill of the life that starts now."""
-        mine = self.kills.get(process)
-        return mine.pop(0) if mine else None
+# Kills by process, "server" or a site, one for each of its lives; later lives are not disturbed.
+Schedule = dict[str, list[Kill]]
 
 
 def draw_schedule(rng: random.Random, names: tuple[str, ...], rounds: int) -> Schedule:
     """Returns 3 to 10 kills of random processes at random points."""
-    schedule = Schedule()
+    schedule: Schedule = {}
     for _ in range(rng.randint(3, 10)):
         process = rng.choice(("server", "server", *names))
         points = SERVER_POINTS if process == "server" else SITE_POINTS
@@ -59,7 +49,7 @@ def draw_schedule(rng: random.Random, names: tuple[str, ...], rounds: int) -> Sc
             point = rng.choice(points)
             often = {"starting": 1, "drafted": 3, "saved": 3}.get(point, rounds // 2)
             kill = Kill(point, rng.randint(1, often))
-        schedule.kills.setdefault(process, []).append(kill)
+        schedule.setdefault(process, []).append(kill)
     return schedule
 
 
@@ -78,7 +68,6 @@ class Reaper:
         return self._count == self._kill.count
 
     def reach(self, point: str) -> None:
-        """Counts a point and dies there if it is time."""
         if self.due(point):
             die()
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
+import random
 import resource
+import signal
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,16 +20,18 @@ from zorba import machine
 from zorba.federated import (
     Client,
     FederationSettings,
+    Replica,
     ReplicaError,
     RunFolder,
     RunRecorder,
     Server,
+    events,
     run_federation,
 )
 
 from tests.federated.faults.kills import Reaper, die
 from tests.federated.faults.wire import SiteLink, SocketTransport
-from tests.federated.world import MASKS, NAMES, make_objective, make_replica
+from tests.federated.world import MASKS, NAMES, make_objective, make_replica, make_settings
 
 SERVER = "server"
 # It asks a program, once and for all forks: one that a killed server had just started would hold
@@ -38,19 +44,12 @@ class Job:
     """One run, and how its processes differ from the plain ones."""
 
     folder: Path  # for everything that it writes
-    settings: FederationSettings
-    rounds: int
+    settings: FederationSettings = field(default_factory=make_settings)
+    rounds: int = 8
     dtype: torch.dtype = torch.float32
     checkpoint_every: int | None = 3  # None for no checkpoints
-    quorum: int = len(NAMES)  # sites that the server waits for
-    # By site: the round whose end lets it start, and whose next one waits for it.
-    late_sites: dict[str, int] = field(default_factory=dict)
     # By process: called in it before it does anything; importable by name.
     disguise: dict[str, Callable[[], None]] = field(default_factory=dict)
-    # By site: the round whose reply comes late, when it was asked the next thing.
-    held_round: dict[str, int] = field(default_factory=dict)
-    # By site: the value of its model's frozen head; 1 is that of the job.
-    frozen: dict[str, float] = field(default_factory=dict)
 
     @property
     def socket(self) -> Path:
@@ -60,10 +59,9 @@ class Job:
     def run_folder(self) -> RunFolder:
         return RunFolder(self.folder / "run")
 
-    def replica(self, name: str = "") -> Any:
+    def replica(self) -> Replica:
         """A replica at theta_0."""
-        law = (self.settings.distribution, self.settings.rounding)
-        return make_replica(self.dtype, *law, frozen=self.frozen.get(name, 1.0))
+        return make_replica(self.dtype, self.settings.distribution, self.settings.rounding)
 
 
 def live(job: Job, name: str, reaper: Reaper) -> None:
@@ -85,6 +83,30 @@ def live(job: Job, name: str, reaper: Reaper) -> None:
         os._exit(code)
 
 
+def small_disk() -> None:
+    """A disguise: files cannot grow beyond 500 bytes, a few rounds of the log."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
+
+
+def jumping_clock() -> None:
+    """A disguise: the clock is days off, in another direction at every look."""
+    jumps = random.Random(0)
+    now = time.time
+
+    def jumped() -> float:
+        return now() + jumps.choice((-1, 1)) * jumps.randrange(10**6)
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:  # type: ignore[override]
+            return datetime.datetime.fromtimestamp(jumped(), tz)
+
+    time.time = jumped
+    time.time_ns = lambda: int(1e9 * jumped())
+    events.datetime = Clock  # type: ignore[misc]
+
+
 def _note(job: Job, **what: Any) -> None:
     """Appends a line for the test, in one write, which a limit of the disk does not hold for."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -101,28 +123,13 @@ def _serve(job: Job, reaper: Reaper) -> None:
     server = Server(job.settings, job.replica().identity, list(NAMES), MASKS, folder.log)
     server.log._file = _DoomedFile(server.log._file, reaper)  # type: ignore[assignment]
 
-    def late(name: str, data: bytes) -> None:
-        size = server.log.size
-        receipt = server.receive(name, data)
-        _note(job, late=name, accepted=receipt.accepted, reason=receipt.reason)
-        assert server.log.size == size
-
-    transport = SocketTransport(job.socket, job.quorum, late)
+    transport = SocketTransport(job.socket, len(NAMES))
     _after(transport, "_send", lambda *_: reaper.reach("sent") if transport._pending else None)
     _after(transport, "exchange", lambda *_: reaper.reach("replied"))
     _after(server, "end_round", lambda *_: reaper.reach("ended"))
     rounds = max(0, job.rounds - server.log.last)
     with RunRecorder(folder, server, rounds) as recorder:
-
-        def on_round(report: Any) -> None:
-            recorder.round(report)
-            _note(job, round=report.round, clients=report.clients, failures=report.failures)
-            for name, reason in report.refusals.items():
-                _note(job, refused=name, reason=reason)
-            # Who is late may not come too late: the next round waits for it.
-            transport.quorum += list(job.late_sites.values()).count(report.round)
-
-        result = run_federation(server, transport, rounds, on_round)
+        result = run_federation(server, transport, rounds, recorder.round)
         recorder.end(result)
     _note(job, fingerprints=result.fingerprints, identical=result.replicas_identical)
     transport.close()
@@ -162,7 +169,7 @@ class _DoomedFile:
 
 def _measure(job: Job, name: str, reaper: Reaper) -> None:
     number = NAMES.index(name)
-    replica = job.replica(name)
+    replica = job.replica()
     checkpoint = job.folder / f"{name}.safetensors"
     if checkpoint.exists():
         try:
@@ -190,24 +197,12 @@ def _measure(job: Job, name: str, reaper: Reaper) -> None:
 
     os.replace = doomed_replace
     every = job.checkpoint_every
-    kept = None if every is None else checkpoint
-    client = Client(name, replica, doomed_objective, kept, checkpoint_every=every or 1)
+    client = Client(name, replica, doomed_objective, checkpoint if every else None, every or 1)
     link = SiteLink(job.socket, name)
-    held: list[tuple[int, bytes]] = []
     while (received := link.receive())[1]:
         message_number, data = received
         reaper.reach("before")
-        before = replica.applied_round, replica.passes
         answer = client.handle(data)
-        applied = replica.applied_round - before[0]
-        if applied > 1:
-            _note(job, site=name, caught_up=applied, passes=replica.passes - before[1])
         reaper.reach("measured")
-        while held:
-            link.send(*held.pop())
-        if replica.applied_round + 1 == job.held_round.get(name):
-            held.append((message_number, answer))
-            link.send(message_number, b"")
-            continue
         link.send(message_number, answer)
         reaper.reach("after")

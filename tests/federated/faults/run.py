@@ -40,7 +40,7 @@ class Outcome:
 def run(job: Job, schedule: Schedule | None = None) -> Outcome:
     """Runs a job to its end; killed processes start again with the schedule's next kill."""
     job.folder.mkdir(parents=True, exist_ok=True)
-    family = _Family(job, schedule or Schedule())
+    family = _Family(job, schedule or {})
     try:
         return family.wait()
     finally:
@@ -50,13 +50,12 @@ def run(job: Job, schedule: Schedule | None = None) -> Outcome:
 def run_random(folder: Path, seed: int, rounds: int) -> tuple[str, list[str]]:
     """A random schedule beside the undisturbed run: what was wrong, and the kills in words."""
     rng = random.Random(seed)
-    settings = make_settings(
-        seed=rng.getrandbits(32),
-        local_steps=rng.choice((1, 2)),
-        distribution=rng.choice(("gaussian", "rademacher")),
-    )
     options: dict[str, Any] = {
-        "settings": settings,
+        "settings": make_settings(
+            seed=rng.getrandbits(32),
+            local_steps=rng.choice((1, 2)),
+            distribution=rng.choice(("gaussian", "rademacher")),
+        ),
         "rounds": rounds,
         "dtype": rng.choice((torch.float32, torch.bfloat16)),
         "checkpoint_every": rng.choice((None, 1, 3, 7)),
@@ -68,10 +67,7 @@ def run_random(folder: Path, seed: int, rounds: int) -> tuple[str, list[str]]:
         disturbed = run(Job(folder / "disturbed", **options), schedule)
     except (RuntimeError, TimeoutError) as error:
         return f"{drawn}: {error}", []
-    happened = [
-        f"{'server' if process == 'server' else 'site'} {point}"
-        for process, point in disturbed.kills
-    ]
+    happened = [f"{'server' if name == SERVER else 'site'} {at}" for name, at in disturbed.kills]
     parts = ("identical", "fingerprints", "log")
     other = [part for part in parts if getattr(disturbed, part) != getattr(undisturbed, part)]
     damaged = [note for note in disturbed.notes if "damaged" in note or "error" in note]
@@ -87,17 +83,13 @@ class _Family:
         self._lives: dict[Any, tuple[str, Kill | None]] = {}
         self._timers: dict[Any, float] = {}
         self._kills: list[tuple[str, str]] = []
-        self._waiting = dict(job.late_sites)
         for name in (SERVER, *NAMES):
-            if name not in self._waiting:
-                self._start(name)
+            self._start(name)
 
     def wait(self) -> Outcome:
         began = time.monotonic()
         while time.monotonic() - began < _PATIENCE:
-            ended = self._ended()
-            self._start_late_sites()
-            for process in ended:
+            for process in self._ended():
                 name, kill = self._lives.pop(process)
                 self._timers.pop(process, None)
                 process.join()
@@ -107,13 +99,11 @@ class _Family:
                     if name == SERVER and any("fingerprints" in note for note in self._notes()):
                         return self._outcome()  # killed with nothing left to do
                     self._start(name)
-                elif name == SERVER:
-                    if code == 0:
-                        return self._outcome()
-                    raise RuntimeError(f"the server ended with code {code}: {self._tail()}")
                 elif code != 0:
-                    raise RuntimeError(f"{name} ended with code {code}: {self._tail()}")
-        raise TimeoutError(f"no end after {_PATIENCE} s: {self._kills}, {self._tail()}")
+                    raise RuntimeError(f"{name} ended with code {code}: {self._notes()[-3:]}")
+                elif name == SERVER:
+                    return self._outcome()
+        raise TimeoutError(f"no end after {_PATIENCE} s: {self._kills}, {self._notes()[-3:]}")
 
     def end(self) -> None:
         for process in self._lives:
@@ -121,7 +111,8 @@ class _Family:
             process.join()
 
     def _start(self, name: str) -> None:
-        kill = self._schedule.next(name)
+        kills = self._schedule.get(name)
+        kill = kills.pop(0) if kills else None
         process = _CONTEXT.Process(target=lives.live, args=(self._job, name, Reaper(kill)))
         process.start()
         self._lives[process] = name, kill
@@ -139,22 +130,10 @@ class _Family:
         ready = set(wait([p.sentinel for p in self._lives], max(0.0, min(left, _LOOK_SECONDS))))
         return [process for process in self._lives if process.sentinel in ready]
 
-    def _start_late_sites(self) -> None:
-        if not self._waiting:
-            return
-        reached = max((note["round"] for note in self._notes() if "round" in note), default=0)
-        for name, after in list(self._waiting.items()):
-            if reached >= after:
-                del self._waiting[name]
-                self._start(name)
-
     def _notes(self) -> tuple[dict[str, Any], ...]:
         path = self._job.folder / "notes"
         lines = path.read_text().splitlines() if path.exists() else []
         return tuple(json.loads(line) for line in lines)
-
-    def _tail(self) -> str:
-        return str(self._notes()[-3:])
 
     def _outcome(self) -> Outcome:
         notes = self._notes()

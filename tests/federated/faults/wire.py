@@ -7,7 +7,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Client, Connection, wait
 from pathlib import Path
 
@@ -18,26 +18,23 @@ _RETRY_SECONDS = 0.005
 class SocketTransport:
     """A ``Transport``: sites connect, tell their name, and answer numbered messages.
 
-    A site that comes back while its message waits for an answer gets the message again. A site
-    that holds its answer back sends an empty one: for the exchange it has failed, as if a deadline
-    had passed, and no clock decides. An answer to a message that is no longer waited for is late.
-    ``nodes`` waits for a quorum of sites.
+    A site that comes back while its message waits for an answer gets the message again. An answer
+    to a message that is no longer waited for is dropped. ``nodes`` waits for a number of sites.
     """
 
-    def __init__(self, path: Path, quorum: int, late: Callable[[str, bytes], None]) -> None:
+    def __init__(self, path: Path, sites: int) -> None:
         path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(path))
         self._listener.listen()
-        self.quorum = quorum
-        self._late = late
+        self._sites = sites
         self._names: dict[Connection, str] = {}
         self._pending: dict[str, tuple[int, bytes]] = {}
         self._numbers = itertools.count(int.from_bytes(os.urandom(6), "little"))
 
     def nodes(self) -> Sequence[str]:
         self._pump(0.0)
-        while len(self._names) < self.quorum:
+        while len(self._names) < self._sites:
             self._pump(None)
         return sorted(self._names.values())
 
@@ -50,8 +47,7 @@ class SocketTransport:
         answers: dict[str, bytes] = {}
         while self._pending:
             self._pump(None, answers)
-        replies = {name: answer for name, answer in answers.items() if answer}
-        return replies, {name: "no answer in time" for name in answers if name not in replies}
+        return answers, {}
 
     def close(self) -> None:
         """Tells the sites that the run is over."""
@@ -84,8 +80,6 @@ class SocketTransport:
             if answers is not None and self._pending.get(name, (0,))[0] == number:
                 del self._pending[name]
                 answers[name] = answer[_NUMBER.size :]
-            else:
-                self._late(name, answer[_NUMBER.size :])
 
     def _send(self, connection: Connection, name: str) -> None:
         if name in self._pending:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from zorba.optim import active_parameters
 from zorba.tables import DeviceTables
 
 _log = logging.getLogger(__name__)
+_Encode = Callable[[Sequence[Row]], Any]
 
 
 def build_settings(config: ServerConfig) -> FederationSettings:
@@ -41,16 +41,13 @@ def build_settings(config: ServerConfig) -> FederationSettings:
     # Names of the file are names of the core: a setting that both have needs no line here.
     values = config.settings.model_dump()
     if config.lr_decay == "linear":
-        values["lr"] = partial(_falling, rate=values["lr"], rounds=config.rounds)
+        # A plain function of the round: a server that is started again has the same rates.
+        first, rounds = config.settings.lr, config.rounds
+        values["lr"] = lambda number: first * max(0.0, 1.0 - (number - 1) / rounds)
     try:
         return FederationSettings(job=config.job, seed=config.seed, **values)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"settings: {error}") from None
-
-
-# A plain function of the round: a server that is started again has the same rates.
-def _falling(round_number: int, rate: float, rounds: int) -> float:
-    return rate * max(0.0, 1.0 - (round_number - 1) / rounds)
 
 
 def build_server(config: ServerConfig, folder: RunFolder) -> Server:
@@ -75,18 +72,11 @@ def trained_blocks(model: nn.Module, blocks: str) -> list[Block]:
 def make_replica(model: nn.Module, config: SiteConfig) -> Replica:
     """Returns the replica of a model at theta_0."""
     wanted = active_parameters(model, config.blocks)
-    groups = {
-        name: b
-        for b, block in enumerate(trained_blocks(model, config.blocks))
-        for name in block.parameters
-        if name in wanted
-    }
-    return Replica(
-        DeviceTables({name: wanted[name] for name in groups}, groups),
-        model_fingerprint(model.named_parameters()),
-        config.distribution,
-        config.rounding,
-    )
+    blocks = enumerate(trained_blocks(model, config.blocks))
+    groups = {name: b for b, block in blocks for name in block.parameters if name in wanted}
+    table = DeviceTables({name: wanted[name] for name in groups}, groups)
+    fingerprint = model_fingerprint(model.named_parameters())
+    return Replica(table, fingerprint, config.distribution, config.rounding)
 
 
 def finetune_settings(config: SiteConfig, folder: Path) -> FinetuneSettings:
@@ -99,10 +89,7 @@ def finetune_settings(config: SiteConfig, folder: Path) -> FinetuneSettings:
 
 
 def build_client(folder: Path) -> Client:
-    """Loads a site's model and data, and continues from its checkpoint where there is one.
-
-    Errors of ``site.yaml``, data, model, checkpoint and privacy come as their parts raise them.
-    """
+    """Loads a site's model and data, and continues from its checkpoint where there is one."""
     config = SiteConfig.read(folder)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -117,8 +104,7 @@ def build_client(folder: Path) -> Client:
         # Nothing is active yet: each plan says which blocks move to the device.
         Offload(model, [], device_of(task), task.offload)
     # In the site's own folder: the engine's state of a client does not survive a restart.
-    checkpoint = run / "replica.safetensors"
-    if checkpoint.exists():
+    if (checkpoint := run / "replica.safetensors").exists():
         try:
             replica.load(checkpoint)
         except ReplicaError as error:
@@ -126,13 +112,13 @@ def build_client(folder: Path) -> Client:
         _log.warning("continuing after round %d", replica.applied_round)
     objective = make_objective(task, model, tokenizer)
     label = config.label if config.words and config.balanced else None
-    # One account for each folder, whatever the job: scalars that were told stay told.
-    accountant = None
+    accountant, each = None, False
     if config.privacy is not None:
         policy = Privacy(**config.privacy.model_dump())
+        # One account for each folder, whatever the job: scalars that were told stay told.
         accountant = PrivacyAccountant(policy, run / "privacy.json")
-    # Only the unit example needs the losses of the rows apart from each other.
-    each = config.privacy is not None and config.privacy.unit == "example"
+        # Only the unit example needs the losses of the rows apart from each other.
+        each = policy.unit == "example"
     measured = ModelObjective(
         model,
         replica.table,
@@ -145,11 +131,7 @@ def build_client(folder: Path) -> Client:
 
 
 def pick_batches(
-    rows: Sequence[Row],
-    size: int,
-    seed: int,
-    encode: Callable[[Sequence[Row]], Any],
-    label: str | None = None,
+    rows: Sequence[Row], size: int, seed: int, encode: _Encode, label: str | None = None
 ) -> Callable[[int, int], tuple[Any, int]]:
     """Returns the batch and its size by round and step; balanced by a label where there is one."""
     groups: dict[Any, list[int]] = {}

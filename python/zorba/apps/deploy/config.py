@@ -1,7 +1,6 @@
 """The settings of the server and of each site: ``server.yaml`` and ``site.yaml``.
 
-The descriptions of the fields are the comments of the files. This module imports no torch: the
-processes that only start and watch others read these files too.
+It imports no torch: the processes that only start and watch others read these files too.
 """
 
 from __future__ import annotations
@@ -13,20 +12,18 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from zorba.apps.deploy.yaml_file import ConfigError as ConfigError
 from zorba.apps.deploy.yaml_file import Section
+from zorba.defaults import Distribution, Estimator
 
 # Numbers are strict: True is no number, and "16" is text.
 Count = Annotated[int, Field(strict=True, ge=1)]
 Natural = Annotated[int, Field(strict=True, ge=0)]
 Uint64 = Annotated[int, Field(strict=True, ge=0, lt=1 << 64)]
-Rate = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(coerce_numbers_to_str=True)]  # a label may be 0 or 1
-Name = Annotated[Text, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
-Job = Annotated[Text, Field(pattern="^[A-Za-z0-9._+-]{1,64}$")]
 Blocks = Annotated[Text, Field(pattern=r"^(all|last:[1-9][0-9]*)$")]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Distribution = Literal["gaussian", "rademacher"]
+Name = Annotated[Text, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 Rounding = Literal["nearest", "stochastic"]
 
 
@@ -102,11 +99,11 @@ class RoundSettings(Section):
     """Fields of ``zorba.federated.FederationSettings``, by the same names."""
 
     # No defaults: init writes those of the core, and a project keeps them when they change.
-    lr: Rate = about("learning rate of the first round")
+    lr: float = about("learning rate of the first round", strict=True, ge=0, allow_inf_nan=False)
     num_perturbations: Count = about("P, finite differences of a local step")
     local_steps: Count = about("K, local steps of a round")
     eps: Positive = about("distance at which losses are taken")
-    estimator: Literal["central", "forward"] = about("kind of finite difference")
+    estimator: Estimator = about("kind of finite difference")
     distribution: Distribution = about("of the noise; it stays, and the rounding, with the log")
     rounding: Rounding = about("of 16-bit weights in an update")
     clip: Positive | None = about("largest absolute value of a scalar; null for none")
@@ -121,7 +118,7 @@ class ServerConfig(Section):
 
     file: ClassVar[str] = "server.yaml"
 
-    job: Job = about("name of the job; the seed belongs to it")
+    job: Text = about("name of the job; the seed belongs to it", pattern="^[A-Za-z0-9._+-]{1,64}$")
     seed: Uint64 = about("from which every seed of the job is derived")
     rounds: Count = about("of the run")
     identity: Identity = about("of the model; a site with another one is refused")
@@ -143,9 +140,8 @@ class ServerConfig(Section):
         if "server" in sites:
             raise ValueError("a site is called server; take another name")
         for name, active in sites.items():
-            for block in active:
-                if block not in info.data.get("blocks", active):
-                    raise ValueError(f"site {name} activates {block}, which is no trained block")
+            for block in set(active).difference(info.data.get("blocks", active)):
+                raise ValueError(f"site {name} activates {block}, which is no trained block")
         return sites
 
     @field_validator("quorum")

@@ -16,7 +16,7 @@ from rich.table import Table
 from zorba.apps.command import plain_console
 from zorba.apps.deploy.command import StartSettings, StatusSettings, StopSettings
 from zorba.apps.deploy.config import ConfigError, ServerConfig
-from zorba.apps.deploy.party import PartyFolder, parties
+from zorba.apps.deploy.party import PartyFolder, parties, spawn
 from zorba.apps.watch.live import LiveView, view_run
 from zorba.apps.watch.state import Follower
 from zorba.federated.run_folder import RunFolder
@@ -24,7 +24,6 @@ from zorba.federated.run_folder import RunFolder
 # A busy machine takes half a minute to start or to end a supervisor; this is when it hangs.
 _LONGEST_SECONDS = 120.0
 _LOOK_SECONDS = 0.2
-_LINE_SECONDS = 5.0
 
 
 def run_start(settings: StartSettings) -> None:
@@ -46,8 +45,8 @@ def run_status(settings: StatusSettings) -> None:
     for party in parties(settings.folder, settings.only):
         done = ""
         if party.is_server:
-            last = Follower(RunFolder(party.run).events).update().round
-            done = f"{last} of {ServerConfig.read(party.path).rounds}"
+            state = Follower(RunFolder(party.run).events).update()
+            done = f"{state.round} of {ServerConfig.read(party.path).rounds}"
         last_word = (party.said() or [""])[-1]
         table.add_row(party.name, str(party.pid() or "stopped"), done, last_word)
     plain_console().print(table)
@@ -72,14 +71,9 @@ def start(chosen: Sequence[PartyFolder], console: Console) -> None:
                 continue
             party.run.mkdir(exist_ok=True)
             with party.log.open("ab") as log:
-                started[party] = subprocess.Popen(
-                    [sys.executable, "-m", "zorba.apps.deploy.party", str(party.path)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=dict(os.environ) if party.is_server else share | os.environ,
-                    start_new_session=True,  # Ctrl-C and the end of the terminal do not reach it
-                )
+                command = [sys.executable, "-m", "zorba.apps.deploy.party", str(party.path)]
+                environment = os.environ if party.is_server else share | os.environ
+                started[party] = spawn(command, log, env=environment)
         for party, process in started.items():
             _await_lock(party, process)
             console.print(f"started {party.name}: {party.path}")
@@ -119,9 +113,8 @@ def stop(chosen: Sequence[PartyFolder], console: Console) -> None:
 
 def follow(chosen: Sequence[PartyFolder], console: Console) -> dict[str, Any]:
     """Shows the run of the first, the server, to its end; stops the others; returns the summary."""
-    server, *sites = chosen
-    shown = 0
-    with LiveView(RunFolder(server.run).events, console, every=_LINE_SECONDS):
+    (server, *sites), shown = chosen, 0
+    with LiveView(RunFolder(server.run).events, console, every=5.0):
         # The server's supervisor ends after the last round; those of the sites stay.
         while server.pid() is not None:
             said = server.said()

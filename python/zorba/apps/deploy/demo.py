@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from contextlib import closing
-from typing import Any
 
 from zorba.apps.command import plain_console
 from zorba.apps.deploy import control
@@ -25,12 +24,8 @@ _BLOCKS = "last:4"
 _ROWS = 200  # that each site has at least, a tenth of them of each label
 
 
-def run_demo(settings: FederateDemoSettings) -> dict[str, Any]:
-    """Runs the demo and returns its summary; RuntimeError where a package or the rounds fail.
-
-    The sites are processes of this machine, each with a certificate, a model and data of its own.
-    At the end the model is rebuilt here from the server's log alone, and evaluated.
-    """
+def run_demo(settings: FederateDemoSettings) -> None:
+    """Runs ``zorba federate demo``; at the end, rebuilds the model from the server's log alone."""
     console = plain_console()
     began = time.perf_counter()
 
@@ -50,8 +45,8 @@ def run_demo(settings: FederateDemoSettings) -> dict[str, Any]:
     for name, examples in reviews.clients.items():
         lines = [json.dumps({"sentence": e.sentence, "label": e.label}) + "\n" for e in examples]
         (settings.out / "sites" / name / "data.jsonl").write_text("".join(lines), encoding="utf-8")
-    held_out = sum(map(len, reviews.evaluation))
-    say(f"evaluation of the model as it is, on {held_out} sentences of SST-2")
+    count = sum(map(len, reviews.evaluation))
+    say(f"evaluation of the model as it is, on {count} sentences of SST-2")
     # Both are over the model's own parameters: the suffix scores what the replica applies.
     replica = make_replica(model, SiteConfig.read(settings.out / "sites" / "phone"))
     suffix = Suffix(model, blocks, reviews.answers, replica.distribution)
@@ -74,14 +69,12 @@ def run_demo(settings: FederateDemoSettings) -> dict[str, Any]:
         for number, score in ((0, before), (content["final_round"], after)):
             fields = {"round": number, "accuracy": score.accuracy, "auc": score.auc}
             events.write("evaluation", fields)
-    content["log_rebuilds_the_replicas"] = same
-    content["total_seconds"] = time.perf_counter() - began
-    run.write_summary(content)
+    more = {"log_rebuilds_the_replicas": same, "total_seconds": time.perf_counter() - began}
+    run.write_summary(content | more)
     control.show_summary(found[0], content, console)
     words = "the sites' fingerprint" if same else "ANOTHER fingerprint than the sites"
     console.print(f"the model rebuilt from the server's log has {words}")
     console.print(f"wrote {write_report(run.path)}", soft_wrap=True)  # a path stays in one piece
-    return content
 
 
 def _project(settings: FederateDemoSettings, budgets: dict[str, int]) -> InitSettings:

@@ -1,8 +1,7 @@
 """What the engine runs of ours: the server as a controller, a site's client as an executor.
 
 Messages are tasks of the engine, which sites ask for and answer. Neither class takes arguments from
-the engine's job: the settings are in ``server.yaml`` or ``site.yaml``, in the folder above the
-engine's. The log is there as well, so it does not matter which of the engine's jobs wrote a round.
+the engine's job: settings and log are in the folder above the engine's, whatever the job.
 """
 
 from __future__ import annotations
@@ -25,13 +24,11 @@ from nvflare.apis.signal import Signal
 
 from zorba.apps.deploy.build import build_client, build_server
 from zorba.apps.deploy.config import ServerConfig
-from zorba.apps.watch.events import Event
 from zorba.apps.watch.state import Follower
 from zorba.federated import Client, FederationError, RunFolder, RunRecorder, run_federation
 
 FRAME = "frame"  # key of a message's bytes in a task and in its result
 PROBLEM = "problem"  # key of the sentence that a site sends where it has no answer
-_MAX_TEXT = 500
 _CHECK_SECONDS = 0.05  # how often the engine clears tasks that are done
 _WAKE_SECONDS = 1.0  # between two looks at whether the engine wants the run to stop
 
@@ -43,8 +40,7 @@ class RunStoppedError(FederationError):
 class FederationController(Controller):  # type: ignore[misc]
     """Runs the rounds that are left of a job, and is their ``Transport``.
 
-    A site can be reached once it asks for work, and until it misses a deadline; when it asks
-    again, it can be reached again.
+    A site can be reached from when it asks for work until it misses a deadline.
     """
 
     def __init__(self) -> None:
@@ -62,8 +58,8 @@ class FederationController(Controller):  # type: ignore[misc]
         """Runs the rounds; called by the engine in a thread of its own."""
         folder = _folder(fl_ctx)
         # Read anew by every job of the engine: an edited file counts from the next start on.
-        config = ServerConfig.read(folder)
-        self._config, self._abort, self._context = config, abort_signal, fl_ctx
+        self._config = config = ServerConfig.read(folder)
+        self._abort, self._context = abort_signal, fl_ctx
         run = RunFolder(folder / "run")
         server = build_server(config, run)
         try:
@@ -106,8 +102,7 @@ class FederationController(Controller):  # type: ignore[misc]
         self, plans: Mapping[str, bytes], timeout: float | None = None
     ) -> tuple[dict[str, bytes], dict[str, str]]:
         """See ``Transport``; a site that comes back in time gets its message again."""
-        replies: dict[str, bytes] = {}
-        failures: dict[str, str] = {}
+        replies, failures = dict[str, bytes](), dict[str, str]()
 
         def received(site: str, client_task: Any, fl_ctx: Any) -> None:
             result = client_task.result
@@ -118,16 +113,16 @@ class FederationController(Controller):  # type: ignore[misc]
                     return
                 if isinstance(frame, bytes):
                     replies[site] = frame
+                elif isinstance(problem, str):
+                    failures[site] = problem
                 else:
-                    answered = f"the site's engine answered {result.get_return_code()}"
-                    failures[site] = problem if isinstance(problem, str) else answered
+                    failures[site] = f"the site's engine answered {result.get_return_code()}"
                 self._changed.notify_all()
 
         tasks = []
         for site, frame in plans.items():
-            data = Shareable()
-            data[FRAME] = bytes(frame)
-            tasks.append(Task("zorba", data=data, result_received_cb=partial(received, site)))
+            data, answered = Shareable({FRAME: bytes(frame)}), partial(received, site)
+            tasks.append(Task("zorba", data=data, result_received_cb=answered))
             self.send(tasks[-1], self._context, [site])
         # This machine's monotonic clock: no clock that jumps, here or on a site, ends a round.
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -168,18 +163,15 @@ def _folder(fl_ctx: FLContext) -> Path:
 def summarise(run: RunFolder) -> dict[str, Any]:
     """Returns the content of ``summary.json``, over all starts of the server."""
     state = Follower(run.events).update()
-    end = state.end or Event()
     told = {"replicas_identical", "fingerprints", "failures", "privacy"}
+    counts = ("rounds_measured", "rounds_failed")
     return {
         "job": state.job,
-        "final_round": end.round or state.round,
-        **end.model_dump(include=told),
+        "final_round": state.round,
+        **(state.end.model_dump(include=told) if state.end else {}),
         "server_starts": len(state.starts),
         "round_seconds": sum(r.seconds for r in state.rounds) / max(1, len(state.rounds)),
-        "sites": {
-            name: {"rounds_measured": c.rounds_measured, "rounds_failed": c.rounds_failed}
-            for name, c in state.clients.items()
-        },
+        "sites": {s: {n: getattr(c, n) for n in counts} for s, c in state.clients.items()},
         "settings": state.settings,
         "machine": state.machine,
     }
@@ -188,8 +180,7 @@ def summarise(run: RunFolder) -> dict[str, Any]:
 class SiteExecutor(Executor):  # type: ignore[misc]
     """Answers messages with those of the site's client, which stays loaded between them.
 
-    A site whose files are wrong stays in the job, and answers every message with the problem, so
-    that the others go on.
+    A site whose files are wrong answers with the problem instead, so that the others go on.
     """
 
     def __init__(self) -> None:
@@ -216,14 +207,13 @@ class SiteExecutor(Executor):  # type: ignore[misc]
     ) -> Shareable:
         """Answers one message; called by the engine."""
         reply = make_reply(ReturnCode.OK)  # for a problem too: others may end the engine's job
-        problem = self._problem
-        if self._client is not None:
-            try:
+        try:
+            if self._client is None:
+                reply[PROBLEM] = self._problem[:500]
+            else:
                 reply[FRAME] = self._client.handle(shareable.get(FRAME))
-                return reply
-            except Exception as error:
-                problem = self._told("the message was not answered", error, fl_ctx)
-        reply[PROBLEM] = problem[:_MAX_TEXT]
+        except Exception as error:
+            reply[PROBLEM] = self._told("the message was not answered", error, fl_ctx)[:500]
         return reply
 
     def _told(self, what: str, error: Exception, fl_ctx: FLContext) -> str:

@@ -1,8 +1,7 @@
 """JobKeeper: keeps a job of the engine running while there are rounds to run.
 
 The engine's jobs are disposable: the log holds the state, so any job continues where the last one
-ended. A new job is started when there is none, after the server's machine was away for example,
-and when a site is connected that has no part in the running one.
+ended. A new one starts when there is none, and for a site that has no part in the running one.
 """
 
 from __future__ import annotations
@@ -42,13 +41,10 @@ class JobKeeper:
     """Submits, watches and replaces the engine's job; ``step`` is called again and again."""
 
     def __init__(self, folder: Path, config: ServerConfig, say: Callable[[str], None]) -> None:
-        self._folder = folder
-        self._config = config
-        self._say = say
+        self._folder, self._config, self._say = folder, config, say
         self._session: Any = None
         self._backoff = Backoff()
-        self._resume = 0.0  # no job is submitted before that
-        self._submitted = 0.0
+        self._submitted = self._resume = 0.0  # no job is submitted before the second
         self._connected: list[str] = []
         self._connected_since = 0.0
         self._job = ""  # its id in the engine; empty where there is none
@@ -109,8 +105,7 @@ class JobKeeper:
     def _connect(self) -> Any:
         from nvflare.fuel.flare_api.flare_api import new_secure_session
 
-        kit = str(self._folder / ADMIN)
-        return new_secure_session(ADMIN_NAME, kit, timeout=_CONNECT_SECONDS)
+        return new_secure_session(ADMIN_NAME, str(self._folder / ADMIN), timeout=_CONNECT_SECONDS)
 
     def _enough(self) -> bool:
         count, sites = len(self._connected), len(self._config.sites)
@@ -124,11 +119,9 @@ class JobKeeper:
             return
         jobs = session.get_client_job_status() or []
         busy = {job["client_name"] for job in jobs if job.get("job_id") == self._job}
+        before, self._outside = self._outside, set(self._connected) - busy
         # Twice in a row: a site that was just told of the job has not started it yet.
-        outside = set(self._connected) - busy
-        lasting = sorted(outside & self._outside)
-        self._outside = outside
-        if lasting:
+        if lasting := sorted(before & self._outside):
             self._say(f"{', '.join(lasting)} came back: starting the engine's job again")
             self._submitted = time.monotonic()  # that job has time to end
             session.abort_job(self._job)
@@ -140,19 +133,20 @@ def write_job(folder: Path, config: ServerConfig) -> None:
     inner = folder / "app" / "config"
     inner.mkdir(parents=True)
     # The rounds have a quorum of their own: the engine ends no job for a site that is away.
-    deploy: dict[str, Any] = {"min_sites": 1, "deploy_map": {"app": ["@ALL"]}}
-    write_json(folder / "meta.json", {"name": config.job, "resource_spec": {}} | deploy)
+    meta = {"name": config.job, "resource_spec": {}, "min_sites": 1}
+    write_json(folder / "meta.json", {**meta, "deploy_map": {"app": ["@ALL"]}})
     server = {
+        "format_version": 2,
         "server": {"task_request_interval": ASK_SECONDS},
         "workflows": [{"id": "federation", "path": CONTROLLER}],
     }
     site = {
+        "format_version": 2,
         # No arguments: a site takes its settings from its own file alone.
         "executors": [{"tasks": ["zorba"], "executor": {"path": EXECUTOR}}],
         # A server that is killed leaves the questions of its sites without an answer.
-        "get_task_timeout": config.ask_timeout,
-        "submit_task_result_timeout": config.ask_timeout,
+        **dict.fromkeys(("get_task_timeout", "submit_task_result_timeout"), config.ask_timeout),
         "task_check_interval": 0.5,
     }
-    write_json(inner / "config_fed_server.json", {"format_version": 2} | server)
-    write_json(inner / "config_fed_client.json", {"format_version": 2} | site)
+    write_json(inner / "config_fed_server.json", server)
+    write_json(inner / "config_fed_client.json", site)

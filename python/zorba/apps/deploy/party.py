@@ -1,8 +1,7 @@
 """A party, the server or a site: its folder, and the process that keeps its engine running.
 
-``python -m zorba.apps.deploy.party FOLDER`` is a small process that outlives the terminal it was
-started from. It starts the engine again when that has died, and for the server it keeps the
-engine's job going. It loads no torch.
+``python -m zorba.apps.deploy.party FOLDER`` outlives the terminal, starts the engine again when
+that has died, and keeps the job of the server's engine going. It loads no torch.
 """
 
 from __future__ import annotations
@@ -27,9 +26,7 @@ from zorba.apps.deploy.jobs import Backoff, JobKeeper
 from zorba.apps.deploy.provision import ENGINE, place_server
 from zorba.files import write_whole
 
-_STEP_SECONDS = 0.5
-_KILL_SECONDS = 5.0
-_KEPT = 20  # sentences
+_STEP_SECONDS, _KILL_SECONDS = 0.5, 5.0
 
 
 class PartyFolder:
@@ -77,6 +74,12 @@ class PartyFolder:
         return content if content.get("final_round", 0) >= rounds else None
 
 
+def spawn(command: list[str], log: IO[bytes], **more: Any) -> subprocess.Popen[bytes]:
+    """Starts a process that writes to a log; the terminal's end and Ctrl-C do not reach it."""
+    streams: Any = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, start_new_session=True, **streams, **more)
+
+
 def _read(path: Path) -> dict[str, Any]:
     # Files of a run are written whole, but people copy folders while they run.
     try:
@@ -88,9 +91,9 @@ def _read(path: Path) -> dict[str, Any]:
 def _take(file: IO[str]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
     except OSError:
         return False
-    return True
 
 
 def parties(path: Path, only: Sequence[str] = ()) -> list[PartyFolder]:
@@ -114,8 +117,7 @@ class Supervisor:
     """Keeps a party running until it is told to stop, or the server's rounds are done."""
 
     def __init__(self, party: PartyFolder) -> None:
-        self._party = party
-        self._log = party.log.open("ab")
+        self._party, self._log = party, party.log.open("ab")
         self._stop = threading.Event()
         self._said: list[str] = []
         self._keeper: JobKeeper | None = None
@@ -136,7 +138,10 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
         try:
-            while not self._stop.is_set() and not self._done():
+            # The summary is written after the last exchange: by then every site has the whole log.
+            while not self._stop.is_set() and (
+                self._keeper is None or self._party.summary(self._rounds) is None
+            ):
                 self._keep_engine()
                 if self._keeper is not None:
                     self._keeper.step()
@@ -148,38 +153,24 @@ class Supervisor:
             self._end_engine()
             self._say("stopped" if self._stop.is_set() else "all rounds are done")
 
-    def _done(self) -> bool:
-        # The summary is written after the last exchange: by then every site has the whole log.
-        return self._keeper is not None and self._party.summary(self._rounds) is not None
-
     def _keep_engine(self) -> None:
         """Starts the engine where it does not run."""
         now = time.monotonic()
         if self._engine is not None:
-            code = self._engine.poll()
-            if code is None:
+            if (code := self._engine.poll()) is None:
                 return
             self._say(f"the engine ended with code {code}")
             self._engine = None
             self._resume = now + self._backoff.pause(now - self._started)
         if now < self._resume:
             return
-        home = self._party.path / ENGINE
-        if self._keeper is not None:
+        home, side = self._party.path / ENGINE, "server" if self._party.is_server else "client"
+        if self._party.is_server:
             place_server(home)  # the folder may have been moved since the last start
-        side = "client" if self._keeper is None else "server"
         self._started = now
-        self._engine = subprocess.Popen(
-            [
-                *(sys.executable, "-u", "-m", f"nvflare.private.fed.app.{side}.{side}_train"),
-                *("-m", str(home), "-s", f"fed_{side}.json", "--set", *self._settings),
-            ],
-            cwd=home,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C in the terminal is not for the engine
-        )
+        module, files = f"nvflare.private.fed.app.{side}.{side}_train", f"fed_{side}.json"
+        arguments = (module, "-m", str(home), "-s", files, "--set", *self._settings)
+        self._engine = spawn([sys.executable, "-u", "-m", *arguments], self._log, cwd=home)
         self._say(f"started the engine, process {self._engine.pid}")
 
     def _end_engine(self) -> None:
@@ -202,16 +193,11 @@ class Supervisor:
         stamp = time.strftime("%H:%M:%S")
         self._log.write(f"{stamp} supervisor: {text}\n".encode())
         self._log.flush()
-        self._said = [*self._said, f"{stamp} {text}"][-_KEPT:]
+        self._said = [*self._said, f"{stamp} {text}"][-20:]
         write_whole(self._party.state, json.dumps({"said": self._said}) + "\n")
 
 
-def main() -> None:
-    """Runs the party whose folder is the argument."""
-    party = PartyFolder(Path(sys.argv[1]))
-    with party.only_one():
-        Supervisor(party).run()
-
-
 if __name__ == "__main__":
-    main()
+    this = PartyFolder(Path(sys.argv[1]))
+    with this.only_one():
+        Supervisor(this).run()

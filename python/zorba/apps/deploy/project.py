@@ -19,10 +19,9 @@ from zorba.sizes import parse_bytes
 
 
 def init_project(wanted: InitSettings) -> BlockPlan | None:
-    """Writes a project, or nothing and raises ConfigError, ValueError or OSError with the reason.
+    """Writes a project, or nothing where it raises ConfigError, ValueError or OSError.
 
-    Returns the plan of who activates which blocks; None where no site has a budget, and all
-    activate all.
+    Returns the plan of who activates which blocks; None without budgets: all activate all then.
     """
     refuse_used(wanted.folder)
     budgets = _budgets(wanted.site)
@@ -31,11 +30,9 @@ def init_project(wanted: InitSettings) -> BlockPlan | None:
     values["model"] = _absolute(wanted.model)
     rounds = _make(RoundSettings, values)
     sites: list[SiteConfig] = []
-    for number, name in enumerate(budgets):
+    for seed, name in enumerate(budgets, wanted.seed):  # of the same rows they take other batches
         data = _absolute(wanted.data).replace("{site}", name)
-        # Sites with the same rows still take other batches.
-        own = {"name": name, "data": data, "seed": wanted.seed + number}
-        sites.append(_make(SiteConfig, values | own))
+        sites.append(_make(SiteConfig, values | {"name": name, "data": data, "seed": seed}))
     # The model is loaded to count its blocks and to write down its fingerprint, by which the server
     # knows that every site has the same one. This machine may have no GPU.
     local = sites[0].model_copy(update={"device": "cpu", "offload": False})
@@ -65,9 +62,8 @@ def init_project(wanted: InitSettings) -> BlockPlan | None:
 
 def run_init(wanted: InitSettings) -> None:
     """Runs ``zorba federate init``."""
-    plan = init_project(wanted)
     console = plain_console()
-    if plan is not None:
+    if (plan := init_project(wanted)) is not None:
         console.print(plan.render())
     names = ", ".join(f"sites/{name}" for name in _budgets(wanted.site))
     console.print(f"wrote server, {names} and authority in {wanted.folder}")
@@ -93,15 +89,14 @@ def _budgets(sites: tuple[str, ...]) -> dict[str, int]:
             budgets[name] = parse_bytes(size) if size else 0
         except ValueError as error:
             raise ConfigError(f"budget of site {name}: {error}") from None
-    without = [name for name, size in budgets.items() if not size]
-    if 0 < len(without) < len(budgets):
-        other = next(name for name, size in budgets.items() if size)
-        raise ConfigError(f"site {without[0]} has no budget, {other} has: give all or none")
+    ranked = sorted(budgets, key=lambda name: budgets[name] > 0)
+    if not budgets[ranked[0]] and budgets[ranked[-1]]:
+        raise ConfigError(f"site {ranked[0]} has no budget, {ranked[-1]} has: give all or none")
     return budgets
 
 
 def _make(kind: type[Any], values: dict[str, Any]) -> Any:
-    """Returns a section of those values that it has: an option needs no line here."""
+    # Of the values that it has: a new option needs no line here.
     return kind.make({name: value for name, value in values.items() if name in kind.model_fields})
 
 

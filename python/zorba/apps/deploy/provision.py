@@ -29,13 +29,9 @@ _BUILDERS = {
     "signature.SignatureBuilder": {},
 }
 # Processes of one machine speak TLS to each other too: other people may have accounts on it.
-_INTERNAL = {"host": "localhost", "connection_security": "mtls"}
-_CONNECTIONS = {
-    # Sites reach each other through the server, or not at all.
-    "allow_adhoc_conns": False,
-    "backbone_conn_gen": 2,
-    "internal": {"scheme": "tcp", "resources": _INTERNAL},
-}
+_LOCAL = {"scheme": "tcp", "resources": {"host": "localhost", "connection_security": "mtls"}}
+# Sites reach each other through the server, or not at all.
+_CONNECTIONS = {"allow_adhoc_conns": False, "backbone_conn_gen": 2, "internal": _LOCAL}
 # The administrator starts and stops jobs and sees that they run; no more. The refused rights are
 # named too: nothing is left to the engine's defaults.
 _RIGHTS = dict.fromkeys(("submit_job", "manage_job", "view", "operate"), "any") | dict.fromkeys(
@@ -46,8 +42,7 @@ _RIGHTS = dict.fromkeys(("submit_job", "manage_job", "view", "operate"), "any") 
 def provision(folder: Path, project: str, address: str, sites: Sequence[str]) -> None:
     """Makes a certificate authority, and in a project's folder one with certificates a party.
 
-    The sites' and the server's connections are mutually authenticated TLS: those between machines
-    as well as those between the processes of one. Sites take no code, run no commands for the
+    All connections are mutually authenticated TLS. Sites take no code, run no commands for the
     administrator, and send no logs. ConfigError tells what the engine refused.
     """
     from nvflare.lighter.constants import CtxKey
@@ -65,11 +60,8 @@ def provision(folder: Path, project: str, address: str, sites: Sequence[str]) ->
     ]
     parts = [{"path": f"nvflare.lighter.impl.{k}", "args": v} for k, v in _BUILDERS.items()]
     described = {
-        "api_version": 3,
-        "name": project,
-        "description": "a federation of zorba-kernels",
-        "participants": [{**member, "org": "zorba"} for member in members],
-        "builders": parts,
+        **{"api_version": 3, "name": project, "description": "a federation of zorba-kernels"},
+        **{"participants": [m | {"org": "zorba"} for m in members], "builders": parts},
     }
     authority = folder / AUTHORITY
     # The engine logs its errors and goes on: they are kept, for the sentence that is raised.
@@ -77,9 +69,8 @@ def provision(folder: Path, project: str, address: str, sites: Sequence[str]) ->
     errors.setLevel(logging.ERROR)
     log.addHandler(errors)
     try:
-        context = Provisioner(str(authority), prepare_builders(described)).provision(
-            prepare_project(described), logger=log
-        )
+        provisioner = Provisioner(str(authority), prepare_builders(described))
+        context = provisioner.provision(prepare_project(described), logger=log)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(str(error)) from None
     if context.get(CtxKey.BUILD_ERROR):
@@ -94,7 +85,7 @@ def provision(folder: Path, project: str, address: str, sites: Sequence[str]) ->
         shutil.move(made / name, place)
         place.chmod(0o700)  # it holds a private key
         if name != ADMIN_NAME:
-            _close(place)
+            _close(place / "local")
     shutil.rmtree(made)
     authority.chmod(0o700)
 
@@ -111,9 +102,8 @@ def place_server(engine: Path) -> None:
     write_json(path, resources)
 
 
-def _close(engine: Path) -> None:
-    """Closes the doors that the engine leaves open in the folder of the server or a site."""
-    local = engine / "local"
+def _close(local: Path) -> None:
+    """Closes the doors that the engine leaves open to the server or a site."""
     resources = json.loads((local / "resources.json.default").read_text())
     resources["class_allow_list"] = ALLOWED
     resources["components"] = [c for c in resources["components"] if c["id"] not in _UNUSED]
@@ -129,10 +119,9 @@ def _close(engine: Path) -> None:
     logs["loggers"]["root"] |= {"level": "WARNING", "handlers": ["consoleHandler"]}
     console = logs["handlers"]["consoleHandler"] | {"formatter": "baseFormatter"}
     logs["handlers"] = {"consoleHandler": console}
-    write_json(local / "resources.json", resources)
-    write_json(local / "comm_config.json", _CONNECTIONS)
-    write_json(local / "authorization.json", rights)
-    write_json(local / "log_config.json", logs)
+    files = {"resources": resources, "authorization": rights, "log_config": logs}
+    for name, content in (files | {"comm_config": _CONNECTIONS}).items():
+        write_json(local / f"{name}.json", content)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -10,7 +10,6 @@ import difflib
 import re
 import reprlib
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar, get_args
 
@@ -20,8 +19,8 @@ from pydantic_core import ErrorDetails
 
 Kind = TypeVar("Kind", bound="Section")
 Location = tuple[int | str, ...]  # keys and positions that lead to a value
+Lines = dict[Location, int]  # the line of each value
 
-_MOST_BYTES = 1 << 20
 _YAML = "tag:yaml.org,2002:"
 _VALUES = tuple(_YAML + name for name in ("int", "float", "bool", "null"))
 # No setting is a date, and a label may look like one: "=" and "<<" are text as well.
@@ -40,31 +39,26 @@ class Section(BaseModel):
     file: ClassVar[str]  # its name, where it is a file of its own
 
     @classmethod
-    def make(
-        cls: type[Kind], content: Any, place: Callable[[Location], str] = lambda _: ""
-    ) -> Kind:
+    def make(cls: type[Kind], content: Any, lines: Lines | None = None, file: str = "") -> Kind:
         """Returns a section of plain values; ConfigError tells the first that does not fit."""
         try:
             return cls.model_validate(content)
         except ValidationError as error:
             # A key that is misspelt is unknown, and also missing: only the first says why.
             first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-        raise ConfigError(place(first["loc"]) + _sentence(cls, first))
+        at = first["loc"]
+        while lines and at not in lines:  # a missing key has no line: the section above it has
+            at = at[:-1]
+        raise ConfigError((f"{file}, line {lines[at]}: " if lines else "") + _sentence(cls, first))
 
     @classmethod
     def read(cls: type[Kind], folder: Path) -> Kind:
         """Returns what the file in a folder holds; ConfigError where that makes no sense."""
-        path, lines = folder / cls.file, dict[Location, int]()
+        path, lines = folder / cls.file, Lines()
         content = _load(path, lines)
-        if not isinstance(content, dict):
-            raise ConfigError(f"{path} must hold keys and values, as 'rounds: 100'")
-
-        def place(location: Location) -> str:
-            while location not in lines:  # a missing key has no line: the section that lacks it has
-                location = location[:-1]
-            return f"{path}, line {lines[location]}: "
-
-        return cls.make(content, place)
+        if isinstance(content, dict):
+            return cls.make(content, lines, str(path))
+        raise ConfigError(f"{path} must hold keys and values, as 'rounds: 100'")
 
     def write(self, folder: Path) -> None:
         """Writes the file in a folder, with the description of each field above it."""
@@ -84,8 +78,7 @@ class Section(BaseModel):
 
 
 def _comment(text: str | None) -> str:
-    rows = textwrap.wrap(" ".join((text or "").split()), 98)
-    return "".join(f"# {row}\n" for row in rows)
+    return "".join(f"# {row}\n" for row in textwrap.wrap(" ".join((text or "").split()), 98))
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
@@ -112,33 +105,31 @@ def _refuse(at: Any, reason: str) -> NoReturn:
     raise yaml.MarkedYAMLError(problem=reason, problem_mark=at.start_mark)
 
 
-def _load(path: Path, lines: dict[Location, int]) -> Any:
+def _load(path: Path, lines: Lines) -> Any:
     """Returns the plain values of a file, and notes the line of each."""
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
-        raise ConfigError(f"there is no {path}: zorba federate init writes it") from None
-    if len(data) > _MOST_BYTES:
-        raise ConfigError(f"{path} has {len(data):,} bytes; expected at most {_MOST_BYTES:,}")
-    try:
         text = data.decode("utf-8")
         root = yaml.compose(text, Loader=_Loader)
         return None if root is None else _plain(root, (), lines)
+    except FileNotFoundError:
+        raise ConfigError(f"there is no {path}: zorba federate init writes it") from None
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n")
         reason = f"byte {data[error.start]:#04x}; expected UTF-8"
     except yaml.reader.ReaderError as error:
         line, reason = text[: error.position].count("\n"), f"no YAML: {error.reason}"
     except yaml.MarkedYAMLError as error:
-        line, reason = (error.problem_mark or error.context_mark).line, str(error.problem)
+        line = (error.problem_mark or error.context_mark).line
         # Errors of our own are of the plain class, those of YAML of others.
-        reason = reason if type(error) is yaml.MarkedYAMLError else f"no YAML: {reason}"
+        own = type(error) is yaml.MarkedYAMLError
+        reason = str(error.problem) if own else f"no YAML: {error.problem}"
     except RecursionError:
         line, reason = 0, "too many lists or sections inside each other"
     raise ConfigError(f"{path}, line {line + 1}: {reason}")
 
 
-def _plain(node: yaml.Node, at: Location, lines: dict[Location, int]) -> Any:
+def _plain(node: yaml.Node, at: Location, lines: Lines) -> Any:
     """Returns a node as dict, list or scalar."""
     lines.setdefault(at, node.start_mark.line + 1)
     if isinstance(node, yaml.SequenceNode):
@@ -168,21 +159,23 @@ def _plain(node: yaml.Node, at: Location, lines: dict[Location, int]) -> Any:
 def _sentence(kind: type[Section], error: ErrorDetails) -> str:
     """Returns what pydantic refused, and what it would have taken."""
     location = [str(step) for step in error["loc"] if step != "[key]"]
-    key, reason = ".".join(location), error["msg"]
     for step in location:
         annotation = kind.model_fields[step].annotation if step in kind.model_fields else None
         for part in (annotation, *get_args(annotation)):
             kind = part if isinstance(part, type) and issubclass(part, Section) else kind
-    known = ", ".join(kind.model_fields)
-    if error["type"] == "value_error":
-        return reason.removeprefix("Value error, ")
-    if error["type"] == "missing":
-        return f"there is no {key}; expected all of {known}"
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(location[-1], kind.model_fields, 1)
-        meant = f"did you mean {near[0]}?" if near else f"expected any of {known}"
-        return f"there is no setting {key}; {meant}"
-    wanted = re.sub(r"^\w+ should (be |have )?", "", reason).replace("match", "text of the")
-    if error["type"] == "model_type":
-        wanted = f"keys and values under it: {known}"
+    key, known = ".".join(location), ", ".join(kind.model_fields)
+    match error["type"]:
+        case "value_error":
+            return error["msg"].removeprefix("Value error, ")
+        case "missing":
+            return f"there is no {key}; expected all of {known}"
+        case "extra_forbidden":
+            near = difflib.get_close_matches(location[-1], kind.model_fields, 1)
+            meant = f"did you mean {near[0]}?" if near else f"expected any of {known}"
+            return f"there is no setting {key}; {meant}"
+        case "model_type":
+            wanted = f"keys and values under it: {known}"
+        case _:
+            wanted = re.sub(r"^\w+ should (be |have )?", "", error["msg"])
+            wanted = wanted.replace("match", "text of the")
     return f"{key} is {reprlib.repr(error['input'])}; expected {wanted}"

@@ -17,21 +17,19 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import zorba_kernels as zk
 from benchmarks import sizes
-from benchmarks.allocations import peak_bytes
 from zorba_kernels.backends import reference
 
-GPU_BACKENDS = ("cuda", "triton")
-"""Both must serve an NVIDIA GPU."""
-NOISE = 1.05
-"""A pass that is this many times as fast as its limit was measured beside a disturbed one."""
+GPU_BACKENDS = ("cuda", "triton")  # both must serve an NVIDIA GPU
+NOISE = 1.05  # a pass that many times as fast as its limit was measured beside a disturbed one
 Call = Callable[[], object]
 Mark = torch.cuda.Event | float
 WARM_UP = 3
+# Bytes a second, from the data sheets, by a part of the device's name.
 PEAK_BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.04e12, "B200": 8.0e12}
-"""Bytes a second, from the data sheets; the first name that is part of the device's."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +56,7 @@ def sizes_of(config: pytest.Config) -> sizes.Sizes:
 
 
 class Bench:
-    """One test's device and findings; its report carries these (``user_properties``).
-
-    Attributes:
-        facts: what belongs beside the outcome, such as the number of elements compared.
-        measures: rows of tables: "group", "name" and figures, whose keys hold their unit.
-        targets: figures beside what they should be. They decide nothing.
-    """
+    """One test's device and findings; its report carries these (``user_properties``)."""
 
     def __init__(self, item: pytest.Item) -> None:
         self.sizes = sizes_of(item.config)
@@ -72,9 +64,9 @@ class Bench:
         # A copy on a CPU reads the memory that it writes to as well: there add_ is the limit.
         self.limit = "copy" if self.device.type == "cuda" else "plain"
         self._deadline = item.config.getoption("deadline", None) or time.monotonic() + 3600
-        self.facts: dict[str, Any] = {}
-        self.measures: list[dict[str, Any]] = []
-        self.targets: list[dict[str, Any]] = []
+        self.facts: dict[str, Any] = {}  # beside the outcome, such as the elements compared
+        self.measures: list[dict[str, Any]] = []  # rows of tables; keys of figures hold their unit
+        self.targets: list[dict[str, Any]] = []  # figures beside what they should be
         # The report of the test gets these same objects, so it has all that comes in later.
         found = ("facts", "measures", "targets")
         item.user_properties += [(name, getattr(self, name)) for name in found]
@@ -97,11 +89,38 @@ class Bench:
         return self._deadline - time.monotonic()
 
     def in_turn(self, calls: Mapping[str, Call]) -> dict[str, Times]:
-        """Times calls in turn; skips the test, with the reason, where time is too short."""
+        """Times every call, round robin, so that a change of clocks meets all alike.
+
+        On a GPU with events, and nothing waits in between: the time is that of the device, unless
+        the host falls behind. Skips the test, with the reason, where time is too short.
+        """
+        for call in calls.values():
+            for _ in range(WARM_UP):
+                call()
+        synchronize(self.device)
+        start = time.perf_counter()
+        for call in calls.values():
+            call()
+        synchronize(self.device)
+        estimate = (time.perf_counter() - start) * self.sizes.runs
+        if estimate > self.left():
+            said = f"{self.sizes.runs} runs of {len(calls)} calls would take {estimate:.0f} s"
+            pytest.skip(f"left out: {said}")
+        on_gpu = self.device.type == "cuda"
+        extra = {name: peak_bytes(c, "cuda") if on_gpu else None for name, c in calls.items()}
+        marks: dict[str, list[tuple[Mark, Mark]]] = {name: [] for name in calls}
+        gc.collect()
+        gc.disable()  # a collection in the middle of a call would count as the call's time
         try:
-            return time_in_turn(calls, self.device, self.sizes.runs, self.left())
-        except TimeoutError as error:
-            pytest.skip(f"left out: {error}")
+            for _ in range(self.sizes.runs):
+                for name, call in calls.items():
+                    begin = mark(self.device)
+                    call()
+                    marks[name].append((begin, mark(self.device)))
+            synchronize(self.device)
+        finally:
+            gc.enable()
+        return {n: Times([between(*m) for m in some], extra[n]) for n, some in marks.items()}
 
     def measure(self, group: str, name: str, **figures: Any) -> None:
         """Adds a row to the table of a group."""
@@ -112,12 +131,14 @@ class Bench:
     ) -> None:
         """Adds a figure that should be at least, or at most, a bound."""
         bound = f"at least {least}" if least else f"at most {most}"
-        row = {"name": name, "figure": figure, "unit": unit, "wanted": bound}
-        self.targets.append({**row, "met": least <= figure <= most})
+        met = least <= figure <= most
+        row = {"name": name, "figure": figure, "unit": unit, "wanted": bound, "met": met}
+        self.targets.append(row)
 
     def passes(self, group: str, times: Mapping[str, Times], weights: int, moved: int) -> None:
         """Adds passes over ``weights``, ``limit`` among them, that all move ``moved`` bytes."""
-        peak = peak_bandwidth(self.device)
+        card = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+        peak = next((rate for part, rate in PEAK_BANDWIDTH.items() if part in card), None)
         for name, t in times.items():
             share = times[self.limit].median / t.median
             figures: dict[str, Any] = {
@@ -134,45 +155,6 @@ class Bench:
 
 
 # --- Times -------------------------------------------------------------------------------------
-
-
-def time_in_turn(
-    calls: Mapping[str, Call], device: torch.device, runs: int, seconds: float
-) -> dict[str, Times]:
-    """Times every call ``runs`` times, round robin, so that a change of clocks meets all alike.
-
-    On a GPU with events, and nothing waits in between: the time is that of the device, unless the
-    host falls behind. Tables must be much larger than the L2 cache for what they find to be cold.
-
-    Raises:
-        TimeoutError: the runs are estimated to take longer than ``seconds``.
-    """
-    for call in calls.values():
-        for _ in range(WARM_UP):
-            call()
-    synchronize(device)
-    start = time.perf_counter()
-    for call in calls.values():
-        call()
-    synchronize(device)
-    estimate = (time.perf_counter() - start) * runs
-    if estimate > seconds:
-        raise TimeoutError(f"{runs} runs of {len(calls)} calls would take {estimate:.0f} s")
-    on_gpu = device.type == "cuda"
-    extra = {name: peak_bytes(c, "cuda") if on_gpu else None for name, c in calls.items()}
-    marks: dict[str, list[tuple[Mark, Mark]]] = {name: [] for name in calls}
-    gc.collect()
-    gc.disable()  # a collection in the middle of a call would count as the call's time
-    try:
-        for _ in range(runs):
-            for name, call in calls.items():
-                begin = mark(device)
-                call()
-                marks[name].append((begin, mark(device)))
-        synchronize(device)
-    finally:
-        gc.enable()
-    return {name: Times([between(*m) for m in some], extra[name]) for name, some in marks.items()}
 
 
 def mark(device: torch.device) -> Mark:
@@ -210,10 +192,38 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_bandwidth(device: torch.device) -> float | None:
-    """Returns the bytes a second that the data sheet promises, if the device has a known one."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((rate for part, rate in PEAK_BANDWIDTH.items() if part in name), None)
+# --- Memory --------------------------------------------------------------------------------------
+
+
+def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
+    """Returns the most bytes of torch held at a time during the call, above those before it.
+
+    On the CPU from the profiler's record of every allocation. The call is made once beforehand, so
+    that what it keeps for good is not counted.
+    """
+    call()
+    if device != "cpu":
+        # torch works behind the host: what is still running belongs to neither figure.
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        call()
+    # Every allocation and release, in order: the profiler's tables only have totals by operation.
+    results: Any = record.profiler
+    events = sorted(results.kineto_results.events(), key=lambda event: event.start_ns())
+    sizes = [int(event.nbytes()) for event in events if event.name() == "[memory]"]
+    if not sizes:
+        raise RuntimeError("the profiler saw no allocation: its record of memory is not reliable")
+    # Sizes of releases are negative. The peak is not the sum: what is freed may be used again.
+    held = most = 0
+    for size in sizes:
+        held += size
+        most = max(most, held)
+    return most
 
 
 # --- Exact bits --------------------------------------------------------------------------------

@@ -67,12 +67,10 @@ def offloaded(model: nn.Module, mask: list[bool], device: torch.device) -> Itera
 
 
 def optimizer_of(model: nn.Module, mask: list[bool], **more: Any) -> ZerothOrderSGD:
-    """Returns an optimizer of the active blocks."""
     return ZerothOrderSGD(model, lr=1e-4, blocks=mask, distribution="rademacher", **more)
 
 
 def step_of(model: nn.Module, mask: list[bool], device: torch.device) -> Callable[[], object]:
-    """Returns a step on one batch."""
     return partial(optimizer_of(model, mask, seed=1).step, closure_of(model, device))
 
 

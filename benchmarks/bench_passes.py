@@ -78,10 +78,8 @@ def bench_passes_of_a_step(bench: Bench) -> None:
         for coef in (EPS, -2 * EPS, EPS - 1e-6):
             zk.add_noise_(table, 1, coef, distribution, backend=backend)
 
-    mine: dict[str, Call] = {
-        f"{b}, {d}": partial(passes, d, b)
-        for b, d in itertools.product(bench.backends, DISTRIBUTIONS)
-    }
+    kinds = itertools.product(bench.backends, DISTRIBUTIONS)
+    mine: dict[str, Call] = {f"{b}, {d}": partial(passes, d, b) for b, d in kinds}
     plain: dict[str, Call] = {
         "copy": copies,
         "plain": lambda: [w.add_(EPS) for _ in range(3) for w in weights.values()],

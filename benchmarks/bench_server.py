@@ -50,7 +50,6 @@ class Crowd:
         self.answer((name, Hello(name, *rest).encode()) for name in names)
 
     def replies(self, names: list[str]) -> Iterator[tuple[str, bytes]]:
-        """Replies to the round that is under way, by client."""
         scalars = self.numbers.normal(size=(len(names), 1, SAMPLES)).astype(np.float32)
         job, after = self.settings.job_id, self.server.round - 1
         for name, measured in zip(names, scalars, strict=True):
@@ -62,7 +61,6 @@ class Crowd:
             assert self.server.receive(name, data).accepted
 
     def play(self, rounds: int, names: list[str]) -> None:
-        """Rounds that only these clients take part in."""
         for _ in range(rounds):
             self.server.begin_round(names)
             self.answer(self.replies(names))
@@ -70,7 +68,7 @@ class Crowd:
 
 
 def hold_rounds(ready: Callable[[], None], folder: str, rounds: int) -> None:
-    """What a process has in memory that admits the clients and runs rounds with all of them."""
+    """Admits the clients and runs rounds with all of them."""
     ready()
     crowd = Crowd(Path(folder))
     crowd.play(rounds, crowd.names)
@@ -152,10 +150,7 @@ def bench_catch_up(benchmark: Any, tmp_path: Path, away: int) -> None:
     for n, name in enumerate(left):
         crowd.greet([name], after=n)
     plans = benchmark.pedantic(crowd.server.begin_round, (left,), rounds=3, warmup_rounds=1)
-    note(
-        benchmark,
-        log_bytes=crowd.server.log.size,
-        largest_plan_bytes=max(map(len, plans.values())),
-        all_plans_bytes=sum(map(len, plans.values())),
-    )
+    sizes = [len(plan) for plan in plans.values()]
+    facts = {"largest_plan_bytes": max(sizes), "all_plans_bytes": sum(sizes)}
+    note(benchmark, log_bytes=crowd.server.log.size, **facts)
     crowd.server.close()

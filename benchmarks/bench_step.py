@@ -16,8 +16,7 @@ import pytest
 import torch
 from zorba import ZerothOrderSGD
 
-from benchmarks.allocations import peak_bytes
-from benchmarks.bench import Bench
+from benchmarks.bench import Bench, peak_bytes
 from benchmarks.peers import mezo
 from benchmarks.sizes import random_llama, smollm_config
 
@@ -58,14 +57,12 @@ def measure(bench: Bench, closure: Any, name: str, step: Any) -> None:
     """Times a step beside its two forwards."""
     times = bench.in_turn({"forwards": lambda: two_forwards(closure), "step": step})
     forwards, of_step = times["forwards"], times["step"]
-    bench.measure(
-        GROUP,
-        name,
-        ms=of_step.median * 1e3,
-        over_forwards=of_step.over(forwards),
-        fastest=min(of_step.each) / min(forwards.each),
-        peak_mib=peak_bytes(step, DEVICE) / 2**20,
-    )
+    ratios = {
+        "over_forwards": of_step.over(forwards),
+        "fastest": min(of_step.each) / min(forwards.each),
+    }
+    peak = peak_bytes(step, DEVICE) / 2**20
+    bench.measure(GROUP, name, ms=of_step.median * 1e3, **ratios, peak_mib=peak)
 
 
 def bench_two_forwards(bench: Bench, closure: Any) -> None:

@@ -4,9 +4,8 @@
 
 Sites measure for free, so a round's time is overhead: messages, waiting, the update of a few
 thousand weights, the log's fsync. ``deployed`` is ``zorba federate`` over mutual TLS, a server and
-three sites as processes of this machine; ``local`` the same server and clients in one process;
-``bytes`` the same messages to one site and back over a TLS connection that stands, without an
-engine. Look at ``load`` in the results: processes that share cores with others wait for them.
+three sites as processes of this machine; ``local`` the same server and clients in one process.
+Look at ``load`` in the results: processes that share cores with others wait for them.
 """
 
 from __future__ import annotations
@@ -14,8 +13,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import ssl
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -160,40 +157,3 @@ def bench_local(benchmark: Any, project: Path) -> None:
 
     measure(benchmark, next_round)
     server.close()
-
-
-@pytest.mark.benchmark(group=GROUP)
-def bench_bytes(benchmark: Any, project: Path) -> None:
-    """A plan to one site and its reply back: what TLS and the kernel take."""
-    kits = {
-        "server": project / "server" / "engine" / "startup" / "server.crt",
-        "site": project / "sites" / "ada" / "engine" / "startup" / "client.crt",
-    }
-
-    def context(party: str, protocol: Any) -> ssl.SSLContext:
-        made = ssl.SSLContext(protocol)
-        made.load_cert_chain(kits[party], kits[party].with_suffix(".key"))
-        made.load_verify_locations(kits[party].with_name("rootCA.pem"))
-        made.check_hostname, made.verify_mode = False, ssl.CERT_REQUIRED
-        return made
-
-    def answer(listener: socket.socket) -> None:
-        plain, _ = listener.accept()
-        with context("server", ssl.PROTOCOL_TLS_SERVER).wrap_socket(plain, server_side=True) as end:
-            while end.recv(1000):
-                end.sendall(bytes(REPLY_BYTES))
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=answer, args=(listener,))
-        thread.start()
-        with (
-            socket.create_connection(listener.getsockname()) as plain,
-            context("site", ssl.PROTOCOL_TLS_CLIENT).wrap_socket(plain) as end,
-        ):
-
-            def exchange() -> None:
-                end.sendall(bytes(PLAN_BYTES))
-                assert len(end.recv(1000)) == REPLY_BYTES
-
-            measure(benchmark, exchange)
-        thread.join()

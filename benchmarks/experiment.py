@@ -163,7 +163,11 @@ def kept_runs(
     """Makes those runs of a table that the file lacks; returns all of them by name."""
     common = {k: v for k, v in asdict(settings).items() if k not in ("out", "cache")}
     results, demo = Results(path, common), cache(lambda: DemoRuns(settings))
-    return {name: results.run(name, lambda m=make: m(demo())) for name, make in table.items()}  # type: ignore[misc]
+
+    def run(name: str) -> Run:
+        return results.run(name, lambda: table[name](demo()))
+
+    return {name: run(name) for name in table}
 
 
 # --- Pictures ------------------------------------------------------------------------------------

@@ -15,8 +15,7 @@ Lie = Callable[[Scalars, np.random.Generator], Scalars]
 
 def garbage(scalars: Scalars, numbers: np.random.Generator) -> Scalars:
     """Random bits that are finite numbers: of all magnitudes up to 3e38, of either sign."""
-    bits = numbers.integers(0, 1 << 32, scalars.size, dtype=np.uint32)
-    made = bits.view(np.float32).reshape(scalars.shape)
+    made = numbers.integers(0, 1 << 32, scalars.shape, dtype=np.uint32).view(np.float32)
     return np.where(np.isfinite(made), made, np.float32(0))
 
 

@@ -8,6 +8,7 @@ that lie are drawn by the seed. All else is as in ``zorba demo``: model, data, s
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from benchmarks.lying_clients import LIES, LyingClient
 
 BLOCKS, EVERY = 4, 5  # trainable blocks; rounds between two scores
 # Learning rate by clip: without one the demo's does not converge, even where nobody lies.
-RATES = {3.0: 1.6e-2, None: 4e-3}
+RATES: dict[float | None, float] = {3.0: 1.6e-2, None: 4e-3}
+Case = tuple[str | None, str, float | None]  # a lie, the aggregation and the clip
 PANELS = {
     ("garbage", None): "Two of eight send random bits, no clip",
     ("garbage", 3.0): "Two of eight send random bits, clip at 3",
@@ -28,8 +30,9 @@ PANELS = {
 COLORS = {"mean": "#d62728", "trimmed": "#1f77b4"}
 
 
-def run(demo: DemoRuns, lie: str | None, aggregation: str, clip: float | None) -> Run:
+def run(demo: DemoRuns, case: Case) -> Run:
     """Returns a run in which two clients send a lie; the curve is accuracy by round."""
+    lie, aggregation, clip = case
     numbers = np.random.default_rng(demo.settings.seed)
     liars = sorted(numbers.choice(list(demo.settings.clients), 2, replace=False).tolist())
 
@@ -38,13 +41,15 @@ def run(demo: DemoRuns, lie: str | None, aggregation: str, clip: float | None) -
             return client
         return LyingClient(client, LIES[lie], liars.index(name))
 
-    masks, server = np.ones_like(demo.masks), {"aggregation": aggregation, "clip": clip}
-    return demo.run(masks, RATES[clip], demo.accuracy, EVERY, wrap=wrap, trim=0.25, **server)
+    return demo.run(
+        np.ones_like(demo.masks), RATES[clip], demo.accuracy, EVERY,
+        wrap=wrap, aggregation=aggregation, trim=0.25, clip=clip,
+    )  # fmt: skip
 
 
-def cases_of(lie: str, clip: float | None) -> dict[str, tuple[str | None, str, float | None]]:
-    """Returns the arguments of the runs of a panel, by name."""
-    cases = ((None, "mean", clip), (lie, "trimmed", clip), (lie, "mean", clip))
+def cases_of(lie: str, clip: float | None) -> dict[str, Case]:
+    """Returns the runs of a panel, by name."""
+    cases: list[Case] = [(None, "mean", clip), (lie, "trimmed", clip), (lie, "mean", clip)]
     end = ", no clip" if clip is None else ""
     return {f"{case[0] or 'nobody lies'}, {case[1]}{end}": case for case in cases}
 
@@ -54,7 +59,7 @@ def main() -> None:
     clients = dict.fromkeys(CLIENTS, BLOCKS)
     settings = ReviewSettings(clients=clients, rounds=40, out=Path("runs/lying"))
     cases = [cases_of(*panel) for panel in PANELS]
-    table = {name: lambda d, c=case: run(d, *c) for some in cases for name, case in some.items()}  # type: ignore[misc]
+    table = {name: partial(run, case=case) for some in cases for name, case in some.items()}
     runs = kept_runs(Path("benchmarks/results/lying.json"), settings, table)
     for name, found in runs.items():
         (_, first), *_, (_, last) = found["curve"]

@@ -1,6 +1,6 @@
 """Time of ``plan_blocks`` for blocks of unequal sizes, and the gap that it reaches.
 
-python -m benchmarks.plan_times [--shapes 100x32 20x24] [--seeds N] [--out FILE]
+python -m benchmarks.plan_times [--seeds N] [--out FILE]
 
 Whole plans with the default settings: eight points of the front, two solves a point. Budgets are
 shares of all blocks, beside fixed bytes. CPU time, of all threads, does not count what else the
@@ -22,12 +22,12 @@ from zorba import machine
 from zorba.planning import MemoryModel, plan_blocks
 
 FIXED = 10**9
+SHAPES = ((100, 32), (20, 24))  # clients, blocks
+# Bounds of the part of all blocks that fits a client.
 SPREADS = {"tight": (0.05, 0.12), "narrow": (0.25, 0.35), "uniform": (0.1, 1.0), "bimodal": None}
-"""Bounds of the part of all blocks that fits a client."""
 
 
 def shares_of(spread: str, numbers: np.random.Generator, clients: int) -> np.ndarray[Any, Any]:
-    """Returns the part of all blocks that fits each client."""
     bounds = SPREADS[spread]
     if bounds is not None:
         return numbers.uniform(*bounds, clients)
@@ -36,7 +36,6 @@ def shares_of(spread: str, numbers: np.random.Generator, clients: int) -> np.nda
 
 
 def measure(clients: int, blocks: int, spread: str, equal: bool, seed: int) -> dict[str, Any]:
-    """Plans once; returns seconds and the worst point of the front."""
     numbers = np.random.default_rng(seed)
     sizes = numbers.integers(2 * 10**8, 6 * 10**8, blocks).tolist()
     shares = shares_of(spread, numbers, clients)
@@ -52,20 +51,16 @@ def measure(clients: int, blocks: int, spread: str, equal: bool, seed: int) -> d
     }
 
 
-def main(
-    shapes: tuple[str, ...] = ("100x32", "20x24"), seeds: int = 3, out: Path | None = None
-) -> None:
+def main(seeds: int = 3, out: Path | None = None) -> None:
     """Prints a line for each kind of problem.
 
     Args:
-        shapes: Clients x blocks.
         seeds: Problems of each kind.
         out: JSON file.
     """
     rows: list[dict[str, Any]] = []
     measure(9, 3, "uniform", True, 0)  # imports scipy
-    for shape, spread, equal in itertools.product(shapes, SPREADS, (True, False)):
-        clients, blocks = map(int, shape.split("x"))
+    for (clients, blocks), spread, equal in itertools.product(SHAPES, SPREADS, (True, False)):
         runs = [measure(clients, blocks, spread, equal, seed) for seed in range(seeds)]
         priorities = "equal" if equal else "unequal"
         row = {"clients": clients, "blocks": blocks, "spread": spread, "priorities": priorities}

@@ -22,13 +22,8 @@ def llama_config(layers: int, hidden: int, inner: int, vocabulary: int, **more: 
 
     heads = {"num_attention_heads": max(1, hidden // (128 if hidden >= 4096 else 64))}
     heads["num_key_value_heads"] = heads["num_attention_heads"]
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        **(heads | more),
-    )
+    sizes = {"vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": inner}
+    return LlamaConfig(num_hidden_layers=layers, **sizes, **(heads | more))
 
 
 def smollm_config() -> Any:
@@ -55,10 +50,7 @@ def shapes_of(config: Any) -> Shapes:
 def flat_weights(
     shapes: Shapes, device: torch.device, like: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns bf16 weights in one piece of memory, which one copy can move, and their views.
-
-    They are copies of the flat weights ``like``, or else random.
-    """
+    """Returns bf16 weights in one piece of memory, random or those of ``like``, and their views."""
     counts = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     flat = torch.empty(sum(counts.values()), dtype=torch.bfloat16, device=device)
     if like is not None:

@@ -43,12 +43,10 @@ class Compare:
 
     @cached_property
     def data(self) -> Data:
-        """Text, read when a method first needs it."""
         return read_data(self.settings)
 
     @cached_property
     def plan(self) -> BlockPlan:
-        """ZorBA's plan."""
         return plan_masks(load_model(self.folder), SHARES)
 
     def mask_of(self, client: str) -> list[bool]:
@@ -70,8 +68,8 @@ class Compare:
                 seen = measure(row, self.mask_of(row.client), self.settings, self.folder)
                 self.keep("clients", row.key, seen)
                 size, seconds = seen["peak_bytes"] / 2**20, seen["seconds_round"]
-                name = report.label_of(row)
-                self.console.print(f"{name}: {size:,.0f} MiB, {seconds:.2f} s a round")
+                said = f"{size:,.0f} MiB, {seconds:.2f} s a round"
+                self.console.print(f"{report.label_of(row)}: {said}")
 
     def train(self, name: str) -> None:
         """Runs a method, and scores it."""
@@ -89,7 +87,9 @@ class Compare:
             bar = progress.add_task(plan.title, total=plan.rounds, note="")
 
             def show(record: Record) -> None:
-                progress.update(bar, completed=len(record.rounds), note=_note(record))
+                loss = f"loss {record.rounds[-1]['loss']:.3f}, " if record.rounds else ""
+                note = f"{loss}accuracy {record.scores[-1]['accuracy']:.3f}"
+                progress.update(bar, completed=len(record.rounds), note=note)
 
             record = run(method, list(work.sizes), plan.rounds, evaluation, show)
         own = {"title": plan.title, "local_steps": plan.local_steps, "options": plan.options}
@@ -106,15 +106,7 @@ class Compare:
         draw_plan(self.plan, IMAGES / "compare-plan.png")
 
 
-def _note(record: Record) -> str:
-    loss = f"loss {record.rounds[-1]['loss']:.3f}, " if record.rounds else ""
-    return f"{loss}accuracy {record.scores[-1]['accuracy']:.3f}"
-
-
-def main(
-    what: tyro.conf.Positional[tuple[What, ...]] = (),
-    resume: bool = False,
-) -> None:
+def main(what: tyro.conf.Positional[tuple[What, ...]] = (), resume: bool = False) -> None:
     """Compares ZorBA with federated baselines on one machine.
 
     Args:

@@ -61,7 +61,7 @@ class Evaluation:
 
 
 def run_round(method: Method, round_: int, clients: list[str]) -> dict[str, float]:
-    """Runs a round and returns what it cost; see ``Record.rounds``."""
+    """Runs a round; returns what it cost, see ``Record.rounds``."""
     down = method.begin(round_, clients)
     up, seconds = {}, 0.0
     for client, message in down.items():
@@ -125,10 +125,7 @@ ROWS = (
 def client(
     ready: Any, row: Row, mask: Sequence[bool], settings: Settings, folder: Path, threads: int
 ) -> list[float]:
-    """The life of a client, for ``run_apart``: model, some rounds with a server that has only it.
-
-    Returns the seconds of each round.
-    """
+    """Runs some rounds of a server that has only this client; returns the seconds of each."""
     torch.set_num_threads(threads)
     ready()
     model = load_model(folder)
@@ -147,11 +144,7 @@ def client(
 
 
 def measure(row: Row, mask: Sequence[bool], settings: Settings, folder: Path) -> dict[str, Any]:
-    """Measures a client of ``ROWS`` with the model in ``folder``.
-
-    Returns its peak bytes of anonymous memory above the baseline, and seconds of a round. Of the
-    blocks ``mask`` are active, bool [blocks]; all of them for other methods than ZorBA.
-    """
+    """Measures a client with the model in ``folder``; its bytes are of anonymous memory."""
     settings.out.mkdir(parents=True, exist_ok=True)
     arguments = (row, mask, settings, folder, torch.get_num_threads())
     seen = run_apart(client, *arguments, environment=GIVING_BACK)

@@ -33,10 +33,7 @@ Masks = Mapping[str, Sequence[bool]]
 
 
 def plan_masks(model: Any, shares: Mapping[str, float]) -> BlockPlan:
-    """Plans which client activates which of a model's blocks; idle ones are off the device.
-
-    The budget of a client has room for its share of the blocks; the rest is frozen, and resident.
-    """
+    """Plans which blocks a client activates; its budget has room for its share of them."""
     blocks = find_blocks(model)
     memory = model_weights_memory(model, idle="offload")
     budgets = {
@@ -83,7 +80,6 @@ class Zorba:
         self._hellos: dict[str, int] = {}  # bytes of those that no reply has counted yet
 
     def begin(self, round_: int, clients: Sequence[str]) -> dict[str, Message]:
-        """A plan each; clients that the server does not know are greeted before."""
         known = self.server.fingerprints
         began = self.server.begin_round(clients)
         greetings = {name: data for name, data in began.items() if name not in known}
@@ -101,7 +97,6 @@ class Zorba:
         return messages
 
     def local(self, client: str, round_: int, message: Message) -> Message:
-        """Scalars of the client's own blocks; the replica is only read."""
         data = self.clients[client].handle(message.content)
         reply: Any = decode(data)
         scalars = reply.scalars.nbytes
@@ -125,19 +120,13 @@ class Zorba:
 
 
 METHODS: Mapping[str, Any] = {
-    "zorba": Zorba,
-    "fedavg-lora": FedAvgLora,
-    "decomfl": DeComFL,
-    "fedkseed": FedKSeed,
+    "zorba": Zorba, "fedavg-lora": FedAvgLora, "decomfl": DeComFL, "fedkseed": FedKSeed,
     "mezo": SingleMachine,
-}
+}  # fmt: skip
 
 
 def make_method(name: str, work: Work, settings: Settings, masks: Masks, **options: Any) -> Method:
-    """Returns a method on a replica of the original weights; ``options`` are beside its plan's.
-
-    ``masks`` are the blocks that each client activates: ZorBA's, no other method has them.
-    """
+    """Returns a method on a replica of the original weights; only ZorBA has ``masks``."""
     plan, kind = PLANS[name], METHODS[name]
     common = {
         "seed": settings.seed, "eps": settings.eps, "local_steps": plan.local_steps,

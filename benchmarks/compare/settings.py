@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# The clients, and the share of the model's blocks that the budget of each has room for. The other
+# methods need the whole model on every client: these budgets bind ZorBA alone.
 SHARES = {
     "phone-1": 0.25,
     "phone-2": 0.25,
@@ -16,9 +18,6 @@ SHARES = {
     "laptop-2": 0.75,
     "desktop-1": 1.0,
 }
-"""The clients, and the share of the model's blocks that the budget of each has room for.
-
-The other methods need the whole model on every client: these budgets bind ZorBA alone."""
 
 
 @dataclass(frozen=True)

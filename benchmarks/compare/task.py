@@ -18,8 +18,7 @@ from zorba.hf.head import narrow_logits
 from benchmarks.compare.settings import SHARES, Settings
 from benchmarks.peers.method import Work
 
-POOLED = "machine"
-"""The one client of a method that is no federation."""
+POOLED = "machine"  # the one client of a method that is no federation
 
 
 @dataclass(frozen=True)
@@ -32,37 +31,31 @@ class Batch:
 
 
 def batch_of(examples: Sequence[data.Example]) -> Batch:
-    """Returns examples as tensors."""
-    lengths = [len(e.ids) for e in examples]
-    ids = torch.zeros(len(examples), max(lengths), dtype=torch.long)
-    for row, example in zip(ids, examples, strict=True):
-        row[: len(example.ids)] = torch.tensor(example.ids)
-    return Batch(ids, torch.tensor(lengths) - 1, torch.tensor([e.label for e in examples]))
+    rows = [torch.tensor(e.ids) for e in examples]
+    last = torch.tensor([len(row) - 1 for row in rows])
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return Batch(ids, last, torch.tensor([e.label for e in examples]))
 
 
 class AnswerLoss:
     """Cross-entropy over two answer words behind the prompt: the loss of every method.
 
-    Only these two logits of the last position are computed, so that no method pays for a
-    vocabulary that it does not read. What becomes of the model later (adapters, other weights)
-    counts. ``answers`` are the token ids of the words of label 0 and label 1.
+    ``answers`` are the token ids of the words of label 0 and label 1.
     """
 
     def __init__(self, model: nn.Module, answers: Sequence[int]) -> None:
         self.model, self.answers = model, torch.tensor(list(answers))
 
     def logits(self, batch: Batch) -> Tensor:
-        """Returns float32 [batch, 2]."""
+        """Returns float32 [batch, 2]: no method pays for a vocabulary that it does not read."""
         inputs, rows = {"input_ids": batch.ids, "use_cache": False}, torch.arange(len(batch.ids))
         return narrow_logits(self.model, inputs, rows, batch.last, self.answers)
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Returns the mean over the batch."""
         return nn.functional.cross_entropy(self.logits(batch), batch.labels)
 
     @torch.no_grad()
     def score(self, batches: Sequence[Batch]) -> Score:
-        """Returns accuracy and AUC."""
         logits = torch.cat([self.logits(batch) for batch in batches])
         return Score.of(logits, torch.cat([batch.labels for batch in batches]))
 

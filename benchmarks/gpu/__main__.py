@@ -40,7 +40,6 @@ print(json.dumps(found))
 
 
 def main() -> int:
-    """Returns the exit status."""
     # No tyro: a machine with a GPU need not have it.
     head = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu", description=head)
@@ -79,10 +78,8 @@ def main() -> int:
 
 
 def probe() -> dict[str, str]:
-    """Returns the GPU's name and architecture, or why there is none.
-
-    A process of its own asks, so that this one holds no memory of the GPU.
-    """
+    """Returns the GPU's name and architecture, or why there is none."""
+    # A process of its own asks, so that this one holds no memory of the GPU.
     done = subprocess.run(
         [sys.executable, "-c", PROBE], env=environment(), capture_output=True, text=True
     )
@@ -97,8 +94,7 @@ def probe() -> dict[str, str]:
 def run_stage(stage: Stage, path: Path, left: float, arch: str | None) -> None:
     """Runs a stage in a process of its own, which a broken CUDA context ends with.
 
-    The stage's tests put themselves into the results at ``path``. ``left`` are the seconds for this
-    stage and those behind it; ``arch`` is that of the GPU, such as "90", or None in a rehearsal.
+    ``left`` are the seconds for it and the stages behind it; ``arch`` is None in a rehearsal.
     """
     print(f"== {stage.name}: {stage.about} ({left:.0f} s left)", flush=True)
     start = time.monotonic()

@@ -65,10 +65,7 @@ STAGES = (
 
 
 def environment() -> dict[str, str]:
-    """Returns the caller's, less what would force a backend, with the source tree to import from.
-
-    Whatever plugins of pytest are installed beside: nothing here needs one.
-    """
+    """Returns the caller's, less what would force a backend, and with the source tree."""
     forcing = ("ZORBA_BACKEND", "ZORBA_CPU_ISA", "TRITON_INTERPRET")
     kept = {name: value for name, value in os.environ.items() if name not in forcing}
     paths = [str(ROOT), str(ROOT / "python"), *filter(None, [kept.get("PYTHONPATH")])]
@@ -79,12 +76,9 @@ def environment() -> dict[str, str]:
 def run_process(command: list[str], limit: float, variables: Mapping[str, str]) -> str:
     """Runs a command in the source tree; returns "passed", "failed" or what else became of it."""
     process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment() | dict(variables),
-        stdin=subprocess.DEVNULL,
+        command, cwd=ROOT, env=environment() | dict(variables), stdin=subprocess.DEVNULL,
         start_new_session=True,
-    )
+    )  # fmt: skip
     try:
         status = process.wait(limit)
     except subprocess.TimeoutExpired:

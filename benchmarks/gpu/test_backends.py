@@ -2,9 +2,8 @@
 
     python -m benchmarks.gpu.test_backends PART PARTS
 
-compiles a share of the Triton kernels that later stages launch or tune. ``triton.autotune``
-compiles one candidate after the other, some 100 in all: a few minutes. Several of these processes
-leave them in Triton's cache in a fraction of that time.
+compiles a share of the some 100 Triton kernels that later stages launch or tune, which Triton would
+compile one after the other.
 """
 
 from __future__ import annotations
@@ -58,10 +57,7 @@ def test_backends_serve(bench: Bench) -> None:
 
 
 def test_triton_compiles_ahead(bench: Bench) -> None:
-    """On all processors at once, so that later stages find every kernel in Triton's cache.
-
-    Kernels that are not ready in time are compiled later, where they are used.
-    """
+    """On all processors at once; kernels that are not ready in time are compiled where they run."""
     if "triton" not in bench.backends:
         pytest.skip("triton does not serve this device")
     parts = min(os.cpu_count() or 1, 16)

@@ -23,11 +23,8 @@ from benchmarks.gpu.stages import tool
 pytestmark = pytest.mark.gpu
 
 # Signs of Rademacher are shared by the lanes of a warp: only they can race.
-RUNS = {
-    "memcheck": ("gaussian", "rademacher"),
-    "racecheck": ("rademacher",),
-    "initcheck": ("gaussian", "rademacher"),
-}
+BOTH = ("gaussian", "rademacher")
+RUNS = {"memcheck": BOTH, "racecheck": ("rademacher",), "initcheck": BOTH}
 SIZES = (1, 7, 513, 4096, 9001)
 DONE = "the sanitized kernels gave the right bits"
 

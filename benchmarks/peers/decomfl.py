@@ -17,8 +17,7 @@ import numpy as np
 
 from benchmarks.peers.method import InPlaceWeights, Message, Work, seed_of
 
-SEED_BYTES = 8
-SCALAR_BYTES = 4
+SEED_BYTES, SCALAR_BYTES = 8, 4
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,8 @@ class Pull:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all seeds and scalars."""
-        scalars = sum(r.scalars.size for r in self.rounds)
-        seeds = len(self.seeds) + sum(len(r.seeds) for r in self.rounds)
-        return SCALAR_BYTES * scalars + SEED_BYTES * seeds
+        rounds = sum(SCALAR_BYTES * r.scalars.size + SEED_BYTES * len(r.seeds) for r in self.rounds)
+        return rounds + SEED_BYTES * len(self.seeds)
 
 
 @dataclass
@@ -91,11 +88,7 @@ class DeComFL:
         self.apply(len(self.history) - 1, self.history[-1:])
 
     def apply(self, first: int, rounds: Sequence[Round]) -> None:
-        """Pulls: takes those steps of the rounds ``first``, ... that the replica lacks, in order.
-
-        Raises:
-            ValueError: rounds are missing in front of the first.
-        """
+        """Takes those steps of the rounds ``first``, ... that the replica lacks, in order."""
         if first > self.applied:
             raise ValueError(f"the replica is at round {self.applied}, it got those from {first}")
         for entry in rounds[self.applied - first :]:

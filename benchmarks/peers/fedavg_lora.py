@@ -19,7 +19,6 @@ from torch import Tensor
 from benchmarks.peers.method import Message, Work, seed_of
 
 Adapter = dict[str, Tensor]
-
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -51,8 +50,7 @@ class FedAvgLora:
         return {client: _message(self.adapter) for client in clients}
 
     def local(self, client: str, round_: int, message: Message) -> Message:
-        """Takes some steps of AdamW on the adapter."""
-        self._load(message.content)
+        set_peft_model_state_dict(self.model, message.content)
         torch.manual_seed(seed_of(self.seed, round_, *client.encode()))  # of dropout
         trained = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self.lr, weight_decay=0.0)
@@ -67,24 +65,20 @@ class FedAvgLora:
         self.model.eval()
         optimizer.zero_grad()
         adapter = self._copy()
-        self._load(self.adapter)
+        set_peft_model_state_dict(self.model, self.adapter)
         return _message(adapter, sum(losses) / len(losses))
 
     def aggregate(self, round_: int, replies: Mapping[str, Message]) -> None:
-        """The mean of the adapters, weighted by the clients' examples."""
         mean = {name: torch.zeros_like(value) for name, value in self.adapter.items()}
         for client, share in self.work.shares(replies).items():
             for name, value in replies[client].content.items():
                 mean[name] += value * share
         self.adapter = mean
-        self._load(mean)
+        set_peft_model_state_dict(self.model, mean)
 
     def _copy(self) -> Adapter:
         state: Adapter = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         return {name: value.detach().clone() for name, value in state.items()}
-
-    def _load(self, adapter: Adapter) -> None:
-        set_peft_model_state_dict(self.model, adapter)
 
 
 def _message(adapter: Adapter, loss: float = float("nan")) -> Message:

@@ -22,12 +22,7 @@ SCALAR_BYTES = INDEX_BYTES = POOL_SEED_BYTES = 4
 
 @dataclass
 class FedKSeed:
-    """Server and clients on one shared replica; see ``benchmarks.peers.method.Method``.
-
-    A client of the paper computes the model from w_0 every round. The shared replica moves by the
-    change of A instead, which is the same but for float32 rounding, as does the paper's own
-    simulation.
-    """
+    """Server and clients on one shared replica; see ``benchmarks.peers.method.Method``."""
 
     work: Work
     lr: float  # constant: the model is a function of A
@@ -43,7 +38,6 @@ class FedKSeed:
         self._applied = np.zeros(self.pool)  # what the replica carries
 
     def begin(self, round_: int, clients: Sequence[str]) -> dict[str, Message]:
-        """The accumulated scalars, and the seed of the pool."""
         nbytes = POOL_SEED_BYTES + SCALAR_BYTES * self.pool
         return {client: Message(self.accumulated.copy(), nbytes) for client in clients}
 
@@ -70,6 +64,7 @@ class FedKSeed:
 
     def _pull(self, accumulated: np.ndarray) -> None:
         """Brings the replica to ``w_0 - lr * sum_j accumulated[j] z(seed_j)``."""
+        # By the change, as the paper's own simulation does: the same but for float32 rounding.
         change = accumulated - self._applied
         moved = np.flatnonzero(change)
         self.weights.add([self.seeds[j] for j in moved], (-self.lr * change[moved]).tolist())

@@ -36,11 +36,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Work:
-    """A federation's model and data, the same for every method.
-
-    Clients share one replica of the model: between two calls of a method it holds the weights that
-    the server's last round left.
-    """
+    """A federation's model, which all clients share, and data; the same for every method."""
 
     model: nn.Module  # in evaluation mode, all parameters trainable
     loss: Callable[[Any], Tensor]  # scalar loss of the model on a batch, as it is now
@@ -54,7 +50,10 @@ class Work:
 
 
 class Method(Protocol):
-    """A federated method: a round is ``begin``, ``local`` of each client, ``aggregate``."""
+    """A federated method: a round is ``begin``, ``local`` of each client, ``aggregate``.
+
+    Between these calls the model holds the weights that the server's last round left.
+    """
 
     def begin(self, round_: int, clients: Sequence[str]) -> Mapping[str, Message]:
         """Returns the server's message to each client that takes part in the round (from 1)."""
@@ -64,9 +63,6 @@ class Method(Protocol):
 
     def aggregate(self, round_: int, replies: Mapping[str, Message]) -> None:
         """The server's step: puts the weights of the next round into the replica."""
-
-
-Loss = Callable[[], Tensor]
 
 
 class InPlaceWeights:
@@ -84,24 +80,19 @@ class InPlaceWeights:
 
     @contextmanager
     def local_steps(self) -> Iterator[Callable[[Sequence[int], Sequence[float]], None]]:
-        """Gives a function that adds terms, sample k being the k-th; all are reverted at the end.
-
-        Reverting subtracts, so that weights come back to rounding.
-        """
+        """Gives a function that adds terms, sample k the k-th; all are reverted at the end."""
         taken: list[tuple[Sequence[int], Sequence[float]]] = []
 
         def step(seeds: Sequence[int], coefs: Sequence[float]) -> None:
             self.add(seeds, coefs, range(len(seeds)))
             taken.append((seeds, coefs))
 
-        try:
-            yield step
-        finally:
-            for seeds, coefs in reversed(taken):
-                self.add(seeds, [-c for c in coefs], range(len(seeds)))
+        yield step
+        for seeds, coefs in reversed(taken):  # weights come back to rounding
+            self.add(seeds, [-c for c in coefs], range(len(seeds)))
 
     @torch.no_grad()
-    def central(self, loss: Loss, seed: int, eps: float) -> tuple[float, float]:
+    def central(self, loss: Callable[[], Tensor], seed: int, eps: float) -> tuple[float, float]:
         """Returns ``(F(w + eps z) - F(w - eps z)) / 2 eps`` and the mean of both losses."""
         self.add([seed], [eps])
         plus = float(loss())
@@ -111,7 +102,9 @@ class InPlaceWeights:
         return (plus - minus) / (2 * eps), (plus + minus) / 2
 
     @torch.no_grad()
-    def forward(self, loss: Loss, seed: int, eps: float, count: int) -> tuple[list[float], float]:
+    def forward(
+        self, loss: Callable[[], Tensor], seed: int, eps: float, count: int
+    ) -> tuple[list[float], float]:
         """Returns ``(F(w + eps z_p) - F(w)) / eps`` for samples p < count, and F(w)."""
         base = float(loss())
         scalars = []

@@ -67,7 +67,7 @@ class SingleMachine:
         return Message(None, loss=step(parameters, loss, seed, self.eps, self.lr))
 
     def aggregate(self, round_: int, replies: Mapping[str, Message]) -> None:
-        """There is nothing left to do."""
+        """Does nothing."""
 
 
 # --- The same pass through torch.compile: what a user gets without writing a kernel ---------------
@@ -80,7 +80,6 @@ def add_normal(p: Tensor, scale: float, eps: float) -> None:
 
 @cache
 def _compiled(backend: str) -> Callable[[Tensor, float, float], None]:
-    """Compiles once a process; each shape is then compiled on its own."""
     return torch.compile(add_normal, backend=backend, dynamic=False)
 
 

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import tyro
 
-from benchmarks.sass import pipes
-from benchmarks.sass.disassembly import (
-    ARCH,
-    assembler,
-    assembler_of,
-    disassemble,
-    disassemble_cubin,
-    find_tool,
-)
+from benchmarks.sass import disassembly, pipes
 from benchmarks.sass.rows import Counted, Recorded, Row, cuda_rows, triton_row
 
 LEGEND = f"""
@@ -35,28 +26,29 @@ def count_cuda() -> Counted | str:
     if spec is None or spec.origin is None:
         return "zorba_kernels._C is not built"
     path = Path(spec.origin)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            kernels, version = disassemble(path, ARCH), assembler_of(path, Path(folder))
-        except RuntimeError as error:  # no cuobjdump, or it found no device code at all
-            return str(error)
+    try:
+        kernels = disassembly.disassemble(path, disassembly.ARCH)
+        version = disassembly.assembler_of(path)
+    except RuntimeError as error:  # no cuobjdump, or it found no device code at all
+        return str(error)
     rows = [row for code in kernels for row in cuda_rows(code)]
     if not rows:
-        return f"{path} holds no add_noise kernel for {ARCH} (see ZORBA_CUDA and ZORBA_CUDA_ARCHS)"
+        there = f"{path} holds no add_noise kernel for {disassembly.ARCH}"
+        return f"{there} (see ZORBA_CUDA and ZORBA_CUDA_ARCHS)"
     return Counted(rows, kernels, {"cuda": f"ptxas {version}"})
 
 
 def count_triton() -> Counted | str:
     """Rows of the Triton kernels and of tl.randn; or why there are none."""
-    if importlib.util.find_spec("triton") is None or find_tool() is None:
+    if importlib.util.find_spec("triton") is None or disassembly.find_tool() is None:
         return "triton is not installed, or has no cuobjdump"
     from benchmarks.sass import triton_code
 
     compiled = [*triton_code.add_noise(), triton_code.peer()]
     made = f"triton {triton_code.triton.__version__}, ptxas "
-    versions = {about["backend"]: made + assembler(cubin) for cubin, about in compiled}
+    versions = {about["backend"]: made + disassembly.assembler(cubin) for cubin, about in compiled}
     with ThreadPoolExecutor(2) as pool:  # it is cuobjdump that takes time
-        kernels = list(pool.map(disassemble_cubin, [cubin for cubin, _ in compiled]))
+        kernels = list(pool.map(disassembly.disassemble_cubin, [cubin for cubin, _ in compiled]))
     found = zip(kernels, compiled, strict=True)
     rows = [triton_row(code, **about) for code, (_, about) in found]
     return Counted(rows, kernels[:-1], versions)  # the last is tl.randn

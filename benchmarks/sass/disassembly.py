@@ -78,7 +78,7 @@ def find_tool() -> str | None:
     return shutil.which("cuobjdump") or (shipped and shutil.which("cuobjdump", path=shipped))
 
 
-def run_tool(*arguments: str, folder: Path | None = None) -> str:
+def run_tool(*arguments: str, folder: str | None = None) -> str:
     """What cuobjdump prints."""
     tool = find_tool()
     if tool is None:
@@ -128,8 +128,9 @@ def assembler(binary: bytes) -> str:
     return found[1].decode() if found else "unknown"
 
 
-def assembler_of(path: Path, folder: Path) -> str:
-    """Version of the ptxas that made the kernels of a file; ``folder`` takes its cubins."""
-    run_tool("-arch", ARCH, "-xelf", "all", str(path.resolve()), folder=folder)
-    made = {assembler(cubin.read_bytes()) for cubin in folder.glob("*.cubin")}
+def assembler_of(path: Path) -> str:
+    """Version of the ptxas that made the kernels of a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_tool("-arch", ARCH, "-xelf", "all", str(path.resolve()), folder=folder)
+        made = {assembler(cubin.read_bytes()) for cubin in Path(folder).glob("*.cubin")}
     return ", ".join(sorted(made)) or "unknown"

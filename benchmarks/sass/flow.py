@@ -35,11 +35,6 @@ class Block:
     successors: list[int]  # addresses of first instructions
 
     @property
-    def is_body(self) -> bool:
-        """Whether there is enough arithmetic to be the body of a loop."""
-        return sum(i.opcode in MATH for i in self.instructions) >= MIN_MATH
-
-    @property
     def stored_bytes(self) -> int:
         """What a lane stores to global memory here."""
         return sum(i.stored_bytes for i in self.instructions)
@@ -108,7 +103,8 @@ def store_loops(blocks: Blocks) -> Iterator[Path]:
     """Yields the loop around each store: from the nearest arithmetic in front of it, and back."""
     wide = [a for a, b in blocks.items() if any(i.is_wide_store for i in b.instructions)]
     stores = wide or [a for a, b in blocks.items() if b.stored_bytes]
-    bodies = [a for a, b in blocks.items() if b.is_body]
+    math = {a: sum(i.opcode in MATH for i in b.instructions) for a, b in blocks.items()}
+    bodies = [a for a, count in math.items() if count >= MIN_MATH]
     reach = {a: shortest(blocks, a) for a in {*stores, *bodies}}
     for store in stores:
         near = [

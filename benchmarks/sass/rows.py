@@ -33,10 +33,7 @@ CUDA_KERNEL = re.compile(r"add_noise\w*ILN\w*?Distribution\w*?E([01])ELb([01])E\
 
 @dataclass(frozen=True)
 class Row:
-    """A hot path. The work that a tile or a strip of weights takes once is not counted.
-
-    That is where in its parameter a tile lies and, in CUDA, its signs.
-    """
+    """A hot path, without the work that a tile of weights takes once: its place, CUDA's signs."""
 
     backend: str  # "cuda", "triton" or "tl.randn"
     distribution: str
@@ -159,14 +156,10 @@ class Recorded:
         """With other rows for the backends that were counted."""
         kept = {n: slots for n, slots in self.slots.items() if n.split()[0] not in counted.versions}
         slots = {row.name: row.slots_per_weight for row in counted.rows}
-        return Recorded({**self.versions, **counted.versions}, {**kept, **slots})
+        return Recorded(self.versions | counted.versions, kept | slots)
 
     def limit_of(self, row: Row, rows: list[Row]) -> float | None:
-        """Returns the most slots that a kernel may take, whatever is recorded of it.
-
-        Triton's is compared with the CUDA kernel among ``rows`` that does the same, or else with
-        what is recorded of that.
-        """
+        """Returns the most slots that a kernel may take, whatever is recorded of it."""
         limit = LIMITS.get((row.distribution, row.rounding))
         if limit is None or row.dtype != "bfloat16" or row.decay or row.backend == "tl.randn":
             return None
@@ -190,7 +183,7 @@ class Recorded:
         for row in rows:
             if row.backend == "tl.randn":  # not ours to improve
                 continue
-            now, before, limit = row.slots_per_weight, self.slots.get(row.name), None
+            now, before = row.slots_per_weight, self.slots.get(row.name)
             limit = self.limit_of(row, rows)
             if limit is not None and not now <= limit:
                 said = f" ({TRITON_TO_CUDA} x CUDA's)" if row.backend == "triton" else ""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import triton
@@ -21,42 +20,19 @@ TARGET = GPUTarget("cuda", 90, 32)
 Compiled = tuple[bytes, dict[str, Any]]  # a cubin, and the fields of ``Row`` that it is for
 
 
-def cubin_of(
-    kernel: triton.JITFunction,
-    signature: Mapping[str, str],  # type of each argument that is no constant, such as "*bf16"
-    constants: Mapping[str, object],
-    aligned: tuple[str, ...] = (),  # multiples of 16, as a launch finds out by itself
-    **options: object,
-) -> bytes:
-    """Compiles a kernel of ``triton.jit``; ``options`` are ``num_warps`` and such."""
-    names = kernel.arg_names
-    types = {name: "constexpr" if name in constants else signature[name] for name in names}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(kernel, types, dict(constants), attributes)
-    return bytes(triton.compile(source, target=TARGET, options=options).asm["cubin"])
-
-
-@contextmanager
-def compiling_threads() -> Iterator[ThreadPoolExecutor]:
-    """Two threads that compile, without garbage collection.
+def compile_all(some: Iterable[Variant], arch: int) -> list[CompiledKernel]:
+    """Compiles in two threads, without garbage collection.
 
     Until CPython 3.11.8 the depth that ``ast.parse`` counts is shared by all threads: where a
     finalizer, run by a collection in the middle of a parse, lets the other thread parse, both fail
     with "AST constructor recursion depth mismatch" (github.com/python/cpython/issues/106905).
     """
-    collecting = gc.isenabled()
     gc.disable()
     try:
         with ThreadPoolExecutor(2) as pool:
-            yield pool
+            return list(pool.map(lambda variant: variant.compile(arch), some))
     finally:
-        if collecting:
-            gc.enable()
-
-
-def compile_all(some: Iterable[Variant], arch: int) -> list[CompiledKernel]:
-    with compiling_threads() as pool:
-        return list(pool.map(lambda variant: variant.compile(arch), some))
+        gc.enable()
 
 
 def add_noise() -> list[Compiled]:
@@ -81,8 +57,10 @@ def about(variant: Variant) -> dict[str, Any]:
 
 def peer() -> Compiled:
     """``tl.randn``, 8 bfloat16 weights a lane."""
-    types = {"p_w": "*bf16", "n": "i32", "seed": "i32", "eps": "fp32"}
+    types = {"p_w": "*bf16", "n": "i32", "seed": "i32", "eps": "fp32", "block": "constexpr"}
+    aligned = {(k,): [["tt.divisibility", 16]] for k in range(2)}  # as a launch finds out by itself
+    source = ASTSource(tl_randn.add_randn, types, {"block": 1024}, aligned)
     options = {"num_warps": 4, "enable_fp_fusion": True}
-    cubin = cubin_of(tl_randn.add_randn, types, {"block": 1024}, ("p_w", "n"), **options)
-    what = {"backend": "tl.randn", "distribution": "gaussian", "rounding": "nearest"}
-    return cubin, {**what, "dtype": "bfloat16", "decay": False}
+    cubin = bytes(triton.compile(source, target=TARGET, options=options).asm["cubin"])
+    about = {"backend": "tl.randn", "distribution": "gaussian", "rounding": "nearest"}
+    return cubin, {**about, "dtype": "bfloat16", "decay": False}

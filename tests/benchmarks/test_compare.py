@@ -64,12 +64,8 @@ def train(settings, examples):
 def test_every_method_trains_and_is_scored(name: str, train) -> None:
     record, before, after = train(name)
     assert [r["loss"] > 0 for r in record.rounds] == [True] * ROUNDS
-    assert [(s["round"], s["sentences"]) for s in record.scores] == [
-        (0, 8),
-        (2, 8),
-        (4, 8),
-        (4, 92),
-    ]
+    seen = [(s["round"], s["sentences"]) for s in record.scores]
+    assert seen == [(0, 8), (2, 8), (4, 8), (4, 92)]
     ids = torch.arange(3, 10)[None]
     assert not torch.equal(before(ids).logits, after(ids).logits)
 
@@ -132,13 +128,8 @@ def test_results_are_kept_shown_and_drawn(tmp_path: Path) -> None:
     console = Console(record=True, width=200)
     report.print_table(console, results)
     text = console.export_text()
-    for part in (
-        "before: accuracy 0.520, AUC 0.700",
-        "0.750",
-        "4 (62)",
-        "ZorBA, 25% of the blocks",
-    ):
-        assert part in text
+    said = ("before: accuracy 0.520, AUC 0.700", "0.750", "4 (62)", "ZorBA, 25% of the blocks")
+    assert all(part in text for part in said)
     for draw in (report.draw_accuracy, report.draw_costs):
         draw(tmp_path / "picture.png", results)
         assert (tmp_path / "picture.png").stat().st_size > 0

@@ -46,14 +46,9 @@ def work_on(threads: None, generator: torch.Generator) -> Callable[[nn.Module], 
 
 
 @pytest.fixture
-def model() -> nn.Module:
-    """A Llama of 3 blocks, float32."""
-    return build(case_of("llama"))
-
-
-@pytest.fixture
-def work(work_on, model) -> Work:
-    return work_on(model)
+def work(work_on) -> Work:
+    """On a Llama of 3 blocks, float32."""
+    return work_on(build(case_of("llama")))
 
 
 def run_round(method: Method, round_: int, clients: list[str] | None = None) -> dict[str, Message]:
@@ -100,9 +95,8 @@ def assert_central(model: nn.Module, weights: Weights, ids: Tensor, z: Weights, 
 
 
 def assert_near(model: nn.Module, wanted: Weights) -> None:
-    for name, p in model.named_parameters():
-        off = float((p.detach().double() - wanted[name]).abs().max())
-        assert off <= bound("perturbed in place"), name
+    for name, value in weights_of(model).items():
+        assert float((value - wanted[name]).abs().max()) <= bound("perturbed in place"), name
 
 
 def assert_scalar(measured: float, wanted: float) -> None:
@@ -129,27 +123,33 @@ def test_decomfl_measures_forward_differences_along_its_local_path(work: Work) -
         base = loss_at(model, local, batch)
         directions = [noise_of(model, seed, p) for p in range(perturbations)]
         for p, z in enumerate(directions):
-            assert_scalar(
-                scalars[k, p], (loss_at(model, plus(local, (EPS, z)), batch) - base) / EPS
-            )
+            ahead = loss_at(model, plus(local, (EPS, z)), batch)
+            assert_scalar(scalars[k, p], (ahead - base) / EPS)
         local = after_step(local, directions, scalars[k])
 
 
 def test_decomfl_rebuilds_the_model_from_seeds_and_mean_scalars(work_on, work: Work) -> None:
+    """Of two clients; the third and a late replica get what they lack."""
     steps, perturbations, model = 2, 2, work.model
     start, untouched = weights_of(model), copy.deepcopy(model)
     method = DeComFL(work, LR, EPS, steps, perturbations)
+    seeds, scalar_bytes = 8 * steps, 4 * steps * perturbations
+    assert method.begin(1, ["ada"])["ada"].numbers == seeds
     wanted = start
     for round_ in (1, 2, 3):
-        up = run_round(method, round_)
+        up = run_round(method, round_, ["ada", "bob"])
+        assert up["ada"].numbers == up["ada"].encoded == scalar_bytes
         entry = method.history[-1]
-        mean = np.mean([up[c].content for c in SIZES], axis=0)  # every client weighs the same
+        mean = np.mean([up[c].content for c in up], axis=0)  # every client weighs the same
         np.testing.assert_allclose(entry.scalars, mean, rtol=1e-6)
         for seed, scalars in zip(entry.seeds, entry.scalars, strict=True):
             directions = [noise_of(model, seed, p) for p in range(perturbations)]
             wanted = after_step(wanted, directions, scalars)
     assert any(not torch.equal(start[name], wanted[name]) for name in start)
     assert_near(model, wanted)
+    down = method.begin(4, list(SIZES))
+    assert down["ada"].numbers == seeds + (seeds + scalar_bytes)
+    assert down["cleo"].numbers == seeds + 3 * (seeds + scalar_bytes)
 
     late = DeComFL(work_on(untouched), LR, EPS, steps, perturbations)
     late.apply(0, method.history[:1])
@@ -157,19 +157,6 @@ def test_decomfl_rebuilds_the_model_from_seeds_and_mean_scalars(work_on, work: W
     assert_near(untouched, wanted)
     with pytest.raises(ValueError, match="round 0"):
         DeComFL(work, LR).apply(1, method.history[1:])
-
-
-def test_decomfl_sends_what_a_client_lacks(work: Work) -> None:
-    steps, perturbations = 2, 3
-    method = DeComFL(work, LR, EPS, steps, perturbations)
-    seeds, round_bytes = 8 * steps, 8 * steps + 4 * steps * perturbations
-    assert method.begin(1, ["ada"])["ada"].numbers == seeds
-    for round_ in (1, 2, 3):
-        up = run_round(method, round_, ["ada", "bob"])
-        assert up["ada"].numbers == up["ada"].encoded == 4 * steps * perturbations
-    down = method.begin(4, list(SIZES))
-    assert down["ada"].numbers == seeds + round_bytes
-    assert down["cleo"].numbers == seeds + 3 * round_bytes
 
 
 def test_fedkseed_accumulates_central_differences_of_a_pool(work: Work) -> None:
@@ -196,14 +183,17 @@ def test_fedkseed_accumulates_central_differences_of_a_pool(work: Work) -> None:
 def test_fedkseed_takes_the_bytes_of_its_paper(work: Work) -> None:
     """4,096 seeds and 200 local steps: under 18 kB a client and round."""
     method = FedKSeed(work, LR, pool=4096)
-    down = method.begin(1, ["ada"])["ada"].numbers
-    up = 200 * run_round(method, 1, ["ada"])["ada"].numbers
-    assert (down, up, down + up) == (16_388, 1_600, 17_988)
+    assert method.begin(1, ["ada"])["ada"].numbers == 16_388
+    assert run_round(method, 1)["ada"].numbers * 200 == 1_600
 
 
-def test_fedavg_trains_adapters_with_adamw_and_takes_their_weighted_mean(work: Work) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fedavg_trains_adapters_with_adamw_and_takes_their_weighted_mean(
+    work: Work, checkpointing: bool
+) -> None:
     lr, steps = 1e-2, 2
-    method = FedAvgLora(work, lr, steps, rank=2, alpha=4, dropout=0.0)
+    options = {"rank": 2, "alpha": 4, "dropout": 0.0, "checkpointing": checkpointing}
+    method = FedAvgLora(work, lr, steps, **options)
     named = dict(method.model.named_parameters())
     base = {n: p.detach().clone() for n, p in named.items() if "lora" not in n}
     trained = {n.replace(".default", ""): p for n, p in named.items() if "lora" in n}
@@ -216,8 +206,7 @@ def test_fedavg_trains_adapters_with_adamw_and_takes_their_weighted_mean(work: W
         wanted = sum(up[c].content[name].double() * SIZES[c] for c in SIZES) / sum(SIZES.values())
         torch.testing.assert_close(mean.double(), wanted, rtol=1e-6, atol=1e-8)
         assert torch.equal(trained[name], mean), name
-    for name, value in base.items():
-        assert torch.equal(named[name], value), name
+    assert all(torch.equal(named[name], value) for name, value in base.items())
 
     # The same steps on the same batches, by hand.
     for name, p in trained.items():
@@ -229,17 +218,6 @@ def test_fedavg_trains_adapters_with_adamw_and_takes_their_weighted_mean(work: W
         optimizer.step()
     for name, p in trained.items():
         torch.testing.assert_close(p.detach(), up["cleo"].content[name], rtol=1e-5, atol=1e-7)
-
-
-def test_fedavg_with_checkpointing_trains_alike(work_on, model: nn.Module) -> None:
-    plain, saving = (
-        FedAvgLora(work_on(copy.deepcopy(model)), 1e-2, 2, 2, dropout=0.0, checkpointing=saves)
-        for saves in (False, True)
-    )
-    for method in (plain, saving):
-        run_round(method, 1)
-    for name, value in plain.adapter.items():
-        torch.testing.assert_close(value, saving.adapter[name], rtol=1e-5, atol=1e-7)
 
 
 def test_mezo_steps_along_its_noise(work: Work) -> None:
@@ -263,27 +241,19 @@ def test_mezo_steps_along_its_noise(work: Work) -> None:
 COUNT = 40_000
 
 
-@pytest.mark.parametrize(
-    "perturb",
-    [mezo.perturb, lambda *given: mezo.perturb_compiled(*given, backend="eager")],
-    ids=["published", "compiled"],
-)
-def test_mezo(perturb):
+def test_mezo_compiled():
     """The seed gives the noise back, so that a pass of the opposite sign takes it off."""
     parameters = [torch.nn.Parameter(torch.zeros(COUNT), requires_grad=False) for _ in range(2)]
-    perturb(parameters, 1, 1.0, 0.5)
+    mezo.perturb_compiled(parameters, 1, 1.0, 0.5, backend="eager")
     first, second = (p.detach().clone() / 0.5 for p in parameters)
     for z in (first, second):
         assert_normal(z)
     assert abs(float((first * second).mean())) < sampling_error(COUNT)
-    perturb(parameters, 1, -1.0, 0.5)
+    mezo.perturb_compiled(parameters, 1, -1.0, 0.5, backend="eager")
     assert all(float(p.abs().max()) == 0.0 for p in parameters)
 
 
-def test_tl_randn():
-    """In Triton's interpreter, which a process has to ask for before it imports Triton."""
-    pytest.importorskip("triton")
-    code = f"""
+RANDN = f"""
 import torch
 from benchmarks.peers import tl_randn
 from tests.tolerances import assert_normal
@@ -292,13 +262,11 @@ tl_randn.perturb(weights, 1, 0.5)
 for w in weights:
     assert_normal((w - 1) / 0.5)
 assert not torch.equal(weights[0], weights[1][:{COUNT}])
-narrow = torch.ones(5000, dtype=torch.bfloat16)
-tl_randn.perturb([narrow], 1, 0.5)
-near = (narrow.float() - weights[0][:5000]).abs() / weights[0][:5000].abs()
-assert float(near.max()) <= 2**-7  # a bfloat16 step: the interpreter need not round to nearest
 """
+
+
+def test_tl_randn():
+    """In Triton's interpreter, which a process has to ask for before it imports Triton."""
+    pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    subprocess.run([sys.executable, "-c", RANDN], cwd=ROOT, env=environment, check=True)

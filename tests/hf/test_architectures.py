@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel
 from zorba import ZerothOrderSGD
 from zorba.hf import find_blocks
 
-from tests.hf.steps import changed, check_step, explicit_scalar, state_of
+from tests.hf.steps import check_step, explicit_scalar
 from tests.hf.tiny import CASES, Case, build, loss_of
 
 LR, EPS = 1e-3, 2**-6  # such an eps moves losses by more than the rounding of bfloat16
@@ -23,11 +23,10 @@ LR, EPS = 1e-3, 2**-6  # such an eps moves losses by more than the rounding of b
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
-def label(case: Case) -> str:
-    return f"{case.kind}-{case.auto}"
+every_architecture = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-@pytest.mark.parametrize("case", CASES, ids=label)
+@every_architecture
 def test_blocks(case: Case) -> None:
     model = build(case)
     blocks = find_blocks(model)
@@ -40,23 +39,12 @@ def test_blocks(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", CASES, ids=label)
+@every_architecture
 def test_a_step_is_right(case: Case, dtype: torch.dtype) -> None:
     check_step(build(case, dtype), lambda model: loss_of(model, case), LR, EPS)
 
 
-@pytest.mark.parametrize("case", CASES, ids=label)
-def test_a_step_of_no_length_changes_no_bit(case: Case) -> None:
-    model = build(case, torch.bfloat16)
-    before = state_of(model)
-    optimizer = ZerothOrderSGD(model, lr=0.0, eps=EPS)
-    optimizer.step(lambda: loss_of(model, case))
-    assert optimizer.last_step is not None
-    assert not optimizer.last_step.skipped
-    assert changed(model, before) == []
-
-
-@pytest.mark.parametrize("case", CASES, ids=label)
+@every_architecture
 def test_in_place_sees_the_same_losses(case: Case) -> None:
     model = build(case)
     untouched = copy.deepcopy(model)
@@ -71,27 +59,31 @@ def test_in_place_sees_the_same_losses(case: Case) -> None:
 # --- What is refused, by name --------------------------------------------------------------------
 
 
-def refusal(kind: str, **changes: object) -> str:
-    config = AutoConfig.for_model(kind, **changes)
+LISTS = {"emb_dim": 32, "n_heads": 4, "n_layers": 3}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "told"),
+    [
+        # Zamba's attention is one module's weights in several layers.
+        (
+            "zamba",
+            {"num_hidden_layers": 12, "hidden_size": 32, "num_attention_heads": 4},
+            "shared_transf.self_attn.q_proj.weight",
+        ),
+        ("xlm", LISTS, "(attentions, layer_norm1, ffns, layer_norm2)"),
+        ("flaubert", LISTS, "(attentions, layer_norm1, ffns, layer_norm2)"),
+    ],
+)
+def test_shared_or_scattered_blocks_are_refused(
+    kind: str, changes: dict[str, int], told: str
+) -> None:
     with torch.device("meta"):
-        model = AutoModel.from_config(config)
+        model = AutoModel.from_config(AutoConfig.for_model(kind, **changes))
     with pytest.raises(ValueError, match=rf"\(model type {kind}\)") as refused:
         find_blocks(model)
+    assert told in str(refused.value)
     assert "as a whole" in str(refused.value)  # what to do instead
-    return str(refused.value)
-
-
-def test_blocks_with_shared_parameters_are_refused() -> None:
-    """Zamba's attention is one module's weights in several layers."""
-    message = refusal("zamba", num_hidden_layers=12, hidden_size=32, num_attention_heads=4)
-    assert "shared_transf.self_attn.q_proj.weight" in message
-
-
-@pytest.mark.parametrize("kind", ["xlm", "flaubert"])
-def test_blocks_spread_over_lists_are_refused(kind: str) -> None:
-    message = refusal(kind, emb_dim=32, n_heads=4, n_layers=3)
-    assert "attentions" in message
-    assert "ffns" in message
 
 
 def test_a_model_without_blocks_is_refused() -> None:

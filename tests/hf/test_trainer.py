@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import os
-import subprocess
-import sys
-import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from torch.multiprocessing import start_processes
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 from zorba import ZerothOrderSGD, ZOArguments, ZOTrainer
 from zorba.log import Log, LogError, replay
 
+import zorba_kernels as zk
 from tests.optim.models import assert_close, same_bits, snapshot
+
+CONSTANT = {"lr_scheduler_type": "constant"}
 
 
 def tiny(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM:
@@ -45,15 +47,25 @@ def arguments(folder: Path, **changes: Any) -> ZOArguments:
     return ZOArguments(**{**options, **changes})
 
 
+class Spy(ZOTrainer):
+    """Keeps the inputs of each micro-batch."""
+
+    def training_step(self, model: Any, inputs: Any, items: Any = None) -> torch.Tensor:
+        vars(self).setdefault("seen", []).append({n: value.clone() for n, value in inputs.items()})
+        return super().training_step(model, inputs, items)
+
+
 def train(
     folder: Path,
     model: LlamaForCausalLM,
     resume: str | None = None,
-    loss_of: Callable[..., torch.Tensor] | None = None,
+    kind: type[ZOTrainer] = ZOTrainer,
+    given: dict[str, Any] | None = None,
     **changes: Any,
-) -> ZOTrainer:
-    args = arguments(folder, **changes)
-    trainer = ZOTrainer(model=model, args=args, train_dataset=rows(), compute_loss_func=loss_of)
+) -> Any:
+    """Trains with changed arguments; ``given`` are what the trainer takes besides these."""
+    given = {"train_dataset": rows(), **(given or {})}
+    trainer = kind(model=model, args=arguments(folder, **changes), **given)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -66,17 +78,8 @@ def logged(trainer: ZOTrainer, name: str) -> list[float]:
 def test_steps_are_those_of_the_optimizer(tmp_path: Path, micro: int) -> None:
     """By hand over the trainer's own batches; micro-batches make one larger batch."""
     model = tiny()
-    seen: list[dict[str, torch.Tensor]] = []
-
-    class Spy(ZOTrainer):
-        def training_step(self, model: Any, inputs: Any, items: Any = None) -> torch.Tensor:
-            seen.append({name: value.clone() for name, value in inputs.items()})
-            return super().training_step(model, inputs, items)
-
-    args = arguments(
-        tmp_path, gradient_accumulation_steps=micro, lr_scheduler_type="constant", zo_momentum=0.5
-    )
-    Spy(model=model, args=args, train_dataset=rows()).train()
+    options = {"gradient_accumulation_steps": micro, "zo_momentum": 0.5, **CONSTANT}
+    seen = train(tmp_path, model, kind=Spy, **options).seen
     other = tiny().train()
     optimizer = ZerothOrderSGD(other, lr=0.05, eps=1e-2, momentum=0.5, seed=5)
     assert len(seen) == 4 * micro
@@ -107,10 +110,10 @@ def test_device_map_auto_on_one_device(tmp_path: Path) -> None:
 
 
 def test_loss_falls_and_logs_tell_of_scalars(tmp_path: Path) -> None:
-    trainer = train(tmp_path, tiny(), max_steps=60, zo_perturbations=4, learning_rate=0.02)
+    trainer = train(tmp_path, tiny(), max_steps=30, zo_perturbations=4, learning_rate=0.03)
     losses = logged(trainer, "loss")
     assert sum(losses[-10:]) < sum(losses[:10]) - 0.5
-    assert len(logged(trainer, "zo_scalar")) == len(losses) == 60
+    assert len(logged(trainer, "zo_scalar")) == len(losses) == 30
     assert not logged(trainer, "grad_norm")
     assert set(logged(trainer, "zo_skipped_steps")) == {0}
     assert all(p.grad is None for p in trainer.model.parameters())
@@ -124,9 +127,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
 ) -> None:
     """Bit for bit, in bfloat16, with dropout, shuffled data and a schedule."""
     options = {**options, "save_strategy": "steps", "save_steps": 3, "max_steps": 6}
-    whole = tiny(torch.bfloat16, attention_dropout=0.2)
+    whole, again = (tiny(torch.bfloat16, attention_dropout=0.2) for _ in range(2))
     train(tmp_path / "a", whole, **options)
-    again = tiny(torch.bfloat16, attention_dropout=0.2)
     train(tmp_path / "b", again, resume=str(tmp_path / "a" / "checkpoint-3"), **options)
     assert same_bits(again, snapshot(whole))
     assert not same_bits(tiny(torch.bfloat16), snapshot(whole))
@@ -136,21 +138,18 @@ def test_evaluation_metrics_and_callbacks(tmp_path: Path) -> None:
     events: list[str] = []
 
     class Watch(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             events.append("step")
 
-        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
             events.append("evaluate")
 
-    trainer = ZOTrainer(
-        model=tiny(),
-        args=arguments(tmp_path, eval_strategy="steps", eval_steps=2),
-        train_dataset=rows(),
-        eval_dataset=rows(8),
-        compute_metrics=lambda p: {"first": float(p.predictions[0].mean())},
-        callbacks=[Watch()],
-    )
-    trainer.train()
+    given = {
+        "eval_dataset": rows(8),
+        "compute_metrics": lambda p: {"first": float(p.predictions[0].mean())},
+        "callbacks": [Watch()],
+    }
+    trainer = train(tmp_path, tiny(), given=given, eval_strategy="steps", eval_steps=2)
     assert events == ["step", "step", "evaluate"] * 2
     assert "eval_first" in trainer.evaluate()
     assert trainer.predict(rows(3)).predictions.shape == (3, 8, 50)
@@ -158,25 +157,24 @@ def test_evaluation_metrics_and_callbacks(tmp_path: Path) -> None:
 
 def test_two_passes_in_place_leave_restored_weights(tmp_path: Path) -> None:
     """Evaluation, checkpoints and the end see weights without a perturbation."""
-    options = {"zo_placement": "inplace", "lr_scheduler_type": "constant", "zo_eps": 0.1}
+    options = {"zo_placement": "inplace", "zo_eps": 0.1, **CONSTANT}
     plain = train(tmp_path / "a", tiny(), **options).model
     saved = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    trainer = train(tmp_path / "b", tiny(), zo_two_pass=True, **saved, **options)
-    assert_close(trainer.model, snapshot(plain), "two passes in Trainer")
+    trained = train(tmp_path / "b", tiny(), zo_two_pass=True, **saved, **options).model
     stored = LlamaForCausalLM.from_pretrained(tmp_path / "b" / "checkpoint-4")
-    assert_close(stored, snapshot(plain), "two passes in Trainer")
+    for model in (trained, stored):
+        assert_close(model, snapshot(plain), "two passes in Trainer")
 
 
 def test_weight_decay_spares_norms(tmp_path: Path) -> None:
     """A flat loss: nothing but decay moves weights."""
     model = tiny()
     before = snapshot(model)
-    options = {"lr_scheduler_type": "constant", "max_steps": 1, "learning_rate": 0.1}
+    options = {"max_steps": 1, "learning_rate": 0.1, "weight_decay": 0.5, **CONSTANT}
     train(
         tmp_path,
         model,
-        loss_of=lambda o, t, **rest: o.logits.sum() * 0,
-        weight_decay=0.5,
+        given={"compute_loss_func": lambda o, labels, **rest: o.logits.sum() * 0},
         **options,
     )
     for name, p in model.named_parameters():
@@ -205,39 +203,43 @@ def test_plain_arguments_a_frozen_embedding_and_the_last_blocks(tmp_path: Path) 
 def test_losses_that_are_not_finite_are_counted(tmp_path: Path) -> None:
     model = tiny()
     before = snapshot(model)
-    trainer = train(tmp_path, model, loss_of=lambda o, labels, **rest: o.logits.sum() * math.nan)
+    given = {"compute_loss_func": lambda o, labels, **rest: o.logits.sum() * math.nan}
+    trainer = train(tmp_path, model, given=given)
     assert same_bits(model, before)
     assert logged(trainer, "zo_skipped_steps") == [1, 2, 3, 4]
 
 
 def test_a_trajectory_rebuilds_the_model_also_after_a_resume(tmp_path: Path) -> None:
     log = tmp_path / "run.zot"
-    options = {"zo_trajectory": str(log), "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
-    trained = train(tmp_path / "a", tiny(torch.bfloat16), weight_decay=0.1, **options).model
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "weight_decay": 0.1}
+    options["zo_trajectory"] = str(log)
+    trained = train(tmp_path / "a", tiny(torch.bfloat16), **options).model
     whole = log.read_bytes()
     assert len(whole) < 4096
     base = tiny(torch.bfloat16)
     assert replay(base, Log.read(log)).verified
     assert same_bits(base, snapshot(trained))
     checkpoint = str(tmp_path / "a" / "checkpoint-2")
-    train(tmp_path / "b", tiny(torch.bfloat16), checkpoint, weight_decay=0.1, **options)
+    train(tmp_path / "b", tiny(torch.bfloat16), checkpoint, **options)
     assert log.read_bytes() == whole
     with pytest.raises(LogError, match="exists"):
         train(tmp_path / "c", tiny(torch.bfloat16), **options)
-    with pytest.raises(ValueError, match="zo_placement='scratch'"):
-        train(tmp_path / "d", tiny(), zo_placement="inplace", zo_trajectory=str(tmp_path / "d.zot"))
 
 
 def test_a_loss_that_is_a_mean_of_its_batch_is_scaled(tmp_path: Path) -> None:
     """transformers' switch for a compute_loss of one's own, where it has one."""
+
+    class Mean(ZOTrainer):
+        loss_is_scaled_for_ga = False
+
+        def compute_loss(self, model: Any, batch: Any, **rest: Any) -> torch.Tensor:
+            return model(**batch).loss
+
     losses = []
     for micro in (1, 4):
         options = {"gradient_accumulation_steps": micro, "per_device_train_batch_size": 8 // micro}
-        args = arguments(tmp_path, max_steps=1, zo_eps=1e-6, **options)
-        trainer = ZOTrainer(model=tiny(), args=args, train_dataset=rows(8))
-        trainer.compute_loss = lambda model, batch, **rest: model(**batch).loss  # type: ignore[method-assign]
-        trainer.loss_is_scaled_for_ga = False
-        trainer.train()
+        given = {"train_dataset": rows(8)}
+        trainer = train(tmp_path, tiny(), None, Mean, given, max_steps=1, zo_eps=1e-6, **options)
         losses += logged(trainer, "loss")
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
@@ -245,48 +247,35 @@ def test_a_loss_that_is_a_mean_of_its_batch_is_scaled(tmp_path: Path) -> None:
 def test_what_it_refuses(tmp_path: Path) -> None:
     adam = torch.optim.Adam(tiny().parameters())
     with pytest.raises(ValueError, match="makes its own optimizer"):
-        ZOTrainer(model=tiny(), args=arguments(tmp_path), optimizers=(adam, None))
+        train(tmp_path, tiny(), given={"optimizers": (adam, None)})
     args = arguments(tmp_path)
     args._n_gpu = 2
     with pytest.raises(ValueError, match="one process a GPU"):
         ZOTrainer(model=tiny(), args=args)
     with pytest.raises(ValueError, match="distribution"):
         train(tmp_path, tiny(), zo_distribution="cauchy")
+    with pytest.raises(ValueError, match="zo_placement='scratch'"):
+        train(tmp_path, tiny(), zo_placement="inplace", zo_trajectory=str(tmp_path / "run.zot"))
 
 
+def train_one_of_two(rank: int, folder: Path) -> None:
+    os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+    os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "2")
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that was forked
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", store, rank=rank, world_size=2)
+    options = {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}
+    trainer = train(folder, tiny(), kind=Spy, **options)
+    weights = zk.fingerprint(zk.ParamTable(trainer.model.named_parameters()))
+    told = weights, trainer.zo_optimizer.last_step.scalars, trainer.seen[0]["input_ids"].tolist()
+    (folder / f"rank{rank}").write_text(repr(told))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a process that used CUDA cannot be forked")
 def test_two_processes_take_the_same_steps(tmp_path: Path) -> None:
     """Each sees half of a batch; only losses travel, and the replicas stay equal to the bit."""
-    script = tmp_path / "two.py"
-    script.write_text(
-        textwrap.dedent("""
-            import sys, torch, zorba_kernels as zk
-            from pathlib import Path
-            from tests.hf.test_trainer import arguments, rows, tiny
-            from zorba import ZOTrainer
-            torch.set_num_threads(1)
-            args = arguments(sys.argv[1], per_device_train_batch_size=2, ddp_backend="gloo")
-            trainer = ZOTrainer(model=tiny(), args=args, train_dataset=rows())
-            seen = []
-            plain = trainer.compute_loss
-            def compute_loss(model, batch, **rest):
-                seen.append(batch["input_ids"])
-                return plain(model, batch, **rest)
-            trainer.compute_loss = compute_loss
-            trainer.train()
-            table = zk.ParamTable(trainer.model.named_parameters())
-            report = trainer.zo_optimizer.last_step
-            Path(sys.argv[1], f"rank{args.process_index}").write_text(
-                f"{zk.fingerprint(table)} {report.scalars} {int(seen[0].sum())}"
-            )
-        """)
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, two = ((tmp_path / f"rank{i}").read_text().rsplit(" ", 1) for i in (0, 1))
-    assert one[0] == two[0], "weights and scalars"
-    assert one[1] != two[1], "other data"
+    # Forked, as starting Python and importing transformers twice takes most of a minute.
+    start_processes(train_one_of_two, (tmp_path,), nprocs=2, start_method="fork")
+    one, two = (ast.literal_eval((tmp_path / f"rank{i}").read_text()) for i in (0, 1))
+    assert one[:2] == two[:2], "weights and scalars"
+    assert one[2] != two[2], "other data"

@@ -53,6 +53,9 @@ class Case:
     # What its config needs besides SMALL; a dict for a config nested in it.
     changes: dict[str, Any] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.auto}"
+
     @property
     def names(self) -> list[str]:
         """Names of the blocks, in order."""

@@ -22,12 +22,11 @@ from zorba_kernels import dispatch
 from zorba_kernels.build import extension
 from zorba_kernels.dispatch import Backend, choose
 
-CPU_ISAS = {
+CPU_ISAS = {  # instruction sets of the cpu backend, and the processor flags that each needs
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"},
     "avx2": {"avx2", "fma"},
     "baseline": set(),
 }
-"""Instruction sets of the cpu backend, and the processor flags that each needs."""
 
 
 def processor_lacks(isa: str) -> str | None:
@@ -55,8 +54,7 @@ AXES = {
 }
 """Values of arguments that many tests have."""
 
-not_interpreted = pytest.mark.not_interpreted
-"""Marks a test, with its reason, that Triton's interpreter does not run."""
+not_interpreted = pytest.mark.not_interpreted  # with the reason
 
 
 def pytest_configure(config: pytest.Config) -> None:

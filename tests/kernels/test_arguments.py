@@ -79,12 +79,12 @@ def test_noise_refuses(case):
 LARGE = (1 << 64) - 3
 KINDS = {
     "seeds": [
-        ([LARGE], (LARGE,), LARGE, np.array([LARGE], np.uint64), [np.uint64(LARGE)]),
-        (torch.tensor([LARGE], dtype=torch.uint64), torch.tensor([-3])),
+        *([LARGE], (LARGE,), LARGE, np.array([LARGE], np.uint64), [np.uint64(LARGE)]),
+        *(torch.tensor([LARGE], dtype=torch.uint64), torch.tensor([-3])),
     ],
     "coefs": [
-        (0.1, [0.1], np.array([0.1]), torch.tensor([0.1], dtype=torch.float64)),
-        (torch.nn.Parameter(torch.tensor([[0.1]])),),
+        *(0.1, [0.1], np.array([0.1]), torch.tensor([0.1], dtype=torch.float64)),
+        torch.nn.Parameter(torch.tensor([[0.1]])),
     ],
 }
 
@@ -93,8 +93,7 @@ KINDS = {
 def test_arguments_of_every_kind(server, argument):
     """Python, numpy and torch numbers, uint64 above 2^63 included, are the same."""
     weights, plain = {"w": torch.zeros(100)}, {"seeds": 1, "coefs": 1.0}
-    kinds = [kind for some in KINDS[argument] for kind in some]
-    first, *others = (changed(weights, **plain | {argument: kind}) for kind in kinds)
+    first, *others = (changed(weights, **plain | {argument: kind}) for kind in KINDS[argument])
     for other in others:
         assert_same_bits(other, first)
 

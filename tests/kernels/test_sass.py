@@ -11,16 +11,9 @@ import pytest
 
 from benchmarks.sass import pipes
 from benchmarks.sass.__main__ import count_cuda, count_triton
-from benchmarks.sass.disassembly import (
-    Code,
-    disassemble_cubin,
-    find_tool,
-    functions,
-    resources,
-    run_tool,
-)
+from benchmarks.sass.disassembly import Code, find_tool, functions, resources, run_tool
 from benchmarks.sass.flow import blocks_of, hot_paths
-from benchmarks.sass.rows import Counted, Recorded, Row, cuda_rows, triton_row
+from benchmarks.sass.rows import Counted, Recorded, Row, cuda_rows
 from zorba_kernels.build import build_info
 
 TRITON = importlib.util.find_spec("triton") is not None
@@ -102,24 +95,6 @@ def test_a_kernel_without_a_hot_path(lines, said):
         hot_paths(blocks_of(listing(*lines)))
 
 
-@triton
-@pytest.mark.parametrize(("name", "additions"), [("add_constant", 1), ("add_constant_in_loop", 16)])
-def test_triton_shapes(name, additions):
-    """8 float32 weights a lane, in a straight line and in a loop."""
-    from benchmarks.sass.triton_code import cubin_of
-    from tests.kernels import triton_shapes
-
-    types = {"p_w": "*fp32", "n": "i32", "value": "fp32"}
-    options = {"num_warps": 4, "enable_fp_fusion": False}
-    kernel = getattr(triton_shapes, name)
-    code = disassemble_cubin(cubin_of(kernel, types, {"block": 1024}, ("p_w", "n"), **options))
-    about = dict.fromkeys(("backend", "distribution", "rounding"), "-")
-    row = triton_row(code, **about, dtype="float32", decay=False)
-    assert row.weights == 8
-    assert row.pipes["fma"] == 8 * additions
-    assert row.pipes["memory"] >= 4  # loads and stores of 16 bytes
-
-
 # --- The record ----------------------------------------------------------------------------------
 
 ROW = Row(
@@ -167,8 +142,10 @@ def test_more_than_recorded_names_both_compilers():
     slow = replace(ROW, decay=True, slots=32 * 27)
     recorded = RECORDED.updated(count_of(replace(slow, slots=32 * 24)))
     (found,) = recorded.failures(count_of(slow, versions={"cuda": "ptxas 14.0"}))
-    assert "27.0 slots a weight, recorded are 24.0 (+12%" in found
-    assert "compiled by ptxas 14.0, recorded with ptxas 13.0" in found
+    said = (
+        r"27.0 slots a weight, recorded are 24.0 \(\+12%.*by ptxas 14.0, recorded with ptxas 13.0"
+    )
+    assert re.search(said, found)
     (note,) = recorded.notes({"cuda": "ptxas 14.0"})
     assert "ptxas 13.0" in note
     assert recorded.notes(CUDA) == []

@@ -9,11 +9,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import zorba_kernels as zk
 from tests.kernels.bits import assert_same_bits, changed
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 operators = torch.ops.zorba_kernels
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     return request.param
 
@@ -54,14 +53,21 @@ def difference(model, table, x, seed, eps):
 
 
 @torch.no_grad()
-def test_one_graph_serves_every_seed(rng, device):
-    twins, counter = Twins(rng, device), CompileCounterWithBackend("aot_eager")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_one_graph_serves_every_seed(rng, device, backend):
+    """And functionalisation brings the change back to the weights themselves."""
+    twins, counter = Twins(rng, device), CompileCounterWithBackend(backend)
     compiled = torch.compile(difference, fullgraph=True, backend=counter)
+    addresses = [p.data_ptr() for p in twins.mine.parameters()]
     x = torch.randn(3, 24, device=device)
     for seed in [1, *rng.integers(6, bits=62)]:
         out = compiled(twins.mine, twins.table, x, seed, 1e-2)
-        assert_same_bits(out, difference(twins.theirs, twins.their_table, x, seed, 1e-2))
+        expected = difference(twins.theirs, twins.their_table, x, seed, 1e-2)
+        # Inductor may compute the model's products in another order.
+        if backend == "aot_eager":
+            assert_same_bits(out, expected)
         twins.assert_equal()
+    assert [p.data_ptr() for p in twins.mine.parameters()] == addresses
     assert counter.frame_count <= 2, "the first seed, and any seed: no graph a seed"
 
 
@@ -114,17 +120,6 @@ def test_noise_and_fingerprint(rng, device):
         assert_same_bits(compiled(count, seed), make(count, seed))
     hashed = torch.compile(lambda: zk.fingerprint(table), backend="aot_eager")
     assert hashed() == zk.fingerprint(table)
-
-
-@torch.no_grad()
-def test_default_compiler(rng, device):
-    """Inductor: its functionalisation must bring the change back to the weights themselves."""
-    twins, x = Twins(rng, device), torch.randn(3, 24, device=device)
-    addresses = [p.data_ptr() for p in twins.mine.parameters()]
-    torch.compile(difference)(twins.mine, twins.table, x, 11, 1e-2)
-    difference(twins.theirs, twins.their_table, x, 11, 1e-2)
-    twins.assert_equal()
-    assert [p.data_ptr() for p in twins.mine.parameters()] == addresses
 
 
 def test_a_bad_argument_is_refused_when_the_graph_runs(rng):

@@ -98,19 +98,15 @@ def test_large_tables_are_measured_once(tuning):
     assert tuning == [SIZES[0], SIZES[1], SIZES[0]]
 
 
-def test_a_captured_pass_is_not_measured(tuning, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert choose(SIZES[0]) == candidates(FLAGS)[0]
-    assert tuning == []
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert choose(SIZES[0]) == candidates(FLAGS)[1]
-
-
-def test_no_memory_to_measure_with(tuning, monkeypatch):
+def test_a_captured_pass_and_one_without_memory_are_not_measured(tuning, monkeypatch):
     def full(*args):
         tuning.append(args)
         raise torch.OutOfMemoryError
 
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert choose(SIZES[0]) == candidates(FLAGS)[0]
+    assert tuning == []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(triton_tuning, "_measured", full)
     assert choose(SIZES[0]) == choose(SIZES[0]) == candidates(FLAGS)[0]
     assert len(tuning) == 1

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from zorba import ZerothOrderSGD
 
-from benchmarks.allocations import peak_bytes
+from benchmarks.bench import peak_bytes
 from benchmarks.peers import mezo
 
 MIB = 1 << 20

@@ -93,8 +93,9 @@ class BlockPlan:
         # One unit for the column, that of the smallest budget, so that rows compare at a glance.
         unit, unit_name = unit_of(min(self.budgets))
         left, right = max(map(len, (*self.clients, "coverage"))), max(len(self.blocks), 6)
+        clients, blocks = self.mask.shape
         lines = [
-            f"block plan {self.version:016x}: {len(self.clients)} clients, {len(self.blocks)} blocks",
+            f"block plan {self.version:016x}: {clients} clients, {blocks} blocks",
             f"F1 {point.f1:.4g}, F2 {point.f2:.4g}, point {self.chosen + 1} of {len(self.front)}, "
             f"{proof}, {self.seconds:.2f} s",
             f"columns: {self.blocks[0]} to {self.blocks[-1]}",

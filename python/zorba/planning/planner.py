@@ -81,10 +81,8 @@ def plan_blocks(
     # The last point within the bound has the least memory.
     bound = (1 + tolerance) * front[0].f1 * (1 + _ROUNDING)
     chosen = max(i for i, point in enumerate(front) if point.f1 <= bound)
-    seconds = time.monotonic() - start
-    return BlockPlan(
-        problem.clients, problem.blocks, problem.budgets, tuple(front), chosen, seconds
-    )
+    took = time.monotonic() - start
+    return BlockPlan(problem.clients, problem.blocks, problem.budgets, tuple(front), chosen, took)
 
 
 def _sweep(program: Program, num_points: int, tolerance: float) -> Iterator[Solution]:

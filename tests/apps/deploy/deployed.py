@@ -39,13 +39,6 @@ if _held and any("worker_process" in word for word in sys.orig_argv):
 """
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def wait_for(what: str, reached: Callable[[], Any]) -> Any:
     began = time.monotonic()
     while not (value := reached()):
@@ -64,7 +57,9 @@ def federate(name: str, *arguments: object, **environment: str) -> str:
 
 def init(base: Path, folder: Path, rounds: int) -> int:
     """Writes a project that notices quickly who is away; returns the server's port."""
-    port = free_port()
+    with socket.socket() as probe:  # for a port that is free
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
     make_project(base, folder, rounds=rounds, address=f"localhost:{port}", timeout=PATIENCE)
     change_server(folder / "server", ask_timeout=5.0, rejoin_seconds=5.0)
     return port
@@ -81,10 +76,6 @@ class Gate:
         """Lets the site measure up to this round."""
         self.rounds = rounds
         write_whole(self.path, str(rounds))
-
-    def held_by(self, engine: Path) -> dict[str, str]:
-        """Environment in which ``GATE`` holds the client of the site that has this engine."""
-        return {"ZORBA_TEST_GATE": str(self.path), "ZORBA_TEST_HELD": str(engine)}
 
 
 class Deployed:
@@ -128,15 +119,11 @@ class Deployed:
         or of ``runner_process`` or ``worker_process``, which hold the server and a client."""
         home = str(self.party(party) / "engine")
 
-        def look() -> psutil.Process | None:
-            for process in psutil.process_iter(["cmdline"]):
-                command = process.info["cmdline"] or []
-                if home in command and any(module in part for part in command):
-                    return process
-            return None
+        def look() -> list[psutil.Process]:
+            seen = [(p, p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
+            return [p for p, words in seen if home in words and module in " ".join(words)]
 
-        found: psutil.Process = wait_for(f"process {module} of {party}", look)
-        return found
+        return wait_for(f"process {module} of {party}", look)[0]
 
     def kill(self, gate: Gate, *processes: psutil.Process) -> None:
         """Kills processes in the middle of the run, and waits for rounds that need them again."""

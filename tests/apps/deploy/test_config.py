@@ -24,10 +24,7 @@ from zorba.federated.privacy import UNITS
 
 from tests.conftest import Random
 
-KINDS: dict[str, type[ServerConfig] | type[SiteConfig]] = {
-    "server": ServerConfig,
-    "site": SiteConfig,
-}
+KINDS: dict[str, type[ServerConfig | SiteConfig]] = {"server": ServerConfig, "site": SiteConfig}
 PRIVACY = """privacy:
   # whom epsilon protects
   unit: client
@@ -78,16 +75,13 @@ def test_every_key_has_its_description_above_it(shared_project: Path) -> None:
         assert field.description.endswith(above.removeprefix("# "))
 
 
-def test_privacy_is_a_section(shared_project: Path, tmp_path: Path) -> None:
+def test_values_come_back_as_they_are_meant(shared_project: Path, tmp_path: Path) -> None:
+    """A section may be on one line, and texts that look like numbers stay texts."""
     short = "privacy: {unit: client, clip: 2.0, noise_multiplier: 8, delta: 1e-6}\n"
     (tmp_path / "site.yaml").write_text(text_of(shared_project, "site").replace(PRIVACY, short))
     expected = PrivacySection(unit="client", clip=2.0, noise_multiplier=8.0, delta=1e-6)
     assert SiteConfig.read(tmp_path).privacy == expected
     assert expected.max_epsilon == math.inf
-
-
-def test_texts_that_look_like_numbers_stay_texts(shared_project: Path, tmp_path: Path) -> None:
-    (tmp_path / "site.yaml").write_text(text_of(shared_project, "site"))
     odd = ("1e3", "0x10", "2024-01-01", "yes", "é: #", "", " a")
     config = SiteConfig.read(tmp_path).model_copy(update={"words": odd, "labels": odd})
     config.write(tmp_path)
@@ -104,14 +98,10 @@ def test_models_say_what_the_core_says() -> None:
     assert set(get_args(PrivacySection.model_fields["unit"].annotation)) == set(UNITS)
 
 
-def test_settings_left_to_the_core_have_its_defaults(shared_project: Path) -> None:
-    settings = build_settings(ServerConfig.read(shared_project / "server"))
-    core = FederationSettings(job="tiny", seed=0, lr=0.0)
-    for name in ("eps", "estimator", "distribution", "rounding", "aggregation", "trim"):
-        assert getattr(settings, name) == getattr(core, name)
-
-
-def test_numbers_may_be_written_as_people_write_them(shared_project: Path, tmp_path: Path) -> None:
+def test_settings_are_those_of_the_file_and_else_of_the_core(
+    shared_project: Path, tmp_path: Path
+) -> None:
+    """Numbers may be written as people write them."""
     text = text_of(shared_project, "server")
     text = text.replace("timeout: 600.0", "timeout: 1e2").replace("lr: 0.05", "lr: 5e-2")
     (tmp_path / "server.yaml").write_text(text)
@@ -120,13 +110,15 @@ def test_numbers_may_be_written_as_people_write_them(shared_project: Path, tmp_p
     settings = build_settings(config)
     assert settings.lr_at(1) == 0.05
     assert settings.lr_at(6) == pytest.approx(0.025)
+    core = FederationSettings(job="tiny", seed=0, lr=0.0)
+    for name in ("eps", "estimator", "distribution", "rounding", "aggregation", "trim"):
+        assert getattr(settings, name) == getattr(core, name)
 
 
 @pytest.mark.parametrize(
     ("name", "old", "new", "sentence"),
     [
         ("server", "rounds: 10", "rounds: many", "rounds is 'many'; expected a valid integer"),
-        ("server", "rounds: 10", "rounds: true", "rounds is True; expected a valid integer"),
         ("server", "rounds: 10", "rounds: 0", "rounds is 0; expected greater than or equal to 1"),
         ("server", "rounds: 10", "", "there is no rounds; expected all of job, seed, rounds"),
         ("server", "seed: 0", "seed: 0\ncolour: red", "setting colour; expected any of job, seed"),
@@ -134,7 +126,6 @@ def test_numbers_may_be_written_as_people_write_them(shared_project: Path, tmp_p
         ("server", "  eps: ", "  epz: ", "no setting settings.epz; did you mean eps?"),
         ("server", "seed: 0", "seed: 0\nseed: 1", "seed again; line"),
         ("server", "seed: 0", "seed: 1.5", "seed is 1.5; expected a valid integer"),
-        ("server", "seed: 0", "seed: -1", "seed is -1; expected greater than or equal to 0"),
         ("server", "seed: 0", f"seed: {1 << 64}", "expected less than 18446744073709551616"),
         ("server", "seed: 0", f"seed: {'9' * 5000}", "9...9999999999999' is no int"),
         ("server", "seed: 0", "seed: [", "no YAML: "),
@@ -145,7 +136,6 @@ def test_numbers_may_be_written_as_people_write_them(shared_project: Path, tmp_p
         ("server", "seed: 0", "? [seed]\n: 0", "a list or section; expected a key"),
         ("server", "quorum: 0", "quorum: 4", "quorum is 4; there are 3 sites"),
         ("server", "decay: linear", "decay: none", "is 'none'; expected 'linear' or 'constant'"),
-        ("server", "timeout: 600.0", "timeout: .nan", "timeout is nan; expected a finite number"),
         ("server", "timeout: 600.0", "timeout: -1", "timeout is -1; expected greater than 0"),
         ("server", "timeout: 600.0", "timeout: .inf", "timeout is inf; expected a finite number"),
         ("server", "  lr: 0.05", "  lr: much", "settings.lr is 'much'; expected a valid number"),
@@ -153,24 +143,15 @@ def test_numbers_may_be_written_as_people_write_them(shared_project: Path, tmp_p
         ("server", "  bob:", "  b b:", "sites.b b is 'b b'; expected text of the pattern"),
         ("server", "  bob:", "  server:", "a site is called server; take another name"),
         ("server", "  bob:", "  ada:", "ada again; line"),
-        ("site", "batch_size: 4", "batch_size: -1", "batch_size is -1; expected greater than or"),
         ("site", "offload: false", "offload: 0", "offload is 0; expected a valid boolean"),
         ("site", "blocks: all", "blocks: first", "blocks is 'first'; expected text of the patte"),
-        (
-            "site",
-            PRIVACY,
-            "privacy: true",
-            "is True; expected keys and values under it: unit",
-        ),
+        ("site", PRIVACY, "privacy: true", "is True; expected keys and values under it: unit"),
         ("site", "unit: client", "unit: user", "unit is 'user'; expected 'example' or 'client'"),
-        ("site", "unit: client", "unit: [client]", "expected 'example' or 'client'"),
         ("site", "unit: client", "unit: example", "Set balanced: false, or take the unit client"),
-        ("site", "clip: 2.0", "clip: much", "privacy.clip is 'much'; expected a valid number"),
         ("site", "clip: 2.0", "clip: -1.0", "privacy.clip is -1.0; expected greater than 0"),
         ("site", "clip: 2.0", "sigma: 1.0", "no setting privacy.sigma; expected any of unit, clip"),
         ("site", "  clip: 2.0\n", "", "there is no privacy.clip; expected all of unit, clip"),
         ("site", "delta: 1.0e-06", "delta: 2", "privacy.delta is 2; expected less than 1"),
-        ("site", "multiplier: 8.0", "multiplier: 0", "expected greater than 0"),
         ("site", "epsilon: .inf", "epsilon: 0", "privacy.max_epsilon is 0; expected greater"),
     ],
 )
@@ -186,6 +167,8 @@ def test_value_that_is_refused_is_named_with_its_line(
 
 @pytest.mark.parametrize("key", ["rounds", "timeout", "quorum", "lr_decay"])
 def test_line_of_a_value_is_told(shared_project: Path, tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match=r"there is no .*server\.yaml: zorba federate init"):
+        ServerConfig.read(tmp_path)
     lines = text_of(shared_project, "server").splitlines()
     at = next(n for n, line in enumerate(lines) if line.startswith(f"{key}:"))
     lines[at] = f"{key}: [1]"
@@ -213,11 +196,6 @@ def test_file_that_holds_no_settings_is_refused_in_a_sentence(
     tmp_path: Path, name: str, content: bytes, sentence: str
 ) -> None:
     assert refusal(tmp_path, name, content).startswith(sentence)
-
-
-def test_file_that_is_not_there_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"there is no .*site\.yaml: zorba federate init"):
-        SiteConfig.read(tmp_path)
 
 
 @pytest.mark.parametrize("name", KINDS)

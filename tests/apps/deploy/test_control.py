@@ -20,10 +20,8 @@ from tests.apps.deploy.deployed import Deployed
 @pytest.fixture
 def deployed(project: Path) -> Iterator[Deployed]:
     made = Deployed(project)
-    try:
-        yield made
-    finally:
-        made.end()
+    yield made
+    made.end()
 
 
 def start(deployed: Deployed) -> None:
@@ -66,8 +64,6 @@ def test_supervisor_that_ends_at_once_is_told(
 
 def test_supervisor_loads_no_torch() -> None:
     """Nor does the engine's session, which the server's supervisor opens."""
-    code = (
-        "import sys, zorba.apps.deploy.party, nvflare.fuel.flare_api.flare_api; "
-        "sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys, zorba.apps.deploy.party, nvflare.fuel.flare_api.flare_api; "
+    code += "sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

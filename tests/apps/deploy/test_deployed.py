@@ -100,8 +100,9 @@ def _watch(home: Path, gate: Gate, deployed: Deployed) -> dict[str, str]:
     """Environment of the run's processes, which note what they unpickle, and of which one waits."""
     (home / "sitecustomize.py").write_text(_WATCHER + GATE)
     path = os.pathsep.join([str(home), *filter(None, [os.environ.get("PYTHONPATH")])])
-    held = gate.held_by(deployed.folder / "sites" / "cleo" / "engine")
-    return {"PYTHONPATH": path, "ZORBA_TEST_PICKLES": str(home / "pickles"), **held}
+    held = deployed.folder / "sites" / "cleo" / "engine"
+    values = {"PICKLES": home / "pickles", "GATE": gate.path, "HELD": held}
+    return {"PYTHONPATH": path} | {f"ZORBA_TEST_{name}": str(values[name]) for name in values}
 
 
 def _strangers(base: Path, home: Path, mine: Path, port: int) -> dict[str, Deployed]:
@@ -137,31 +138,20 @@ def test_every_round_had_every_site(seen: Any) -> None:
 
 
 def test_status_tells_who_runs(seen: Any) -> None:
-    for name in ("server", *SITES):
-        assert name in seen.status
-    assert f"of {ROUNDS}" in seen.status
+    assert all(word in seen.status for word in ("server", *SITES, f"of {ROUNDS}"))
     assert "stopped" not in seen.status
 
 
 def test_nothing_listens_without_tls_and_a_certificate_of_the_project(seen: Any) -> None:
-    parties = sorted(party for party, _ in seen.listeners)
-    assert sorted(set(parties)) == ["ada", "bob", "cleo", "server"]
-    for told in seen.answers.values():
-        assert told == {
-            "plain": "nothing",
-            "member, TLS 1.2": "let in",
-            "nobody, TLS 1.2": "refused",
-            "nobody, TLS 1.3": "refused",
-            "stranger, TLS 1.2": "refused",
-            "stranger, TLS 1.3": "refused",
-        }
+    assert {party for party, _ in seen.listeners} == {"server", *SITES}
+    refused = ("nobody, TLS 1.2", "nobody, TLS 1.3", "stranger, TLS 1.2", "stranger, TLS 1.3")
+    expected = {"plain": "nothing", "member, TLS 1.2": "let in"} | dict.fromkeys(refused, "refused")
+    assert all(told == expected for told in seen.answers.values()), seen.answers
     assert len(seen.answers) == len(seen.listeners)
     assert seen.unix_sockets == set()
-
-
-def test_sites_listen_for_their_own_machine_alone(seen: Any) -> None:
     for (party, port), address in seen.listeners.items():
-        assert party == "server" or address == "127.0.0.1", (party, port, address)
+        own = party == "server" or address == "127.0.0.1"
+        assert own, f"{party} listens at {address}:{port}, not for its own machine alone"
 
 
 def test_strangers_get_no_part_in_the_run(seen: Any) -> None:
@@ -185,15 +175,13 @@ def test_nothing_is_unpickled(seen: Any) -> None:
     assert "unpickled fractions Fraction" in seen.notes.read_text()
 
 
-def test_no_code_came_to_a_site(seen: Any) -> None:
+def test_no_code_came_to_a_site_and_the_administrator_runs_no_commands(seen: Any) -> None:
     assert "BYOC not permitted" in seen.code
     for site in SITES:
         engine = seen.deployed.folder / "sites" / site / "engine"
         came = {path.suffix for path in engine.glob("*/app_*/**/*") if path.is_file()}
         assert came == {".json", ".crt"}
 
-
-def test_administrator_runs_no_commands(seen: Any) -> None:
     assert seen.commands
     for command, told in seen.commands.items():
         assert "not authorized" in told, (command, told)

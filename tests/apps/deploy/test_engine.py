@@ -96,8 +96,7 @@ def test_nodes_wait_for_the_quorum(engine: Engine) -> None:
 
 
 def test_exchange_ends_when_the_engine_stops(engine: Engine) -> None:
-    engine.answers["ada"] = None
-    engine.triggered = True
+    engine.answers["ada"], engine.triggered = None, True
     with pytest.raises(RunStoppedError):
         engine.exchange(dict.fromkeys(SITES, b"x"), None)
     assert len(engine.cancelled) == 3

@@ -78,23 +78,19 @@ def kept(project: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
     return Kept(project / "server", monkeypatch)
 
 
-def test_job_is_started_once_the_sites_are_there(kept: Kept) -> None:
-    kept.session.connected = ["ada", "bob", "eve"]
-    kept.step(60)
-    assert kept.session.status == {}
-    kept.session.connected = list(SITES)
-    kept.step(2)
-    assert kept.session.status == {"job-0": "RUNNING"}
-
-
-def test_quorum_waits_a_while_for_the_others(
-    project: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("quorum", "alone", "then"), [(0, 60, list(SITES)), (2, 20, ["ada", "bob"])], ids=["all", "two"]
+)
+def test_job_is_started_once_the_sites_are_there(
+    project: Path, monkeypatch: pytest.MonkeyPatch, quorum: int, alone: int, then: list[str]
 ) -> None:
-    change_server(project / "server", quorum=2)
+    """With a quorum it waits a while for the others."""
+    change_server(project / "server", quorum=quorum)
     kept = Kept(project / "server", monkeypatch)
-    kept.session.connected = ["ada", "bob"]
-    kept.step(20)
+    kept.session.connected = ["ada", "bob", "eve"]
+    kept.step(alone)
     assert kept.session.status == {}
+    kept.session.connected = then
     kept.step(5)
     assert kept.session.status == {"job-0": "RUNNING"}
 

@@ -39,10 +39,8 @@ def test_everyone_gets_a_folder_with_certificates_of_one_authority(shared_projec
     assert [name.value for name in names] == ["localhost", "admin@zorba.local", *SITES]
     for folder in (server.parent, project / AUTHORITY, project / "sites" / "ada" / ENGINE):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    authority = [path for path in project.rglob("*") if path.name == "cert.json"]
-    assert [path.relative_to(project).parts[0] for path in authority] == [AUTHORITY], (
-        "the key that signs is nowhere else"
-    )
+    signs = [path.relative_to(project).parts[0] for path in project.rglob("cert.json")]
+    assert signs == [AUTHORITY], "the key that signs is nowhere else"
 
 
 def test_sites_take_no_code_and_no_commands(shared_project: Path) -> None:
@@ -55,9 +53,8 @@ def test_sites_take_no_code_and_no_commands(shared_project: Path) -> None:
         assert resources["class_list_enforcement_mode"] == "enforce"
         assert resources["class_allow_list"] == ALLOWED
         assert "site_log_streamer" not in {c["id"] for c in resources["components"]}
-        assert rights["permissions"].keys() == {"project_admin"}
-        assert rights["permissions"]["project_admin"]["byoc"] == "none"
-        assert rights["permissions"]["project_admin"]["shell_commands"] == "none"
+        (admin,) = rights["permissions"].values()
+        assert admin["byoc"] == admin["shell_commands"] == "none"
         assert connections["internal"]["resources"]["connection_security"] == "mtls"
         assert not connections["allow_adhoc_conns"]
 
@@ -71,11 +68,10 @@ def test_server_keeps_its_jobs_in_its_folder_wherever_it_is(project: Path) -> No
 
 
 def test_each_site_has_its_own_data_and_batches(base: Path, shared_project: Path) -> None:
-    sites = [SiteConfig.read(shared_project / "sites" / site) for site in SITES]
-    assert [site.data for site in sites] == [str(base / f"{site}.jsonl") for site in SITES]
-    assert [site.seed for site in sites] == [0, 1, 2]
-    assert all(site.words == (" terrible", " great") for site in sites)
-    assert all(site.privacy is None for site in sites)
+    for number, name in enumerate(SITES):
+        site = SiteConfig.read(shared_project / "sites" / name)
+        assert (site.data, site.seed) == (str(base / f"{name}.jsonl"), number)
+        assert (site.words, site.privacy) == ((" terrible", " great"), None)
 
 
 def test_budgets_decide_who_activates_which_blocks(
@@ -106,9 +102,7 @@ def test_budgets_decide_who_activates_which_blocks(
         ({"address": "localhost"}, "address is 'localhost'; expected host:port"),
         ({"job": "a job"}, "job is 'a job'; expected text of the pattern"),
         ({"lr": float("nan")}, "lr is nan; expected a finite number"),
-        ({"eps": -1.0}, "eps is -1.0; expected greater than 0"),
         ({"eps": 1e-60}, "eps must be positive and finite in float32"),
-        ({"rounds": 0}, "rounds is 0; expected greater than or equal to 1"),
         ({"perturbations": 1 << 20}, "num_perturbations must be an integer from 1 to 4096"),
         ({"distribution": "uniform"}, "distribution is 'uniform'; expected 'gaussian' or"),
     ],

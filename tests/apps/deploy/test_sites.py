@@ -61,9 +61,9 @@ def test_files_make_a_server_and_clients_that_run(project: Path) -> None:
     assert not (project / "sites" / "ada" / "run" / "privacy.json").exists()
     for client in clients.values():
         client.save()
-    again = build_client(project / "sites" / "bob")
-    assert again.replica.applied_round == ROUNDS
-    assert again.replica.fingerprint() == result.fingerprints["bob"]
+    again = build_client(project / "sites" / "bob").replica
+    assert again.applied_round == ROUNDS
+    assert again.fingerprint() == result.fingerprints["bob"]
 
 
 def test_checkpoint_of_another_model_is_refused_with_what_to_do(project: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,48 +47,30 @@ class Run:
     def start(self, after: int, **more: Any) -> None:
         """The server starts."""
         fields = {
-            "job": "reviews",
-            "round": after,
-            "last_round": self.rounds,
+            **{"job": "reviews", "round": after, "last_round": self.rounds, "plan": self.plan},
             "settings": {"lr": 0.1, "clip": None, "num_perturbations": 5},
-            "plan": self.plan,
             "machine": {"cpu": "a processor", "torch": "2.13"},
         }
         self.writer.write("start", fields | more)
 
-    def round(
-        self,
-        number: int,
-        failures: Mapping[str, str] | None = None,
-        refusals: Mapping[str, str] | None = None,
-        away: Iterable[str] = (),
-        **more: Any,
-    ) -> None:
-        """A round in which everyone measures who is not named."""
-        failures, refusals, away = failures or {}, refusals or {}, set(away)
+    def round(self, number: int, away: Iterable[str] = (), **more: Any) -> None:
+        """A round in which everyone measures who is not named, in failures and refusals too."""
+        failures, refusals = more.get("failures", {}), more.get("refusals", {})
         asked = [name for name in self.names if name not in away]
         there = [name for name in asked if name not in failures]
         used = [name for name in there if name not in refusals]
         losses = {name: self.draw.gauss(0.7, 0.05) for name in used}
         fields = {
-            "round": number,
+            **{"round": number, "seconds": 0.5, "clients": used, "losses": losses},
             "loss": sum(losses.values()) / len(losses) if losses else None,
-            "seconds": 0.5,
-            "clients": used,
-            "losses": losses,
             "bytes_up": dict.fromkeys(there, 82),
             "bytes_down": dict.fromkeys(asked, 234),
-            "failures": failures,
-            "refusals": refusals,
         }
         self.writer.write("round", fields | more)
 
     def end(self, **more: Any) -> None:
         """The run ends well."""
-        fields = {
-            "round": self.rounds,
-            "replicas_identical": True,
-            "fingerprints": dict.fromkeys(self.names, "00ab" * 4),
-        }
+        fields: dict[str, Any] = {"round": self.rounds, "replicas_identical": True}
+        fields |= {"fingerprints": dict.fromkeys(self.names, "00ab" * 4)}
         self.writer.write("end", fields | more)
         self.writer.close()

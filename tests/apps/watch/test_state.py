@@ -65,21 +65,19 @@ def test_starts_and_ends(tmp_path: Path, draw: random.Random) -> None:
     run.writer.write("a kind of a later version", {"what": "?"})
     run.round(2)
     state = follower.update()
-    assert [fault.text for fault in state.faults.values()] == [
-        "the server started again, after no end was written",
-        "the disk is slow",
-        "4 events could not be written: the disk was full",
-    ]
     assert list(state.clients["dan"].history) == [Status.SITS_OUT, Status.MEASURED]
     assert state.coverage == [1, 1]
     run.writer.write("end", {"problem": "LogError: no space left"})
     run.start(2)
-    assert [fault.text for fault in follower.update().faults.values()][-2:] == [
+    run.end(failures={"dan": "gone"})
+    assert [fault.text for fault in follower.update().faults.values()] == [
+        "the server started again, after no end was written",
+        "the disk is slow",
+        "4 events could not be written: the disk was full",
         "ended: LogError: no space left",
         "the server went on",
+        "at the end: gone",
     ]
-    run.end(failures={"dan": "gone"})
-    assert list(follower.update().faults.values())[-1].text == "at the end: gone"
     # Another run takes the folder.
     (tmp_path / "events.jsonl").unlink()
     Run(tmp_path, ["eve"], 1, 1, draw)
@@ -102,16 +100,15 @@ def test_replies_that_were_not_used(tmp_path: Path, draw: random.Random) -> None
     [
         ("start", {"plan": {"clients": ["ada"], "blocks": ["x"], "mask": ["1", "1"]}}),
         ("start", {"plan": {"clients": ["ada"], "blocks": ["x"], "mask": ["\x1b"]}}),
-        ("start", {"plan": {"clients": ["ada"], "blocks": ["x"], "mask": ["1"], "memory": [-1]}}),
+        ("start", {"plan": {"memory": [-1]}}),
         ("round", {"round": -1}),
-        ("round", {"loss": "low"}),
         ("round", {"losses": {"ada": "low"}}),
         ("round", {"bytes_up": {"ada": 1 << 64}}),
         ("round", {"clients": "ada"}),
-        ("round", {"failures": ["ada"]}),
         ("evaluation", {"accuracy": 10**400}),
         ("end", {"fingerprints": [1]}),
         ("end", {"time": "noon"}),
+        ("end", {"time": None}),
     ],
 )
 def test_an_event_with_fields_of_other_types_is_damaged(

@@ -24,7 +24,6 @@ from zorba.federated.run_folder import RunFolder
 # A busy machine takes half a minute to start or to end a supervisor; this is when it hangs.
 _LONGEST_SECONDS = 120.0
 _LOOK_SECONDS = 0.2
-_LINE_SECONDS = 5.0
 
 
 def run_start(settings: StartSettings) -> None:
@@ -115,7 +114,7 @@ def stop(chosen: Sequence[PartyFolder], console: Console) -> None:
 def follow(chosen: Sequence[PartyFolder], console: Console) -> dict[str, Any]:
     """Shows the run of the first, the server, to its end; stops the others; returns the summary."""
     (server, *sites), shown = chosen, 0
-    with LiveView(RunFolder(server.run).events, console, every=_LINE_SECONDS):
+    with LiveView(RunFolder(server.run).events, console, every=5.0):
         # The server's supervisor ends after the last round; those of the sites stay.
         while server.pid() is not None:
             said = server.said()

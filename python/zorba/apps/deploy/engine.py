@@ -180,8 +180,7 @@ def summarise(run: RunFolder) -> dict[str, Any]:
 class SiteExecutor(Executor):  # type: ignore[misc]
     """Answers messages with those of the site's client, which stays loaded between them.
 
-    A site whose files are wrong stays in the job, and answers every message with the problem, so
-    that the others go on.
+    A site whose files are wrong answers with the problem instead, so that the others go on.
     """
 
     def __init__(self) -> None:
@@ -208,14 +207,13 @@ class SiteExecutor(Executor):  # type: ignore[misc]
     ) -> Shareable:
         """Answers one message; called by the engine."""
         reply = make_reply(ReturnCode.OK)  # for a problem too: others may end the engine's job
-        problem = self._problem
-        if self._client is not None:
-            try:
+        try:
+            if self._client is None:
+                reply[PROBLEM] = self._problem[:500]
+            else:
                 reply[FRAME] = self._client.handle(shareable.get(FRAME))
-                return reply
-            except Exception as error:
-                problem = self._told("the message was not answered", error, fl_ctx)
-        reply[PROBLEM] = problem[:500]
+        except Exception as error:
+            reply[PROBLEM] = self._told("the message was not answered", error, fl_ctx)[:500]
         return reply
 
     def _told(self, what: str, error: Exception, fl_ctx: FLContext) -> str:

@@ -1,8 +1,7 @@
 """JobKeeper: keeps a job of the engine running while there are rounds to run.
 
 The engine's jobs are disposable: the log holds the state, so any job continues where the last one
-ended. A new job is started when there is none, after the server's machine was away for example,
-and when a site is connected that has no part in the running one.
+ended. A new one starts when there is none, and for a site that has no part in the running one.
 """
 
 from __future__ import annotations
@@ -120,11 +119,9 @@ class JobKeeper:
             return
         jobs = session.get_client_job_status() or []
         busy = {job["client_name"] for job in jobs if job.get("job_id") == self._job}
+        before, self._outside = self._outside, set(self._connected) - busy
         # Twice in a row: a site that was just told of the job has not started it yet.
-        outside = set(self._connected) - busy
-        lasting = sorted(outside & self._outside)
-        self._outside = outside
-        if lasting:
+        if lasting := sorted(before & self._outside):
             self._say(f"{', '.join(lasting)} came back: starting the engine's job again")
             self._submitted = time.monotonic()  # that job has time to end
             session.abort_job(self._job)

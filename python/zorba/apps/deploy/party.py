@@ -1,8 +1,7 @@
 """A party, the server or a site: its folder, and the process that keeps its engine running.
 
-``python -m zorba.apps.deploy.party FOLDER`` is a small process that outlives the terminal it was
-started from. It starts the engine again when that has died, and for the server it keeps the
-engine's job going. It loads no torch.
+``python -m zorba.apps.deploy.party FOLDER`` outlives the terminal, starts the engine again when
+that has died, and keeps the job of the server's engine going. It loads no torch.
 """
 
 from __future__ import annotations
@@ -27,9 +26,7 @@ from zorba.apps.deploy.jobs import Backoff, JobKeeper
 from zorba.apps.deploy.provision import ENGINE, place_server
 from zorba.files import write_whole
 
-_STEP_SECONDS = 0.5
-_KILL_SECONDS = 5.0
-_KEPT = 20  # sentences
+_STEP_SECONDS, _KILL_SECONDS = 0.5, 5.0
 
 
 class PartyFolder:
@@ -196,7 +193,7 @@ class Supervisor:
         stamp = time.strftime("%H:%M:%S")
         self._log.write(f"{stamp} supervisor: {text}\n".encode())
         self._log.flush()
-        self._said = [*self._said, f"{stamp} {text}"][-_KEPT:]
+        self._said = [*self._said, f"{stamp} {text}"][-20:]
         write_whole(self._party.state, json.dumps({"said": self._said}) + "\n")
 
 

@@ -96,7 +96,7 @@ def _budgets(sites: tuple[str, ...]) -> dict[str, int]:
 
 
 def _make(kind: type[Any], values: dict[str, Any]) -> Any:
-    """Returns a section of those values that it has: an option needs no line here."""
+    # Of the values that it has: a new option needs no line here.
     return kind.make({name: value for name, value in values.items() if name in kind.model_fields})
 
 

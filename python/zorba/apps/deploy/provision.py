@@ -85,7 +85,7 @@ def provision(folder: Path, project: str, address: str, sites: Sequence[str]) ->
         shutil.move(made / name, place)
         place.chmod(0o700)  # it holds a private key
         if name != ADMIN_NAME:
-            _close(place)
+            _close(place / "local")
     shutil.rmtree(made)
     authority.chmod(0o700)
 
@@ -102,9 +102,8 @@ def place_server(engine: Path) -> None:
     write_json(path, resources)
 
 
-def _close(engine: Path) -> None:
-    """Closes the doors that the engine leaves open in the folder of the server or a site."""
-    local = engine / "local"
+def _close(local: Path) -> None:
+    """Closes the doors that the engine leaves open to the server or a site."""
     resources = json.loads((local / "resources.json.default").read_text())
     resources["class_allow_list"] = ALLOWED
     resources["components"] = [c for c in resources["components"] if c["id"] not in _UNUSED]
@@ -120,10 +119,9 @@ def _close(engine: Path) -> None:
     logs["loggers"]["root"] |= {"level": "WARNING", "handlers": ["consoleHandler"]}
     console = logs["handlers"]["consoleHandler"] | {"formatter": "baseFormatter"}
     logs["handlers"] = {"consoleHandler": console}
-    write_json(local / "resources.json", resources)
-    write_json(local / "comm_config.json", _CONNECTIONS)
-    write_json(local / "authorization.json", rights)
-    write_json(local / "log_config.json", logs)
+    files = {"resources": resources, "authorization": rights, "log_config": logs}
+    for name, content in (files | {"comm_config": _CONNECTIONS}).items():
+        write_json(local / f"{name}.json", content)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -38,11 +38,7 @@ _OBJECTS = (35 << 10, 15 << 10)
 
 
 def read_config(model: str) -> Any:
-    """Returns the config of a causal language model: a folder, a config.json, or a hub name.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Returns the config of a causal language model: a folder, a config.json, or a hub name."""
     from transformers import AutoConfig
 
     path = Path(model)
@@ -63,11 +59,7 @@ def make_model(config: Any, dtype: str, device: str = "cpu") -> nn.Module:
 
 
 def memory_model(config: Any, settings: PlanSettings, overhead: Overhead) -> MemoryModel:
-    """Returns weights, buffers of idle blocks and perturbed weights, counted, with an overhead.
-
-    Raises:
-        ValueError: the model has no transformer blocks.
-    """
+    """Returns weights, buffers of idle blocks and perturbed weights, counted, with an overhead."""
     model = make_model(config, settings.dtype, "meta")
     blocks = find_blocks(model)
     weights = model_weights_memory(model, idle=settings.idle)
@@ -85,15 +77,13 @@ def memory_model(config: Any, settings: PlanSettings, overhead: Overhead) -> Mem
 
 
 def calibrate(config: Any, settings: PlanSettings, say: Callable[[str], None]) -> Overhead:
-    """Returns the bytes that a client takes besides what is counted.
+    """Runs two clients of three blocks at the workload that is planned for, and ``say``s so.
 
-    Runs two clients of three blocks and random weights at the workload that is planned for.
-    ``settings.calibration`` keeps the results, by machine, versions, workload and architecture;
-    ``say`` is told if clients are run.
+    ``settings.calibration`` keeps the results, by machine, versions, workload and architecture.
     """
     small = _truncated(config)
     name = "cpu" if settings.device == "cpu" else torch.cuda.get_device_name(settings.device)
-    described = {**machine.describe(), "device": name}
+    described = machine.describe() | {"device": name}
     shape = {k: v for k, v in small.to_dict().items() if not k.startswith("_")}
     text = json.dumps([_VERSION, shape, settings.workload, described], default=str)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import track
 
 from zorba.apps.command import plain_console
@@ -21,16 +20,9 @@ from zorba.planning import draw_plan, plan_blocks
 from zorba.sizes import show_bytes
 
 
-def run_plan(settings: PlanSettings, console: Console | None = None) -> dict[str, Any]:
-    """Plans, says what it came to, and returns what ``plan.json`` holds.
-
-    Raises:
-        InfeasiblePlanError: no mask fits the budgets.
-        ValueError: settings or a model that do not fit.
-        RuntimeError: a client that was measured failed.
-        OSError: a file that cannot be read or written.
-    """
-    console = console or plain_console()
+def run_plan(settings: PlanSettings) -> None:
+    """Plans, says what it came to, and writes ``plan.json`` and ``plan.png``."""
+    console = plain_console()
     config = read_config(settings.model)
     own_dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     if settings.dtype == "auto":
@@ -94,7 +86,6 @@ def run_plan(settings: PlanSettings, console: Console | None = None) -> dict[str
     (settings.out / "plan.json").write_text(json.dumps(record, indent=1) + "\n")
     draw_plan(plan, settings.out / "plan.png")
     console.print(f"wrote {settings.out / 'plan.json'} and plan.png")
-    return record
 
 
 @contextmanager
@@ -108,9 +99,10 @@ def _weights(settings: PlanSettings, own_dtype: str, config: Any) -> Iterator[st
         return
     with tempfile.TemporaryDirectory(prefix="weights-") as folder:
         # As a client's own checkpoint would be: one of another dtype could not be mapped.
-        source: Any = make_model(config, settings.dtype)
         if has_weights:
-            source = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype)
+            source: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype)
+        else:
+            source = make_model(config, settings.dtype)
         source.save_pretrained(folder)
         del source
         yield folder

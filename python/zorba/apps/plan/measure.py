@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from zorba import federated
 from zorba.apps.command import hide_library_bars
 from zorba.apps.plan.settings import PlanSettings
-from zorba.federated import (
-    Client,
-    FederationSettings,
-    LocalTransport,
-    ModelObjective,
-    Replica,
-    Server,
-    model_fingerprint,
-    run_federation,
-)
 from zorba.hf import find_blocks, narrow_logits
 from zorba.machine import GIVING_BACK, run_apart
 from zorba.offload import Offload
@@ -34,14 +26,10 @@ _ROUNDS = 3
 
 
 def measure_client(folder: str | Path, mask: Sequence[bool], settings: PlanSettings) -> int:
-    """Runs some rounds of a client on random tokens, and returns the most bytes that it took.
+    """Runs rounds of a client with a mask, bool [B]; returns the most bytes that it took.
 
-    On the CPU that is anonymous memory above the imports, on a GPU what torch's allocator held.
-
-    Args:
-        folder: of a causal language model, saved in the workload's dtype.
-        mask: which blocks are active, bool [B].
-        settings: workload and device.
+    The folder has a causal language model in the workload's dtype. On the CPU the bytes are
+    anonymous memory above the imports, on a GPU what torch's allocator held.
     """
     seen = run_apart(_run, str(folder), tuple(mask), settings, environment=GIVING_BACK)
     return seen.above if settings.device == "cpu" else seen.device_peak
@@ -67,15 +55,16 @@ def _run(
             own_memory(model, settings.device)
         groups = {name: b for b, block in enumerate(blocks) for name in block.parameters}
         table = DeviceTables({n: p for n, p in model.named_parameters() if n in groups}, groups)
-        replica = Replica(table, model_fingerprint(model.named_parameters()))
-        batches, loss = _batches(model, settings), _loss(model, settings)
-        objective = ModelObjective(model, table, batches, loss, "gaussian")
+        replica = federated.Replica(table, federated.model_fingerprint(model.named_parameters()))
+        batches, loss = partial(_batch, model, settings), partial(_loss, model, settings)
+        objective = federated.ModelObjective(model, table, batches, loss, "gaussian")
         steps: Any = {"num_perturbations": settings.perturbations, "estimator": settings.estimator}
-        wanted = FederationSettings("measure", 0, lr=0.0, **steps)
-        log = Path(scratch, "log")
-        server = Server(wanted, replica.identity, ["client"], np.array([mask]), log)
-        transport = LocalTransport({"client": Client("client", replica, objective)})
-        result = run_federation(server, transport, _ROUNDS)
+        wanted = federated.FederationSettings("measure", 0, lr=0.0, **steps)
+        clients, log = ["client"], Path(scratch, "log")
+        server = federated.Server(wanted, replica.identity, clients, np.array([mask]), log)
+        client = federated.Client("client", replica, objective)
+        transport = federated.LocalTransport({"client": client})
+        result = federated.run_federation(server, transport, _ROUNDS)
         server.close()
     if failures := result.reports[-1].failures or result.failures:
         raise RuntimeError(f"the client failed: {failures}")
@@ -90,36 +79,29 @@ def own_memory(model: nn.Module, device: str) -> None:
         p.data = p.data.clone()
 
 
-def _batches(model: Any, settings: PlanSettings) -> Callable[[int, int], tuple[Any, int]]:
-    """Returns random batches; all but one sequence end in padding, where a loss masks it."""
+def _batch(
+    model: Any, settings: PlanSettings, round_number: int, step: int
+) -> tuple[dict[str, Tensor], int]:
+    """Returns random text; all but one sequence end in padding, where a loss masks it."""
     words = model.get_input_embeddings()
+    generator = torch.Generator().manual_seed(round_number)
     shape = (settings.batch_size, settings.length)
-
-    def batch(round_number: int, step: int) -> tuple[dict[str, Tensor], int]:
-        generator = torch.Generator().manual_seed(round_number)
-        ids = torch.randint(words.num_embeddings, shape, generator=generator)
-        inputs = {"input_ids": ids}
-        if settings.loss == "text":
-            inputs["attention_mask"] = seen = torch.ones_like(ids)
-            seen[1:, -1] = 0
-            inputs["labels"] = ids.masked_fill(seen == 0, -100)
-        return {name: value.to(words.weight.device) for name, value in inputs.items()}, len(ids)
-
-    return batch
+    ids = torch.randint(words.num_embeddings, shape, generator=generator)
+    inputs = {"input_ids": ids}
+    if settings.loss == "text":
+        inputs["attention_mask"] = seen = torch.ones_like(ids)
+        seen[1:, -1] = 0
+        inputs["labels"] = ids.masked_fill(seen == 0, -100)
+    return {name: value.to(words.weight.device) for name, value in inputs.items()}, len(ids)
 
 
-def _loss(model: Any, settings: PlanSettings) -> Callable[[dict[str, Tensor]], Tensor]:
-    """Returns the loss of a batch: of two label words, or of the text."""
-
-    def text(batch: dict[str, Tensor]) -> Tensor:
+def _loss(model: Any, settings: PlanSettings, batch: dict[str, Tensor]) -> Tensor:
+    """Returns the loss of a batch: of the text, or of two label words."""
+    if settings.loss == "text":
         loss: Tensor = model(**batch, use_cache=False).loss
         return loss
-
-    def label_words(batch: dict[str, Tensor]) -> Tensor:
-        rows = torch.arange(settings.batch_size, device=batch["input_ids"].device)
-        last = torch.full_like(rows, settings.length - 1)
-        words = torch.tensor([0, 1], device=rows.device)
-        logits = narrow_logits(model, {**batch, "use_cache": False}, rows, last, words)
-        return nn.functional.cross_entropy(logits, rows % 2)
-
-    return text if settings.loss == "text" else label_words
+    rows = torch.arange(settings.batch_size, device=batch["input_ids"].device)
+    last = torch.full_like(rows, settings.length - 1)
+    words = torch.tensor([0, 1], device=rows.device)
+    logits = narrow_logits(model, {**batch, "use_cache": False}, rows, last, words)
+    return nn.functional.cross_entropy(logits, rows % 2)

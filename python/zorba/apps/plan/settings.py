@@ -19,15 +19,10 @@ _WORKLOAD = ("batch_size", "length", "perturbations", "estimator", "loss", "dtyp
 
 
 def read_budgets(text: str) -> dict[str, int]:
-    """Returns the budget of each client, by name.
+    """Returns the budget of each client, by name; a ValueError names what is wrong.
 
-    Args:
-        text: budgets by commas, ``"phone=300MB,laptop=2GiB"`` or ``"300MB,2GiB"``, where clients
-            are called client-0, client-1, ...; or a file with one a line, or with a JSON object
-            from name to budget.
-
-    Raises:
-        ValueError: a budget that is none, two clients of one name, or no clients.
+    The text is a list by commas, ``"phone=300MB,laptop=2GiB"``, or ``"300MB,2GiB"`` for client-0
+    and client-1; or a file with one budget a line, or with a JSON object from name to budget.
     """
     # Not Path.is_file(), which raises where a list is too long for a name.
     content = Path(text).read_text() if os.path.isfile(text) else None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from zorba.machine import PeakAnonymous, anonymous_memory, peak, run_apart
+from zorba.machine import PeakAnonymous, anonymous_memory, memory, run_apart
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 
@@ -35,38 +35,30 @@ def map_file(ready: Callable[[], None], path: str) -> int:
     return int((mapped.max() == mapped.min()) * mapped.nbytes)
 
 
-def fail(ready: Callable[[], None]) -> None:
-    ready()
-    raise KeyError("no such thing")
-
-
-def forget(ready: Callable[[], None]) -> None:
-    del ready
-
-
 def variable(ready: Callable[[], None], name: str) -> str | None:
     ready()
     return os.environ.get(name)
 
 
-def die(ready: Callable[[], None]) -> None:
-    ready()
-    os.kill(os.getpid(), 9)
+def go_wrong(ready: Callable[[], None], how: str) -> None:
+    if how != "forgets":
+        ready()
+    if how == "raises":
+        raise KeyError("no such thing")
+    if how == "dies":
+        os.kill(os.getpid(), 9)
 
 
 def test_sees_what_was_held_and_given_back() -> None:
-    size = 256 * MIB
-    run = run_apart(hold, size)
-    assert run.result == size + size // 2
-    assert abs(run.above - size) < 8 * MIB  # the counter lags
+    run = run_apart(hold, 256 * MIB)
+    assert run.result == 384 * MIB
+    assert abs(run.above - 256 * MIB) < 8 * MIB  # the counter lags
 
 
 def test_leaves_out_mapped_files(tmp_path: Path) -> None:
-    size = 128 * MIB
-    path = tmp_path / "weights"
-    path.write_bytes(b"\x01" * size)
-    run = run_apart(map_file, str(path))
-    assert run.result == size
+    (tmp_path / "weights").write_bytes(b"\x01" * 128 * MIB)
+    run = run_apart(map_file, str(tmp_path / "weights"))
+    assert run.result == 128 * MIB
     assert run.above < 8 * MIB
 
 
@@ -77,8 +69,8 @@ def test_environment_is_the_other_processs_alone() -> None:
 
 def test_watches_this_process_too(monkeypatch: pytest.MonkeyPatch) -> None:
     looked = threading.Event()
-    plain = peak.anonymous_memory
-    monkeypatch.setattr(peak, "anonymous_memory", lambda pid: (plain(pid), looked.set())[0])
+    plain = memory.anonymous_memory
+    monkeypatch.setattr(memory, "anonymous_memory", lambda pid: (plain(pid), looked.set())[0])
     before = anonymous_memory(os.getpid())
     with PeakAnonymous(os.getpid()) as watch:
         # Of the system itself: the allocator may have freed memory at hand that counts already.
@@ -93,12 +85,16 @@ def test_watches_this_process_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "message"),
-    [(fail, "no such thing"), (forget, r"never called ready\(\)"), (die, "exit code -9")],
+    ("how", "message"),
+    [
+        ("raises", "no such thing"),
+        ("forgets", r"never called ready\(\)"),
+        ("dies", "exit code -9"),
+    ],
 )
-def test_says_what_went_wrong(function: Callable[..., None], message: str) -> None:
+def test_says_what_went_wrong(how: str, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
-        run_apart(function)
+        run_apart(go_wrong, how)
 
 
 def test_no_such_process() -> None:

@@ -123,7 +123,6 @@ class Bench:
         return {n: Times([between(*m) for m in some], extra[n]) for n, some in marks.items()}
 
     def measure(self, group: str, name: str, **figures: Any) -> None:
-        """Adds a row to the table of a group."""
         self.measures.append({"group": group, "name": name, **figures})
 
     def target(
@@ -136,7 +135,6 @@ class Bench:
         self.targets.append(row)
 
     def passes(self, group: str, times: Mapping[str, Times], weights: int, moved: int) -> None:
-        """Adds passes over ``weights``, ``limit`` among them, that all move ``moved`` bytes."""
         card = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
         peak = next((rate for part, rate in PEAK_BANDWIDTH.items() if part in card), None)
         for name, t in times.items():
@@ -158,7 +156,6 @@ class Bench:
 
 
 def mark(device: torch.device) -> Mark:
-    """Returns a point of the CUDA stream, or of the host's time."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -167,7 +164,6 @@ def mark(device: torch.device) -> Mark:
 
 
 def between(begin: Mark, end: Mark) -> float:
-    """Returns the seconds between two marks, which the device has passed."""
     return end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1e3
 
 

@@ -34,7 +34,6 @@ SLOWER, MEMORY = 1.3, 0.6  # targets: time and device memory over those of a res
 
 
 def model_of(bench: Bench, dtype: torch.dtype) -> tuple[Any, list[bool]]:
-    """Returns a model and its mask, bool [blocks]."""
     config = bench.sizes.offload()
     layers, active = config.num_hidden_layers, bench.sizes.offload_active
     chosen = {(2 * i + 1) * layers // (2 * active) for i in range(active)}

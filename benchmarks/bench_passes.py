@@ -33,7 +33,6 @@ def limits(weights: dict[str, Tensor], flat: Tensor, out: Tensor) -> dict[str, C
 
 
 def bench_pass(bench: Bench, title: str) -> None:
-    """In place, and to another table."""
     shapes = bench.sizes.tables[title]()
     flat, weights = flat_weights(shapes, bench.device)
     flat_out, outputs = flat_weights(shapes, bench.device, like=flat)

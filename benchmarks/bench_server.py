@@ -43,7 +43,6 @@ class Crowd:
         self.greet(self.names)
 
     def greet(self, names: list[str], after: int = 0) -> None:
-        """Admits clients whose replicas are after this round."""
         # Nobody knows what replicas would tell, so any number does for their fingerprint.
         fixed = (self.settings.job_id, IDENTITY, "gaussian", "stochastic", after)
         rest = (*fixed, IDENTITY.start + after, package_version())
@@ -68,7 +67,6 @@ class Crowd:
 
 
 def hold_rounds(ready: Callable[[], None], folder: str, rounds: int) -> None:
-    """Admits the clients and runs rounds with all of them."""
     ready()
     crowd = Crowd(Path(folder))
     crowd.play(rounds, crowd.names)

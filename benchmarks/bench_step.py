@@ -54,7 +54,6 @@ def two_forwards(closure: Any) -> None:
 
 
 def measure(bench: Bench, closure: Any, name: str, step: Any) -> None:
-    """Times a step beside its two forwards."""
     times = bench.in_turn({"forwards": lambda: two_forwards(closure), "step": step})
     forwards, of_step = times["forwards"], times["step"]
     ratios = {

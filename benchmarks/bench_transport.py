@@ -60,7 +60,6 @@ def free(*_: object, **__: object) -> Any:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A project of a tiny model, its server on a port that nobody has."""
     save_tiny_llama(tmp_path / "model", torch.float32)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -94,7 +93,6 @@ def measure(benchmark: Any, call: Callable[[], object]) -> None:
 
 @contextmanager
 def running(project: Path) -> Iterator[EventReader]:
-    """The project's processes, and the events of its run."""
     (project.parent / "sitecustomize.py").write_text(_FREE)
     root = Path(__file__).resolve().parents[1]
     paths = [str(project.parent), str(root), os.environ.get("PYTHONPATH", "")]

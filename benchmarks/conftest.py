@@ -36,12 +36,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def bench(request: pytest.FixtureRequest) -> Bench:
-    """A device, and where a test puts what it finds there."""
     return Bench(request.node)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Prints what was measured."""
     reports = [r for kind in ("passed", "failed") for r in terminalreporter.getreports(kind)]
     measures = [row for r in reports for row in dict(r.user_properties).get("measures", [])]
     for line in lines(measures):

@@ -44,11 +44,9 @@ class Results:
             raise SystemExit(f"{path} has runs with other settings: move it away")
 
     def part(self, name: str) -> dict[str, Any]:
-        """Returns a part of the content, an empty one where there is none."""
         return self.data.setdefault(name, {})
 
     def put(self, part: str, value: Mapping[str, Any]) -> None:
-        """Puts results into a part, in the place of earlier ones of the same names."""
         self.part(part).update(finite(value))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, json.dumps(self.data, indent=1, allow_nan=False) + "\n")

@@ -48,14 +48,12 @@ def run(demo: DemoRuns, case: Case) -> Run:
 
 
 def cases_of(lie: str, clip: float | None) -> dict[str, Case]:
-    """Returns the runs of a panel, by name."""
     cases: list[Case] = [(None, "mean", clip), (lie, "trimmed", clip), (lie, "mean", clip)]
     end = ", no clip" if clip is None else ""
     return {f"{case[0] or 'nobody lies'}, {case[1]}{end}": case for case in cases}
 
 
 def main() -> None:
-    """Makes the runs that are missing, prints their accuracies and draws them."""
     clients = dict.fromkeys(CLIENTS, BLOCKS)
     settings = ReviewSettings(clients=clients, rounds=40, out=Path("runs/lying"))
     cases = [cases_of(*panel) for panel in PANELS]

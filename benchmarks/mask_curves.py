@@ -37,7 +37,6 @@ KINDS = {
 
 
 def masks_of(kind: str, planned: Masks, seed: int) -> Masks:
-    """Returns the masks of a run, bool [clients, blocks]."""
     clients, blocks = planned.shape
     numbers = np.random.default_rng([seed, clients, blocks])
 
@@ -71,7 +70,6 @@ def rounds_to(curve: list[tuple[int, float]], target: float) -> float:
 
 
 def main() -> None:
-    """Makes the runs that are missing, prints the rounds to some losses, and draws the losses."""
     clients = dict(zip(CLIENTS, COUNTS, strict=True))
     settings = ReviewSettings(
         clients=clients, trainable=BLOCKS, rounds=60, perturbations=2, batch_size=4, longest=16,

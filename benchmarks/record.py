@@ -17,7 +17,6 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds the options of a stage of ``make gpu-check``."""
     group = parser.getgroup("record")
     group.addoption("--record", type=Path, help="JSON file for outcomes and findings")
     group.addoption("--stage", default="all", help="name that the tests stand under in it")
@@ -55,7 +54,6 @@ class Recorder:
         self.write()
 
     def write(self, **more: Any) -> None:
-        """Puts this stage into the file."""
         whole = read_results(self.path)
         row = whole.setdefault("stages", {}).setdefault(self.stage, {})
         row.pop("running", None)
@@ -72,7 +70,6 @@ class Recorder:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Returns what is in the file; nothing where there is none."""
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
@@ -85,7 +82,6 @@ def write_results(path: Path, whole: dict[str, Any]) -> None:
 
 
 def lines(measures: list[dict[str, Any]]) -> Iterator[str]:
-    """Yields a table for each group of measures."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in measures:
         groups.setdefault(row["group"], []).append(row)
@@ -101,5 +97,4 @@ def lines(measures: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def short(value: object) -> str:
-    """Returns a figure in a few digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

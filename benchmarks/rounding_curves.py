@@ -59,7 +59,6 @@ def pretrained(seed: int) -> Any:
 
 
 def train(name: str, base: Any, seed: int) -> list[float]:
-    """Returns the loss of each step."""
     dtype, rounding, _ = RUNS[name]
     model = copy.deepcopy(base).to(dtype)
     options: dict[str, Any] = {"distribution": "rademacher", "rounding": rounding, "seed": seed}
@@ -73,7 +72,6 @@ def train(name: str, base: Any, seed: int) -> list[float]:
 
 
 def draw(path: Path, losses: dict[str, list[list[float]]]) -> None:
-    """Draws every run, smoothed over 50 steps, and the mean of each kind."""
     with picture(path, 7, 4) as (axes,):
         for name, runs in losses.items():
             before = np.repeat(np.array(runs)[:, :1], 49, axis=1)
@@ -87,7 +85,6 @@ def draw(path: Path, losses: dict[str, list[list[float]]]) -> None:
 
 
 def main() -> None:
-    """Trains, prints the areas under the curves and writes picture and figures."""
     torch.set_num_threads(1)
     losses: dict[str, list[list[float]]] = {name: [] for name in RUNS}
     for seed in SEEDS:

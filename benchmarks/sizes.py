@@ -27,7 +27,6 @@ def llama_config(layers: int, hidden: int, inner: int, vocabulary: int, **more: 
 
 
 def smollm_config() -> Any:
-    """Returns the ``LlamaConfig`` of SmolLM2-135M."""
     grouped = {"num_attention_heads": 9, "num_key_value_heads": 3}
     return llama_config(30, 576, 1536, 49152, tie_word_embeddings=True, **grouped)
 
@@ -42,7 +41,6 @@ def random_llama(config: Any, dtype: torch.dtype, device: torch.device | str = "
 
 
 def shapes_of(config: Any) -> Shapes:
-    """Returns the shapes of a model's parameters; no memory is taken for them."""
     model = random_llama(config, torch.bfloat16, "meta")
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 

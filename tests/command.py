@@ -14,8 +14,6 @@ from zorba.apps.cli import main
 
 @dataclass(frozen=True)
 class Result:
-    """End of a command."""
-
     exit_code: int
     output: str  # standard output and standard error, as they came
 
@@ -26,7 +24,6 @@ class Result:
 
 
 def zorba(*arguments: object, **environment: str) -> Result:
-    """Runs ``zorba ARGUMENTS`` on a terminal of 200 columns."""
     output, code = io.StringIO(), 0
     with (
         mock.patch.dict(os.environ, {"COLUMNS": "200", **environment}),

@@ -41,7 +41,6 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out tests that need a GPU where there is none."""
     if not torch.cuda.is_available():
         gpu = [item for item in items if item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=gpu)
@@ -49,13 +48,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
-    """Names dtypes as in bfloat16 instead of torch.bfloat16."""
     return str(val).removeprefix("torch.") if isinstance(val, torch.dtype) else None
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Prints the seed of the test's random inputs when it fails."""
     report = yield
     if report.failed and _rng_seed in item.stash:
         said = f"repeat with ZORBA_TEST_SEED={item.stash[_rng_seed]}"
@@ -71,7 +68,6 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Restores torch's number of threads after the test."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -81,8 +77,6 @@ def threads() -> Iterator[None]:
 
 
 class Random:
-    """Random inputs from one seed."""
-
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.generator = torch.Generator().manual_seed(seed)
@@ -131,6 +125,5 @@ def rng(request: pytest.FixtureRequest) -> Random:
 
 @pytest.fixture
 def generator(rng: Random) -> torch.Generator:
-    """The torch generator of ``rng``; torch's global one starts from the same seed."""
     torch.manual_seed(rng.seed)
     return rng.generator

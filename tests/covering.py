@@ -51,7 +51,6 @@ def _pairwise(sizes: list[int]) -> list[list[int]]:
 
 
 def _pairs(row: Mapping[int, int], axis: int, at: int) -> list[tuple[int, int, int, int]]:
-    """The pairs of a value with the values of a row on other axes."""
     return [
         (other, row[other], axis, at) if other < axis else (axis, at, other, row[other])
         for other in row

@@ -1,10 +1,8 @@
 """Every number that a test compares with within a tolerance, and the reason for it.
 
-Weights, noise and fingerprints are never compared within a tolerance: they are equal bit for bit
-between backends. What is left are properties of distributions. Where a property is computed over
-all 2**32 words the bound is the promise of ``docs/noise.md``; where it is estimated from a sample,
-the seed is frozen, so the figure is a constant of the contract and the test cannot flake: the bound
-says how far a good generator may be off.
+Weights, noise and fingerprints are equal bit for bit, never within a tolerance. Bounds over all
+2**32 words are promises of ``docs/noise.md``; samples have frozen seeds, so that no test flakes:
+their bounds say how far a good generator may be off.
 """
 
 from __future__ import annotations
@@ -56,7 +54,6 @@ TOLERANCES = {
 
 
 def bound(name: str) -> float:
-    """Returns the bound of a row of the table."""
     return TOLERANCES[name][0]
 
 
@@ -66,6 +63,5 @@ def sampling_error(count: int) -> float:
 
 
 def assert_normal(z: Tensor) -> None:
-    """Fails unless mean and variance are those of a sample of standard normals."""
     assert abs(float(z.mean())) < sampling_error(z.numel())
     assert abs(float(z.var()) - 1.0) < 2**0.5 * sampling_error(z.numel())

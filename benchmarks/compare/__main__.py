@@ -56,13 +56,11 @@ class Compare:
         return [bool(on) for on in self.plan.mask[list(SHARES).index(client)]]
 
     def keep(self, part: str, key: str, value: dict[str, Any]) -> None:
-        """Writes a result down, with its machine and settings."""
         settings = {k: v for k, v in asdict(self.settings).items() if k not in ("out", "cache")}
         versions = machine.describe() | {"peft": machine.version_of("peft")}
         self.results.put(part, {key: {**value, "machine": versions, "settings": settings}})
 
     def measure_clients(self, resume: bool) -> None:
-        """Measures a client of each method in a process of its own."""
         for row in ROWS:
             if not resume or row.key not in self.results.part("clients"):
                 seen = measure(row, self.mask_of(row.client), self.settings, self.folder)
@@ -72,7 +70,6 @@ class Compare:
                 self.console.print(f"{report.label_of(row)}: {said}")
 
     def train(self, name: str) -> None:
-        """Runs a method, and scores it."""
         plan, data = PLANS[name], self.data
         loss = AnswerLoss(load_model(self.folder), data.answers)
         own_memory(loss.model, "cpu")
@@ -96,7 +93,6 @@ class Compare:
         self.keep("methods", name, {**own, **asdict(record)})
 
     def report(self) -> None:
-        """Prints the table and draws the pictures of all that was measured so far."""
         data = {part: self.results.part(part) for part in ("start", "methods", "clients")}
         report.print_table(self.console, data)
         if data["methods"]:

@@ -52,7 +52,6 @@ class Evaluation:
     every: int  # rounds between points
 
     def add(self, record: Record, ends: bool) -> None:
-        """Adds the scores of the model as it is now."""
         for batches in (self.subset, self.whole if ends else []):
             if batches:
                 score = self.score(batches)
@@ -111,7 +110,6 @@ class Row:
 
     @property
     def key(self) -> str:
-        """Name in the results."""
         return " ".join([self.method, self.client, *(name for name, _ in self.options)])
 
 

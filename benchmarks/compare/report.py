@@ -16,7 +16,6 @@ MIB = 2**20
 
 
 def label_of(row: Row) -> str:
-    """Returns what a measured client is called."""
     title = PLANS[row.method].title
     if row.method == "zorba":
         return f"{title}, {SHARES[row.client]:.0%} of the blocks"
@@ -24,7 +23,6 @@ def label_of(row: Row) -> str:
 
 
 def print_table(console: Console, data: dict[str, Any]) -> None:
-    """Prints what is there: a row for each measured client."""
     table = Table(title="SmolLM2-135M, SST-2, 8 clients that are not alike")
     table.add_column("client of", no_wrap=True)
     for name in ("accuracy", "AUC", "rounds", "peak MiB", "of DeComFL", "up", "down", "s"):
@@ -58,7 +56,6 @@ def mean_of(run: dict[str, Any], key: str) -> float:
 
 
 def draw_accuracy(path: Path, data: dict[str, Any]) -> None:
-    """Draws accuracy and training loss against rounds."""
     with picture(path, 9.5, 3.8, 2) as (left, right):
         for name, run in data["methods"].items():
             sentences = min(score["sentences"] for score in run["scores"])
@@ -73,7 +70,6 @@ def draw_accuracy(path: Path, data: dict[str, Any]) -> None:
 
 
 def draw_costs(path: Path, data: dict[str, Any]) -> None:
-    """Draws memory and time of a client, and what it sends and gets."""
     rows = [row for row in ROWS if row.key in data["clients"]][::-1]
     seen = [data["clients"][row.key] for row in rows]
     labels, colors = [label_of(row) for row in rows], [PLANS[row.method].color for row in rows]

@@ -28,7 +28,6 @@ class Stage(NamedTuple):
     optional: bool = False  # only a failed check of it fails the run
 
     def command(self, results: Path, limit: float, rehearse: bool) -> list[str]:
-        """Returns what runs it, with a deadline somewhat before the limit."""
         if not self.files:
             # A rehearsal only tries whether setup.py runs: it must not change what is installed.
             words = ["--name"] if rehearse else ["build_ext", "--inplace"]
@@ -94,7 +93,6 @@ def run_process(command: list[str], limit: float, variables: Mapping[str, str]) 
 
 
 def tool(name: str) -> str | None:
-    """Returns the path of a tool of CUDA, or None."""
     return shutil.which(name) or shutil.which(name, path=CUDA_TOOLS)
 
 

@@ -31,7 +31,6 @@ PATIENCE = 90.0  # seconds for compiling ahead
 
 
 def test_description(bench: Bench) -> None:
-    """What every figure of the run belongs to."""
     built = zk.build_info()
     bench.facts.update(
         machine.describe(),

@@ -60,13 +60,11 @@ def test_chunks_in_random_order(bench: Bench, distribution: str, other: str, sha
 
 
 def count(bench: Bench, elements: int, distribution: str) -> None:
-    """Keeps what was compared beside the outcome."""
     bench.facts["elements"] += elements
     bench.facts["counters"] += elements // zk.noise.BLOCK_ELEMENTS[distribution]
 
 
 def random_key(bench: Bench, distribution: str) -> dict[str, Any]:
-    """Returns arguments of ``noise`` besides the range and the backend."""
     key = {"seed": bench.rng.getrandbits(64), "stream": STREAM, "sample": bench.rng.getrandbits(31)}
     return {**key, "distribution": distribution, "device": bench.device}
 

@@ -30,7 +30,6 @@ class Message:
 
     @property
     def encoded(self) -> int:
-        """Bytes as really sent."""
         return self.numbers + self.frame
 
 

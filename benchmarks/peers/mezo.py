@@ -22,7 +22,6 @@ def normal_like(p: Tensor) -> Tensor:
 
 
 def perturb(parameters: Iterable[Tensor], seed: int, scale: float, eps: float) -> None:
-    """Adds ``scale * z * eps`` to every tensor."""
     torch.manual_seed(seed)
     for p in parameters:
         z = normal_like(p.data)

@@ -17,7 +17,6 @@ BLOCK = 1024
 
 @triton.jit(do_not_specialize=["seed"])
 def add_randn(p_w, n, seed, eps, block: tl.constexpr):
-    """One program adds noise to ``block`` weights."""
     o_w = tl.program_id(0) * block + tl.arange(0, block)
     m_w = o_w < n
     b_w = tl.load(p_w + o_w, mask=m_w).to(tl.float32)

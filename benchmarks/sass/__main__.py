@@ -55,7 +55,6 @@ def count_triton() -> Counted | str:
 
 
 def lines(rows: list[Row], recorded: Recorded) -> Iterator[str]:
-    """Yields a line for each row, between a head and an explanation."""
     busy = "".join(f"{pipe:>8}" for pipe in pipes.PIPES)
     yield f"{'slots a weight, and how many of them each pipe takes':54}{'slots':>7}{busy}" + (
         f"{'bound':>8}{'of mem.':>8}{'regs':>5}{'recorded':>9}{'limit':>7}{'x CUDA':>8}"

@@ -39,7 +39,6 @@ class Instruction:
 
     @cached_property
     def stored_bytes(self) -> int:
-        """What a lane stores to global memory with it."""
         if self.opcode not in ("ST", "STG"):
             return 0
         return next((STORED[s] for s in self.name.split(".") if s in STORED), 4)
@@ -72,14 +71,12 @@ class Code:
 
 
 def find_tool() -> str | None:
-    """Path of cuobjdump: on the PATH, or the one in the triton wheel."""
     spec = importlib.util.find_spec("triton")
     shipped = Path(spec.origin).parent / "backends/nvidia/bin" if spec and spec.origin else None
     return shutil.which("cuobjdump") or (shipped and shutil.which("cuobjdump", path=shipped))
 
 
 def run_tool(*arguments: str, folder: str | None = None) -> str:
-    """What cuobjdump prints."""
     tool = find_tool()
     if tool is None:
         raise RuntimeError("cuobjdump is neither on the PATH nor in a triton wheel")
@@ -99,7 +96,6 @@ def disassemble(path: Path, arch: str | None = None) -> list[Code]:
 
 
 def disassemble_cubin(cubin: bytes) -> Code:
-    """The one kernel of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -129,7 +125,6 @@ def assembler(binary: bytes) -> str:
 
 
 def assembler_of(path: Path) -> str:
-    """Version of the ptxas that made the kernels of a file."""
     with tempfile.TemporaryDirectory() as folder:
         run_tool("-arch", ARCH, "-xelf", "all", str(path.resolve()), folder=folder)
         made = {assembler(cubin.read_bytes()) for cubin in Path(folder).glob("*.cubin")}

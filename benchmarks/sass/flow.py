@@ -36,7 +36,6 @@ class Block:
 
     @property
     def stored_bytes(self) -> int:
-        """What a lane stores to global memory here."""
         return sum(i.stored_bytes for i in self.instructions)
 
 
@@ -72,7 +71,6 @@ def blocks_of(instructions: list[Instruction]) -> Blocks:
 
 
 def instructions_of(blocks: Blocks, addresses: list[int]) -> Path:
-    """The instructions of some blocks, in that order."""
     return [i for a in addresses for i in blocks[a].instructions]
 
 

@@ -47,13 +47,11 @@ class Row:
 
     @property
     def work(self) -> str:
-        """What it does, in words."""
         decay = " with decay" if self.decay else ""
         return f"{self.distribution} {self.rounding} {self.dtype}{decay}"
 
     @property
     def name(self) -> str:
-        """What tells it from the other rows."""
         return f"{self.backend} {self.work}"
 
     @property
@@ -75,7 +73,6 @@ class Counted(NamedTuple):
 
 
 def row_of(code: Code, path: Path, weights: int, **about: Any) -> Row:
-    """Counts a path."""
     busy = pipes.count_pipes(path)
     return Row(**about, weights=weights, slots=len(path), pipes=busy, registers=code.registers)
 
@@ -131,7 +128,6 @@ def triton_row(code: Code, **about: Any) -> Row:
 
 
 def itemsize(dtype: str) -> int:
-    """Bytes of a weight."""
     return 4 if dtype == "float32" else 2
 
 
@@ -171,7 +167,6 @@ class Recorded:
         return known.get(f"cuda {row.work}", float("nan"))
 
     def failures(self, counted: Counted) -> Iterator[str]:
-        """Yields everything that is wrong."""
         rows, versions = counted.rows, counted.versions
         for kernel in counted.kernels:
             if kernel.stack_bytes or kernel.local_accesses:

@@ -43,7 +43,6 @@ def add_noise() -> list[Compiled]:
 
 
 def about(variant: Variant) -> dict[str, Any]:
-    """Returns the fields of ``Row``."""
     flags = variant.flags
     names = {code: str(dtype).removeprefix("torch.") for dtype, code in DTYPE_CODES.items()}
     return {

@@ -23,7 +23,6 @@ STEPS = 70
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A saved model in bfloat16, with a tokenizer's file and one that is none."""
     torch.manual_seed(1)
     LlamaForCausalLM(tiny_config("llama")).to(torch.bfloat16).save_pretrained(tmp_path / "base")
     (tmp_path / "base" / "tokenizer.json").write_text("{}")
@@ -46,7 +45,6 @@ def train(base: Path, log: Path, dtype: torch.dtype, finish: bool = True) -> Lla
 
 
 def run(base: Path, log: Path, out: Path, *more: str) -> str:
-    """Everything that it says."""
     result = zorba("replay", base, log, out, *more)
     assert result.exit_code == 0, result.output
     return result.output

@@ -33,8 +33,6 @@ def settings(tmp_path: Path, threads: None) -> Settings:
 
 @pytest.fixture
 def examples(generator: torch.Generator) -> dict[str, list[data.Example]]:
-    """Eight clients with 8 to 15 sentences each."""
-
     def example(label: int) -> data.Example:
         length = int(torch.randint(3, 8, (), generator=generator))
         ids = torch.randint(3, 100, (length,), generator=generator).tolist()

@@ -47,12 +47,10 @@ def work_on(threads: None, generator: torch.Generator) -> Callable[[nn.Module], 
 
 @pytest.fixture
 def work(work_on) -> Work:
-    """On a Llama of 3 blocks, float32."""
     return work_on(build(case_of("llama")))
 
 
 def run_round(method: Method, round_: int, clients: list[str] | None = None) -> dict[str, Message]:
-    """One round; returns the clients' answers."""
     down = method.begin(round_, clients or list(SIZES))
     up = {client: method.local(client, round_, message) for client, message in down.items()}
     method.aggregate(round_, up)
@@ -60,7 +58,6 @@ def run_round(method: Method, round_: int, clients: list[str] | None = None) -> 
 
 
 def weights_of(model: nn.Module) -> Weights:
-    """Copies of all parameters."""
     return {name: p.detach().double().clone() for name, p in model.named_parameters()}
 
 
@@ -74,7 +71,6 @@ def noise_of(model: nn.Module, seed: int, sample: int = 0) -> Weights:
 
 
 def plus(weights: Weights, *terms: tuple[float, Weights]) -> Weights:
-    """Weights plus a linear combination of directions."""
     return {
         name: value + sum(coef * direction[name] for coef, direction in terms)
         for name, value in weights.items()
@@ -83,7 +79,6 @@ def plus(weights: Weights, *terms: tuple[float, Weights]) -> Weights:
 
 @torch.no_grad()
 def loss_at(model: nn.Module, weights: Weights, ids: Tensor) -> float:
-    """The loss at other weights than the model's own."""
     floats = {name: value.float() for name, value in weights.items()}
     inputs = {"input_ids": ids, "labels": ids}
     return float(torch.func.functional_call(model, floats, kwargs=inputs).loss)

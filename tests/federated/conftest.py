@@ -15,7 +15,6 @@ from tests.federated.world import World
 
 @pytest.fixture
 def make_world(tmp_path: Path) -> Iterator[Callable[..., World]]:
-    """Makes worlds, each on a log of its own."""
     worlds: list[World] = []
 
     def make(**options: Any) -> World:
@@ -29,11 +28,9 @@ def make_world(tmp_path: Path) -> Iterator[Callable[..., World]]:
 
 @pytest.fixture
 def world(make_world: Callable[..., World]) -> World:
-    """Three clients on an empty log."""
     return make_world()
 
 
 @pytest.fixture
 def numbers(rng: Random) -> np.random.Generator:
-    """numpy's generator, from the test's seed."""
     return np.random.default_rng(rng.seed)

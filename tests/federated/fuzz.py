@@ -95,7 +95,6 @@ class Attack:
         self._before = self._state()
 
     def messages_of(self, count: int, seed: int) -> Iterator[tuple[str, bytes]]:
-        """Yields names of senders and messages."""
         chance = random.Random(seed)
         names = (*self.world.clients, *NAMES)
         for _ in range(count):
@@ -119,7 +118,6 @@ class Attack:
         return receipt.accepted or answer is not None
 
     def _state(self) -> tuple[bytes, int]:
-        """The log, and the client's weights."""
         return self.world.path.read_bytes(), self.client.replica.fingerprint(fresh=True)
 
     def end(self) -> None:
@@ -133,7 +131,6 @@ class Attack:
 
 
 def main() -> None:
-    """Sends the messages and prints what became of everything."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--messages", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=1)

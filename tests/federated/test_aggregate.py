@@ -21,7 +21,6 @@ def measured(numbers: np.random.Generator, clients: int, blocks: int) -> tuple[A
 
 
 def one_block(*scalars: float) -> tuple[Any, Any]:
-    """Scalars of as many clients, K = P = 1, and masks of one block."""
     return np.array(scalars, np.float32).reshape(-1, 1, 1), np.ones((len(scalars), 1), bool)
 
 

@@ -136,8 +136,6 @@ def test_other_files_are_refused_and_left_alone(path: Path, content: str, words:
 
 
 class FullDisk:
-    """A file whose writes come short while the disk is full."""
-
     def __init__(self, file: Any) -> None:
         self.file, self.full = file, False
 

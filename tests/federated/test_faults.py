@@ -1,7 +1,4 @@
-"""Processes that are killed, late, full or wrong: the run ends where the undisturbed one ends.
-
-Every server and site here is a process of its own, with its log and checkpoints on disk.
-"""
+"""Processes that are killed, late, full or wrong: the run ends where the undisturbed one ends."""
 
 from __future__ import annotations
 
@@ -22,7 +19,6 @@ ROUNDS = 8
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """The run that nothing disturbs."""
     outcome = run(Job(tmp_path_factory.mktemp("plain"), rounds=ROUNDS))
     assert outcome.identical
     assert outcome.kills == ()

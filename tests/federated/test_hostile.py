@@ -72,7 +72,6 @@ def fall(path: Path, lie: Lie | None, **changes: Any) -> float:
 
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory: pytest.TempPathFactory) -> float:
-    """How far the loss falls when nobody lies."""
     return fall(tmp_path_factory.mktemp("honest") / "log", None)
 
 

@@ -36,8 +36,6 @@ LATER_MASKS = [[False, True, True], [True, False, False], [True, True, False]]
 
 
 def batches(number: int) -> Any:
-    """Sequences that are a function of client, round and step."""
-
     def batch(round_number: int, step: int) -> tuple[torch.Tensor, int]:
         generator = torch.Generator().manual_seed(100 * number + 10 * round_number + step)
         return torch.randint(3, VOCABULARY, (2, 6), generator=generator), 2

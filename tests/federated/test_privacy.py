@@ -39,7 +39,6 @@ def quiet(accountant: PrivacyAccountant) -> PrivacyAccountant:
 
 
 def make_private(world: World, name: str, accountant: PrivacyAccountant) -> PrivacyAccountant:
-    """Has a client of the world keep its scalars private."""
     client = world.clients[name]
     client.privacy, client._last = accountant, accountant.last
     return accountant
@@ -97,7 +96,6 @@ def test_noise_has_the_scale_that_is_counted(policy: Privacy, rows: int) -> None
 
 
 def test_noise_does_not_come_from_seeds() -> None:
-    """Not from the plan's, nor from those of numpy, torch and random."""
     told = []
     for _ in range(2):
         random.seed(1)

@@ -18,7 +18,6 @@ MOST = ("ada", "bob")
 
 
 def field(value: Any) -> str:
-    """The id of a case: the field that is changed."""
     return next(iter(value)) if isinstance(value, dict) else ""
 
 
@@ -197,7 +196,6 @@ def test_log_that_does_not_fit_one_plan_comes_in_several(
 
 
 def corrupt(world: World, name: str) -> None:
-    """Changes one weight behind the replica's back."""
     replica = world.replicas[name]
     replica.table.entries[1].tensor[0, 0] += 1
     replica.fingerprint(fresh=True)

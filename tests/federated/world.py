@@ -55,7 +55,6 @@ def copy_table(table: zk.ParamTable) -> zk.ParamTable:
 
 
 def loss_of(table: zk.ParamTable, target: float) -> float:
-    """Mean squared distance of all weights to the target."""
     total = sum(float(((e.tensor.double() - target) ** 2).sum()) for e in table.entries)
     return total / table.numel
 
@@ -110,7 +109,6 @@ def reply_of(data: bytes) -> Reply:
 
 
 def fail(client: Client, error: BaseException, from_round: int = 1) -> None:
-    """Lets the client's objective raise."""
     inner = client.objective
 
     def failing(round_number: int, step: int) -> Any:
@@ -159,7 +157,6 @@ class World:
         self.transport = LocalTransport(self.clients)
 
     def start(self) -> Server:
-        """A server on the log, which may have rounds already."""
         return Server(self.settings, self.identity, list(self.clients), self.masks, self.path)
 
     def restart(self) -> None:
@@ -171,19 +168,15 @@ class World:
         return run_federation(self.server, self.transport, rounds, **options)
 
     def greet(self, *names: str) -> None:
-        """Admits these clients, or everyone."""
         for name in names or self.clients:
             assert self.server.receive(name, self.clients[name].handle(self.greeting)).accepted
 
     def plan(self, name: str) -> bytes:
-        """The client's plan of a round that is begun now."""
         self.greet()
         return self.server.begin_round()[name]
 
     def answer(self, name: str, data: bytes) -> Any:
-        """Gives the server what the client answers; returns the receipt."""
         return self.server.receive(name, self.clients[name].handle(data))
 
     def fingerprints(self) -> set[int]:
-        """Of all replicas, read from the weights."""
         return {replica.fingerprint(fresh=True) for replica in self.replicas.values()}

@@ -17,14 +17,11 @@ LossOf = Callable[[nn.Module], Tensor]
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all weights and buffers."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return {name: t.detach().clone() for name, t in tensors}
 
 
 def changed(model: nn.Module, before: dict[str, Tensor]) -> list[str]:
-    """Names of the weights and buffers whose bits are not as they were."""
-
     def bits(t: Tensor) -> Tensor:  # NaNs and signs of zeros count
         return t.contiguous().reshape(-1).view(torch.uint8)
 

@@ -71,7 +71,6 @@ def test_wrappers_do_not_show_in_names() -> None:
 
 @pytest.mark.parametrize("door", [0, 1, 2])
 def test_prefix_and_suffix_equal_the_whole_forward(door: int, generator: torch.Generator) -> None:
-    """Row by row and unpadded, the model gives the logits that the padded, cut run gives."""
     model = build(LLAMA)
     lengths = [3, 7, 5]
     rows = [torch.randint(1, 100, (n,), generator=generator).tolist() for n in lengths]

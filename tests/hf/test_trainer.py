@@ -48,8 +48,6 @@ def arguments(folder: Path, **changes: Any) -> ZOArguments:
 
 
 class Spy(ZOTrainer):
-    """Keeps the inputs of each micro-batch."""
-
     def training_step(self, model: Any, inputs: Any, items: Any = None) -> torch.Tensor:
         vars(self).setdefault("seen", []).append({n: value.clone() for n, value in inputs.items()})
         return super().training_step(model, inputs, items)
@@ -96,7 +94,6 @@ def test_steps_are_those_of_the_optimizer(tmp_path: Path, micro: int) -> None:
 
 @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="auto would spread the model over them")
 def test_device_map_auto_on_one_device(tmp_path: Path) -> None:
-    """The same steps as of a model that Trainer placed itself."""
     tiny(torch.bfloat16).save_pretrained(tmp_path / "model")
     placed, plain = (
         LlamaForCausalLM.from_pretrained(tmp_path / "model", device_map=device_map)
@@ -125,7 +122,6 @@ def test_loss_falls_and_logs_tell_of_scalars(tmp_path: Path) -> None:
 def test_a_resumed_run_equals_the_uninterrupted_one(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    """Bit for bit, in bfloat16, with dropout, shuffled data and a schedule."""
     options = {**options, "save_strategy": "steps", "save_steps": 3, "max_steps": 6}
     whole, again = (tiny(torch.bfloat16, attention_dropout=0.2) for _ in range(2))
     train(tmp_path / "a", whole, **options)
@@ -156,7 +152,6 @@ def test_evaluation_metrics_and_callbacks(tmp_path: Path) -> None:
 
 
 def test_two_passes_in_place_leave_restored_weights(tmp_path: Path) -> None:
-    """Evaluation, checkpoints and the end see weights without a perturbation."""
     options = {"zo_placement": "inplace", "zo_eps": 0.1, **CONSTANT}
     plain = train(tmp_path / "a", tiny(), **options).model
     saved = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}

@@ -45,8 +45,6 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Case:
-    """An architecture to test."""
-
     kind: str  # its model_type
     auto: str  # the auto class that builds it, without AutoModel
     blocks: str  # lists of blocks that it has, as name:length
@@ -58,7 +56,6 @@ class Case:
 
     @property
     def names(self) -> list[str]:
-        """Names of the blocks, in order."""
         lists = [item.split(":") for item in self.blocks.split()]
         return [f"{name}.{i}" for name, length in lists for i in range(int(length))]
 
@@ -174,12 +171,10 @@ CASES = [
 
 
 def case_of(kind: str) -> Case:
-    """Returns the first case of a model type."""
     return next(case for case in CASES if case.kind == kind)
 
 
 def tiny_config(case: Case | str) -> Any:
-    """Returns the config of a case, or of the first one of a model type."""
     case = case_of(case) if isinstance(case, str) else case
     config = AutoConfig.for_model(case.kind)
     _shrink(config)

@@ -47,7 +47,6 @@ def assert_same_bits(actual: Tensor | Tensors, expected: Tensor | Tensors) -> No
 def changed(
     tensors: Tensors, *args: Any, groups: Any = None, offsets: Any = None, **kwargs: Any
 ) -> dict[str, Tensor]:
-    """Copies of the tensors after a pass in place."""
     copies = {name: tensor.clone() for name, tensor in tensors.items()}
     zk.add_noise_(zk.ParamTable(copies, groups=groups, offsets=offsets), *args, **kwargs)
     return copies

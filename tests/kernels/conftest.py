@@ -30,7 +30,6 @@ CPU_ISAS = {  # instruction sets of the cpu backend, and the processor flags tha
 
 
 def processor_lacks(isa: str) -> str | None:
-    """Returns which flags of an instruction set the processor lacks, or None."""
     if Path("/proc/cpuinfo").is_file():
         text = Path("/proc/cpuinfo").read_text()
         line = next((s for s in text.splitlines() if s.startswith("flags")), "")
@@ -58,7 +57,6 @@ not_interpreted = pytest.mark.not_interpreted  # with the reason
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Refuses --server=triton without the interpreter."""
     if config.getoption("--server") == "triton" and not INTERPRETED:
         raise pytest.UsageError("--server=triton needs TRITON_INTERPRET=1 (make test-interpret)")
 
@@ -94,7 +92,6 @@ def _names(mark: pytest.Mark) -> list[str]:
 
 
 def _runs(metafunc: pytest.Metafunc, server: str) -> bool:
-    """Whether the test is for the server, and the server asked for."""
     only = metafunc.config.getoption("--server")
     interpreted = metafunc.definition.get_closest_marker("not_interpreted") is None
     return (only is None or only == server) and (server != "triton" or interpreted)

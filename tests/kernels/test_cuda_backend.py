@@ -25,7 +25,6 @@ MODULES = {"cuda": cuda, "triton": triton}
 
 @pytest.fixture(params=MODULES)
 def backend(request):
-    """The name of each GPU backend in turn."""
     reason = MODULES[request.param].unavailable(torch.device("cuda"))
     if reason is not None:
         pytest.skip(reason)

@@ -1,7 +1,4 @@
-"""The CUDA part on any machine: what was built is there, and what cannot run says why.
-
-setup.py's search for a CUDA compiler is tested in tests/packaging/test_setup.py.
-"""
+"""The CUDA part on any machine: what was built is there, and what cannot run says why."""
 
 from __future__ import annotations
 
@@ -44,7 +41,6 @@ def test_tile_ends():
 
 @built
 def test_cpu_tensors_never_reach_a_launch():
-    """Also when the module is called directly."""
     table = zk.ParamTable({"w": torch.ones(4)})
     with pytest.raises(ValueError, match="serves CUDA tensors"):
         cuda.run(table, table, zk.Program(1, 1.0))
@@ -83,7 +79,6 @@ def test_a_cuda_error_is_an_exception():
 
 @built
 def test_import_needs_no_driver():
-    """The extension loads without torch and without a CUDA driver library on the path."""
     code = """
 import sys, importlib.util
 spec = importlib.util.spec_from_file_location('_C', sys.argv[1])

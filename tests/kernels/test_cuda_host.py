@@ -77,7 +77,6 @@ def test_one_term(check, rng, dtype, rounding, distribution, size):
 
 @pytest.mark.covering(terms=[1, 2, 8, 19])
 def test_many_terms_and_rounds(check, rng, terms, rounding, distribution):
-    """Mixed dtypes and groups, zero coefficients, decay, and rounds that leave a group alone."""
     coefs = rng.coefs(3, terms)
     coefs[0, terms // 2 :] = 0
     coefs[1, 0] = 0
@@ -161,7 +160,6 @@ def test_no_coefficient_and_decay(check, rng, rounding, coef, decay):
 
 @pytest.mark.covering(coef=[1e-3, 3e38, 1e-38], terms=[1, 3])
 def test_special_values(check, rng, dtype, rounding, coef, terms):
-    """Infinite, NaN, largest and subnormal weights, whole and in the midst of ordinary ones."""
     info = torch.finfo(dtype)
     special = [torch.inf, -torch.inf, torch.nan, info.max, info.min, info.tiny, 0.0, -0.0]
     special.append(info.smallest_normal * info.eps)

@@ -40,7 +40,6 @@ def test_every_radius_and_angle(compiled, every):
 
 @pytest.mark.covering(terms=[1, 2, 5], decay=[None, 0.01])
 def test_add_noise(compiled, rng, dtype, rounding, distribution, size, terms, decay):
-    """In place and out of place, which the oracle does alike."""
     weights = {"w": rng.weights(size, dtype)}
     # One coefficient is large, so that some weight changes in every dtype.
     seeds, coefs = rng.integers(terms), torch.cat([torch.tensor([0.5]), rng.coefs(terms - 1)])
@@ -180,7 +179,6 @@ def test_default_rounding_seed_is_the_first_of_the_round(server, rng):
 
 
 def test_many_parameters_of_many_kinds(compiled, rng, rounding):
-    """One launch over tensors that differ in dtype, size, offset and group."""
     weights = {f"p{i}": rng.weights(rng.integer(11), DTYPES[i % 3]) for i in range(40)}
     call = {
         "groups": {f"p{i}": i % 4 for i in range(40)},

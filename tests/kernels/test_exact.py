@@ -46,7 +46,6 @@ def to_grid(value: Fraction, digits: int = 24, lowest: int = -149, top: int = 12
 
 
 def fma(a: float, b: float, c: float) -> float:
-    """float32 ``a * b + c`` of finite numbers, rounded once."""
     return to_grid(Fraction(a) * Fraction(b) + Fraction(c))
 
 
@@ -59,7 +58,6 @@ def multiply(a: float, b: float) -> float:
 
 
 def words(block: int, seed: int, stream: int, sample: int) -> tuple[int, int, int, int]:
-    """The Philox call of a block."""
     counter = (block, stream & MASK32, stream >> 32, sample)
     return philox4x32(counter, (seed & MASK32, seed >> 32))
 

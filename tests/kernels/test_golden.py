@@ -60,14 +60,12 @@ FINGERPRINTS: list[int] = [
 
 
 def gaussian(key: tuple[int, int, int, int]) -> str:
-    """float32 bits of ten normals."""
     seed, stream, sample, offset = key
     z = zk.noise(10, seed=seed, stream=stream, sample=sample, offset=offset)
     return " ".join(f"{bits & 0xFFFFFFFF:08X}" for bits in z.view(torch.int32).tolist())
 
 
 def rademacher(key: tuple[int, int, int, int]) -> str:
-    """Signs of 64 elements."""
     seed, stream, sample, offset = key
     place = {"sample": sample, "offset": min(offset, (1 << 35) - 64)}
     z = zk.noise(64, seed=seed, stream=stream, **place, distribution="rademacher")

@@ -24,7 +24,6 @@ KNOWN = {
 
 @pytest.mark.parametrize("vector", KNOWN)
 def test_published_vectors(vector):
-    """In plain Python, and in torch."""
     given, expected = (tuple(int(word, 16) for word in row.split()) for row in KNOWN[vector])
     counter, key = given[:4], given[4:]
     assert philox4x32(counter, key) == expected

@@ -32,7 +32,6 @@ def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def in_child(body) -> int:
-    """Runs body in a forked child; returns its exit status."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -87,7 +86,6 @@ def test_forked_child_has_a_pool_of_its_own():
 
 
 def test_several_python_threads():
-    """Each gets its own results, whoever's turn the pool is."""
     expected = [work(seed) for seed in range(8)]
 
     def repeat(seed: int) -> bool:

@@ -96,7 +96,6 @@ def test_kolmogorov_smirnov(radius, direction):
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
-    """Pearson's, of two samples of mean 0 (or made so)."""
     a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
     return float((a * b).mean() / (a.std() * b.std()))
 
@@ -109,7 +108,6 @@ def count(full: bool) -> int:
 
 @pytest.fixture(scope="module", params=zk.noise.DISTRIBUTIONS)
 def sample(request: pytest.FixtureRequest, count: int) -> Tensor:
-    """Values of one parameter."""
     return zk.noise(count, seed=1, stream=2, distribution=request.param)
 
 

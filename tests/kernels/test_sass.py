@@ -25,7 +25,6 @@ BODY = ["FMUL R51, R51, R50"] * 24  # enough arithmetic to be a loop
 
 
 def listing(*lines):
-    """The instructions of a kernel that cuobjdump would print so."""
     text = "\n".join(f"        /*{16 * k:04x}*/  {line} ;" for k, line in enumerate(lines))
     ((name, instructions),) = functions(f"\t\tFunction : kernel\n{text}\n")
     assert name == "kernel"
@@ -180,7 +179,6 @@ def test_what_was_not_counted_stays_recorded(tmp_path):
 
 @pytest.mark.skipif(not build_info()["cuda"] or find_tool() is None, reason="built without CUDA")
 def test_cuda_kernels():
-    """No spills, nothing over its limit, nothing more than 10 % over its record."""
     counted, recorded = count_cuda(), Recorded.load()
     limits = [recorded.limit_of(row, counted.rows) for row in counted.rows]
     assert sum(limit is not None for limit in limits) == 3

@@ -25,7 +25,6 @@ VIEWS = {
 @not_interpreted("views are copied before a backend sees them")
 @pytest.mark.covering(view=VIEWS)
 def test_views(server, rng, dtype, rounding, view):
-    """A view gives what a contiguous copy of it gives, and nothing outside of it changes."""
     base, flat = rng.weights((40, 30), dtype), rng.weights(100, dtype)
     expected, seen, groups = base.clone(), VIEWS[view](base), {"flat": 1}
     table = zk.ParamTable({"w": seen, "flat": flat}, groups=groups)

@@ -32,8 +32,6 @@ def model_and_table(rng, device, dtype=torch.float32):
 
 
 class Twins:
-    """Two equal models with tables: one for a compiled function, one for the same run eagerly."""
-
     def __init__(self, rng, device, dtype=torch.float32):
         self.mine, self.table = model_and_table(rng, device, dtype)
         self.theirs, self.their_table = model_and_table(rng, device, dtype)
@@ -43,7 +41,6 @@ class Twins:
 
 
 def difference(model, table, x, seed, eps):
-    """Of the outputs at +eps and at -eps, as a user would write it."""
     zk.add_noise_(table, seed, eps)
     plus = model(x)
     zk.add_noise_(table, seed, -2 * eps)

@@ -1,7 +1,4 @@
-"""The Triton backend on any machine: who cannot run says why, and large tables are tuned once.
-
-That every kernel compiles is tested in test_sass.py, which counts the machine code.
-"""
+"""The Triton backend on any machine: who cannot run says why, and large tables are tuned once."""
 
 from __future__ import annotations
 

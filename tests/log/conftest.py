@@ -19,7 +19,6 @@ def one_thread(threads: None) -> None:
 
 @pytest.fixture
 def path(tmp_path: Path, rng: Random) -> Path:
-    """A finished trajectory of eight steps of every kind."""
     return world.record(tmp_path / "run.zot", world.make_table(), world.make_updates(8, rng))
 
 
@@ -34,6 +33,5 @@ def rounds(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=["path", "rounds"])
 def either(request: pytest.FixtureRequest) -> Path:
-    """One log after the other."""
     value: Path = request.getfixturevalue(request.param)
     return value

@@ -93,8 +93,6 @@ def test_a_full_disk_leaves_the_log_as_it_was(
     rounds: Path, monkeypatch: pytest.MonkeyPatch, told: str
 ) -> None:
     class Full:
-        """A file that takes half of what it is given."""
-
         def write(self, record: bytes) -> int:
             taken = file.write(record[: len(record) // 2])
             if told == "No space left":

@@ -103,7 +103,6 @@ def test_a_trained_model_is_rebuilt(
 
 @pytest.fixture
 def log(tmp_path: Path, rng: Random) -> Log:
-    """Of the weights of ``base_weights``."""
     return Log.read(record(tmp_path / "run.zot", make_table(base_weights()), make_updates(5, rng)))
 
 

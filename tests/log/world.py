@@ -30,7 +30,6 @@ WEIGHTS = make_weights(torch.bfloat16, Random(1))
 
 
 def make_table(weights: dict[str, Tensor] = WEIGHTS) -> zk.ParamTable:
-    """A table over a copy of the weights."""
     return zk.ParamTable({n: w.clone() for n, w in weights.items()}, NAMES)
 
 
@@ -67,7 +66,6 @@ def make_updates(count: int, rng: Random) -> list[Update]:
 
 
 def write(writer: TrajectoryWriter, updates: list[Update], first: int = 0) -> None:
-    """Records the updates from step ``first`` on."""
     for step, update in enumerate(updates[first:], first):
         writer.skip(step) if update is None else writer.append(step, *update)
 
@@ -75,7 +73,6 @@ def write(writer: TrajectoryWriter, updates: list[Update], first: int = 0) -> No
 def record(
     path: Path, table: zk.ParamTable, updates: list[Update], law: tuple[str, str] = LAW
 ) -> Path:
-    """Trains the table with the updates and records them."""
     with TrajectoryWriter.create(path, table, RUN_SEED, *law) as writer:
         write(writer, updates)
         placement = InplacePlacement(table, law[0])
@@ -111,7 +108,6 @@ def ends(path: Path) -> list[int]:
 
 
 def assert_comes_back(entry: LogEntry, run_seed: int | None = None) -> bytes:
-    """Writes an entry, reads it, and returns its bytes."""
     data = encode_entry(entry, 5, run_seed)
     groups = len(entry.terms.coefs)
     assert_same_entry(decode_entries(data, 1, entry.number, groups, 5, run_seed)[0], entry)
@@ -119,7 +115,6 @@ def assert_comes_back(entry: LogEntry, run_seed: int | None = None) -> bytes:
 
 
 def assert_same_entry(mine: LogEntry, theirs: LogEntry) -> None:
-    """All fields, coefficients and decays to the bit."""
     for what in ("number", "rounding_seed", "base", "mask_version"):
         assert getattr(mine, what) == getattr(theirs, what), what
     assert (mine.terms.seeds, mine.terms.samples) == (theirs.terms.seeds, theirs.terms.samples)

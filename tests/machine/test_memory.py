@@ -18,7 +18,6 @@ MIB = 1 << 20
 
 
 def hold(ready: Callable[[], None], size: int) -> int:
-    """Holds ``size`` bytes, gives them back, and holds half of them."""
     torch.ones(1 << 16)
     ready()
     whole = torch.ones(size // 4)
@@ -28,7 +27,6 @@ def hold(ready: Callable[[], None], size: int) -> int:
 
 
 def map_file(ready: Callable[[], None], path: str) -> int:
-    """Reads all of a mapped file."""
     torch.ones(1 << 16).sum()
     ready()
     mapped = torch.from_file(path, shared=False, size=os.path.getsize(path) // 4)

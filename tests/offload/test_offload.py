@@ -20,7 +20,6 @@ CASE = case_of("llama")
 
 
 def is_mapped(tensor: torch.Tensor, folder: Path) -> bool:
-    """Whether its memory is that of a file in the folder."""
     address = tensor.data_ptr()
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, *rest = line.split(maxsplit=5)

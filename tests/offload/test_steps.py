@@ -25,7 +25,6 @@ MIDDLE = {"blocks": [False, True, False]}
 def run(
     model: nn.Module, loss: Callable[[nn.Module], Tensor], steps: int, **options: Any
 ) -> list[tuple[float, ...]]:
-    """The scalars of some steps."""
     optimizer = ZerothOrderSGD(model, **(OPTIONS | options))
     scalars = []
     for step in range(steps):
@@ -43,7 +42,6 @@ def check(
     loss: Callable[[nn.Module], Tensor],
     **options: Any,
 ) -> None:
-    """Scalars, and every bit of every parameter and buffer, are those of the resident model."""
     resident, offloaded = models
     with Offload(offloaded, active, folder=folder):
         seen = run(offloaded, loss, 2, **options)
@@ -52,7 +50,6 @@ def check(
 
 
 def mask_of(case: Case, rng: Any) -> list[bool]:
-    """At least one active and one idle block."""
     count = len(case.names)
     while True:
         mask = [bool(rng.integer(1)) for _ in range(count)]

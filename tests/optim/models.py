@@ -57,7 +57,6 @@ def loss_of(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
 def task(
     generator: torch.Generator, dtype: torch.dtype = torch.float32
 ) -> tuple[Tied, Callable[[], Tensor]]:
-    """A model, and its loss on a batch as a closure."""
     model, (ids, labels) = Tied(dtype), batch(generator)
     return model, lambda: loss_of(model, ids, labels)
 
@@ -78,7 +77,6 @@ def failing(
 
 
 def untouched(model: nn.Module) -> bool:
-    """Whether a step has left no hook and no forward of its own on the model."""
     return not any(
         m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules()
     )
@@ -101,7 +99,6 @@ def same_bits(model: nn.Module, before: dict[str, Tensor]) -> bool:
 
 
 def assert_close(model: nn.Module, expected: dict[str, Tensor], tolerance: str) -> None:
-    """Weights within a row of ``tests/tolerances.py``, absolute."""
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), expected[name], rtol=0, atol=bound(tolerance))
 

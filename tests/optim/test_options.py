@@ -87,7 +87,6 @@ def test_bad_groups_say_what_was_wrong(groups: list[dict[str, Any]], words: str)
 
 @pytest.mark.parametrize("blocks", ["last:1", [False, False, False, True], torch.arange(4) == 3])
 def test_blocks_restrict_what_is_trained(blocks: Any) -> None:
-    """Together with ``requires_grad``."""
     model = tiny_llama()
     model.model.layers[3].mlp.requires_grad_(False)
     before = snapshot(model)

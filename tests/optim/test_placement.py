@@ -15,8 +15,6 @@ from tests.optim.models import assert_close, same_bits, snapshot
 
 
 class _Breaks(nn.Module):
-    """Raises in the n-th forward that it sees."""
-
     def __init__(self, error: type[BaseException], at: int) -> None:
         super().__init__()
         self.error, self.left = error, at

@@ -124,7 +124,6 @@ MODELS: dict[str, Any] = {
 def test_losses_and_update_are_those_by_hand(
     case: str, dtype: torch.dtype, estimator: str, generator: torch.Generator
 ) -> None:
-    """To the bit, in the first step, which is watched, and in the next one."""
     make, x = MODELS[case]
     model = make().to(dtype)
     x = torch.randn(3, 8, generator=generator).to(dtype) if x is None else x

@@ -50,7 +50,6 @@ def test_steps_without_learning_rate_keep_every_bit(
 def test_step_is_its_definition(
     placement: str, distribution: str, estimator: str, generator: torch.Generator
 ) -> None:
-    """Perturb copies by hand with the noise op, and apply the update by hand."""
     model, closure = task(generator)
     start = snapshot(model)
     lr, eps, count = 0.05, 1e-2, 3

@@ -15,7 +15,6 @@ SIZE = 64
 
 
 def _direction(terms: NoiseTerms) -> torch.Tensor:
-    """The noise of some terms on two groups of 32 elements, as a flat vector."""
     out = torch.zeros(SIZE, dtype=torch.float64)
     for k, (seed, sample) in enumerate(zip(terms.seeds, terms.samples, strict=True)):
         z = zk.noise(SIZE, seed=seed, stream=7, sample=sample).double()

@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_python(code: str) -> str:
-    """Output of a fresh interpreter."""
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 0, result.stderr
@@ -46,7 +45,6 @@ print(sorted(new & set({banned!r})))
 
 
 def test_without_the_compiled_part():
-    """Imports, says what is missing, and computes the same bits, slowly."""
     code = """
 import sys
 sys.modules["zorba_kernels._C"] = None  # import raises ImportError

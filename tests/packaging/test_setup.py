@@ -18,7 +18,6 @@ pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="no so
 
 @pytest.fixture
 def setup(monkeypatch) -> ModuleType:
-    """setup.py as a module that builds nothing."""
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
     spec = importlib.util.spec_from_file_location("setup_of_zorba", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
@@ -27,7 +26,6 @@ def setup(monkeypatch) -> ModuleType:
 
 
 def hide(monkeypatch, *hidden: str) -> None:
-    """Makes packages look as if they were not installed."""
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n in hidden else find(n))
 
@@ -50,7 +48,6 @@ sys.exit((folder / 'fail').exists())
 
 @pytest.fixture
 def plan(tmp_path, monkeypatch, setup):
-    """The commands for a fake compiler, with CUDA."""
     # A space: quoting is part of what is tested.
     compiler = program(tmp_path / "fake compiler", FAKE_COMPILER)
     monkeypatch.setenv("CXX", shlex.quote(str(compiler)))

@@ -35,12 +35,7 @@ def check(plan: BlockPlan, problem: Problem, memory: MemoryModel) -> None:
 
 
 SHAPES = [(3, 3), (4, 4), (5, 3), (3, 4)]
-LIMITS = [
-    {},
-    {"min_coverage": 2},
-    {"min_active": 2, "max_active": 3},
-    {"tolerance": 0.2},
-]
+LIMITS = [{}, {"min_coverage": 2}, {"min_active": 2, "max_active": 3}, {"tolerance": 0.2}]
 
 
 @pytest.mark.parametrize("limits", LIMITS, ids=["plain", "covered", "bounded", "tolerant"])

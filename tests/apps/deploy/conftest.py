@@ -29,7 +29,6 @@ def one_thread(threads: None) -> None:
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model, and rows of each site, of which no two have the same."""
     folder = tmp_path_factory.mktemp("base")
     save_tiny_llama(folder / "model", torch.float32)
     for number, site in enumerate(SITES):
@@ -39,7 +38,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wanted(base: Path, folder: Path, **changes: Any) -> InitSettings:
-    """What a project of three sites is made from."""
     plain = InitSettings(
         folder=folder,
         site=SITES,
@@ -66,7 +64,6 @@ def make_project(base: Path, folder: Path, **changes: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_project(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project that no test changes."""
     return make_project(base, tmp_path_factory.mktemp("shared") / "project")
 
 
@@ -77,12 +74,10 @@ def project(shared_project: Path, tmp_path: Path) -> Path:
 
 
 def change_site(folder: Path, **changes: Any) -> None:
-    """Writes a site's file with other values."""
     SiteConfig.read(folder).model_copy(update=changes).write(folder)
 
 
 def change_server(folder: Path, **changes: Any) -> ServerConfig:
-    """Writes the server's file with other values, and returns them all."""
     config = ServerConfig.read(folder).model_copy(update=changes)
     config.write(folder)
     return config

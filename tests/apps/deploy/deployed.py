@@ -49,7 +49,6 @@ def wait_for(what: str, reached: Callable[[], Any]) -> Any:
 
 
 def federate(name: str, *arguments: object, **environment: str) -> str:
-    """Runs ``zorba federate`` and returns what it printed."""
     result = zorba("federate", name, *arguments, **environment)
     assert result.exit_code == 0, result.output
     return result.output
@@ -73,14 +72,11 @@ class Gate:
         self.open(rounds)
 
     def open(self, rounds: int) -> None:
-        """Lets the site measure up to this round."""
         self.rounds = rounds
         write_whole(self.path, str(rounds))
 
 
 class Deployed:
-    """A project whose parties run here."""
-
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.run = RunFolder(folder / "server" / "run")
@@ -89,12 +85,10 @@ class Deployed:
         return self.folder / "server" if name == "server" else self.folder / "sites" / name
 
     def rounds(self) -> int:
-        """The last round that ended."""
         events = EventReader(self.run.events).poll()
         return max((event["round"] for event in events if event["event"] == "round"), default=0)
 
     def log(self, party: str = "server") -> str:
-        """What a party's engine and supervisor wrote."""
         return (self.party(party) / "run" / "engine.log").read_text()
 
     def processes(self) -> list[psutil.Process]:
@@ -109,7 +103,6 @@ class Deployed:
 
     @staticmethod
     def command(process: psutil.Process) -> str:
-        """Its command line; empty where it has ended."""
         with suppress(psutil.NoSuchProcess):
             return " ".join(process.cmdline())
         return ""
@@ -137,7 +130,6 @@ class Deployed:
         wait_for(f"rounds after the kill of {processes}", lambda: self.rounds() == gate.rounds)
 
     def end(self) -> None:
-        """Stops what runs, and kills what is left."""
         try:
             federate("stop", self.folder)
         finally:

@@ -45,7 +45,6 @@ def text_of(project: Path, name: str) -> str:
 
 
 def refusal(folder: Path, name: str, content: str | bytes) -> str:
-    """Returns the sentence with which a file is refused."""
     data = content.encode() if isinstance(content, str) else content
     (folder / f"{name}.yaml").write_bytes(data)
     with pytest.raises(ConfigError) as caught:
@@ -202,7 +201,6 @@ def test_file_that_holds_no_settings_is_refused_in_a_sentence(
 def test_mutants_are_read_or_refused(
     shared_project: Path, tmp_path: Path, name: str, rng: Random
 ) -> None:
-    """Every mutant ends in settings or in a ConfigError."""
     data = text_of(shared_project, name).encode()
     values = (b"", b"[", b"{", b"*a", b"&a ", b"\xe9", b"\x00", b".nan", b"-1", b"\n", b"  ", b"? ")
     accepted = 0

@@ -47,7 +47,6 @@ _write("watched", *sys.orig_argv)
 
 @pytest.fixture(scope="module")
 def seen(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """What was seen while a run went on."""
     home = tmp_path_factory.mktemp("deployed")
     deployed = Deployed(home / "project")
     gate = Gate(home / "gate", 3)

@@ -1,8 +1,4 @@
-"""Controller and executor inside the engine, whose side the tests play.
-
-``test_deployed.py`` runs them in the real one. Here are answers that are late or none, which the
-real one gives by chance.
-"""
+"""Controller and executor inside the engine, whose side the tests play: answers late, or none."""
 
 from __future__ import annotations
 

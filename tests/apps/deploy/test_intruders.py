@@ -17,7 +17,6 @@ from tests.apps.deploy.intruders import handshake, listening_unix_sockets, speak
 
 @contextmanager
 def listener(answer: Callable[[socket.socket], None]) -> Iterator[int]:
-    """A port whose first visitor gets an answer."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:

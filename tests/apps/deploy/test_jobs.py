@@ -1,7 +1,4 @@
-"""JobKeeper: when it submits, replaces and waits, before an engine and a clock of the tests.
-
-A real engine does not lose its processes on command, and the keeper waits for minutes.
-"""
+"""JobKeeper: when it submits, replaces and waits, before an engine and a clock of the tests."""
 
 from __future__ import annotations
 
@@ -19,8 +16,6 @@ from tests.apps.deploy.conftest import SITES, change_server
 
 
 class Session:
-    """The administrator's view of an engine."""
-
     def __init__(self) -> None:
         self.connected = list(SITES)
         self.status: dict[str, str] = {}
@@ -67,7 +62,6 @@ class Kept:
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
 
     def step(self, times: int = 1) -> None:
-        """Looks once a second."""
         for _ in range(times):
             self.keeper.step()
             self.now += 1.0

@@ -31,7 +31,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def finetune(model: Path, tmp_path: Path, threads: None) -> Finetune:
-    """``zorba finetune`` with options, on label words and both kinds of files."""
     torch.set_num_threads(1)
     train, dev = tmp_path / "train.jsonl", tmp_path / "dev.csv"
     train.write_text("".join(json.dumps(row) + "\n" for row in ROWS * 4) + "\n")
@@ -122,7 +121,6 @@ REFUSED: dict[str, tuple[list[object], int, str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case: str, finetune: Finetune, tmp_path: Path) -> None:
-    """In one sentence that says what was wrong; nothing is written."""
     options, code, words = REFUSED[case]
     result = finetune(tmp_path / "out", *options)
     assert result.exit_code == code, result.output

@@ -11,5 +11,4 @@ from tests.conftest import Random
 
 @pytest.fixture
 def draw(rng: Random) -> random.Random:
-    """Inputs that differ every run."""
     return random.Random(rng.seed)

@@ -45,7 +45,6 @@ class Run:
         self.start(0)
 
     def start(self, after: int, **more: Any) -> None:
-        """The server starts."""
         fields = {
             **{"job": "reviews", "round": after, "last_round": self.rounds, "plan": self.plan},
             "settings": {"lr": 0.1, "clip": None, "num_perturbations": 5},
@@ -69,7 +68,6 @@ class Run:
         self.writer.write("round", fields | more)
 
     def end(self, **more: Any) -> None:
-        """The run ends well."""
         fields: dict[str, Any] = {"round": self.rounds, "replicas_identical": True}
         fields |= {"fingerprints": dict.fromkeys(self.names, "00ab" * 4)}
         self.writer.write("end", fields | more)

@@ -65,7 +65,6 @@ class Page(HTMLParser):
 
     @property
     def labels(self) -> str:
-        """The letters of the pictures."""
         return "\n".join(text for picture in self.pictures for text in picture.itertext())
 
 

@@ -38,7 +38,6 @@ Schedule = dict[str, list[Kill]]
 
 
 def draw_schedule(rng: random.Random, names: tuple[str, ...], rounds: int) -> Schedule:
-    """Returns 3 to 10 kills of random processes at random points."""
     schedule: Schedule = {}
     for _ in range(rng.randint(3, 10)):
         process = rng.choice(("server", "server", *names))
@@ -61,7 +60,6 @@ class Reaper:
         self._count = 0
 
     def due(self, point: str) -> bool:
-        """Counts a point and returns whether the process must die there."""
         if self._kill is None or self._kill.point != point:
             return False
         self._count += 1
@@ -73,6 +71,5 @@ class Reaper:
 
 
 def die() -> None:
-    """Kills this process; nothing of Python runs afterwards."""
     os.kill(os.getpid(), signal.SIGKILL)
     signal.pause()

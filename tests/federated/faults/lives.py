@@ -60,12 +60,10 @@ class Job:
         return RunFolder(self.folder / "run")
 
     def replica(self) -> Replica:
-        """A replica at theta_0."""
         return make_replica(self.dtype, self.settings.distribution, self.settings.rounding)
 
 
 def live(job: Job, name: str, reaper: Reaper) -> None:
-    """The whole life of a forked process."""
     code = 1
     try:
         torch.set_num_threads(1)

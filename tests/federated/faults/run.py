@@ -28,8 +28,6 @@ _CONTEXT.set_forkserver_preload([lives.__name__])
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to."""
-
     fingerprints: dict[str, int]  # of each site at the end
     identical: bool  # whether all that could be reached ended with the same
     log: bytes  # of the server
@@ -38,7 +36,6 @@ class Outcome:
 
 
 def run(job: Job, schedule: Schedule | None = None) -> Outcome:
-    """Runs a job to its end; killed processes start again with the schedule's next kill."""
     job.folder.mkdir(parents=True, exist_ok=True)
     family = _Family(job, schedule or {})
     try:
@@ -76,8 +73,6 @@ def run_random(folder: Path, seed: int, rounds: int) -> tuple[str, list[str]]:
 
 
 class _Family:
-    """The processes of a run."""
-
     def __init__(self, job: Job, schedule: Schedule) -> None:
         self._job, self._schedule = job, schedule
         self._lives: dict[Any, tuple[str, Kill | None]] = {}

@@ -50,7 +50,6 @@ class SocketTransport:
         return answers, {}
 
     def close(self) -> None:
-        """Tells the sites that the run is over."""
         for connection, name in list(self._names.items()):
             self._pending = {name: (0, b"")}
             self._send(connection, name)
@@ -107,7 +106,6 @@ class SiteLink:
                 self._connection = self._connect()
 
     def send(self, number: int, data: bytes) -> None:
-        """Sends an answer; it is lost where the server was killed, which will ask again."""
         try:
             self._connection.send_bytes(_NUMBER.pack(number) + data)
         except OSError:

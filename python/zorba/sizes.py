@@ -23,7 +23,8 @@ def parse_bytes(text: str | int) -> int:
     unit = (1024 if binary else 1000) ** (1 + _LETTERS.index(letter.lower())) if letter else 1
     # In integers: a float would round a large budget, and budgets hold to the byte.
     whole, _, fraction = number.partition(".")
-    return int(whole + fraction) * unit // 10 ** len(fraction)
+    count: int = int(whole + fraction) * unit // 10 ** len(fraction)
+    return count
 
 
 def unit_of(count: float) -> tuple[int, str]:

@@ -95,7 +95,7 @@ class LabelWordLoss:
             self._tokens = [self._continuation(tail, word) for word in self.words]
             if all(len(ids) == 1 for ids in self._tokens):
                 self._columns = torch.tensor(self._tokens)[:, 0]
-                if len(self._columns.unique()) < len(self._columns):
+                if len(set(self._columns.tolist())) < len(self._columns):
                     raise ValueError(f"two of the label words {self.words} are the same token")
         if self.masked and self._columns is None:
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,9 @@ class ZOTrainer(Trainer):
             )
         # Plain TrainingArguments have none of the options: then each is the default.
         added = [f for f in fields(ZOArguments) if f.name.startswith("zo_")]
-        options = {f.name.removeprefix("zo_"): getattr(self.args, f.name, f.default) for f in added}
+        options: dict[str, Any] = {
+            f.name.removeprefix("zo_"): getattr(self.args, f.name, f.default) for f in added
+        }
         self._trajectory: str | None = options.pop("trajectory")
         if self._trajectory and options["placement"] != "scratch":
             raise ValueError(
@@ -107,8 +109,8 @@ class ZOTrainer(Trainer):
     @property
     def zo_optimizer(self) -> ZerothOrderSGD:
         """The optimizer without what accelerate puts around it."""
-        inner: ZerothOrderSGD = getattr(self.optimizer, "optimizer", self.optimizer)
-        return inner
+        wrapped: Any = self.optimizer
+        return cast(ZerothOrderSGD, getattr(wrapped, "optimizer", wrapped))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Makes the optimizer from the arguments; weight decay spares norms and biases."""
@@ -121,7 +123,11 @@ class ZOTrainer(Trainer):
                 active = active_parameters(target, self._options["blocks"]).values()
                 spared = [p for p in active if names[id(p)] not in decaying]
                 groups = [{"params": spared, "weight_decay": 0.0}] if spared else None
-            options = {"lr": self.args.learning_rate, "seed": self.args.seed, **self._options}
+            options: dict[str, Any] = {
+                "lr": self.args.learning_rate,
+                "seed": self.args.seed,
+                **self._options,
+            }
             options |= {"weight_decay": self.args.weight_decay, "groups": groups}
             self.optimizer = _SteppedByTrainer(target, **options)
         return self.optimizer

@@ -105,7 +105,8 @@ class Search:
         lost = weights / np.maximum(c * (c - 1), 1)
         won = weights / np.maximum(c * (c + 1), 1)
         lost[c <= self.problem.min_coverage] = won[c < self.problem.min_coverage] = _MISSING
-        return np.where(mask, lost, -won)
+        rise: Vector = np.where(mask, lost, -won)
+        return rise
 
     def _flip(self, n: int, b: int) -> None:
         step = -1 if self.mask[n, b] else 1

@@ -100,8 +100,8 @@ def stop(chosen: Sequence[PartyFolder], console: Console) -> None:
     """Stops the parties' supervisors, and with them the engines."""
     # All are told before any is waited for: they stop side by side.
     pids = {party: party.pid() for party in chosen}
-    for pid in filter(None, pids.values()):
-        os.kill(pid, signal.SIGTERM)
+    for running in filter(None, pids.values()):
+        os.kill(running, signal.SIGTERM)
     deadline = time.monotonic() + _LONGEST_SECONDS
     for party, pid in pids.items():
         while pid is not None and party.pid() is not None:

@@ -24,7 +24,7 @@ def run_plan(settings: PlanSettings) -> None:
     """Plans, says what it came to, and writes ``plan.json`` and ``plan.png``."""
     console = plain_console()
     config = read_config(settings.model)
-    own_dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    own_dtype: Any = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     if settings.dtype == "auto":
         settings = replace(settings, dtype=own_dtype)
     overhead = calibrate(config, settings, console.print)

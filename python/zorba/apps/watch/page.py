@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
 
 def _draw(
-    pictures: dict[str, Callable[[Axes, RunState], str]],
+    pictures: Mapping[str, Callable[[Axes, RunState], str]],
     state: RunState,
     inches: tuple[float, float],
 ) -> list[tuple[str, str, str]]:

@@ -87,7 +87,7 @@ def test_offloaded_sites_come_to_the_bits_of_resident_ones(project: Path) -> Non
         RunFolder(project / "server" / "run").clear()
         result, clients = run(project)
         model: Any = clients["ada"].objective
-        assert (Offload.of(model._model) is not None) == offload
+        assert (Offload.of(model.model) is not None) == offload
         assert not any(report.failures or report.refusals for report in result.reports)
         assert result.replicas_identical
         fingerprints.append(set(result.fingerprints.values()))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import mmap
 import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from zorba.machine import PeakAnonymous, anonymous_memory, memory, run_apart
+from zorba.machine import run_apart
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 
@@ -65,23 +63,6 @@ def test_environment_is_the_other_processs_alone() -> None:
     assert "ZORBA_ANY" not in os.environ
 
 
-def test_watches_this_process_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    looked = threading.Event()
-    plain = memory.anonymous_memory
-    monkeypatch.setattr(memory, "anonymous_memory", lambda pid: (plain(pid), looked.set())[0])
-    before = anonymous_memory(os.getpid())
-    with PeakAnonymous(os.getpid()) as watch:
-        # Of the system itself: the allocator may have freed memory at hand that counts already.
-        kept = mmap.mmap(-1, 64 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        kept.write(b"x" * len(kept))
-        for _ in range(2):  # the first look may have begun before
-            looked.clear()
-            looked.wait()
-        kept.close()
-    assert watch.baseline >= before - 8 * MIB
-    assert watch.peak - watch.baseline > 56 * MIB
-
-
 @pytest.mark.parametrize(
     ("how", "message"),
     [
@@ -93,8 +74,3 @@ def test_watches_this_process_too(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_says_what_went_wrong(how: str, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         run_apart(go_wrong, how)
-
-
-def test_no_such_process() -> None:
-    with pytest.raises(OSError, match="No such file"), PeakAnonymous(2**22 + 1):
-        pass

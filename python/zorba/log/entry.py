@@ -34,24 +34,14 @@ _U32 = struct.Struct("<I")
 
 @dataclass(frozen=True, eq=False)
 class LogEntry:
-    """One step of a fine-tune or one round of a federation: ``w <- round(w - decay * w + terms)``.
+    """A step of a fine-tune or a round of a federation: ``w <- round(w - decay * w + terms)``."""
 
-    Attributes:
-        number: of the step or round; entries of a log have consecutive numbers.
-        terms: noises with their final coefficients, learning rate included. Nobody computes them
-            again. Groups whose coefficients are all 0 are left alone.
-        rounding_seed: uint64 of the stochastic rounding.
-        decay: float32 [groups], share of each weight that is taken off; or None.
-        base: fingerprint of the weights before this entry; None where nobody knows it.
-        mask_version: uint32 of the masks in force, 0 where there are none.
-    """
-
-    number: int
-    terms: NoiseTerms
-    rounding_seed: int
-    decay: Tensor | None = None
-    base: int | None = None
-    mask_version: int = 0
+    number: int  # of the step or round; entries of a log have consecutive numbers
+    terms: NoiseTerms  # with final coefficients, learning rate included: nobody computes them again
+    rounding_seed: int  # uint64 of the stochastic rounding
+    decay: Tensor | None = None  # float32 [groups], share of each weight that is taken off
+    base: int | None = None  # fingerprint of the weights before this entry, where it is known
+    mask_version: int = 0  # uint32 of the masks in force, 0 where there are none
 
     @property
     def empty(self) -> bool:

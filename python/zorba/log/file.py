@@ -15,22 +15,14 @@ from zorba.log.header import LogHeader, decode_header
 
 
 class Log:
-    """A file that was read and checked as a whole; entries are decoded when they are asked for.
-
-    Attributes:
-        header: what it starts from.
-        first: number of the first entry, whether it is there or not.
-        size: bytes of the file, without a torn tail.
-        torn_bytes: bytes of a torn tail, which a crash left and which are ignored.
-        fingerprint: of the weights at the end of a finished run; else None.
-    """
+    """A file that was read and checked as a whole; entries are decoded when they are asked for."""
 
     def __init__(self, data: bytes) -> None:
         # A view: slices of a log of a gigabyte must not be copies.
         view = memoryview(data)
         self.header, at = decode_header(view)
-        self.first = self.header.first
-        self.fingerprint: int | None = None
+        self.first = self.header.first  # number of the first entry, there or not
+        self.fingerprint: int | None = None  # of the weights at the end of a finished run
         self._data = data
         # Offsets alone stay in memory, 16 bytes an entry: a server of 10,000 rounds reads entries
         # from the file when a client lacks them.
@@ -65,6 +57,7 @@ class Log:
             except LogError as error:  # undamaged: somebody wrote it like that
                 raise LogError(f"offset {at}, entry {number}: {error}") from None
             at = found.end
+        # Bytes without a torn tail, and of one: a crash left it, and it is ignored.
         self.size, self.torn_bytes = at, len(view) - at
 
     @staticmethod

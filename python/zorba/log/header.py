@@ -41,36 +41,21 @@ class Parameter:
 
 @dataclass(frozen=True)
 class LogHeader:
-    """What all entries of a log share.
+    """What all entries of a log share."""
 
-    Attributes:
-        log_id: uint64 that tells logs apart: a federation's job, or a hash of the other fields.
-        identity: of the model before the first entry; its blocks are the groups of coefficients.
-        distribution: of the noise.
-        rounding: of 16-bit weights.
-        first: number of the first entry: 1 for the rounds of a federation, 0 for steps.
-        run_seed: uint64; step t is of seed ``step_seed(run_seed, t)`` unless its entry says
-            otherwise. None where there is no such rule.
-        parameters: the active ones; empty where the writer had no model (a federation's server).
-        settings: of the run (learning rate, eps, ...), for people; nothing uses them.
-        architecture: class of the model, or None.
-        dtype: of most of the model's weights, as in "bfloat16", or None.
-        package: version of the package that wrote it.
-        noise_version: of the noise contract.
-    """
-
-    log_id: int
-    identity: ModelIdentity
+    log_id: int  # uint64 that tells logs apart: a federation's job, or a hash of the other fields
+    identity: ModelIdentity  # before the first entry; its blocks are the groups of coefficients
     distribution: Distribution
     rounding: Rounding
-    first: int = 1
+    first: int = 1  # number of the first entry: 1 for the rounds of a federation, 0 for steps
+    # Uint64; step t is of seed step_seed(run_seed, t), unless its entry says otherwise.
     run_seed: int | None = None
-    parameters: tuple[Parameter, ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    architecture: str | None = None
-    dtype: str | None = None
-    package: str = field(default_factory=package_version)
-    noise_version: int = NOISE_VERSION
+    parameters: tuple[Parameter, ...] = ()  # active ones; none where the writer had no model
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the run, for people alone
+    architecture: str | None = None  # class of the model
+    dtype: str | None = None  # of most of the model's weights, as in "bfloat16"
+    package: str = field(default_factory=package_version)  # that wrote it
+    noise_version: int = NOISE_VERSION  # of the noise contract
 
     def __post_init__(self) -> None:
         me = self.identity

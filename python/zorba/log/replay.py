@@ -31,21 +31,14 @@ class WrongBaseError(LogError):
 
 @dataclass(frozen=True)
 class ReplayReport:
-    """Result of a replay.
+    """Result of a replay."""
 
-    Attributes:
-        steps: entries that changed weights.
-        passes: over the weights.
-        seconds: of the passes.
-        fingerprint: of the active parameters now.
-        verified: number of the last entry after which the weights were compared with the run's, and
-            were the same; None where the log tells no fingerprint, or none was asked for.
-    """
-
-    steps: int
-    passes: int
-    seconds: float
-    fingerprint: int
+    steps: int  # entries that changed weights
+    passes: int  # over the weights
+    seconds: float  # of the passes
+    fingerprint: int  # of the active parameters now
+    # The last entry after which the weights were compared with the run's, and were the same; None
+    # where the log tells no fingerprint, or none was asked for.
     verified: int | None
 
 

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import resource
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ def reset_peak_memory() -> None:
 def peak_memory() -> int:
     """Returns the most bytes that this process had resident since the last reset.
 
-    Pages of mapped files count, those of libraries among them; ``PeakAnonymous`` leaves them out.
+    Pages of mapped files count, those of libraries among them; ``run_apart`` leaves them out.
     """
     # Linux's own line first: getrusage's figure cannot be reset.
     with contextlib.suppress(OSError, StopIteration):
@@ -56,43 +55,13 @@ def anonymous_memory(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-class PeakAnonymous:
-    """Watches the anonymous memory of a process, while the ``with`` block runs (Linux).
-
-    ``baseline`` is the number of bytes when the block began, ``peak`` the most seen since; memory
-    that is held for less than a millisecond may be missed. A process that ends keeps its peak.
-    """
-
-    def __init__(self, pid: int) -> None:
-        self._pid = pid
-        self.baseline = self.peak = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="peak-anonymous", daemon=True)
-
-    def __enter__(self) -> PeakAnonymous:
-        self.baseline = self.peak = anonymous_memory(self._pid)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        # A thread of this process reads, so the watched one is not disturbed. Linux updates its
-        # counter in batches: it may be off by some hundred KiB.
-        with contextlib.suppress(OSError):  # it has ended
-            while not self._stop.wait(0.001):
-                self.peak = max(self.peak, anonymous_memory(self._pid))
-
-
 @dataclass(frozen=True)
 class Apart:
     """The result of a call in a separate process, and its memory."""
 
-    result: Any
     baseline: int  # bytes of anonymous memory when the function said that it was ready
-    peak: int  # the most bytes of anonymous memory since
+    peak: int  # the most seen since; what is held for less than a millisecond may be missed
+    result: Any
     device_peak: int  # the most bytes that torch's allocator held on a GPU since; 0 without one
 
     @property
@@ -130,11 +99,14 @@ def run_apart(
     theirs.close()  # or the end of the process would not be noticed
     try:
         _receive(ours, process, "ready")
-        # It waits while the baseline is read.
-        with PeakAnonymous(int(process.pid or 0)) as watch:
-            ours.send("go")
-            result, device_peak = _receive(ours, process, "done")
-        return Apart(result, watch.baseline, watch.peak, device_peak)
+        pid = int(process.pid or 0)
+        baseline = peak = anonymous_memory(pid)
+        ours.send("go")  # it waits while the baseline is read
+        # Read from here, so that the call is not disturbed. Linux updates its counter in batches:
+        # it may be off by some hundred KiB.
+        while not ours.poll(0.001):
+            peak = max(peak, anonymous_memory(pid))
+        return Apart(baseline, peak, *_receive(ours, process, "done"))
     finally:
         ours.close()
         process.join(10)

@@ -34,23 +34,14 @@ from zorba_kernels.program import check_choice
 
 @dataclass(frozen=True)
 class StepReport:
-    """The outcome of a step.
+    """The outcome of a step."""
 
-    Attributes:
-        seed: uint64 of the step.
-        scalars: g of each perturbation, clipped; MeZO calls it the projected gradient.
-        loss: mean of the losses seen.
-        skipped: whether a loss was not finite, so that the weights were left alone.
-        seconds: of the whole step.
-        kernel_seconds: of its passes over weights.
-    """
-
-    seed: int
-    scalars: tuple[float, ...]
-    loss: float
-    skipped: bool
-    seconds: float
-    kernel_seconds: float
+    seed: int  # uint64
+    scalars: tuple[float, ...]  # g of each perturbation, clipped; MeZO's projected gradient
+    loss: float  # mean of the losses seen
+    skipped: bool  # whether a loss was not finite, so that the weights were left alone
+    seconds: float  # of the whole step
+    kernel_seconds: float  # of its passes over weights
 
 
 class Recorder(Protocol):

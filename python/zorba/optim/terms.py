@@ -28,17 +28,11 @@ Step = tuple[int, tuple[float, ...], float]
 
 @dataclass(frozen=True)
 class NoiseTerms:
-    """A linear combination of noises, ``sum_k coefs[group, k] * z(seeds[k], samples[k])``.
+    """A linear combination of noises, ``sum_k coefs[group, k] * z(seeds[k], samples[k])``."""
 
-    Attributes:
-        seeds: uint64 of each term.
-        samples: which perturbation of its seed each term is.
-        coefs: float32 [groups, terms] on the CPU; a row of zeros leaves its group alone.
-    """
-
-    seeds: tuple[int, ...]
-    samples: tuple[int, ...]
-    coefs: Tensor
+    seeds: tuple[int, ...]  # uint64 of each term
+    samples: tuple[int, ...]  # which perturbation of its seed each term is
+    coefs: Tensor  # float32 [groups, terms] on the CPU; a row of zeros leaves its group alone
 
     def __post_init__(self) -> None:
         """Raises ValueError unless the parts belong together."""

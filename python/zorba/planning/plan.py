@@ -12,45 +12,26 @@ from zorba.sizes import unit_of
 
 @dataclass(frozen=True, eq=False)
 class ParetoPoint:
-    """One mask of the front.
+    """One mask of the front."""
 
-    Attributes:
-        f1: convergence surrogate, sum_b priority / coverage.
-        f2: relative memory, sum_n V_n / C_n.
-        mask: bool [N, B], read-only.
-        memory: predicted bytes of each client.
-        gap: the larger relative gap of the two solves behind this point (F2 without its part that
-            no mask changes).
-        proven: whether both solves reached the gap asked for within the time limit.
-    """
-
-    f1: float
-    f2: float
-    mask: Mask
-    memory: tuple[int, ...]
-    gap: float
-    proven: bool
+    f1: float  # convergence surrogate, sum_b priority / coverage
+    f2: float  # relative memory, sum_n V_n / C_n
+    mask: Mask  # bool [N, B], read-only
+    memory: tuple[int, ...]  # predicted bytes of each client
+    gap: float  # the larger relative one of its two solves (of F2 without what no mask changes)
+    proven: bool  # whether both solves reached the gap asked for within the time limit
 
 
 @dataclass(frozen=True, eq=False)
 class BlockPlan:
-    """Which client activates which blocks.
+    """Which client activates which blocks."""
 
-    Attributes:
-        clients: client names, the rows of the mask.
-        blocks: block names, its columns.
-        budgets: bytes that each client may use.
-        front: Pareto front, by rising F1 and falling F2.
-        chosen: index in `front` of the point that this plan is; ``dataclasses.replace`` changes it.
-        seconds: time that planning took.
-    """
-
-    clients: tuple[str, ...]
-    blocks: tuple[str, ...]
-    budgets: tuple[int, ...]
-    front: tuple[ParetoPoint, ...]
-    chosen: int
-    seconds: float
+    clients: tuple[str, ...]  # their names, the rows of the mask
+    blocks: tuple[str, ...]  # their names, its columns
+    budgets: tuple[int, ...]  # bytes that each client may use
+    front: tuple[ParetoPoint, ...]  # by rising F1 and falling F2
+    chosen: int  # the point of the front that this plan is; ``dataclasses.replace`` changes it
+    seconds: float  # that planning took
 
     @property
     def point(self) -> ParetoPoint:

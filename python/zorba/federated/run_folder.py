@@ -144,23 +144,13 @@ class RunRecorder:
 def _plan_record(server: Server, plan: BlockPlan | None) -> dict[str, Any]:
     """Who activates what, as ``plan.json`` has it, and what the plan knows of it."""
     masks = server.masks
-    blocks = [f"block-{b}" for b in range(server.identity.num_blocks)]
-    record: dict[str, Any] = {"clients": list(masks), "blocks": blocks}
-    if plan is not None:
-        theirs = dict(zip(plan.clients, map(tuple, plan.mask.tolist()), strict=True))
-        if theirs != masks:
-            raise ValueError("the server's masks are not those of the plan")
-        masks = theirs  # in the plan's order, as all that follows
-        record = {
-            "clients": plan.clients,
-            "blocks": plan.blocks,
-            "budgets": plan.budgets,
-            "memory": plan.memory,
-            "version": f"{plan.version:016x}",
-            "front": [{"f1": point.f1, "f2": point.f2} for point in plan.front],
-            "chosen": plan.chosen,
-        }
-    return record | {"mask": ["".join("01"[active] for active in row) for row in masks.values()]}
+    if plan is None:
+        blocks = [f"block-{b}" for b in range(server.identity.num_blocks)]
+        rows = ["".join("01"[active] for active in row) for row in masks.values()]
+        return {"clients": list(masks), "blocks": blocks, "mask": rows}
+    if dict(zip(plan.clients, map(tuple, plan.mask.tolist()), strict=True)) != masks:
+        raise ValueError("the server's masks are not those of the plan")
+    return plan.record()
 
 
 def _cut(texts: Mapping[str, str]) -> dict[str, str]:

@@ -35,17 +35,10 @@ def run_prefix(
 ) -> Prefix:
     """Runs a causal model up to the entrance of one block.
 
-    Rows are padded on the right and no attention mask is passed: positions of a causal model never
-    see what stands behind them, so real positions come out as they do without padding.
-
-    Args:
-        model: a causal language model that calls its blocks with the hidden states first.
-        block: the block to stop at; one of the model's modules.
-        rows: token ids of each sequence.
-        labels: label of each sequence.
-
-    Raises:
-        ValueError: the model never reaches the block, or calls its blocks with different arguments.
+    Rows, the token ids of each sequence, are padded on the right and no attention mask is passed:
+    positions of a causal model never see what stands behind them, so real positions come out as
+    they do without padding. ValueError: the model never reaches the block, or calls its blocks with
+    different arguments.
     """
     # Such models make a mask for each type of layer, and the arguments caught are of one of them.
     kinds = set(getattr(getattr(model, "config", None), "layer_types", None) or [])
@@ -80,16 +73,9 @@ def extend_prefix(prefix: Prefix, blocks: Sequence[nn.Module]) -> Prefix:
 def run_suffix(
     prefix: Prefix, blocks: Sequence[nn.Module], norm: nn.Module, head: Tensor
 ) -> Tensor:
-    """Runs the remaining blocks, the final norm and some rows of the head.
+    """Runs the blocks behind a prefix, the model's final norm and some rows of its head.
 
-    Args:
-        prefix: the batch in front of ``blocks[0]``.
-        blocks: all blocks from there to the last.
-        norm: the model's final norm.
-        head: Tensor  # [answers, width], rows of the output embedding that are read
-
-    Returns:
-        Tensor  # float32 [batch, answers], logits at each row's last position
+    ``head`` is [answers, width]. Returns float32 [batch, answers], at each row's last position.
     """
     hidden = _run(prefix, blocks)
     # One position a row and a few rows of the head: the vocabulary is most of a small model's work.

@@ -29,10 +29,8 @@ class TrajectoryWriter:
     stopped. Give it every step in order, ``append`` for an update and ``skip`` for a step that left
     the weights alone, and end with ``finish``. It records updates alone: the placement must leave
     the weights otherwise untouched, as "scratch" does. As a context manager it is finished on a
-    regular exit and only closed on an exception.
-
-    Attributes:
-        log: the file. A crash loses at most the entry that was being written.
+    regular exit and only closed on an exception. A crash loses at most the entry that was being
+    written.
     """
 
     def __init__(self, log: LogFile, tables: TableLike) -> None:

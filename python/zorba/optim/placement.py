@@ -22,28 +22,20 @@ PLACEMENTS: tuple[PlacementName, ...] = get_args(PlacementName)
 
 
 class Placement(ABC):
-    """Shows a model perturbed weights, and writes updates.
+    """Shows a model perturbed weights, and writes updates."""
 
-    Attributes:
-        table: the active weights; its groups are the rows of every ``NoiseTerms`` given.
-        distribution: of the noise.
-        owners: modules that hold the weights; see ``find_owners``.
-        kernel_seconds: time spent in passes over weights so far.
-        by_module: whether weights are perturbed in the forwards of their modules alone, but for
-            those that it is told to ``hold``.
-        side_by_side: whether evaluations may take turns within a forward: ``park``, ``resume``.
-    """
-
+    # Weights are perturbed in the forwards of their modules alone, but for those that it ``hold``s.
     by_module: ClassVar[bool] = False
+    # Evaluations may take turns within a forward: ``park``, ``resume``.
     side_by_side: ClassVar[bool] = False
 
     def __init__(
         self, table: zk.ParamTable, distribution: str, owners: Sequence[Owner] = ()
     ) -> None:
-        self.table = table
-        self.distribution = distribution
-        self.owners = owners
-        self.kernel_seconds = 0.0
+        self.table = table  # active weights; its groups are the rows of every NoiseTerms given
+        self.distribution = distribution  # of the noise
+        self.owners = owners  # modules that hold the weights
+        self.kernel_seconds = 0.0  # spent in passes over weights so far
 
     @abstractmethod
     def session(self) -> AbstractContextManager[None]:
@@ -63,13 +55,8 @@ class Placement(ABC):
     ) -> None:
         """Writes ``w <- round(w - decay * w + terms)``, w being the unperturbed weights.
 
-        Args:
-            terms: what to add.
-            rounding: "nearest" or "stochastic".
-            rounding_seed: uint64; the first seed of ``terms`` by default.
-            decay: float32 [groups], or None.
-            then: where the next session moves to first. The weights may be left there, in the same
-                pass, until ``restore`` or the next session takes it off again.
+        The next session moves to ``then`` first: the weights may be left there, in the same pass,
+        until ``restore`` or that session. ``decay`` is float32 [groups]; see ``zk.Program``.
         """
         self._show_weights()  # what is shown perturbed would be refused as moved
         how = self.distribution, rounding, rounding_seed

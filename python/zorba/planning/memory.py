@@ -20,24 +20,15 @@ class MemoryModel:
     """Bytes on the device of a client, block by block.
 
     The memory of client n is ``fixed + sum_b (active[b] if a[n, b] else idle[b])``, and at most
-    ``whole`` where every block is active. A client that needs more than others has a smaller
-    budget.
-
-    Args:
-        active: bytes of each block where it is active.
-        idle: bytes of each block where it is idle, at most its active bytes.
-        fixed: bytes that do not depend on the mask (context, embeddings and head, activations of
-            one block, logits, scratch).
-        block_names: names of the blocks; ``block-0``, ``block-1``, ... where not given.
-        whole: bytes with every block active, where that is less than the sum: no idle block needs a
-            buffer then, and no evaluation waits for another. None for the sum.
+    ``whole`` where every block is active: no idle block needs a buffer then, and no evaluation
+    waits for another. A client that needs more than others has a smaller budget.
     """
 
-    active: Sequence[int]
-    idle: Sequence[int]
-    fixed: int = 0
-    block_names: Sequence[str] | None = None
-    whole: int | None = None
+    active: Sequence[int]  # bytes of each block where it is active
+    idle: Sequence[int]  # bytes of each block where it is idle, at most its active bytes
+    fixed: int = 0  # whatever the mask: embeddings, head, activations of a block, logits, scratch
+    block_names: Sequence[str] | None = None  # block-0, block-1, ... where not given
+    whole: int | None = None  # bytes with every block active, where that is less than the sum
 
     def __post_init__(self) -> None:
         # Python's integers: bytes stay exact where a float would round them.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from zorba.planning.problem import Mask
 from zorba.sizes import unit_of
@@ -56,7 +57,7 @@ class BlockPlan:
     @property
     def version(self) -> int:
         """Uint64: the first 8 bytes, little-endian, of SHA-256 of the names and the mask."""
-        rows = ["".join("1" if active else "0" for active in row) for row in self.mask]
+        rows = ["".join("01"[int(active)] for active in row) for row in self.mask]
         text = json.dumps([self.clients, self.blocks, rows], separators=(",", ":"))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
@@ -66,6 +67,19 @@ class BlockPlan:
             raise KeyError(f"no client {client!r} in this plan")
         row = self.mask[self.clients.index(client)]
         return tuple(name for name, active in zip(self.blocks, row, strict=True) if active)
+
+    def record(self) -> dict[str, Any]:
+        """Returns what ``plan.json`` has of it: plain JSON, a row of 0 and 1 for each client."""
+        return {
+            "clients": self.clients,
+            "blocks": self.blocks,
+            "mask": ["".join("01"[int(active)] for active in row) for row in self.mask],
+            "budgets": self.budgets,
+            "memory": self.memory,
+            "version": f"{self.version:016x}",
+            "front": [{"f1": p.f1, "f2": p.f2, "memory": p.memory} for p in self.front],
+            "chosen": self.chosen,
+        }
 
     def render(self) -> str:
         """Returns the activation map as plain text, one row a client and one column a block."""

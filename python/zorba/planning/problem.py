@@ -20,14 +20,11 @@ _UNCOVERED = 1e-6  # counts as so many clients
 
 
 class InfeasiblePlanError(ValueError):
-    """No mask fits: says which clients fall short, and by how many bytes.
-
-    Attributes:
-        shortfalls: bytes short, by client name; empty where more memory would not help.
-    """
+    """No mask fits: says which clients fall short, and by how many bytes."""
 
     def __init__(self, message: str, shortfalls: Mapping[str, int] | None = None) -> None:
         super().__init__(message)
+        # Bytes short, by client name; empty where more memory would not help.
         self.shortfalls = dict(shortfalls or {})
 
 

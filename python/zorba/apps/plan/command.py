@@ -60,30 +60,14 @@ def run_plan(settings: PlanSettings) -> None:
         "model": settings.model,
         "workload": settings.workload,
         "device": settings.device,
-        "memory": asdict(memory),
+        "memory_model": asdict(memory),
         "overhead": overhead,
-        "version": f"{plan.version:016x}",
-        "blocks": plan.blocks,
         "coverage": plan.coverage,
-        "f1": plan.point.f1,
-        "f2": plan.point.f2,
         "gap": plan.point.gap,
-        "clients": {
-            name: {
-                "budget": plan.budgets[n],
-                "mask": "".join("01"[on] for on in masks[n]),
-                "predicted": plan.memory[n],
-                "measured": measured.get(masks[n]),
-            }
-            for n, name in enumerate(plan.clients)
-        },
-        "front": [
-            {"f1": p.f1, "f2": p.f2, "memory": p.memory, "chosen": i == plan.chosen}
-            for i, p in enumerate(plan.front)
-        ],
+        "measured": [measured.get(mask) for mask in masks],
     }
     settings.out.mkdir(parents=True, exist_ok=True)
-    (settings.out / "plan.json").write_text(json.dumps(record, indent=1) + "\n")
+    (settings.out / "plan.json").write_text(json.dumps(plan.record() | record, indent=1) + "\n")
     draw_plan(plan, settings.out / "plan.png")
     console.print(f"wrote {settings.out / 'plan.json'} and plan.png")
 

@@ -58,21 +58,13 @@ class LiveView:
     """Shows a run from a thread of its own, until the block is left.
 
     On a terminal the view is redrawn in place; evaluations and new faults leave a line above it.
-    Elsewhere everything is a line.
-
-    Args:
-        events: path of ``events.jsonl``; it need not exist yet.
-        console: to show it on.
-        every: seconds between two lines of rounds, where it is no terminal; 0 for all rounds.
-
-    Attributes:
-        ended: set when the run has ended, or the view has failed.
-        error: why the view failed, which the run does not notice; None where it did not.
+    Elsewhere everything is a line, of rounds at most one ``every`` seconds. ``events`` is the path
+    of ``events.jsonl``, which need not exist yet.
     """
 
     def __init__(self, events: Path, console: Console, every: float = 0.0) -> None:
-        self.ended = threading.Event()
-        self.error: Exception | None = None
+        self.ended = threading.Event()  # set when the run has ended, or the view has failed
+        self.error: Exception | None = None  # why it failed, which the run does not notice
         self._console, self._every = console, every
         self._say = partial(console.print, markup=False, highlight=False)
         self._follower = Follower(events)
@@ -82,12 +74,10 @@ class LiveView:
         self._live = Live(console=console, auto_refresh=False) if console.is_interactive else None
 
     def __enter__(self) -> LiveView:
-        """Starts to show."""
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Shows the last state and stops."""
         self._stop.set()
         self._thread.join()
 

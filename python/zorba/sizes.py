@@ -11,10 +11,7 @@ _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:(?:([kmgt])(i?))?b)?\s*", re.
 def parse_bytes(text: str | int) -> int:
     """Returns whole bytes from ``"2GiB"``, ``"900 MB"``, ``"1.5gb"`` or a plain number.
 
-    MB is 1,000,000 bytes and MiB 1,048,576.
-
-    Raises:
-        ValueError: the text is no number of bytes.
+    MB is 1,000,000 bytes and MiB 1,048,576. ValueError: the text is no number of bytes.
     """
     match = _SIZE.fullmatch(str(text))
     if match is None:

@@ -14,10 +14,8 @@ from zorba_kernels.table import Entry
 class DeviceTables:
     """One ``ParamTable`` a device, all with the same groups; made anew where parameters moved.
 
-    Args:
-        tensors: parameters by canonical name; kept, and looked at again later.
-        groups: group of each.
-        num_groups: rows that coefficients have; one more than the largest group by default.
+    ``tensors`` are parameters by canonical name, kept and looked at again later; ``num_groups`` is
+    the number of rows of coefficients, by default one more than the largest group.
     """
 
     def __init__(

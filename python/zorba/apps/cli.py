@@ -52,20 +52,14 @@ class ReportSettings:
 
 
 _HF = ("rich", "safetensors", "transformers")
+_FINETUNE = ("accelerate", "greenlet", "matplotlib", *_HF)
 _PAGE = ("jinja2", "matplotlib", "pydantic", "rich")
 _REVIEWS = ("accelerate", "filelock", "gguf", "pyarrow", "scipy")
 COMMANDS = {
     "demo": Command(ReviewSettings, "demo:run_demo", "demo", (*_REVIEWS, *_PAGE, *_HF)),
-    "finetune": Command(
-        FinetuneSettings,
-        "finetune.run:run_finetune",
-        "finetune",
-        ("accelerate", "greenlet", "matplotlib", *_HF),
-    ),
+    "finetune": Command(FinetuneSettings, "finetune.run:run_finetune", "finetune", _FINETUNE),
     "replay": Command(ReplaySettings, "replay:run_replay", "hf", ("transformers",)),
-    "plan": Command(
-        PlanSettings, "plan.command:run_plan", "plan", ("greenlet", "matplotlib", "scipy", *_HF)
-    ),
+    "plan": Command(PlanSettings, "plan.command:run_plan", "plan", (*_FINETUNE, "scipy")),
     "watch": Command(WatchSettings, "watch.live:run_watch", "watch", _PAGE),
     "report": Command(ReportSettings, "watch.page:run_report", "watch", _PAGE),
 }
@@ -73,11 +67,7 @@ COMMANDS = {
 
 
 def parse(arguments: Sequence[str]) -> Any:
-    """Returns the settings of the command that the arguments name.
-
-    Raises:
-        SystemExit: 0 after ``--help``, 2 where the arguments make no sense, with what was expected.
-    """
+    """Returns the settings of a command; arguments that make no sense end with 2 and a sentence."""
     words = "Run a federation on several machines, with NVIDIA FLARE over mutual TLS."
     federate = tyro.conf.subcommand("federate", description=words)
     every: Any = Union[_subcommands(COMMANDS), Annotated[_subcommands(FEDERATE), federate]]  # noqa: UP007
@@ -93,9 +83,7 @@ def parse(arguments: Sequence[str]) -> Any:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command, of the process's arguments by default.
 
-    Raises:
-        SystemExit: 1 where the command failed, 2 where its arguments make no sense, 130 after
-            Ctrl-C; each with a sentence on stderr.
+    Exits with 1 where it failed and 130 after Ctrl-C, with a sentence on stderr.
     """
     settings = parse(sys.argv[1:] if arguments is None else arguments)
     every = COMMANDS | {f"federate {name}": command for name, command in FEDERATE.items()}

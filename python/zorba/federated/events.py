@@ -19,10 +19,8 @@ EVENT_SCHEMA = 1  # version of the events; the first line of a file carries it
 class EventWriter:
     """Appends events to a file, each a line that is with the system when ``write`` returns.
 
-    An existing file is continued. Only one writer may have it open.
-
-    Raises:
-        RunFolderError: the file is there and holds no events of this schema.
+    An existing file is continued, RunFolderError where it holds no events of this schema. Only one
+    writer may have it open.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -83,8 +81,7 @@ class EventReader:
     def poll(self) -> list[dict[str, Any]]:
         """Returns the events since the last call, of another file from its start.
 
-        Raises:
-            RunFolderError: the file holds no events of this schema.
+        RunFolderError: the file holds no events of this schema.
         """
         try:
             file = self.path.open("rb")

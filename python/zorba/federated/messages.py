@@ -226,11 +226,7 @@ _READ: dict[int, Callable[[Reader], Message]] = {
 
 
 def decode(data: bytes) -> Message:
-    """Returns the message that the bytes are.
-
-    Raises:
-        MessageError: they are none; the error names what was wrong and what was expected.
-    """
+    """Returns the message that the bytes are; MessageError tells why they are none."""
     # Plain fields and no pickle: bytes of a stranger can become one of four classes and no code.
     kind, reader = unframe(data, _READ)
     message = _READ[kind](reader)

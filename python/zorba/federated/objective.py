@@ -26,16 +26,12 @@ class ModelObjective:
     """An ``Objective`` of ``Client``: the loss of a model, perturbed exactly (placement "scratch").
 
     Only the blocks that a plan's mask activates are perturbed. Where the model is offloaded
-    (``zorba.offload.Offload``), blocks move between host and device as the mask says.
-
-    Raises:
-        ValueError: the model is offloaded, and the table is no ``DeviceTables``.
+    (``zorba.offload.Offload``), blocks move between host and device as the mask says, and the table
+    must be ``DeviceTables`` (ValueError).
     """
 
     model: nn.Module  # that ``loss`` runs
-    # Its trainable parameters, the replica's; group b is block b. ``DeviceTables`` where the model
-    # is offloaded.
-    table: Tables
+    table: Tables  # of its trainable parameters, the replica's; group b is block b
     batches: Batches
     # Of a batch, a number or a tensor of one element; or with ``per_example`` of each example,
     # Tensor [examples].

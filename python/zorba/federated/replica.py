@@ -141,8 +141,7 @@ class Replica:
     def load(self, path: str | Path) -> None:
         """Replaces the weights by those of a checkpoint.
 
-        Raises:
-            ReplicaError: it is damaged or of another model, noise or rounding; nothing changed.
+        ReplicaError: it is damaged or of another model, noise or rounding; nothing changed.
         """
         from safetensors import SafetensorError, safe_open  # optional: only checkpoints need it
 

@@ -53,9 +53,7 @@ class RunRecorder:
 
     Leaving the block through an exception is written as the run's end, with the reason. A server
     that was killed leaves no end; the next one on the same folder goes on with a start of its own.
-
-    Raises:
-        ValueError: the server has other masks than the plan.
+    ValueError: the server has other masks than the plan.
     """
 
     def __init__(

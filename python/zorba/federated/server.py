@@ -213,10 +213,7 @@ class Server:
 
         The entry has no terms, and the round changes nothing, when no reply came, when the
         coefficients overflow, and when the clients disagree about their weights and no majority
-        tells who is right.
-
-        Raises:
-            ServerLogError: the entry could not be written; the round can be ended again.
+        tells who is right. ServerLogError: it could not be written; the round can be ended again.
         """
         done = self.current
         entry = done.end()

@@ -77,18 +77,10 @@ def narrow_logits(
     logits behind that (a scale, a softcap) is done here too, and a placement still finds that the
     head's weights are read in the forward of the head.
 
-    Args:
-        model: has ``get_output_embeddings``.
-        inputs: what the model is called with; ``input_ids`` among them.
-        rows: Tensor  # int64 [n], row of the batch of each logit vector
-        positions: Tensor  # int64 [n], and its position
-        columns: Tensor  # int64 [m], tokens; None for the whole vocabulary
-
-    Returns:
-        Tensor  # float32 [n, m]
-
-    Raises:
-        HeadError: the model has no output embedding, or does not call it.
+    ``inputs`` are what the model is called with, ``input_ids`` among them. ``rows`` and
+    ``positions``, int64 [n], say where the n logit vectors are read, and ``columns``, int64 [m], of
+    which tokens; None for all. Returns float32 [n, m]. HeadError: the model has no output
+    embedding, or does not call it.
     """
     find: Any = getattr(model, "get_output_embeddings", None)
     head: Any = find() if find is not None else None

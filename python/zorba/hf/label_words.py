@@ -109,9 +109,7 @@ class LabelWordLoss:
     def encode(self, examples: Examples) -> LabelWordBatch:
         """Tokenizes examples: mappings of the template's fields, and of the label.
 
-        Raises:
-            ValueError: no examples, a label that is no candidate, or a prompt that is cut where it
-                is read.
+        ValueError: no examples, a label that is no candidate, or a prompt cut where it is read.
         """
         if not examples:
             raise ValueError("encode needs at least one example")

@@ -62,8 +62,7 @@ class LogEntry:
 def encode_entry(entry: LogEntry, log_id: int, run_seed: int | None = None) -> bytes:
     """Returns an entry as a frame of the log; seeds of steps of its run take a few bits.
 
-    Raises:
-        LogError: numbers that are not finite, or more than a log takes.
+    LogError: numbers that are not finite, or more than a log takes.
     """
     terms, number, coefs = entry.terms, entry.number, _matrix(entry.terms.coefs)
     if entry.empty:
@@ -160,9 +159,8 @@ def decode_entries(
 ) -> list[LogEntry]:
     """Returns ``count`` entries, numbered from ``first``, that fill ``data``.
 
-    Raises:
-        DamagedLogError: bytes were cut or changed, or are of another log.
-        LogError: they are whole, but make no sense or have other numbers.
+    DamagedLogError: bytes were cut or changed, or are of another log. LogError: they are whole, but
+    make no sense or have other numbers.
     """
     view, at = memoryview(data), 0
     entries: list[LogEntry] = []

@@ -98,8 +98,7 @@ class Log:
     def entries(self, first: int | None = None, last: int | None = None) -> Iterator[LogEntry]:
         """Yields entries, empty ones too, from number ``first`` to ``last``; all by default.
 
-        Raises:
-            LogError: numbers that are not in the log, or an entry that was damaged since.
+        LogError: numbers that are not in the log, or an entry that was damaged since.
         """
         # Checked as a whole before the first one is read: half a range would be half an update.
         begin, end = self._range(self.first if first is None else first, last)
@@ -198,9 +197,7 @@ class LogFile(Log):
     def append(self, entry: LogEntry) -> None:
         """Writes an entry; with ``durable`` it survives a power cut when this returns.
 
-        Raises:
-            LogError: it is not the next one, does not fit the log, or could not be written (a full
-                disk); the log then is as before.
+        LogError, and the log as before: it is not the next one, does not fit, or the disk is full.
         """
         self._check_next(entry.number)
         groups, header = entry.terms.coefs.shape[0], self.header

@@ -90,11 +90,8 @@ class TrajectoryWriter:
         """Goes on with a trajectory whose run continues with ``step``.
 
         The entries of that step and later ones, which the run will make again, are cut, and so is a
-        torn tail. ``tables`` are the active parameters as they are before ``step``.
-
-        Raises:
-            LogError: the file is damaged, of other parameters, or ends before ``step``; it is left
-                as it is.
+        torn tail. ``tables`` are the active parameters as they are before ``step``. LogError, and
+        the file as it was: it is damaged, of other parameters, or ends before ``step``.
         """
         # Everything is checked before the file is cut: a wrong table must not cost the record.
         log = LogFile(path, durable=False)
@@ -116,9 +113,7 @@ class TrajectoryWriter:
     ) -> None:
         """Records an update, given its number and the arguments of ``Placement.update``.
 
-        Raises:
-            LogError: the step is out of order or cannot be recorded, or the file could not be
-                written (a full disk); the file then is as before.
+        LogError, and the file as before: the step is out of order, or the disk is full.
         """
         # The default of ``zk.add_noise_``: the record must have the seed that the pass had.
         seed = rounding_seed if rounding_seed is not None else next(iter(terms.seeds), 0)

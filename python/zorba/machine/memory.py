@@ -78,11 +78,8 @@ def run_apart(
     The function imports what it needs and then calls ``ready()``, once: the baseline is read there.
     Function, arguments and result are pickled, and a script that calls this needs the usual
     ``if __name__ == "__main__"``, as for ``multiprocessing``. The process has the variables of
-    ``environment`` besides those of this one.
-
-    Raises:
-        RuntimeError: the function raised (the message has its traceback), never called ``ready``,
-            or its process died.
+    ``environment`` besides those of this one. RuntimeError: the function raised (the message has
+    its traceback), never called ``ready``, or its process died.
     """
     # Spawned: a forked process would share, and so not count, the pages of this one.
     context = multiprocessing.get_context("spawn")

@@ -114,9 +114,8 @@ class Offload:
     def set_active(self, active: Collection[str]) -> None:
         """Moves blocks between host and device, so that ``active`` are those on the device.
 
-        Raises:
-            ValueError: an unknown block, or weights shared with the rest; nothing was moved.
-            OSError: a file could not be written; blocks moved before stay where they went.
+        ValueError: an unknown block, or weights shared with the rest; nothing was moved. OSError: a
+        file could not be written; blocks moved before stay where they went.
         """
         self._check(active)
         wanted = set(active)

@@ -169,11 +169,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues where another optimizer stopped.
-
-        Raises:
-            ValueError: it made other noise (distribution or version of the contract).
-        """
+        """Continues where another optimizer stopped; ValueError where that made other noise."""
         options = state_dict["param_groups"][0]
         for name in ("distribution", "noise_version"):
             mine = self.param_groups[0][name]

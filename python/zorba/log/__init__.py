@@ -11,20 +11,7 @@ from zorba.log.replay import ReplayReport, WrongBaseError, apply_entries, check_
 from zorba.log.trajectory import SUFFIX, TrajectoryWriter
 
 __all__ = [
-    "SUFFIX",
-    "DamagedLogError",
-    "Log",
-    "LogEntry",
-    "LogError",
-    "LogFile",
-    "LogHeader",
-    "Parameter",
-    "ReplayReport",
-    "TrajectoryWriter",
-    "WrongBaseError",
-    "apply_entries",
-    "check_base",
-    "decode_entries",
-    "encode_entry",
-    "replay",
-]
+    "SUFFIX", "DamagedLogError", "Log", "LogEntry", "LogError", "LogFile", "LogHeader",
+    "Parameter", "ReplayReport", "TrajectoryWriter", "WrongBaseError", "apply_entries",
+    "check_base", "decode_entries", "encode_entry", "replay",
+]  # fmt: skip

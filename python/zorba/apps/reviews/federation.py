@@ -121,10 +121,7 @@ def prefixes_of(
     model: nn.Module, block: nn.Module, batches: Iterable[Sequence[Example]]
 ) -> list[Prefix]:
     """Runs the blocks in front of a block on batches."""
-    return [
-        run_prefix(model, block, [e.ids for e in batch], [e.label for e in batch])
-        for batch in batches
-    ]
+    return [run_prefix(model, block, [e.ids for e in b], [e.label for e in b]) for b in batches]
 
 
 def room_for_blocks(

@@ -55,23 +55,28 @@ def test_rehearsal_of_the_command(tmp_path):
     assert "PASSED in" in done.stdout
 
 
-def test_rehearsal_of_every_check_and_measurement(tmp_path):
-    """In one process, which saves starting Python for each stage."""
+def test_rehearsal_of_every_check_and_measurement(tmp_path, full):
+    """In one process, which saves starting Python for each stage; measurements with --full."""
     path = tmp_path / "record.json"
     options = ["-p", "benchmarks.record", "--rehearse", "--record", str(path)]
-    done = run("pytest", *options, "-p", "no:cacheprovider", *FILES)
+    files = [file for file in FILES if full or file.startswith("benchmarks/gpu/")]
+    done = run("pytest", *options, "-p", "no:cacheprovider", *files)
     assert done.returncode == 0, done.stdout + done.stderr
     tests = json.loads(path.read_text())["stages"]["all"]["tests"]
     passed = {row["test"].split("[")[0] for row in tests if row["outcome"] == "passed"}
     compared = [row for row in tests if "elements" in row.get("facts", {})]
     names = {m["name"] for row in tests for m in row.get("measures", [])}
+    measurements = {
+        *("bench_pass", "bench_fingerprint", "bench_host_time", "bench_passes_of_a_step"),
+        *("bench_bits", "bench_speed", "bench_step", "bench_peers"),
+    }
     assert {name.split("::")[-1] for name in passed} == {
         *("test_description", "test_backends_serve", "test_all_counters", "test_weights"),
-        *("test_chunks_in_random_order", "bench_pass", "bench_fingerprint", "bench_host_time"),
-        *("bench_passes_of_a_step", "bench_bits", "bench_speed", "bench_step", "bench_peers"),
+        *("test_chunks_in_random_order", *(measurements if full else ())),
     }
-    assert len(compared) == 2 + 4 + 8 + 2
-    assert {"copy", "64 passes", "one pass, 64 rounds", "MeZO", "offload"} <= names
+    assert len(compared) == 2 + 4 + 8 + 2 * full
+    wanted = {"copy", "64 passes", "one pass, 64 rounds", "MeZO", "offload"}
+    assert not full or wanted <= names
 
 
 @pytest.fixture

@@ -63,11 +63,11 @@ def test_writes_a_plan_and_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "calibrating" in first.output
     assert (out / "plan.png").read_bytes()[:4] == b"\x89PNG"
     record = json.loads((out / "plan.json").read_text())
-    masks = [client["mask"] for client in record["clients"].values()]
+    masks = record["mask"]
     assert [mask.count("1") for mask in masks] == [2, 2, 2]
     assert len(measured) == 2 + len(set(masks)), "each mask once"
-    for name, client in record["clients"].items():
-        assert client["measured"] == 64 * MIB
+    assert record["measured"] == [64 * MIB] * 3
+    for name in record["clients"]:
         assert f"{name}: measured 64.0 MiB" in first.output
 
     short = plan(model, tmp_path / "short", *options, "phone=1kB,desk=1GB")

@@ -16,6 +16,7 @@ pytest.importorskip("scipy")
 from zorba.planning import BlockPlan, InfeasiblePlanError, MemoryModel, plan_blocks
 from zorba.planning.problem import Problem, make_problem
 
+from tests.covering import combinations
 from tests.planning.cases import SOLVER_TOLERANCE, all_values, random_case
 
 
@@ -38,10 +39,20 @@ SHAPES = [(3, 3), (4, 4), (5, 3), (3, 4)]
 LIMITS = [{}, {"min_coverage": 2}, {"min_active": 2, "max_active": 3}, {"tolerance": 0.2}]
 
 
-@pytest.mark.parametrize("limits", LIMITS, ids=["plain", "covered", "bounded", "tolerant"])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
-@pytest.mark.parametrize("variant", [{}, {"whole": True}, {"alike": True}], ids=str)
-@pytest.mark.parametrize("seed", range(3))
+AXES: dict[str, Any] = {
+    "limits": LIMITS,
+    "shape": SHAPES,
+    "variant": [{}, {"whole": True}, {"alike": True}],
+    "seed": range(3),
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.function is test_matches_brute_force:
+        rows = combinations(AXES, metafunc.config.getoption("--full"))
+        metafunc.parametrize(list(AXES), rows, ids=str)
+
+
 def test_matches_brute_force(
     seed: int, variant: dict[str, bool], shape: tuple[int, int], limits: dict[str, float]
 ) -> None:

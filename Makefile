@@ -20,8 +20,8 @@ VENV ?= .venv
 # The version that the tests run with. On a machine with a GPU: make install TORCH=torch
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-# A process a core, and one. Tests of a file stay together, as they share what is slow to make, and in their
-# order, so that a deployed federation starts early and is waited for beside other tests.
+# A process a core, and one. Tests of a file stay together, as they share what is slow to make, and
+# in their order, so that a deployed federation starts early and is waited for beside other tests.
 PARALLEL ?= -n auto --dist loadfile --no-loadscope-reorder
 INTERPRETED := triton golden equality fingerprint special_values table
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)

@@ -33,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Returns one more than there are cores: one waits for a deployed federation for minutes."""
     return len(os.sched_getaffinity(0)) + 1

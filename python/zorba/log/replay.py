@@ -56,6 +56,8 @@ def apply_entries(
     # One program for all entries: the kernel reads and writes each weight once, and rounds after
     # each entry in registers, so the bits are those of one call an entry.
     zeros = torch.zeros(changing[0].terms.coefs.shape[0])
+    decays = [zeros if entry.decay is None else entry.decay for entry in changing]
+    some = any(entry.decay is not None for entry in changing)
     program = zk.Program(
         [seed for entry in changing for seed in entry.terms.seeds],
         torch.cat([entry.terms.coefs for entry in changing], dim=1),
@@ -64,7 +66,7 @@ def apply_entries(
         [entry.rounding_seed for entry in changing],
         samples=[sample for entry in changing for sample in entry.terms.samples],
         rounds=[len(entry.terms.seeds) for entry in changing],
-        decay=torch.stack([zeros if e.decay is None else e.decay for e in changing], dim=1),
+        decay=torch.stack(decays, dim=1) if some else None,
     )
     for table in each_table(tables):
         table.run(program)

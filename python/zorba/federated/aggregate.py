@@ -58,6 +58,7 @@ def aggregate(
     flat = scalars.reshape(count, -1)
     values = clip_scalars(flat, clip)
     weighted = values * copies[:, None]
+    room = np.empty_like(weighted)  # used again by each sum: fresh memory costs more than sums
     share = 0.5 if aggregation == "median" else trim
     # Sorted once for all blocks, before the clip makes some equal: a block's clients, taken in that
     # order, are sorted. -0 is below 0, and equal scalars stay in the order of the clients.
@@ -73,10 +74,12 @@ def aggregate(
     for blocks in columns.values():
         clients = covering[blocks[0]]
         if by_rank:
-            rows = zip(values.T, (order[clients[order]] for order in orders), strict=True)
-            combined = np.array([_trimmed_mean(row[n], copies[n], share) for row, n in rows])
+            ranks = zip(values.T, (order[clients[order]] for order in orders), strict=True)
+            combined = np.array([_trimmed_mean(row[n], copies[n], share) for row, n in ranks])
         else:
-            combined = fold(weighted[clients]) / copies[clients].sum()
+            rows = np.flatnonzero(clients)
+            taken = np.take(weighted, rows, axis=0, out=room[: len(rows)], mode="clip")
+            combined = fold(taken) / copies[rows].sum()
         out[blocks] = update_coefs(combined.reshape(shape), lr)
     return out
 

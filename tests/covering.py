@@ -7,8 +7,10 @@ axes runs with ``--full`` (``make test-full``).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
+
+import pytest
 
 
 def combinations(axes: Mapping[str, Collection[Any]], full: bool) -> list[tuple[Any, ...]]:
@@ -20,6 +22,17 @@ def combinations(axes: Mapping[str, Collection[Any]], full: bool) -> list[tuple[
         tuple(column[at] for column, at in zip(values, row, strict=True))
         for row in _pairwise([len(column) for column in values])
     ]
+
+
+def parametrize(
+    metafunc: pytest.Metafunc, axes: Mapping[str, Collection[Any]], indirect: Sequence[str] = ()
+) -> None:
+    """Gives a test the rows of ``combinations``, by ``pytest_generate_tests``."""
+    rows = [
+        pytest.param(*row, id="-".join(str(v).removeprefix("torch.") for v in row))
+        for row in combinations(axes, metafunc.config.getoption("--full"))
+    ]
+    metafunc.parametrize(list(axes), rows, indirect=indirect)
 
 
 def _pairwise(sizes: list[int]) -> list[list[int]]:

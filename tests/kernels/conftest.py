@@ -16,7 +16,7 @@ import torch
 
 import zorba_kernels as zk
 from tests.conftest import INTERPRETED
-from tests.covering import combinations
+from tests.covering import parametrize
 from tests.kernels.bits import DTYPES
 from zorba_kernels import dispatch
 from zorba_kernels.build import extension
@@ -79,11 +79,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         axes[name] = [server for server in axes[name] if _runs(metafunc, server)]
     if not axes:
         return
-    rows = [
-        pytest.param(*row, id="-".join(str(v).removeprefix("torch.") for v in row))
-        for row in combinations(axes, metafunc.config.getoption("--full"))
-    ]
-    metafunc.parametrize(list(axes), rows, indirect=served)
+    parametrize(metafunc, axes, served)
 
 
 def _names(mark: pytest.Mark) -> list[str]:

@@ -16,7 +16,7 @@ pytest.importorskip("scipy")
 from zorba.planning import BlockPlan, InfeasiblePlanError, MemoryModel, plan_blocks
 from zorba.planning.problem import Problem, make_problem
 
-from tests.covering import combinations
+from tests.covering import parametrize
 from tests.planning.cases import SOLVER_TOLERANCE, all_values, random_case
 
 
@@ -49,8 +49,7 @@ AXES: dict[str, Any] = {
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.function is test_matches_brute_force:
-        rows = combinations(AXES, metafunc.config.getoption("--full"))
-        metafunc.parametrize(list(AXES), rows, ids=str)
+        parametrize(metafunc, AXES)
 
 
 def test_matches_brute_force(

@@ -52,14 +52,15 @@ class ReportSettings:
 
 
 _HF = ("rich", "safetensors", "transformers")
-_FINETUNE = ("accelerate", "greenlet", "matplotlib", *_HF)
+_MODEL = ("greenlet", "matplotlib", *_HF)
+_FINETUNE = ("accelerate", *_MODEL)
 _PAGE = ("jinja2", "matplotlib", "pydantic", "rich")
 _REVIEWS = ("accelerate", "filelock", "gguf", "pyarrow", "scipy")
 COMMANDS = {
     "demo": Command(ReviewSettings, "demo:run_demo", "demo", (*_REVIEWS, *_PAGE, *_HF)),
     "finetune": Command(FinetuneSettings, "finetune.run:run_finetune", "finetune", _FINETUNE),
     "replay": Command(ReplaySettings, "replay:run_replay", "hf", ("transformers",)),
-    "plan": Command(PlanSettings, "plan.command:run_plan", "plan", (*_FINETUNE, "scipy")),
+    "plan": Command(PlanSettings, "plan.command:run_plan", "plan", (*_MODEL, "scipy")),
     "watch": Command(WatchSettings, "watch.live:run_watch", "watch", _PAGE),
     "report": Command(ReportSettings, "watch.page:run_report", "watch", _PAGE),
 }

@@ -79,10 +79,7 @@ class EventReader:
         self._file_id = -1
 
     def poll(self) -> list[dict[str, Any]]:
-        """Returns the events since the last call, of another file from its start.
-
-        RunFolderError: the file holds no events of this schema.
-        """
+        """Returns events since the last call, of another file from its start; or RunFolderError."""
         try:
             file = self.path.open("rb")
         except FileNotFoundError:

@@ -55,9 +55,10 @@ def apply_entries(
         return
     # One program for all entries: the kernel reads and writes each weight once, and rounds after
     # each entry in registers, so the bits are those of one call an entry.
-    zeros = torch.zeros(changing[0].terms.coefs.shape[0])
-    decays = [zeros if entry.decay is None else entry.decay for entry in changing]
-    some = any(entry.decay is not None for entry in changing)
+    decay: torch.Tensor | None = None  # zeros would be checked and packed in every round
+    if any(entry.decay is not None for entry in changing):
+        zeros = torch.zeros(changing[0].terms.coefs.shape[0])
+        decay = torch.stack([zeros if e.decay is None else e.decay for e in changing], dim=1)
     program = zk.Program(
         [seed for entry in changing for seed in entry.terms.seeds],
         torch.cat([entry.terms.coefs for entry in changing], dim=1),
@@ -66,7 +67,7 @@ def apply_entries(
         [entry.rounding_seed for entry in changing],
         samples=[sample for entry in changing for sample in entry.terms.samples],
         rounds=[len(entry.terms.seeds) for entry in changing],
-        decay=torch.stack(decays, dim=1) if some else None,
+        decay=decay,
     )
     for table in each_table(tables):
         table.run(program)

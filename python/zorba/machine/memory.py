@@ -59,9 +59,9 @@ def anonymous_memory(pid: int) -> int:
 class Apart:
     """The result of a call in a separate process, and its memory."""
 
+    result: Any
     baseline: int  # bytes of anonymous memory when the function said that it was ready
     peak: int  # the most seen since; what is held for less than a millisecond may be missed
-    result: Any
     device_peak: int  # the most bytes that torch's allocator held on a GPU since; 0 without one
 
     @property
@@ -103,7 +103,8 @@ def run_apart(
         # it may be off by some hundred KiB.
         while not ours.poll(0.001):
             peak = max(peak, anonymous_memory(pid))
-        return Apart(baseline, peak, *_receive(ours, process, "done"))
+        result, device_peak = _receive(ours, process, "done")
+        return Apart(result, baseline, peak, device_peak)
     finally:
         ours.close()
         process.join(10)

@@ -57,9 +57,12 @@ class BlockPlan:
     @property
     def version(self) -> int:
         """Uint64: the first 8 bytes, little-endian, of SHA-256 of the names and the mask."""
-        rows = ["".join("01"[int(active)] for active in row) for row in self.mask]
-        text = json.dumps([self.clients, self.blocks, rows], separators=(",", ":"))
+        text = json.dumps([self.clients, self.blocks, self._rows], separators=(",", ":"))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+    @property
+    def _rows(self) -> list[str]:
+        return ["".join("01"[int(active)] for active in row) for row in self.mask]
 
     def active_blocks(self, client: str) -> tuple[str, ...]:
         """Returns the names of the blocks that a client activates."""
@@ -73,7 +76,7 @@ class BlockPlan:
         return {
             "clients": self.clients,
             "blocks": self.blocks,
-            "mask": ["".join("01"[int(active)] for active in row) for row in self.mask],
+            "mask": self._rows,
             "budgets": self.budgets,
             "memory": self.memory,
             "version": f"{self.version:016x}",

@@ -61,8 +61,8 @@ def seen(base: Path, tmp_path_factory: pytest.TempPathFactory, full: bool) -> It
         made = _look(deployed, strangers, home / "code")
         for project in strangers.values():
             project.end()
-        # Processes of two sites: one that holds a client, and all of a site. And the server's: then
-        # or, as a new job costs half a minute, at the same time.
+        # Processes of two sites: one that holds a client, and all of a site. The server's die with
+        # them, or with --full after them: another job of the engine costs half a minute.
         process = deployed.process
         site = process("ada", "client_train"), process("ada", "worker_process")
         first = [process("bob", "worker_process"), *site]

@@ -136,14 +136,14 @@ def test_a_file_without_a_start(tmp_path: Path) -> None:
 
 
 def test_large_runs_make_pages_of_a_readable_size(tmp_path: Path, draw: random.Random) -> None:
-    run = Run(tmp_path, [f"client-{n}" for n in range(220)], 90, 600, draw)
-    for t in range(1, 601):
+    run = Run(tmp_path, [f"client-{n}" for n in range(300)], 90, 800, draw)
+    for t in range(1, 801):
         failing = draw.sample(run.names, 3)
         run.round(t, failures=dict.fromkeys(failing, f"answered after {t} s"))
     page = Page(tmp_path)
     assert len(page.source) < 1_500_000
     assert "Each column is the worst of about 2 rounds." in page.text
-    assert "Only the first 200 of 220 clients are shown." in page.text
+    assert "Only the first 200 of 300 clients are shown." in page.text
 
 
 def test_one_absurd_loss_leaves_the_rest_to_be_seen(tmp_path: Path, draw: random.Random) -> None:

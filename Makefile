@@ -23,7 +23,7 @@ BIN := $(VENV)/bin
 # A process a core, and one. Tests of a file stay together, as they share what is slow to make, and
 # in their order, so that a deployed federation starts early and is waited for beside other tests.
 PARALLEL ?= -n auto --dist loadfile --no-loadscope-reorder
-INTERPRETED := triton golden equality fingerprint special_values table
+INTERPRETED := triton golden equality rank1 perturbed_linear fingerprint special_values table
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
 .PHONY: install demo federate-demo test test-full test-interpret bench compare gpu-check gpu-check-rehearse sass lint format clean

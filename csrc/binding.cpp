@@ -60,11 +60,23 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("cpu_noise",
         [](const std::string& isa, int threads, uintptr_t out, int64_t numel, int64_t offset,
-           uint64_t seed, uint64_t stream, uint32_t sample, int64_t distribution) {
+           uint64_t seed, uint64_t stream, uint32_t sample, int64_t distribution, int64_t columns) {
           const zorba::Kernels& kernels = kernels_for(isa);
           py::gil_scoped_release release;
           kernels.noise(reinterpret_cast<float*>(out), numel, offset, seed, stream, sample,
-                        distribution, threads);
+                        distribution, columns, threads);
+        });
+
+  m.def("cpu_perturb",
+        [](const std::string& isa, int threads, uintptr_t x, uintptr_t y, uintptr_t samples,
+           uintptr_t scale, int64_t rows, int64_t tokens, int64_t inputs, int64_t outputs,
+           int64_t dtype, uint64_t seed, uint64_t stream, bool transposed) {
+          const zorba::Kernels& kernels = kernels_for(isa);
+          py::gil_scoped_release release;
+          kernels.perturb(
+              {at<char>(x), reinterpret_cast<char*>(y), at<int64_t>(samples), at<float>(scale),
+               rows, tokens, inputs, outputs, dtype, seed, stream, transposed},
+              threads);
         });
 
   m.def("cpu_fingerprint",

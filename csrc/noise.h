@@ -1,4 +1,4 @@
-// Noise contract, version 1: the one definition that host and device compile.
+// Noise contract, version 2: the one definition that host and device compile.
 //
 // z(seed, stream, sample, index) is a pure function made of Philox4x32-10 words (Salmon et al.,
 // "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and of IEEE-754 single-precision add,
@@ -25,13 +25,15 @@
 namespace zorba {
 namespace ZORBA_ISA {
 
-constexpr int kNoiseVersion = 1;
+constexpr int kNoiseVersion = 2;
 constexpr uint32_t kRoundingDomain = 0x80000000u;  // sample | 2^31 marks rounding bits
 constexpr int kGaussianBlock = 8;                  // elements a Philox call serves
 constexpr int kRademacherBlock = 128;
+constexpr uint32_t kRowDomain = 0xC0000000u;     // added to the block of the signs of rows,
+constexpr uint32_t kColumnDomain = 0x80000000u;  // and of columns
 
 // Codes of zorba_kernels/noise.py. The one list on this side: everything else switches over it.
-enum class Distribution : int32_t { kGaussian = 0, kRademacher = 1 };
+enum class Distribution : int32_t { kGaussian = 0, kRademacher = 1, kRank1 = 2 };
 
 ZORBA_HD float as_float(uint32_t bits) {
 #if defined(__CUDA_ARCH__)

@@ -45,6 +45,14 @@ TOLERANCES = {
         "a few steps with eps 0.1 from other roundings, amplified",
     ),
     "micro-batches": (1e-5, "a sum of float32 losses of parts, and lr / eps on top"),
+    "perturbed linear float32": (
+        2e-5,
+        "of the largest; sums of 1,100 products",
+    ),
+    "perturbed linear bfloat16": (2e-2, "of the largest; rounded twice to 8 bits, by 4e-3 each"),
+    "perturbed linear float16": (2e-3, "of the largest; rounded twice to 11 bits, by 5e-4 each"),
+    "fused scalar": (2e-2, "relative to the largest; other orders of sums, over eps of 1e-2"),
+    "fused loss": (1e-5, "relative; float32, other orders of the sums of a layer"),
     "difference of losses": (
         1e-3,
         "relative; losses near 5 round by 5e-7, over 1e-2",

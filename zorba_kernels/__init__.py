@@ -10,6 +10,7 @@ from zorba_kernels.build import build_info
 from zorba_kernels.dispatch import BackendStatus, BackendUnavailableError, backends
 from zorba_kernels.noise import NOISE_VERSION
 from zorba_kernels.ops import add_noise, add_noise_, fingerprint, noise
+from zorba_kernels.perturbed_linear import perturb_, perturbed_linear, perturbed_vector
 from zorba_kernels.program import Program
 from zorba_kernels.table import ParamTable
 
@@ -25,6 +26,9 @@ __all__ = [
     "build_info",
     "fingerprint",
     "noise",
+    "perturb_",
+    "perturbed_linear",
+    "perturbed_vector",
 ]
 
 # The op `noise` hides the module of that name from attribute access: what the module offers stays

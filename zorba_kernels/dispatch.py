@@ -28,6 +28,17 @@ class NoiseKey(NamedTuple):
     stream: int
     sample: int
     distribution: Distribution
+    columns: int = 0  # elements of a row of the parameter; 0: it has one dimension
+
+
+class RowNoise(NamedTuple):
+    """Rank-one noise of a parameter that differs by row of a batch."""
+
+    seed: int
+    stream: int
+    samples: Tensor  # int64 [rows], on the device: which perturbation each row has
+    scale: Tensor  # float32 [rows], on the device: what its noise is multiplied by
+    transposed: bool = False  # whether x meets the signs of rows, and y those of columns
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,10 @@ class Backend:
     # Makes z at indices ``offset .. offset + numel``, float32 [numel], of numel, offset, key.
     noise: Callable[[int, int, NoiseKey, torch.device], Tensor]
     fingerprint: Callable[[ParamTable], int]  # of a contiguous table, in [0, 2**64)
+    # ``y[r, t] += scale[r] * (x[r, t] . v) * u`` in place, with u and v the signs of the rows and
+    # columns of the parameter for sample r; without x: ``y[r, t] += scale[r] * u``. Contiguous
+    # x [rows, tokens, columns] and y [rows, tokens, parameter's rows] of one dtype, in float32.
+    perturb: Callable[[Tensor | None, Tensor, RowNoise], None]
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ class Entry:
     stream: int  # uint64
     group: int  # row of coefs
     offset: int  # index of the tensor's first element in the whole parameter
+    columns: int  # elements of a row of the whole parameter; 0: it has one dimension
     identity: Identity  # of the source, when the table was made
 
     @property
@@ -53,12 +55,18 @@ class Entry:
     @property
     def likeness(self) -> tuple[Hashable, ...]:
         """What a tensor must share with this one to take its place in a pass."""
-        return self.name, self.tensor.shape, self.tensor.dtype, self.group, self.offset
+        place = self.group, self.offset, self.columns
+        return self.name, self.tensor.shape, self.tensor.dtype, *place
 
 
 def identity_of(tensor: Tensor) -> Identity:
     """Returns the identity of a tensor."""
     return Identity(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+
+
+def columns_of(shape: Sequence[int]) -> int:
+    """Returns the elements of a row of a parameter, all dimensions but the first; 0 without any."""
+    return math.prod(shape[1:]) if len(shape) > 1 else 0
 
 
 def refuse_duplicates(names: Iterable[str]) -> None:

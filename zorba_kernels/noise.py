@@ -10,33 +10,43 @@ import hashlib
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-NOISE_VERSION = 1
-"""Version of the contract. Messages, logs and checkpoints carry it and refuse another one."""
+NOISE_VERSION = 2
+"""Version of the contract. It kept all values of version 1, and added the distribution rank1."""
 
-Distribution = Literal["gaussian", "rademacher"]
+Distribution = Literal["gaussian", "rademacher", "rank1"]
 Rounding = Literal["nearest", "stochastic"]
 DISTRIBUTIONS: tuple[Distribution, ...] = get_args(Distribution)
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 
-DISTRIBUTION_CODES: dict[Distribution, int] = {"gaussian": 0, "rademacher": 1}
+DISTRIBUTION_CODES: dict[Distribution, int] = {"gaussian": 0, "rademacher": 1, "rank1": 2}
 """Codes of ``csrc/noise.h`` and ``zorba_kernels/kernels/noise.py``."""
+
+VERSIONS: dict[Distribution, int] = {"gaussian": 1, "rademacher": 1, "rank1": 2}
+"""Version that defined each distribution. Messages, logs and checkpoints carry that of theirs, so
+that a package of an older version reads whatever it can make."""
+
+ROW_DOMAIN, COLUMN_DOMAIN = 3 << 30, 2 << 30
+"""Added to the block of the signs of rows and columns: a domain of their own below each sample."""
 
 ROUNDING_DOMAIN = 1 << 31
 """``sample | ROUNDING_DOMAIN`` is the domain of rounding bits; samples are below it."""
 
-BLOCK_ELEMENTS: dict[Distribution, int] = {"gaussian": 8, "rademacher": 128}
-"""Elements served by one Philox call."""
+BLOCK_ELEMENTS: dict[Distribution, int] = {"gaussian": 8, "rademacher": 128, "rank1": 128}
+"""Elements (of rank1: rows, or columns) served by one Philox call."""
 
 MAX_ELEMENTS = (1 << 32) * BLOCK_ELEMENTS["gaussian"]
 """A parameter may have no more: the block index is the 32-bit counter word 0."""
 
 __all__ = [
     "BLOCK_ELEMENTS",
+    "COLUMN_DOMAIN",
     "DISTRIBUTIONS",
     "MAX_ELEMENTS",
     "NOISE_VERSION",
     "ROUNDINGS",
     "ROUNDING_DOMAIN",
+    "ROW_DOMAIN",
+    "VERSIONS",
     "Distribution",
     "Rounding",
     "canonical_name",

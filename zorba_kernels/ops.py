@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from zorba_kernels import dispatch
+from zorba_kernels.entry import columns_of
 from zorba_kernels.noise import DISTRIBUTIONS, MAX_ELEMENTS, Distribution, as_int64
 from zorba_kernels.program import Program, check_choice, check_sample, check_uint64, integer
 from zorba_kernels.table import ParamTable, find_table
@@ -116,9 +117,10 @@ def noise(
         seed: uint64.
         stream: uint64, for a parameter ``zorba_kernels.noise.stream_of(name)``.
         sample: below 2**31.
-        distribution: "gaussian" or "rademacher".
+        distribution: "gaussian", "rademacher", or "rank1": an outer product of signs, of the rows
+            (the first dimension) and of the columns (all others).
         device: where the result lives.
-        offset: index of the first element.
+        offset: index of the first element, of which ``shape`` tells the row length.
         backend: name of a backend, or None for the best that can serve.
 
     Raises:
@@ -156,13 +158,13 @@ def _noise(
     if offset < 0 or offset + count > MAX_ELEMENTS:
         raise ValueError(f"elements {offset} to {offset + count} are outside of [0, 2**35)")
     words = check_uint64(seed, "seed"), check_uint64(stream, "stream"), check_sample(sample)
-    key = dispatch.NoiseKey(*words, distribution)
+    key = dispatch.NoiseKey(*words, distribution, columns_of(size))
     return dispatch.choose(backend, device).noise(count, offset, key, device).reshape(size)
 
 
 # --- Arguments of an operator --------------------------------------------------------------------
 
-_LAYOUT = "str[] names, int[] groups, int[] offsets, int num_groups"
+_LAYOUT = "str[] names, int[] groups, int[] offsets, int[] columns, int num_groups"
 _KINDS = {
     name: str(parameter.annotation).removesuffix(" | None")
     for name, parameter in inspect.signature(Program).parameters.items()
@@ -216,9 +218,9 @@ def _unsigned(word: Tensor) -> int:
     return int(word.item()) % (1 << 64)
 
 
-def _layout(table: ParamTable) -> tuple[list[str], list[int], list[int], int]:
+def _layout(table: ParamTable) -> tuple[list[str], list[int], list[int], list[int], int]:
     groups, offsets = [e.group for e in table.entries], [e.offset for e in table.entries]
-    return table.names, groups, offsets, table.num_groups
+    return table.names, groups, offsets, [e.columns for e in table.entries], table.num_groups
 
 
 def _tensors(table: ParamTable) -> list[Tensor]:
@@ -228,7 +230,7 @@ def _tensors(table: ParamTable) -> list[Tensor]:
 
 # --- The operators: what runs, and what a tracer needs to know ------------------------------------
 
-_LAYOUT_ARGUMENTS = 4
+_LAYOUT_ARGUMENTS = 5
 
 
 def _run_in_place(tensors: list[Tensor], *rest: Any, **kwargs: Any) -> None:

@@ -40,7 +40,8 @@ class Program:
             seeds that change from call to call belong in a tensor: its symbolic integers end at
             2**63, which half of all seeds exceed.
         coefs: finite float32; [terms] for all groups alike, or [groups, terms].
-        distribution: "gaussian" (standard normal) or "rademacher" (+1 or -1).
+        distribution: "gaussian" (standard normal), "rademacher" (+1 or -1), or "rank1" (an outer
+            product of the signs of a parameter's rows and columns).
         rounding: of 16-bit weights: "nearest" (ties to even), or "stochastic", which is unbiased
             and made from ``rounding_seed``, so that replicas round alike. float32 weights always
             round to nearest.

@@ -14,6 +14,7 @@ from zorba_kernels.entry import (
     Entry,
     Identity,
     check_tensor,
+    columns_of,
     identity_of,
     non_negative,
     refuse_duplicates,
@@ -24,8 +25,8 @@ from zorba_kernels.program import Program
 
 __all__ = ["DTYPE_CODES", "SEGMENT_FIELDS", "Entry", "ParamTable", "find_table"]
 
-SEGMENT_FIELDS = 7
-"""int64 fields of a packed row: src, dst, numel, offset, stream, dtype, group."""
+SEGMENT_FIELDS = 8
+"""int64 fields of a packed row: src, dst, numel, offset, stream, dtype, group, columns."""
 
 
 class ParamTable:
@@ -44,6 +45,8 @@ class ParamTable:
         num_groups: rows that coefficients have; one more than the largest group by default.
         offsets: for shards: row-major index of the tensor's first element in the whole parameter,
             0 for names left out. The shard must be a contiguous range of the row-major order.
+        columns: for shards that are flat: elements of a row of the whole parameter (the product of
+            its dimensions but the first), 0 where it has one dimension; by default the tensor's.
 
     Raises:
         TypeError: a value is no tensor, or has another dtype.
@@ -57,6 +60,7 @@ class ParamTable:
         groups: Mapping[str, int] | None = None,
         offsets: Mapping[str, int] | None = None,
         num_groups: int | None = None,
+        columns: Mapping[str, int] | None = None,
     ) -> None:
         # An iterable may be a generator: it is read once, and its length matters.
         pairs = list(tensors.items()) if isinstance(tensors, Mapping) else list(tensors)
@@ -65,7 +69,9 @@ class ParamTable:
         refuse_duplicates(names)
         group_of = {canonical_name(name): g for name, g in (groups or {}).items()}
         offset_of = {canonical_name(name): o for name, o in (offsets or {}).items()}
-        for what, given in (("groups", group_of), ("offsets", offset_of)):
+        columns_in = {canonical_name(name): c for name, c in (columns or {}).items()}
+        every = (("groups", group_of), ("offsets", offset_of), ("columns", columns_in))
+        for what, given in every:
             unknown = sorted(set(given) - set(names))
             if unknown:
                 raise ValueError(f"{what} names parameters that are not in the table: {unknown}")
@@ -91,7 +97,10 @@ class ParamTable:
                 first_name[identity] = name
             # Detached, so that passes write to leaves that require gradients.
             plain, stream = tensor.detach(), stream_of(name)
-            self.entries.append(Entry(name, tensor, plain, stream, group, offset, identity))
+            row = non_negative(
+                columns_in.get(name, columns_of(tensor.shape)), f"columns of {name!r}"
+            )
+            self.entries.append(Entry(name, tensor, plain, stream, group, offset, row, identity))
         refuse_overlap(self.entries)
         # Both are weak: a table of a scratch buffer must not live as long as the weights' one.
         self._packed: WeakKeyDictionary[ParamTable, Tensor] = WeakKeyDictionary()
@@ -189,8 +198,7 @@ class ParamTable:
         for source, target in zip(self.entries, out.entries, strict=True):
             copy = source.tensor.clone(memory_format=torch.contiguous_format)
             # The groups of the whole table: a row of coefficients keeps its number.
-            name, groups = source.name, self.num_groups
-            piece = ParamTable({name: copy}, {name: source.group}, {name: source.offset}, groups)
+            piece = self.with_tensors({source.name: copy})
             backend.run(piece, piece, program)
             target.tensor.copy_(piece.entries[0].tensor)
 
@@ -198,11 +206,14 @@ class ParamTable:
         """Returns the table itself where its tensors are contiguous, else a table of copies."""
         if self.contiguous:
             return self
-        return ParamTable(
-            {e.name: e.tensor.contiguous() for e in self.entries},
-            {e.name: e.group for e in self.entries},
-            {e.name: e.offset for e in self.entries},
-        )
+        return self.with_tensors({e.name: e.tensor.contiguous() for e in self.entries})
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> ParamTable:
+        """Returns a table of other tensors of some of its parameters, which keep their places."""
+        mine = [e for e in self.entries if e.name in tensors]
+        groups, offsets = {e.name: e.group for e in mine}, {e.name: e.offset for e in mine}
+        columns = {e.name: e.columns for e in mine}
+        return ParamTable(tensors, groups, offsets, self.num_groups, columns)
 
     def _check_like(self, other: ParamTable) -> None:
         """Raises ValueError unless ``other`` holds the same parameters in the same layout."""
@@ -214,7 +225,7 @@ class ParamTable:
         for a, b in zip(mine, theirs, strict=True):
             if a != b:
                 raise ValueError(
-                    "the tables differ in (name, shape, dtype, group, offset): "
+                    "the tables differ in (name, shape, dtype, group, offset, columns): "
                     f"{a[0]!r} {a[1:]} and {b[0]!r} {b[1:]}"
                 )
         # Written in place where both are the same tensor; anything between would be read torn.
@@ -222,7 +233,7 @@ class ParamTable:
         refuse_overlap([*self.entries, *(b for a, b in pairs if a.identity != b.identity)])
 
     def packed(self, out: ParamTable) -> Tensor:
-        """Returns the rows that the compiled backends read: int64 [tensors, 7], on the CPU.
+        """Returns the rows that the compiled backends read: int64 [tensors, 8], on the CPU.
 
         Cached for as long as ``out``, where the pass writes, is alive. In place, ``out`` is the
         table itself.
@@ -233,7 +244,8 @@ class ParamTable:
             rows = []
             for e, t in zip(self.entries, out.entries, strict=True):
                 place = e.tensor.data_ptr(), t.tensor.data_ptr(), e.tensor.numel(), e.offset
-                rows.append((*place, as_int64(e.stream), DTYPE_CODES[e.tensor.dtype], e.group))
+                kind = DTYPE_CODES[e.tensor.dtype], e.group, e.columns
+                rows.append((*place, as_int64(e.stream), *kind))
             packed = torch.tensor(rows, dtype=torch.int64).reshape(-1, SEGMENT_FIELDS)
             self._packed[out] = packed
         return packed
@@ -245,20 +257,21 @@ _alive: WeakValueDictionary[_Key, ParamTable] = WeakValueDictionary()
 
 def find_table(
     tensors: Sequence[Tensor], names: Sequence[str], groups: Sequence[int],
-    offsets: Sequence[int], num_groups: int,
+    offsets: Sequence[int], columns: Sequence[int], num_groups: int,
 ) -> ParamTable:  # fmt: skip
     """Returns the table of these tensors if there is one already, or a new one."""
     # Making a table hashes names and checks for overlap: too much for each run of a graph.
     identities = tuple(identity_of(t) for t in tensors)
-    key = (identities, tuple(names), tuple(groups), tuple(offsets), num_groups)
+    key = (identities, tuple(names), tuple(groups), tuple(offsets), tuple(columns), num_groups)
     known = _alive.get(key)
     if known is not None:
         return known
-    group_of, offset_of = (dict(zip(names, column, strict=True)) for column in (groups, offsets))
-    return ParamTable(zip(names, tensors, strict=True), group_of, offset_of, num_groups)
+    given = (groups, offsets, columns)
+    group_of, offset_of, columns_in = (dict(zip(names, each, strict=True)) for each in given)
+    return ParamTable(zip(names, tensors, strict=True), group_of, offset_of, num_groups, columns_in)
 
 
 def _key(table: ParamTable) -> _Key:
-    rows = [(e.identity, e.name, e.group, e.offset) for e in table.entries]
-    columns = tuple(zip(*rows, strict=True)) or ((), (), (), ())
+    rows = [(e.identity, e.name, e.group, e.offset, e.columns) for e in table.entries]
+    columns = tuple(zip(*rows, strict=True)) or ((), (), (), (), ())
     return (*columns, table.num_groups)

@@ -1,5 +1,7 @@
 // The CPU kernels, compiled once for each instruction set (setup.py sets ZORBA_ISA and the flags).
 #include "add_noise.h"
+#include "perturbed_linear.h"
+#include "rank1.h"
 
 #if defined(__SSE2__)
 #include <xmmintrin.h>
@@ -37,9 +39,10 @@ class FloatingPointState {
 #endif
 };
 
-int64_t first_tile(const Segment& s) { return s.offset / kTile; }
-int64_t tile_count(const Segment& s) {
-  return s.numel == 0 ? 0 : (s.offset + s.numel - 1) / kTile - first_tile(s) + 1;
+// Pieces of `size` elements, aligned in the whole parameter, that a segment touches.
+int64_t first_piece(const Segment& s, int64_t size) { return s.offset / size; }
+int64_t piece_count(const Segment& s, int64_t size) {
+  return s.numel == 0 ? 0 : (s.offset + s.numel - 1) / size - first_piece(s, size) + 1;
 }
 
 using TileFunction = void (*)(const Prepared&, const Segment&, int64_t);
@@ -53,44 +56,85 @@ TileFunction tile_function(int64_t dtype) {
   }
 }
 
+template <bool stochastic>
+auto unit_function(int64_t dtype) {
+  switch (static_cast<DType>(dtype)) {
+    case DType::kBFloat16: return add_rank1<DType::kBFloat16, stochastic>;
+    case DType::kFloat16: return add_rank1<DType::kFloat16, stochastic>;
+    default: return add_rank1<DType::kFloat32, false>;
+  }
+}
+
 void add_noise(const Segment* segments, int64_t count, const Program& program, int threads) {
   int64_t groups = 1;
   for (int64_t i = 0; i < count; ++i) groups = std::max(groups, segments[i].group + 1);
   const Prepared prepared(program, groups);
-  std::vector<int64_t> ends(count);  // tiles up to and including each segment
+  const bool rank1 = static_cast<Distribution>(program.distribution) == Distribution::kRank1;
+  const int64_t size = rank1 ? kUnit : kTile;
+  std::vector<int64_t> ends(count);  // pieces up to and including each segment
   int64_t total = 0;
-  for (int64_t i = 0; i < count; ++i) ends[i] = total += tile_count(segments[i]);
+  for (int64_t i = 0; i < count; ++i) ends[i] = total += piece_count(segments[i], size);
 
   parallel_for(total, grain(total, threads), threads, [&](int64_t begin, int64_t end) {
     const FloatingPointState state;
+    std::optional<RankOne> own;
+    if (rank1) own.emplace();
     int64_t at = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
-    for (int64_t tile = begin; tile < end; ++tile) {
-      while (tile >= ends[at]) ++at;
+    for (int64_t piece = begin; piece < end; ++piece) {
+      while (piece >= ends[at]) ++at;
       const Segment& segment = segments[at];
-      const int64_t before = at == 0 ? 0 : ends[at - 1];
-      const TileFunction add = program.stochastic ? tile_function<true>(segment.dtype)
-                                                  : tile_function<false>(segment.dtype);
-      add(prepared, segment, first_tile(segment) + tile - before);
+      const int64_t place = first_piece(segment, size) + piece - (at == 0 ? 0 : ends[at - 1]);
+      if (rank1) {
+        (program.stochastic ? unit_function<true>(segment.dtype)
+                            : unit_function<false>(segment.dtype))(prepared, segment, place, *own);
+      } else {
+        (program.stochastic ? tile_function<true>(segment.dtype)
+                            : tile_function<false>(segment.dtype))(prepared, segment, place);
+      }
     }
     streamed();
   });
 }
 
 void noise(float* out, int64_t numel, int64_t offset, uint64_t seed, uint64_t stream,
-           uint32_t sample, int64_t distribution, int threads) {
-  const Segment run{0, 0, numel, offset, 0, 0, 0};
+           uint32_t sample, int64_t distribution, int64_t columns, int threads) {
+  const Segment run{0, 0, numel, offset, 0, 0, 0, columns};
   const PhiloxKeys keys = philox_keys(seed);
-  const int64_t tiles = tile_count(run);
-  parallel_for(tiles, grain(tiles, threads), threads, [&](int64_t begin, int64_t end) {
+  const bool rank1 = static_cast<Distribution>(distribution) == Distribution::kRank1;
+  const int64_t size = rank1 ? kUnit : kTile;
+  const int64_t pieces = piece_count(run, size);
+  parallel_for(pieces, grain(pieces, threads), threads, [&](int64_t begin, int64_t end) {
     const FloatingPointState state;
     alignas(64) float z[1][kTile];
-    for (int64_t tile = first_tile(run) + begin; tile < first_tile(run) + end; ++tile) {
-      noise_tile<1>(static_cast<Distribution>(distribution), tile, Stream(stream), sample, keys, z);
-      const int64_t lo = std::max(tile * kTile, offset);
-      const int64_t hi = std::min((tile + 1) * kTile, offset + numel);
-      std::memcpy(out + (lo - offset), z[0] + (lo - tile * kTile), (hi - lo) * sizeof(float));
+    const int64_t first = first_piece(run, size);
+    for (int64_t piece = first + begin; piece < first + end; ++piece) {
+      const int64_t lo = std::max(piece * size, offset);
+      const int64_t hi = std::min((piece + 1) * size, offset + numel);
+      if (rank1) {
+        rank1_values(Matrix(columns), Stream(stream), sample, keys, lo, hi, out + (lo - offset));
+        continue;
+      }
+      noise_tile<1>(static_cast<Distribution>(distribution), piece, Stream(stream), sample, keys,
+                    z);
+      std::memcpy(out + (lo - offset), z[0] + (lo - piece * kTile), (hi - lo) * sizeof(float));
     }
   });
+}
+
+void perturb(const Perturbation& p, int threads) {
+  const PhiloxKeys keys = philox_keys(p.seed);
+  const int64_t tokens = p.rows * p.tokens;
+  parallel_for(tokens, std::clamp<int64_t>(tokens / (4 * std::max(threads, 1)), 8, 256), threads,
+               [&](int64_t begin, int64_t end) {
+                 const FloatingPointState state;
+                 switch (static_cast<DType>(p.dtype)) {
+                   case DType::kBFloat16:
+                     return perturb_tokens<DType::kBFloat16>(p, keys, begin, end);
+                   case DType::kFloat16:
+                     return perturb_tokens<DType::kFloat16>(p, keys, begin, end);
+                   default: return perturb_tokens<DType::kFloat32>(p, keys, begin, end);
+                 }
+               });
 }
 
 // Sum of the lanes [begin, end) of a parameter, and its last lane filled up with zero bytes.
@@ -131,7 +175,7 @@ uint64_t fingerprint(const Segment* segments, int64_t count, int threads) {
 
 #define ZORBA_STRING_OF(x) #x
 #define ZORBA_STRING(x) ZORBA_STRING_OF(x)
-extern const Kernels kKernels{ZORBA_STRING(ZORBA_ISA), add_noise, noise, fingerprint};
+extern const Kernels kKernels{ZORBA_STRING(ZORBA_ISA), add_noise, noise, fingerprint, perturb};
 
 }  // namespace ZORBA_ISA
 }  // namespace zorba

@@ -9,8 +9,9 @@ struct Kernels {
   const char* isa;
   void (*add_noise)(const Segment* segments, int64_t count, const Program& program, int threads);
   void (*noise)(float* out, int64_t numel, int64_t offset, uint64_t seed, uint64_t stream,
-                uint32_t sample, int64_t distribution, int threads);
+                uint32_t sample, int64_t distribution, int64_t columns, int threads);
   uint64_t (*fingerprint)(const Segment* segments, int64_t count, int threads);
+  void (*perturb)(const Perturbation& perturbation, int threads);
 };
 
 namespace baseline {

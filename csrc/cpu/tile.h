@@ -79,6 +79,7 @@ inline void noise_tile(Distribution distribution, int64_t tile, Stream stream, u
   switch (distribution) {
     case Distribution::kGaussian: return gaussian_tile<parts>(tile, stream, sample, keys, z);
     case Distribution::kRademacher: return rademacher_tile<parts>(tile, stream, sample, keys, z);
+    case Distribution::kRank1: return;  // of matrices, not of tiles: rank1.h
   }
 }
 

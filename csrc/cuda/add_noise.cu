@@ -17,29 +17,30 @@ using device::Table;
 using device::Term;
 using DType = device::DType;
 
-// Without spills one term fits 128 registers, and a program 170; but ptxas takes more for
-// Rademacher programs on sm_100.
+// Without spills one term fits 128 registers, and a program 170; but ptxas takes more for programs
+// with signs on sm_100.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kRademacherBlocks = 2;
+constexpr int kSignBlocks = 2;
 #else
-constexpr int kRademacherBlocks = 3;
+constexpr int kSignBlocks = 3;
 #endif
 template <typename Program>
 constexpr int kBlockThreads = Program::kSingle ? 256 : 128;
 template <Distribution distribution, typename Program>
-constexpr int kBlocksResident = Program::kSingle                            ? 2
-                                : distribution == Distribution::kRademacher ? kRademacherBlocks
-                                                                            : 3;
+constexpr int kBlocksResident = Program::kSingle                          ? 2
+                                : distribution == Distribution::kGaussian ? 3
+                                                                          : kSignBlocks;
 
 template <Distribution distribution, bool stochastic, typename Program>
 __global__ void __launch_bounds__(kBlockThreads<Program>, kBlocksResident<distribution, Program>)
     add_noise(const Table table, const __grid_constant__ Program program) {
   // Signs that a warp shares; a Gaussian kernel has none.
-  constexpr bool kShares = distribution == Distribution::kRademacher;
+  constexpr bool kShares = distribution != Distribution::kGaussian;
+  constexpr int kSignWords = Program::template kSignWords<distribution>;
   constexpr int kWarps = kBlockThreads<Program> / device::kLanes;
-  __shared__ uint4 shared[kShares ? kWarps * Program::kSignWords / 4 : 1];
+  __shared__ uint4 shared[kShares ? kWarps * kSignWords / 4 : 1];
   auto* signs = reinterpret_cast<uint32_t*>(shared) +
-                (kShares ? threadIdx.x / device::kLanes * Program::kSignWords : 0);
+                (kShares ? threadIdx.x / device::kLanes * kSignWords : 0);
   int64_t at = 0;
   for (int64_t piece = first_piece(); piece < table.tiles; piece += piece_step()) {
     at = device::find_segment(table, piece, at);
@@ -90,6 +91,7 @@ Kernel<Form> kernel_for(const zorba::Program& program) {
     case Distribution::kGaussian: return rounded<Distribution::kGaussian, Form>(program.stochastic);
     case Distribution::kRademacher:
       return rounded<Distribution::kRademacher, Form>(program.stochastic);
+    case Distribution::kRank1: return rounded<Distribution::kRank1, Form>(program.stochastic);
   }
   throw std::runtime_error("no such distribution");
 }
@@ -129,7 +131,7 @@ int64_t tile_ends(const int64_t* segments, int64_t count, int64_t* ends) {
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) {
     Segment segment;
-    std::memcpy(&segment, segments + 7 * i, sizeof segment);
+    std::memcpy(&segment, segments + 8 * i, sizeof segment);
     ends[i] = total += device::tile_count(segment);
   }
   return total;

@@ -43,12 +43,24 @@ void bind_cuda(py::module_& m) {
                                   *at<const Program>(program), workspace);
         });
 
-  m.def("cuda_noise", [](int device, uintptr_t cuda_stream, uintptr_t out, int64_t numel,
-                         int64_t offset, uint64_t seed, uint64_t stream, uint32_t sample,
-                         int64_t distribution) {
-    py::gil_scoped_release release;
-    cuda::noise({device, cuda_stream}, out, numel, offset, seed, stream, sample, distribution);
-  });
+  m.def("cuda_noise",
+        [](int device, uintptr_t cuda_stream, uintptr_t out, int64_t numel, int64_t offset,
+           uint64_t seed, uint64_t stream, uint32_t sample, int64_t distribution, int64_t columns) {
+          py::gil_scoped_release release;
+          cuda::noise({device, cuda_stream}, out, numel, offset, seed, stream, sample, distribution,
+                      columns);
+        });
+
+  m.def("cuda_perturb",
+        [](int device, uintptr_t cuda_stream, uintptr_t x, uintptr_t y, uintptr_t samples,
+           uintptr_t scale, int64_t rows, int64_t tokens, int64_t inputs, int64_t outputs,
+           int64_t dtype, uint64_t seed, uint64_t stream, bool transposed) {
+          py::gil_scoped_release release;
+          cuda::perturb(
+              {device, cuda_stream},
+              {at<const char>(x), at<char>(y), at<const int64_t>(samples), at<const float>(scale),
+               rows, tokens, inputs, outputs, dtype, seed, stream, transposed});
+        });
 
   m.def("cuda_fingerprint", [](int device, uintptr_t stream, uintptr_t segments, uintptr_t ends,
                                int64_t count, int64_t tiles, uintptr_t result) {

@@ -1,7 +1,7 @@
 // The general path: any block, whole or not, aligned or not, an element at a time.
 #pragma once
 
-#include "values.h"
+#include "rank1.h"
 
 namespace zorba {
 namespace device {
@@ -14,6 +14,7 @@ ZORBA_HD void any_block(const Program& program, const Segment& segment, uint32_t
   const int64_t start = static_cast<int64_t>(block) * kGaussianBlock - segment.offset;
   if (start <= -kGaussianBlock || start >= segment.numel) return;
   const Stream stream = stream_of(segment);
+  const BlockNoise<distribution> noise(block, segment.columns);
   const int64_t shift = start * kBytes<dtype>;
   float weights[kGaussianBlock];
 #pragma unroll
@@ -45,7 +46,7 @@ ZORBA_HD void any_block(const Program& program, const Segment& segment, uint32_t
       const float coef = program.coef(segment.group, k);
       if (coef == 0.0f) continue;
       float z[kGaussianBlock];
-      noise_block<distribution>(block, stream, program.sample(k), program.keys(k), z);
+      noise.values(stream, program.sample(k), program.keys(k), z);
 #pragma unroll
       for (int e = 0; e < kGaussianBlock; ++e) sum[e] = fma_rn(coef, z[e], sum[e]);
     }

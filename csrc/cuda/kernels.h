@@ -42,9 +42,12 @@ int64_t workspace_bytes(int64_t terms, int64_t rounds);
 void add_noise_program(const Where& where, const DeviceTable& table, const Program& program,
                        uintptr_t workspace);
 
-// z at indices offset .. offset + numel, to float[numel].
+// z at indices offset .. offset + numel, to float[numel]; `columns` as in a segment.
 void noise(const Where& where, uintptr_t out, int64_t numel, int64_t offset, uint64_t seed,
-           uint64_t stream, uint32_t sample, int64_t distribution);
+           uint64_t stream, uint32_t sample, int64_t distribution, int64_t columns);
+
+// Adds rank-one noise that differs by row of a batch; what is pointed to is in device memory.
+void perturb(const Where& where, const Perturbation& perturbation);
 
 // Adds the fingerprint of the table to the uint64 at `result`.
 void fingerprint(const Where& where, const DeviceTable& table, uintptr_t result);

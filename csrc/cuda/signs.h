@@ -1,10 +1,11 @@
-// Rademacher signs of a program of many terms: made by the whole warp, shared, turned into +-1.
+// Signs of a program of many terms: made by the whole warp, shared, turned into +-1.
 //
-// A Philox call serves 128 elements, so the lanes make the calls of kTermsAtOnce terms together and
+// A Philox call serves 128 signs, so the lanes make the calls of kTermsAtOnce terms together and
 // exchange signs through shared memory. There a term has one word a lane: byte h are the signs of
 // block h of the kAtOnce strips that the lane holds.
 #pragma once
 
+#include "rank1.h"
 #include "strip.h"
 
 namespace zorba {
@@ -37,43 +38,95 @@ ZORBA_HD Words transpose_bytes(const uint32_t (&rows)[4]) {
           permute_bytes<0x7632>(c, d)};
 }
 
+// Half a term's Rademacher signs: lanes 0-15 (part 0) or 16-31 of the strips. Their blocks h take
+// call 2 h + part.
+ZORBA_HD void make_half(const Term& term, Stream stream, uint32_t strip, int part,
+                        uint32_t* words_of_term) {
+  uint32_t words[4][4];
+#pragma unroll
+  for (int h = 0; h < 4; ++h) {
+    const uint32_t call = strip * kCallsInStrip + 2 * h + part;
+    const Words w = philox4x32(call, stream.lo, stream.hi, term.sample, term.keys);
+    words[0][h] = w.w0;
+    words[1][h] = w.w1;
+    words[2][h] = w.w2;
+    words[3][h] = w.w3;
+  }
+  uint32_t* at = words_of_term + kHalfWarp * part;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) store_words(at + 4 * i, transpose_bytes(words[i]));
+}
+
+// Turns the words of a run, of `count` terms, into one word a lane. Eight lanes take a term: each
+// makes the words of four lanes of 32 elements in each quarter of the run.
+ZORBA_HD void join_signs(const Run& run, int count, uint32_t* shared) {
+  constexpr int kEach = kLanes / 4;  // lanes a term
+  constexpr int kWords = kTermWords<Distribution::kRank1>;
+  PerLane<Spot[4]> spots;
+  each_lane([&](int lane) {
+#pragma unroll
+    for (int h = 0; h < 4; ++h) spots[lane][h] = spot_of(run, 32 * (kEach * h + lane % kEach));
+  });
+#pragma unroll 1
+  for (int first = 0; first < count; first += 4) {
+    PerLane<Words> made;
+    const auto words = [&](int lane) { return shared + kWords * (first + lane / kEach); };
+    each_lane([&](int lane) {
+      if (first + lane / kEach >= count) return;
+      uint32_t quarters[4];
+#pragma unroll
+      for (int h = 0; h < 4; ++h) quarters[h] = signs_from(run, words(lane), spots[lane][h]);
+      made[lane] = transpose_bytes(quarters);
+    });
+    warp_sync();  // the words go where the run's were
+    each_lane([&](int lane) {
+      if (first + lane / kEach < count) store_words(words(lane) + 4 * (lane % kEach), made[lane]);
+    });
+  }
+  warp_sync();
+}
+
 // Makes the signs of those terms among [base, base + kTermsAtOnce) that have a coefficient, one
 // after the other in `shared`, and returns which these are: bit t for term base + t.
-ZORBA_HD uint32_t make_signs(const Many& program, Stream stream, int64_t group, int32_t base,
-                             uint32_t strip, uint32_t* shared) {
+template <Distribution distribution>
+ZORBA_HD uint32_t make_signs(const Many& program, const Segment& segment, Stream stream,
+                             int32_t base, uint32_t strip, uint32_t* shared) {
+  constexpr int kWords = kTermWords<distribution>;
+  constexpr bool kRank1 = distribution == Distribution::kRank1;
   PerLane<float> coef;
   const uint32_t mask = ballot([&](int lane) {
     const int32_t k = base + lane;
-    coef[lane] = k < program.terms() ? program.coef(group, k) : 0.0f;
+    coef[lane] = k < program.terms() ? program.coef(segment.group, k) : 0.0f;
     return coef[lane] != 0.0f;
   });
   if (mask == 0) return 0;
-  const auto slot = [&](int t) { return shared + kTermWords * count_ones(mask & ((1u << t) - 1)); };
+  const auto slot = [&](int t) { return shared + kWords * count_ones(mask & ((1u << t) - 1)); };
+  Run run;
+  if constexpr (kRank1) {
+    run = run_of<kAtOnce * kStrip, kStripBits>(strip, segment.columns);
+  }
   warp_sync();
   each_lane([&](int lane) {
-    if (coef[lane] != 0.0f) slot(lane)[kLanes] = as_bits(coef[lane]);
-    // Half a term: lanes 0-15 or 16-31 of the strips. Their blocks h take call 2 h + part.
+    if (coef[lane] != 0.0f) slot(lane)[kWords - 4] = as_bits(coef[lane]);
     const int part = lane / kHalfWarp;
 #pragma unroll 1
     for (int t = lane % kHalfWarp; t < kTermsAtOnce; t += kHalfWarp) {
       if ((mask >> t & 1) == 0) continue;
-      const Term term = load_term(program.term + base + t);
-      uint32_t words[4][4];
-#pragma unroll
-      for (int h = 0; h < 4; ++h) {
-        const uint32_t call = strip * kCallsInStrip + 2 * h + part;
-        const Words w = philox4x32(call, stream.lo, stream.hi, term.sample, term.keys);
-        words[0][h] = w.w0;
-        words[1][h] = w.w1;
-        words[2][h] = w.w2;
-        words[3][h] = w.w3;
+      if constexpr (kRank1) {
+        // Keys in registers, as below, would make the kernel spill.
+#pragma unroll 2
+        for (uint32_t call = part; call < run.calls; call += 2) {
+          store_words(slot(t) + 4 * call, run_words(run, call, stream, program.sample(base + t),
+                                                    program.keys(base + t)));
+        }
+      } else {
+        const Term term = load_term(program.term + base + t);
+        make_half(term, stream, strip, part, slot(t));
       }
-      uint32_t* at = slot(t) + kHalfWarp * part;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) store_words(at + 4 * i, transpose_bytes(words[i]));
     }
   });
   warp_sync();
+  if constexpr (kRank1) join_signs(run, count_ones(mask), shared);
   return mask;
 }
 
@@ -138,11 +191,11 @@ ZORBA_HD void unpack_signs(uint32_t signs, int i, const Unpacker& unpacker, floa
 }
 
 // Adds a term, whose signs and coefficient are at `term`.
-template <DType dtype>
+template <DType dtype, Distribution distribution>
 ZORBA_HD void add_signs(const uint32_t* term, int lane, const Unpacker& unpacker,
                         Held<dtype> (&held)[kAtOnce]) {
   const uint32_t signs = term[lane];
-  const float coef = as_float(term[kLanes]);
+  const float coef = as_float(term[kTermWords<distribution> - 4]);
 #pragma unroll
   for (int i = 0; i < kProducts; ++i) {
     float z[4];

@@ -12,14 +12,25 @@ constexpr int kLanes = 32;
 constexpr int kHalves = 2;                                // blocks a lane holds
 constexpr int kHeld = kHalves * kGaussianBlock;           // elements a lane holds
 constexpr int kStrip = kLanes * kHeld;                    // elements a warp holds
+constexpr int kStripBits = 9;                             // of a number below it
 constexpr int kStripBlocks = kStrip / kGaussianBlock;     //
 constexpr int kTile = kLanes * kRademacherBlock;          // one Rademacher call a lane
 constexpr int kStripsInTile = kTile / kStrip;             //
 constexpr int kAtOnce = 2;                                // strips in registers together
 constexpr int kCallsInStrip = kStrip / kRademacherBlock;  //
 constexpr int kTermsAtOnce = kLanes;                      // terms whose signs a warp makes together
-constexpr int kTermWords = kLanes + 4;                    // shared words of such a term (signs.h)
 constexpr int kInlineGroups = 512;  // coefficients that fit a kernel parameter
+
+// Philox calls whose words a warp shares at most: of a term in a program, and of the only term in a
+// tile. Those of rank-one noise are counted in rank1.h.
+template <Distribution distribution>
+constexpr int kTermCalls =
+    kAtOnce * kStrip / kRademacherBlock + (distribution == Distribution::kRank1 ? 4 : 0);
+template <Distribution distribution>
+constexpr int kTileCalls = kLanes + (distribution == Distribution::kRank1 ? 4 : 0);
+// Shared words of a term in a program: signs, and its coefficient behind them (signs.h).
+template <Distribution distribution>
+constexpr int kTermWords = 4 * kTermCalls<distribution> + 4;
 
 // --- Tables and programs -------------------------------------------------------------------------
 
@@ -75,7 +86,8 @@ struct Step {
 // One round of one term: everything is a kernel parameter, so that a launch copies nothing.
 struct Single {
   static constexpr bool kSingle = true;
-  static constexpr int kSignWords = kLanes * 4;  // shared words of a warp: 128 signs a lane
+  template <Distribution distribution>
+  static constexpr int kSignWords = 4 * kTileCalls<distribution>;  // shared words of a warp
   PhiloxKeys term_keys;
   PhiloxKeys rounding_keys;
   uint32_t term_sample;
@@ -95,7 +107,8 @@ struct Single {
 // Any number of rounds and terms, in device memory.
 struct Many {
   static constexpr bool kSingle = false;
-  static constexpr int kSignWords = kTermsAtOnce * kTermWords;
+  template <Distribution distribution>
+  static constexpr int kSignWords = kTermsAtOnce * kTermWords<distribution>;
   const Term* term;
   const Round* round;
   const float* coefs;   // [groups, terms]

@@ -31,10 +31,10 @@ ZORBA_HD void add_terms(const Many& program, const Segment& segment, Stream stre
       held[lane][i] = {};  // the sums too, or registers would keep those of the last strips
       if (i < present) load_strip<dtype>(src + i * kBytesOfStrip, held[lane][i]);
     }
-    if constexpr (distribution == Distribution::kRademacher) unpacker[lane] = make_unpacker(lane);
+    if constexpr (distribution != Distribution::kGaussian) unpacker[lane] = make_unpacker(lane);
     fine[lane] = true;
   });
-  // Of the Rademacher terms whose signs have been made:
+  // Of the terms whose signs have been made:
   int32_t made = 0;               // their end
   uint32_t waiting = 0;           // the next ones as bits, 0 where there is no coefficient
   const uint32_t* term = shared;  // the next one with a coefficient
@@ -72,7 +72,7 @@ ZORBA_HD void add_terms(const Many& program, const Segment& segment, Stream stre
       for (int32_t k = program.begin(r); k < end;) {
         if (k >= made) {
           made = k + kTermsAtOnce;
-          waiting = make_signs(program, stream, group, k, strip, shared);
+          waiting = make_signs<distribution>(program, segment, stream, k, strip, shared);
           term = shared;
         }
         const int32_t stop = end < made ? end : made;
@@ -83,8 +83,10 @@ ZORBA_HD void add_terms(const Many& program, const Segment& segment, Stream stre
         if (count == 0) continue;
         begin();
         const auto add = [&] {
-          each_lane([&](int lane) { add_signs<dtype>(term, lane, unpacker[lane], held[lane]); });
-          term += kTermWords;
+          each_lane([&](int lane) {
+            add_signs<dtype, distribution>(term, lane, unpacker[lane], held[lane]);
+          });
+          term += kTermWords<distribution>;
         };
 #pragma unroll 1
         for (; count >= kUnrolledTerms; count -= kUnrolledTerms) {

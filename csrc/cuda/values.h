@@ -101,12 +101,14 @@ ZORBA_HD uint32_t random16(uint32_t first, uint32_t second, int e) {
 
 // --- Memory --------------------------------------------------------------------------------------
 
-template <DType dtype>
+// `once`: nobody reads it again soon, so that caches may drop it first.
+template <DType dtype, bool once = true>
 ZORBA_HD void load_block(const char* at, uint32_t (&words)[kWords<dtype>]) {
 #if defined(__CUDA_ARCH__)
 #pragma unroll
   for (int i = 0; i < kWords<dtype>; i += 4) {
-    const uint4 v = __ldcs(reinterpret_cast<const uint4*>(at + 4 * i));
+    const auto* from = reinterpret_cast<const uint4*>(at + 4 * i);
+    const uint4 v = once ? __ldcs(from) : *from;
     words[i] = v.x;
     words[i + 1] = v.y;
     words[i + 2] = v.z;
@@ -117,13 +119,18 @@ ZORBA_HD void load_block(const char* at, uint32_t (&words)[kWords<dtype>]) {
 #endif
 }
 
-template <DType dtype>
+template <DType dtype, bool once = true>
 ZORBA_HD void store_block(char* at, const uint32_t (&words)[kWords<dtype>]) {
 #if defined(__CUDA_ARCH__)
 #pragma unroll
   for (int i = 0; i < kWords<dtype>; i += 4) {
-    __stcs(reinterpret_cast<uint4*>(at + 4 * i),
-           make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]));
+    auto* to = reinterpret_cast<uint4*>(at + 4 * i);
+    const uint4 v = make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
+    if constexpr (once) {
+      __stcs(to, v);
+    } else {
+      *to = v;
+    }
   }
 #else
   std::memcpy(at, words, sizeof words);

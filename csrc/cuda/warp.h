@@ -18,7 +18,7 @@ namespace device {
 // half; the second half is 32 bytes on. The product with +-1 is exact, so adding +-coef gives the
 // bits of the fused multiply-add. `alone`: the sum is 0 so far.
 template <DType dtype, bool alone>
-ZORBA_HD void add_rademacher(const unsigned char* signs, float coef, Held<dtype>& held) {
+ZORBA_HD void add_bytes(const unsigned char* signs, float coef, Held<dtype>& held) {
 #pragma unroll
   for (int h = 0; h < kHalves; ++h) {
     const uint32_t byte = signs[kLanes * h];
@@ -58,8 +58,8 @@ ZORBA_HD void add_to_strips(const Single& program, Stream stream, Step step, uin
                               held[i]);
         } else {
           const uint32_t at = strip % kStripsInTile * kStripBlocks + lane;
-          add_rademacher<dtype, !stochastic && !decays>(bytes + at + i * kStripBlocks, step.coef,
-                                                        held[i]);
+          add_bytes<dtype, !stochastic && !decays>(bytes + at + i * kStripBlocks, step.coef,
+                                                   held[i]);
         }
         end_round<dtype, stochastic>(held[i]);
       }
@@ -79,8 +79,8 @@ ZORBA_HD void add_to_strips(const Single& program, Stream stream, Step step, uin
 
 // --- A tile --------------------------------------------------------------------------------------
 
-// All rounds on the elements of a tile that lie in the segment. `signs`: Program::kSignWords
-// words that the warp shares, 16-byte aligned.
+// All rounds on the elements of a tile that lie in the segment. `signs`:
+// Program::kSignWords words that the warp shares, 16-byte aligned.
 template <DType dtype, Distribution distribution, bool stochastic, typename Program>
 ZORBA_HD void add_to_tile(const Program& program, const Segment& segment, int64_t tile,
                           uint32_t* signs) {
@@ -119,7 +119,10 @@ ZORBA_HD void add_to_tile(const Program& program, const Segment& segment, int64_
         place[lane] = {reinterpret_cast<const char*>(segment.src + shift),
                        reinterpret_cast<char*>(segment.dst + shift)};
       });
-      if constexpr (distribution == Distribution::kRademacher) {
+      if constexpr (distribution == Distribution::kRank1) {
+        make_tile_signs(tile_strip, segment.columns, stream, program.sample(0), program.keys(0),
+                        signs);
+      } else if constexpr (distribution == Distribution::kRademacher) {
         warp_sync();
         each_lane([&](int lane) {
           const auto call = static_cast<uint32_t>(tile * kLanes + lane);

@@ -2,6 +2,7 @@
 // loop. tests/kernels/test_cuda_host.py builds it and compares it with the reference bit for bit.
 #include <vector>
 
+#include "../../csrc/cuda/perturb.h"
 #include "../../csrc/cuda/warp.h"
 
 using namespace zorba;
@@ -11,7 +12,7 @@ namespace {
 
 template <Distribution distribution, bool stochastic, typename Program>
 void run(const Table& table, const Program& program) {
-  alignas(16) uint32_t signs[Program::kSignWords];
+  alignas(16) uint32_t signs[Program::template kSignWords<distribution>];
   // Two "warps" with a stride, so that find_segment() has to skip.
   for (int64_t warp = 0; warp < 2; ++warp) {
     int64_t at = 0;
@@ -32,14 +33,20 @@ void run(const Table& table, const Program& program) {
   }
 }
 
+template <Distribution distribution, typename Form>
+void rounded(const Table& table, const Form& form, bool stochastic) {
+  stochastic ? run<distribution, true>(table, form) : run<distribution, false>(table, form);
+}
+
 template <typename Form>
 void choose(const Table& table, const Form& form, const zorba::Program& program) {
-  constexpr Distribution kGaussian = Distribution::kGaussian;
-  constexpr Distribution kRademacher = Distribution::kRademacher;
-  if (static_cast<Distribution>(program.distribution) == kGaussian) {
-    program.stochastic ? run<kGaussian, true>(table, form) : run<kGaussian, false>(table, form);
-  } else {
-    program.stochastic ? run<kRademacher, true>(table, form) : run<kRademacher, false>(table, form);
+  switch (static_cast<Distribution>(program.distribution)) {
+    case Distribution::kGaussian:
+      return rounded<Distribution::kGaussian>(table, form, program.stochastic);
+    case Distribution::kRademacher:
+      return rounded<Distribution::kRademacher>(table, form, program.stochastic);
+    case Distribution::kRank1:
+      return rounded<Distribution::kRank1>(table, form, program.stochastic);
   }
 }
 
@@ -71,6 +78,44 @@ extern "C" void unpack(const uint32_t* signs, float* z) {
         }
         z[kLanes * lane + product_bit(i, c)] = sum;
       }
+    }
+  }
+}
+
+extern "C" int calls_of_strips(uint32_t strip, int64_t columns) {
+  return static_cast<int>(run_of<kAtOnce * kStrip, kStripBits>(strip, columns).calls);
+}
+extern "C" int calls_of_tile(uint32_t strip, int64_t columns) {
+  return static_cast<int>(run_of<kTile, kStripBits>(strip, columns).calls);
+}
+
+extern "C" void noise(float* out, int64_t numel, int64_t offset, uint64_t seed, uint64_t stream,
+                      uint32_t sample, int64_t columns) {
+  const Stream halves{static_cast<uint32_t>(stream), static_cast<uint32_t>(stream >> 32)};
+  const PhiloxKeys keys = philox_keys(seed);
+  for (int64_t i = 0; i < numel; ++i) {
+    const int64_t element = offset + i;
+    const BlockNoise<Distribution::kRank1> block(static_cast<uint32_t>(element / kGaussianBlock),
+                                                 columns);
+    float z[kGaussianBlock];
+    block.values(halves, sample, keys, z);
+    out[i] = z[element % kGaussianBlock];
+  }
+}
+
+// Two "blocks" of threads, each with some of the tokens.
+extern "C" void perturb(const Perturbation* perturbation) {
+  const Perturbation& p = *perturbation;
+  const PhiloxKeys keys = philox_keys(p.seed);
+  const int64_t tokens = p.rows * p.tokens;
+  for (int64_t block = 0; block < 2; ++block) {
+    TokenShared shared;
+    const int64_t begin = block * (tokens / 2);
+    const int64_t end = block == 0 ? tokens / 2 : tokens;
+    switch (static_cast<DType>(p.dtype)) {
+      case DType::kBFloat16: perturb_tokens<DType::kBFloat16>(p, keys, begin, end, shared); break;
+      case DType::kFloat16: perturb_tokens<DType::kFloat16>(p, keys, begin, end, shared); break;
+      default: perturb_tokens<DType::kFloat32>(p, keys, begin, end, shared);
     }
   }
 }

@@ -192,12 +192,12 @@ from zorba_kernels.build import extension
 torch.ones(1, device="cuda")
 compiled = extension()[0]
 try:
-    compiled.cuda_noise(0, 0, 1 << 20, 1 << 20, 0, 1, 2, 0, 0)  # nobody's memory
+    compiled.cuda_noise(0, 0, 1 << 20, 1 << 20, 0, 1, 2, 0, 0, 0)  # nobody's memory
     torch.cuda.synchronize()
 except RuntimeError as error:
     print("fault:", str(error).splitlines()[0])
 try:
-    compiled.cuda_noise(0, 0, 1 << 20, 1 << 20, 0, 1, 2, 0, 0)
+    compiled.cuda_noise(0, 0, 1 << 20, 1 << 20, 0, 1, 2, 0, 0, 0)
 except RuntimeError as error:
     print("launch:", error)
 print("alive")

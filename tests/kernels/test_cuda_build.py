@@ -73,7 +73,7 @@ def test_a_cuda_error_is_an_exception():
     """Not an exit, and nothing that a later call would trip over."""
     for _ in range(2):
         with pytest.raises(RuntimeError, match="CUDA: "):
-            extension()[0].cuda_noise(0, 0, 0, 8, 0, 1, 2, 0, 0)
+            extension()[0].cuda_noise(0, 0, 0, 8, 0, 1, 2, 0, 0, 0)
     assert zk.noise(8, seed=1, stream=2).shape == (8,)
 
 

@@ -18,6 +18,8 @@ import torch
 import zorba_kernels as zk
 from tests.kernels.bits import DTYPES, assert_same_bits
 from zorba_kernels.backends import reference
+from zorba_kernels.dispatch import NoiseKey, RowNoise
+from zorba_kernels.table import DTYPE_CODES
 
 SOURCE = Path(__file__).parent / "cuda_on_host.cpp"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
@@ -55,10 +57,13 @@ def check(library):
             assert_same_bits(results, expected)
             # In place, between elements that must keep their bits.
             sevens = {n: torch.full((8,), 7.0, dtype=w.dtype) for n, w in weights.items()}
-            padded = {n: torch.cat([sevens[n], w, sevens[n]]) for n, w in weights.items()}
-            mine = zk.ParamTable({n: p[8:-8] for n, p in padded.items()}, **places)
+            padded = {n: torch.cat([sevens[n], w.flatten(), sevens[n]]) for n, w in weights.items()}
+            inner = {n: p[8:-8].view(weights[n].shape) for n, p in padded.items()}
+            mine = zk.ParamTable(inner, **places)
             run(mine, mine, program, single)
-            around = {n: torch.cat([sevens[n], w, sevens[n]]) for n, w in expected.items()}
+            around = {
+                n: torch.cat([sevens[n], w.flatten(), sevens[n]]) for n, w in expected.items()
+            }
             assert_same_bits(padded, around)
 
     return compare
@@ -106,8 +111,8 @@ ROUNDS = {
 }
 
 
-@pytest.mark.covering(rounds=ROUNDS)
-def test_many_rademacher_terms(check, rng, rounds, dtype, rounding):
+@pytest.mark.covering(rounds=ROUNDS, distribution=["rademacher", "rank1"])
+def test_many_terms_with_signs(check, rng, rounds, dtype, rounding, distribution):
     """More terms than a warp makes signs for together, in rounds that begin and end anywhere."""
     cut = ROUNDS[rounds]
     terms = sum(cut)
@@ -119,7 +124,7 @@ def test_many_rademacher_terms(check, rng, rounds, dtype, rounding):
     decay = torch.zeros(5, len(cut))
     decay[3, -1] = 0.25
     program = zk.Program(
-        rng.integers(terms), coefs, "rademacher", rounding, rng.integers(len(cut)),
+        rng.integers(terms), coefs, distribution, rounding, rng.integers(len(cut)),
         samples=rng.integers(terms, bits=31), rounds=cut, decay=decay,
     )  # fmt: skip
     sizes = {"a": 1024, "b": 1536 + 513, "c": 2048, "d": 1999, "e": 640}
@@ -129,6 +134,98 @@ def test_many_rademacher_terms(check, rng, rounds, dtype, rounding):
     weights["c"][100] = torch.inf
     groups = {name: group for group, name in enumerate(sizes)}
     check(weights, program, groups=groups, offsets={"b": 512, "d": 8 * 77, "e": 384})
+
+
+SHAPES = (
+    *((1,), (63,), (4097,), (1, 1), (5, 7), (63, 65), (128, 128), (300, 257), (1000, 1)),
+    *((1, 1000), (3, 5, 7), (700, 576), (4100, 2), (5, 1001), (9, 1024), (3, 4093), (2, 9001)),
+)
+
+
+@pytest.mark.covering(shape=SHAPES, offset=[0, 3, 2045, 4608, 5_000_000_000])
+def test_rank1_shapes(check, rng, dtype, rounding, shape, offset):
+    """Rows that end anywhere in a tile, a strip or a word of signs."""
+    weights = {"w": rng.weights(shape, dtype)}
+    call = (rng.integer(64), rng.coefs(1), "rank1", rounding, rng.integer(64))
+    one = zk.Program(*call, samples=rng.integer(31))
+    check(weights, one, offsets={"w": offset}, singles=(True, False))
+    # More than a warp makes signs for together.
+    call = (rng.integers(37), rng.coefs(37), "rank1", rounding, rng.integers(3))
+    many = zk.Program(*call, samples=rng.integers(37, bits=31), rounds=[3, 0, 34])
+    check(weights, many, offsets={"w": offset})
+
+
+def test_rank1_calls_of_a_run(library):
+    """What a warp has room for is what its lanes make: 4 calls more than full ones."""
+    every = [*range(1, 300), *range(500, 530), *range(1000, 1300), 4095, 4096, 4097, 10**6, 10**10]
+    for columns in every:
+        for start in range(0, 512 * 60, 512):
+            assert library.calls_of_strips(start // 512, ctypes.c_int64(columns)) <= 12
+            assert library.calls_of_tile(start // 4096 * 8, ctypes.c_int64(columns)) <= 36
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rank1_values(library, rng, shape):
+    columns = torch.Size(shape[1:]).numel() if len(shape) > 1 else 0
+    key = NoiseKey(rng.integer(64), rng.integer(64), rng.integer(31), "rank1", columns)
+    for offset in (0, 5, 5_000_000_000):
+        count = min(torch.Size(shape).numel(), 5000)
+        z = torch.full((count,), torch.nan)
+        library.noise(
+            ctypes.c_void_p(z.data_ptr()), ctypes.c_int64(count), ctypes.c_int64(offset),
+            ctypes.c_uint64(key.seed), ctypes.c_uint64(key.stream), ctypes.c_uint32(key.sample),
+            ctypes.c_int64(columns),
+        )  # fmt: skip
+        assert torch.equal(z, reference.noise(count, offset, key, z.device))
+
+
+class Perturbation(ctypes.Structure):
+    """As in csrc/packed.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "y", "samples", "scale")),
+        *((name, ctypes.c_int64) for name in ("rows", "tokens", "inputs", "outputs", "dtype")),
+        *((name, ctypes.c_uint64) for name in ("seed", "stream")),
+        ("transposed", ctypes.c_int64),
+    )
+
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+@pytest.mark.covering(inputs=[None, 1, 8, 130, 1000, 4096, 17_000], outputs=[1, 8, 1001, 16_640])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_perturb(library, rng, dtype, inputs, outputs, transposed):
+    """Rows with the same sample, with others, and with none; tokens that begin anywhere."""
+    rows, tokens = 5, 3
+    y = rng.weights((rows, tokens, outputs), dtype)
+    x = None if inputs is None else rng.weights((rows, tokens, inputs), dtype)
+    samples = torch.tensor([7, 7, *rng.integers(3, bits=31)])
+    scale = torch.tensor([0.5, -0.5, 0.0, 1.0, 0.25])
+    noise = RowNoise(rng.integer(64), rng.integer(64), samples, scale, transposed)
+    expected = y.clone()
+    reference.perturb(x, expected, noise)
+    padded = torch.full((y.numel() + 16,), 7.0, dtype=dtype)
+    mine = padded[8:-8].view(y.shape).copy_(y)
+    given = (mine.data_ptr(), samples.data_ptr(), scale.data_ptr(), rows, tokens, inputs or 0)
+    packed = Perturbation(
+        None if x is None else x.data_ptr(),
+        *given,
+        outputs,
+        DTYPE_CODES[dtype],
+        *noise[:2],
+        transposed,
+    )
+    library.perturb(ctypes.byref(packed))
+    tolerance = TOLERANCE[dtype]
+    # Of the largest: the sums have other orders.
+    error = (mine.float() - expected.float()).abs().max()
+    assert float(error) <= tolerance * float(expected.float().abs().max())
+    assert not torch.equal(mine[0], y[0])
+    assert_same_bits(mine[2], y[2])
+    assert torch.equal(padded[[*range(8), *range(-8, 0)]], torch.full((16,), 7.0, dtype=dtype))
+    if x is None:
+        assert_same_bits(mine, expected)
 
 
 @pytest.mark.parametrize("coef", [0.0, -0.0])

@@ -1,4 +1,4 @@
-"""Frozen bits: what version 1 of the noise contract means, on every backend.
+"""Frozen bits: what the noise contract means, on every backend: version 1, and 2 for rank1.
 
 A change of any of these numbers is a new version of the contract: messages, logs and checkpoints
 made before could not be replayed any more. To print them: ``python -m tests.kernels.test_golden``.
@@ -36,6 +36,13 @@ RADEMACHER: list[str] = [
     "--+-+----+-+------+-+---+-++-+-+-+-+--+----+---+-++--+------+---",
     "+-++-+++--+-+--++---++-+--+-++-++-+++----++++++++--+++++++---+-+",
 ]
+RANK1: list[str] = [
+    "----+-+++++--+--++--+-+--+++-++-++-++--+-+-++-++--+-+-++-++--+-+-++-++--+-+-",
+    "---+-+++++---++-+--+++-+----------+--++-++---+--++-++---+--++-++-++-++--+--+",
+    "+-+++---++-++-+-+++-+-++++---+-+++++--+---+----++-+++-++++--+--+-++++--+---+",
+    "++---+++-++-+--+--+++---+-+-+-+-+++++++-++-----+++-++-----+++-++--------+--+",
+    "+-+----++-+++++--+--++--+-+---++--+-+++--++--+-+++--++-+-+---++--++-+---++--",
+]
 WEIGHTS: dict[str, str] = {
     "float32 gaussian nearest": "BE93CCC0 BE95798C 3E3C04D9 3E3687C9 3E3EF028 3E41F427",
     "float32 gaussian stochastic": "BE93CCC0 BE95798C 3E3C04D9 3E3687C9 3E3EF028 3E41F427",
@@ -49,6 +56,12 @@ WEIGHTS: dict[str, str] = {
     "float16 gaussian stochastic": "B49F B4AB 31DF 31B4 31F7 3210",
     "float16 rademacher nearest": "B4C7 B4B3 31CB 31D3 3203 31F3",
     "float16 rademacher stochastic": "B4C7 B4B2 31CB 31D3 3203 31F3",
+    "float32 rank1 nearest": "BE985294 BE965187 3E366E50 3E3E7943 3E417298 3E44712B",
+    "float32 rank1 stochastic": "BE985294 BE965187 3E366E50 3E3E7943 3E417298 3E44712B",
+    "bfloat16 rank1 nearest": "BE99 BE97 3E37 3E3F 3E42 3E45",
+    "bfloat16 rank1 stochastic": "BE98 BE96 3E36 3E3F 3E42 3E45",
+    "float16 rank1 nearest": "B4C3 B4B3 31B3 31F3 320B 3223",
+    "float16 rank1 stochastic": "B4C3 B4B2 31B3 31F3 320B 3224",
 }
 FINGERPRINTS: list[int] = [
     0x0000000000000000,
@@ -72,12 +85,26 @@ def rademacher(key: tuple[int, int, int, int]) -> str:
     return "".join("+" if value > 0 else "-" for value in z.tolist())
 
 
+def rank1(key: tuple[int, int, int, int]) -> str:
+    """Signs of a vector, and of rows of 11 elements from an offset inside of a row."""
+    seed, stream, sample, offset = key
+    call = {"seed": seed, "stream": stream, "sample": sample, "distribution": "rank1"}
+    vector = zk.noise(32, **call, offset=min(offset, (1 << 35) - 32))
+    matrix = zk.noise((4, 11), **call, offset=min(offset, (1 << 35) - 44))
+    signs = ["+" if value > 0 else "-" for value in [*vector.tolist(), *matrix.view(-1).tolist()]]
+    return "".join(signs)
+
+
 def weights(case: str) -> str:
     """Bits of six weights after two rounds, across the place where a rounding call is shared."""
     name, distribution, rounding = case.split()
     dtype: torch.dtype = getattr(torch, name)
     tensor = (torch.arange(512, dtype=torch.float32) / 512 - 0.3).to(dtype)
-    table = zk.ParamTable({"layers.0.weight": tensor}, offsets={"layers.0.weight": (1 << 33) + 5})
+    parameter = "layers.0.weight"
+    table = zk.ParamTable(
+        {parameter: tensor}, offsets={parameter: (1 << 33) + 5},
+        columns={parameter: 100} if distribution == "rank1" else None,
+    )  # fmt: skip
     zk.add_noise_(
         table, [MAX64 - 1, 5, 1 << 63], [0.003, -0.0005, 0.001], distribution, rounding,
         [11, MAX64], samples=[0, 1, 2], rounds=[2, 1], decay=0.01,
@@ -102,14 +129,15 @@ def tables() -> list[zk.ParamTable]:
 
 def test_version():
     """New golden vectors need a new version, and a new version needs new vectors."""
-    assert zk.NOISE_VERSION == zk.noise.NOISE_VERSION == 1
-    assert zk.build_info()["noise_version"] == 1
+    assert zk.NOISE_VERSION == zk.noise.NOISE_VERSION == 2
+    assert zk.build_info()["noise_version"] == 2
 
 
 @pytest.mark.parametrize("number", range(len(NOISE_KEYS)))
 def test_noise(server, number):
     assert gaussian(NOISE_KEYS[number]) == GAUSSIAN[number]
     assert rademacher(NOISE_KEYS[number]) == RADEMACHER[number]
+    assert rank1(NOISE_KEYS[number]) == RANK1[number]
 
 
 @pytest.mark.parametrize("case", WEIGHTS)
@@ -124,5 +152,6 @@ def test_fingerprints(server):
 if __name__ == "__main__":
     print("GAUSSIAN =", [gaussian(key) for key in NOISE_KEYS])
     print("RADEMACHER =", [rademacher(key) for key in NOISE_KEYS])
+    print("RANK1 =", [rank1(key) for key in NOISE_KEYS])
     print("WEIGHTS =", {case: weights(case) for case in WEIGHTS})
     print("FINGERPRINTS =", [f"0x{zk.fingerprint(table):016X}" for table in tables()])

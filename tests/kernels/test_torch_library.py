@@ -139,7 +139,7 @@ def test_a_bad_argument_is_refused_when_the_graph_runs(rng):
 
 def arguments(rng, device, dtype):
     tensors = [rng.weights(n, dtype).to(device) for n in (1000, 63)]
-    layout = (["a", "b"], [0, 1], [0, 8], 2)
+    layout = (["a", "b"], [0, 1], [0, 8], [0, 0], 2)
     program = {
         "seeds": torch.tensor([1, -1]),
         "coefs": torch.tensor([[0.5, 0.25], [0.0, 1.0]]),

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from zorba_kernels.build import extension
-from zorba_kernels.dispatch import Backend, NoiseKey
+from zorba_kernels.dispatch import Backend, NoiseKey, RowNoise
 from zorba_kernels.noise import DISTRIBUTION_CODES
 from zorba_kernels.program import Program
-from zorba_kernels.table import ParamTable
+from zorba_kernels.table import DTYPE_CODES, ParamTable
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -48,8 +48,8 @@ def noise(numel: int, offset: int, key: NoiseKey, device: torch.device) -> Tenso
     """See ``dispatch.Backend``."""
     # Written whole by the kernel: no need to clear it.
     z = torch.empty(numel, dtype=torch.float32, device=device)
-    *words, distribution = key
-    given = (z.data_ptr(), numel, offset, *words, DISTRIBUTION_CODES[distribution])
+    *words, distribution, columns = key
+    given = (z.data_ptr(), numel, offset, *words, DISTRIBUTION_CODES[distribution], columns)
     extension()[0].cpu_noise(isa(), torch.get_num_threads(), *given)
     return z
 
@@ -61,4 +61,14 @@ def fingerprint(table: ParamTable) -> int:
     return int(extension()[0].cpu_fingerprint(*given))
 
 
-BACKEND = Backend("cpu", ("cpu",), unavailable, run, noise, fingerprint)
+def perturb(x: Tensor | None, y: Tensor, noise: RowNoise) -> None:
+    """See ``dispatch.Backend``."""
+    rows, tokens, outputs = y.shape
+    address, inputs = (0, 0) if x is None else (x.data_ptr(), x.shape[2])
+    places = (address, y.data_ptr(), noise.samples.data_ptr(), noise.scale.data_ptr())
+    sizes = (rows, tokens, inputs, outputs, DTYPE_CODES[y.dtype])
+    key = (noise.seed, noise.stream, noise.transposed)
+    extension()[0].cpu_perturb(isa(), torch.get_num_threads(), *places, *sizes, *key)
+
+
+BACKEND = Backend("cpu", ("cpu",), unavailable, run, noise, fingerprint, perturb)

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from zorba_kernels.backends.device_table import DeviceTable, OncePerPair
 from zorba_kernels.build import extension
-from zorba_kernels.dispatch import Backend, NoiseKey
+from zorba_kernels.dispatch import Backend, NoiseKey, RowNoise
 from zorba_kernels.noise import DISTRIBUTION_CODES
 from zorba_kernels.program import PackedProgram, Program
-from zorba_kernels.table import ParamTable
+from zorba_kernels.table import DTYPE_CODES, ParamTable
 
 _usable: set[int] = set()  # devices that unavailable() has found fit
 
@@ -59,10 +59,21 @@ def run(table: ParamTable, out: ParamTable, program: Program) -> None:
 def noise(numel: int, offset: int, key: NoiseKey, device: torch.device) -> Tensor:
     """See ``dispatch.Backend``."""
     z = torch.empty(numel, dtype=torch.float32, device=device)
-    *words, distribution = key
-    given = (z.data_ptr(), numel, offset, *words, DISTRIBUTION_CODES[distribution])
+    *words, distribution, columns = key
+    given = (z.data_ptr(), numel, offset, *words, DISTRIBUTION_CODES[distribution], columns)
     extension()[0].cuda_noise(_index(device), _stream(device), *given)
     return z
+
+
+def perturb(x: Tensor | None, y: Tensor, noise: RowNoise) -> None:
+    """See ``dispatch.Backend``."""
+    if y.device.type != "cuda":
+        raise ValueError(f"the cuda backend serves CUDA tensors; these are on {y.device}")
+    address, inputs = (0, 0) if x is None else (x.data_ptr(), x.shape[2])
+    places = (address, y.data_ptr(), noise.samples.data_ptr(), noise.scale.data_ptr())
+    given = (*places, *y.shape[:2], inputs, y.shape[2], DTYPE_CODES[y.dtype])
+    where = (_index(y.device), _stream(y.device))
+    extension()[0].cuda_perturb(*where, *given, noise.seed, noise.stream, noise.transposed)
 
 
 def fingerprint(table: ParamTable) -> int:
@@ -127,4 +138,4 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-BACKEND = Backend("cuda", ("cuda",), unavailable, run, noise, fingerprint)
+BACKEND = Backend("cuda", ("cuda",), unavailable, run, noise, fingerprint, perturb)

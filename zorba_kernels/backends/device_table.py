@@ -19,7 +19,7 @@ T = TypeVar("T")
 class DeviceTable:
     """A packed table in device memory."""
 
-    segments: Tensor  # int64 [count, 7]
+    segments: Tensor  # int64 [count, 8]
     ends: Tensor  # int64 [count], tiles up to and including each segment
     tiles: int
     made_on: torch.cuda.Stream | None  # None: host memory

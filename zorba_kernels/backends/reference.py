@@ -13,8 +13,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from zorba_kernels.dispatch import Backend, NoiseKey
-from zorba_kernels.noise import BLOCK_ELEMENTS, ROUNDING_DOMAIN, as_int64
+from zorba_kernels.dispatch import Backend, NoiseKey, RowNoise
+from zorba_kernels.noise import (
+    BLOCK_ELEMENTS,
+    COLUMN_DOMAIN,
+    ROUNDING_DOMAIN,
+    ROW_DOMAIN,
+    as_int64,
+)
 from zorba_kernels.program import Program
 from zorba_kernels.table import DTYPE_CODES, Entry, ParamTable
 
@@ -75,7 +81,22 @@ def fingerprint(table: ParamTable) -> int:
     return total % (1 << 64)
 
 
-BACKEND = Backend("reference", None, unavailable, run, noise, fingerprint)
+def perturb(x: Tensor | None, y: Tensor, noise: RowNoise) -> None:
+    """See ``dispatch.Backend``."""
+    for r, (sample, scale) in enumerate(zip(noise.samples.tolist(), noise.scale, strict=True)):
+        key = NoiseKey(noise.seed, noise.stream, sample, "rank1")
+        domains = (ROW_DOMAIN, COLUMN_DOMAIN)[:: -1 if noise.transposed else 1]
+        u = signs_of(torch.arange(y.shape[2], device=y.device), domains[0], key)
+        size = scale.to(y.device)
+        if float(size) == 0.0:
+            continue
+        if x is not None:
+            v = signs_of(torch.arange(x.shape[2], device=x.device), domains[1], key)
+            size = size * (x[r].float() @ v)[:, None]
+        y[r] = (y[r].float() + size * u).to(y.dtype)
+
+
+BACKEND = Backend("reference", None, unavailable, run, noise, fingerprint, perturb)
 
 # --- Noise ---------------------------------------------------------------------------------------
 
@@ -107,6 +128,11 @@ def _words_at(
 
 
 def _noise_at(index: Tensor, key: NoiseKey) -> Tensor:
+    if key.distribution == "rank1":
+        if key.columns == 0:
+            return signs_of(index, ROW_DOMAIN, key)
+        rows = signs_of(index // key.columns, ROW_DOMAIN, key)
+        return rows * signs_of(index % key.columns, COLUMN_DOMAIN, key)
     # Whole blocks are made, and the range cut out: it may begin and end inside of one.
     elements = BLOCK_ELEMENTS[key.distribution]
     words, first = _words_at(index, elements, key.stream, key.sample, key.seed)
@@ -116,6 +142,14 @@ def _noise_at(index: Tensor, key: NoiseKey) -> Tensor:
     # A bit an element, from the least significant on.
     bits = (words.reshape(-1)[local // 32] >> (local % 32)) & 1
     return (1 - 2 * bits).to(torch.float32)
+
+
+def signs_of(which: Tensor, domain: int, key: NoiseKey) -> Tensor:
+    """Signs of some rows or columns of a parameter, float32: 1 or -1."""
+    calls, where = torch.unique(which // 128, return_inverse=True)
+    words = torch.stack(_philox(calls + domain, key.stream, key.sample, key.seed), dim=1)
+    word = words[where].gather(1, (which % 128 // 32)[:, None])[:, 0]
+    return (1 - 2 * ((word >> (which % 32)) & 1)).to(torch.float32)
 
 
 def _box_muller(word: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,7 +215,7 @@ def _add_chunk(
             total = _fma(weights, -decay, total)
         for k in terms:
             which = (program.seeds[k], entry.stream, program.samples[k], program.distribution)
-            z = _noise_at(index, NoiseKey(*which))
+            z = _noise_at(index, NoiseKey(*which, entry.columns))
             total = _fma(coefs[k].to(z.device), z, total)
         # One addition after the sum: small terms add up before they meet a large weight.
         value = weights + total

@@ -22,7 +22,7 @@ from torch import Tensor
 from zorba_kernels.backends import reference, triton_tuning
 from zorba_kernels.backends.device_table import DeviceTable, OncePerPair
 from zorba_kernels.backends.triton_tuning import TILE, Config
-from zorba_kernels.dispatch import Backend, NoiseKey
+from zorba_kernels.dispatch import Backend, NoiseKey, RowNoise
 from zorba_kernels.noise import DISTRIBUTION_CODES
 from zorba_kernels.program import PackedProgram, Program
 from zorba_kernels.table import DTYPE_CODES, ParamTable
@@ -32,6 +32,9 @@ EXACT = {"enable_fp_fusion": False}
 
 LANES = 256
 """Lanes of 8 bytes that a program of the fingerprint hashes at a time."""
+
+PERTURBED_PIECE = 512
+"""Elements of a layer's input or output that a program takes at a time."""
 
 NOISE_BLOCKS = 256
 """Blocks of 8 values that a program of the noise makes."""
@@ -73,7 +76,7 @@ def noise(numel: int, offset: int, key: NoiseKey, device: torch.device) -> Tenso
     # Programs are aligned in the whole parameter: the first may begin before the offset.
     elements = 8 * NOISE_BLOCKS
     programs = -(-(offset + numel) // elements) - offset // elements
-    words = (*_halves(key.seed), *_halves(key.stream), key.sample)
+    words = (key.columns, *_halves(key.seed), *_halves(key.stream), key.sample)
     flags = {"DISTRIBUTION": DISTRIBUTION_CODES[key.distribution], "BLOCKS": NOISE_BLOCKS}
     if numel:
         with _guard(device):
@@ -305,4 +308,18 @@ def _halves(number: int) -> tuple[int, int]:
     return number & 0xFFFFFFFF, number >> 32
 
 
-BACKEND = Backend("triton", ("cuda",), unavailable, run, noise, fingerprint)
+def perturb(x: Tensor | None, y: Tensor, noise: RowNoise) -> None:
+    """See ``dispatch.Backend``."""
+    rows, tokens, outputs = y.shape
+    inputs = 0 if x is None else x.shape[2]
+    # Addresses: the kernel reads bits, not values of the dtype.
+    places = (0 if x is None else x.data_ptr(), y.data_ptr(), noise.samples, noise.scale)
+    words = (*_halves(noise.seed), *_halves(noise.stream))
+    flags = {"HAS_X": x is not None, "TRANSPOSED": noise.transposed, "PIECE": PERTURBED_PIECE}
+    with _guard(y.device):
+        kernel("perturbed_linear")[(rows * tokens,)](
+            *places, tokens, inputs, outputs, *words, DTYPE=DTYPE_CODES[y.dtype], **flags, **EXACT
+        )
+
+
+BACKEND = Backend("triton", ("cuda",), unavailable, run, noise, fingerprint, perturb)

@@ -53,7 +53,7 @@ def candidates(flags: Flags) -> tuple[Config, ...]:
     in each thread; the sums of a program of many terms, and stochastic float16, need the registers.
     """
     most = 255 if torch.version.hip is None else None
-    if flags["DISTRIBUTION"] == DISTRIBUTION_CODES["gaussian"]:
+    if flags["DISTRIBUTION"] != DISTRIBUTION_CODES["rademacher"]:
         most = most if flags["MANY"] else None
         return tuple(Config(s, w, most) for s, w in ((512, 1), (1024, 1), (1024, 2), (2048, 4)))
     if flags["MANY"] or (flags["STOCHASTIC"] and flags["DTYPE"] == FLOAT16):

@@ -14,11 +14,13 @@ from zorba_kernels.kernels.noise import (
     CALL,
     FLOAT32,
     GAUSSIAN,
+    RANK1,
     ROUNDING_DOMAIN,
     as_bits,
     as_float,
     gaussian,
     philox,
+    rank1_bits,
     round_nearest,
     round_stochastic,
     rounding_bits,
@@ -101,7 +103,8 @@ def signed(bytes_, coef):
 
 @triton.jit
 def add_term(
-    total0, total1, block0, first_block, stream_lo, stream_hi, sample, seed_lo, seed_hi, coef,
+    total0, total1, block0, first_block, index0, columns,
+    stream_lo, stream_hi, sample, seed_lo, seed_hi, coef,
     DISTRIBUTION: tl.constexpr, FRESH: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
     """Adds coef * z to the sums of both halves of a strip; FRESH: they are 0 so far."""
@@ -110,6 +113,13 @@ def add_term(
         z1 = gaussian(block0 + PAIR // 2, stream_lo, stream_hi, sample, seed_lo, seed_hi)
         total0 = tl.fma(z0, coef, total0)
         total1 = tl.fma(z1, coef, total1)
+    elif DISTRIBUTION == RANK1:
+        index1 = index0 + PAIR // 2 * BLOCK
+        bits0 = rank1_bits(index0, columns, stream_lo, stream_hi, sample, seed_lo, seed_hi)
+        bits1 = rank1_bits(index1, columns, stream_lo, stream_hi, sample, seed_lo, seed_hi)
+        # The product with +-1 is exact: adding +-coef is the fused multiply-add.
+        total0 += as_float(as_bits(coef) ^ bits0)
+        total1 += as_float(as_bits(coef) ^ bits1)
     else:
         # A call serves 16 blocks: two of them half a pair, each of their words 4 blocks.
         call = first_block // (CALL // BLOCK) + tl.arange(0, STRIP // CALL).to(tl.uint32)
@@ -129,7 +139,7 @@ def add_term(
 
 @triton.jit
 def change_strip(
-    src, dst, strip, begin, end, stream_lo, stream_hi, group,
+    src, dst, strip, begin, end, stream_lo, stream_hi, group, columns,
     seed_lo, seed_hi, sample, rounding_lo, rounding_hi, coef, decay,
     seeds, samples, coefs, decays, round_ends, rounding_seeds, terms, rounds,
     DTYPE: tl.constexpr, DISTRIBUTION: tl.constexpr, STOCHASTIC: tl.constexpr, MANY: tl.constexpr,
@@ -154,6 +164,7 @@ def change_strip(
 
     first_block = (start // BLOCK).to(tl.uint32)
     block0 = first_block + half0.to(tl.uint32)
+    index0 = start + at0
     call = first_block // 2 + pair.to(tl.uint32)  # of the rounding words
     if MANY:
         stop = 0
@@ -178,7 +189,7 @@ def change_strip(
                     changed = True
                     seed_lo, seed_hi = words_of(tl.load(seeds + k))
                     total0, total1 = add_term(
-                        total0, total1, block0, first_block, stream_lo, stream_hi,
+                        total0, total1, block0, first_block, index0, columns, stream_lo, stream_hi,
                         tl.load(samples + k).to(tl.uint32), seed_lo, seed_hi, coef,
                         DISTRIBUTION, False, STRIP,
                     )  # fmt: skip
@@ -194,8 +205,9 @@ def change_strip(
         total0 = begin_round(stored0, w0, w1, decay, DTYPE, STOCHASTIC, DECAYS)
         total1 = begin_round(stored1, w2, w3, decay, DTYPE, STOCHASTIC, DECAYS)
         total0, total1 = add_term(
-            total0, total1, block0, first_block, stream_lo, stream_hi, sample, seed_lo, seed_hi,
-            coef, DISTRIBUTION, not (STOCHASTIC or DECAYS), STRIP,
+            total0, total1, block0, first_block, index0, columns,
+            stream_lo, stream_hi, sample, seed_lo, seed_hi, coef,
+            DISTRIBUTION, not (STOCHASTIC or DECAYS), STRIP,
         )  # fmt: skip
         stored0 = end_round(stored0, total0, w0, w1, DTYPE, STOCHASTIC)
         stored1 = end_round(stored1, total1, w2, w3, DTYPE, STOCHASTIC)
@@ -244,6 +256,7 @@ def add_noise(
         offset = tl.load(row + 3)
         stream_lo, stream_hi = words_of(tl.load(row + 4))
         group = tl.load(row + 6)
+        columns = tl.load(row + 7)
         src = tl.load(row) - offset * SIZE
         dst = tl.load(row + 1) - offset * SIZE
         start = (offset // TILE + tile - tl.load(ends + at - 1, at > 0, 0)) * TILE
@@ -268,7 +281,7 @@ def add_noise(
             last = first
         for strip in range(first, last):
             change_strip(
-                src, dst, strip, begin, end, stream_lo, stream_hi, group,
+                src, dst, strip, begin, end, stream_lo, stream_hi, group, columns,
                 seed_lo, seed_hi, sample, rounding_lo, rounding_hi, tile_coef, tile_decay,
                 seeds, samples, coefs, decays, round_ends, rounding_seeds, terms, rounds,
                 DTYPE, DISTRIBUTION, STOCHASTIC, MANY, DECAYS, STRIP, True,
@@ -276,7 +289,7 @@ def add_noise(
         for i in range(touched, until - (last - first)):
             strip = tl.where(i < first, i, i + (last - first))
             change_strip(
-                src, dst, strip, begin, end, stream_lo, stream_hi, group,
+                src, dst, strip, begin, end, stream_lo, stream_hi, group, columns,
                 seed_lo, seed_hi, sample, rounding_lo, rounding_hi, tile_coef, tile_decay,
                 seeds, samples, coefs, decays, round_ends, rounding_seeds, terms, rounds,
                 DTYPE, DISTRIBUTION, STOCHASTIC, MANY, DECAYS, STRIP, False,

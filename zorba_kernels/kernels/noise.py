@@ -1,4 +1,4 @@
-"""The noise contract, version 1, in Triton: words, normals, signs, rounding, and the values.
+"""The noise contract, version 2, in Triton: words, normals, signs, rounding, and the values.
 
 ``docs/noise.md`` states the contract, and ``csrc/noise.h`` says what each line computes. Nothing
 but add, multiply, ``tl.fma`` and integers: compile with ``enable_fp_fusion=False``, or a contracted
@@ -15,6 +15,10 @@ ROUNDING_DOMAIN = tl.constexpr(0x80000000)
 # Codes of zorba_kernels.noise.DISTRIBUTION_CODES.
 GAUSSIAN = tl.constexpr(0)
 RADEMACHER = tl.constexpr(1)
+RANK1 = tl.constexpr(2)
+
+ROW_DOMAIN = tl.constexpr(0xC0000000)
+COLUMN_DOMAIN = tl.constexpr(0x80000000)
 
 # Codes of zorba_kernels.table.DTYPE_CODES.
 FLOAT32 = tl.constexpr(0)
@@ -150,6 +154,30 @@ def sign_bits(byte):
     return (byte[:, None] << (31 - tl.arange(0, BLOCK))[None, :]) & 0x80000000
 
 
+@triton.jit
+def sign_at(index, stream_lo, stream_hi, sample, seed_lo, seed_hi, DOMAIN: tl.constexpr):
+    """Signs of rows or columns, of any shape: 1 where the sign is minus."""
+    # A call for each element: right for any rows, and far from the fewest calls that would do.
+    call = (index // CALL).to(tl.uint32) + DOMAIN
+    w0, w1, w2, w3 = philox(call, stream_lo, stream_hi, sample, seed_lo, seed_hi)
+    which = (index // 32) % 4
+    low = tl.where(which == 0, w0, w1)
+    high = tl.where(which == 2, w2, w3)
+    return (tl.where(which < 2, low, high) >> (index % 32).to(tl.uint32)) & 1
+
+
+@triton.jit
+def rank1_bits(index, columns, stream_lo, stream_hi, sample, seed_lo, seed_hi):
+    """Indices of a parameter -> the sign of each in bit 31; ``columns`` 0: it has one dimension."""
+    width = tl.maximum(columns, 1)
+    row = index // width
+    u = sign_at(row, stream_lo, stream_hi, sample, seed_lo, seed_hi, ROW_DOMAIN)
+    if columns != 0:
+        column = index - row * width
+        u ^= sign_at(column, stream_lo, stream_hi, sample, seed_lo, seed_hi, COLUMN_DOMAIN)
+    return u << 31
+
+
 # --- Rounding ------------------------------------------------------------------------------------
 
 
@@ -237,11 +265,12 @@ def round_nearest(value, DTYPE: tl.constexpr):
 # Types are given and values not specialised on, so that no argument leads to another compilation.
 @triton.jit(
     do_not_specialize=[
-        "out", "numel", "offset", "seed_lo", "seed_hi", "stream_lo", "stream_hi", "sample",
+        "out", "numel", "offset", "columns", "seed_lo", "seed_hi", "stream_lo", "stream_hi",
+        "sample",
     ]
 )  # fmt: skip
 def noise(
-    out: "*fp32", numel: "i64", offset: "i64",
+    out: "*fp32", numel: "i64", offset: "i64", columns: "i64",
     seed_lo: "u32", seed_hi: "u32", stream_lo: "u32", stream_hi: "u32", sample: "u32",
     DISTRIBUTION: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -256,6 +285,11 @@ def noise(
     if DISTRIBUTION == GAUSSIAN:
         block = (first + tl.arange(0, BLOCKS)).to(tl.uint32)
         z = gaussian(block, stream_lo, stream_hi, sample, seed_lo, seed_hi)
+    elif DISTRIBUTION == RANK1:
+        width = tl.full([], 0, tl.int64) + columns
+        index = (first + tl.arange(0, BLOCKS))[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        bits = rank1_bits(index, width, stream_lo, stream_hi, sample, seed_lo, seed_hi)
+        z = as_float(bits | 0x3F800000)
     else:
         RATIO: tl.constexpr = CALL // BLOCK
         call = (first // RATIO + tl.arange(0, BLOCKS // RATIO)).to(tl.uint32)

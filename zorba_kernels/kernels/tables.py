@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-FIELDS = tl.constexpr(7)  # zorba_kernels.table.SEGMENT_FIELDS
+FIELDS = tl.constexpr(8)  # zorba_kernels.table.SEGMENT_FIELDS
 
 
 @triton.jit

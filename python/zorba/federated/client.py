@@ -19,7 +19,7 @@ from zorba.federated.privacy import PrivacyAccountant
 from zorba.federated.replica import Replica
 from zorba.identity import package_version
 from zorba.optim.terms import Evaluate, NoiseTerms, differences, evaluation_noises, mean_loss
-from zorba_kernels.noise import NOISE_VERSION
+from zorba_kernels.noise import VERSIONS
 
 Objective = Callable[[int, int], tuple[Evaluate, int]]
 """``objective(round, step)`` picks a batch and returns (the losses on it at the weights plus given
@@ -125,7 +125,7 @@ class Client:
 
     def _check(self, plan: Plan) -> None:
         for what, theirs, mine in (
-            ("noise version", plan.noise_version, NOISE_VERSION),
+            ("noise version", plan.noise_version, VERSIONS[plan.distribution]),
             ("distribution", plan.distribution, self.replica.distribution),
             ("rounding", plan.rounding, self.replica.rounding),
             ("number of blocks", len(plan.mask), self.replica.identity.num_blocks),

@@ -18,7 +18,7 @@ from zorba.federated.privacy import PrivacySpent
 from zorba.federated.settings import MAX_STEPS, positive_in_float32
 from zorba.identity import MAX_BLOCKS, ModelIdentity
 from zorba.log import LogEntry, LogError, decode_entries
-from zorba_kernels.noise import NOISE_VERSION, Distribution, Rounding
+from zorba_kernels.noise import VERSIONS, Distribution, Rounding
 
 # A field of fixed size is named here and in its message's class, and nowhere else. The codes are
 # those of the module struct: Q is a uint64, I a uint32, H a uint16, B a uint8, d and f are floats.
@@ -65,7 +65,10 @@ class Hello:
     applied_round: int  # of its replica: it needs the log from the next one on
     fingerprint: int  # of its replica now
     package: str  # version of its package
-    noise_version: int = NOISE_VERSION  # of its kernels
+    noise_version: int = -1  # of its kernels; -1: the one that defined the distribution
+
+    def __post_init__(self) -> None:
+        _set_version(self)
 
     def encode(self) -> bytes:
         """Returns the message."""
@@ -94,9 +97,10 @@ class Plan:
     clip: float = math.inf  # largest absolute scalar in those local steps
     num_entries: int = 0  # log entries that the plan carries
     frames: bytes = b""  # their bytes, one after the other, as they are in the log
-    noise_version: int = NOISE_VERSION
+    noise_version: int = -1  # as in ``Hello``
 
     def __post_init__(self) -> None:
+        _set_version(self)
         steps, samples, blocks = len(self.seeds), self.num_perturbations, len(self.mask)
         before, reached = self.round, self.reached
         for fits, wrong in (
@@ -232,3 +236,8 @@ def decode(data: bytes) -> Message:
     message = _READ[kind](reader)
     reader.end()
     return message
+
+
+def _set_version(message: Hello | Plan) -> None:
+    if message.noise_version < 0:
+        object.__setattr__(message, "noise_version", VERSIONS[message.distribution])

@@ -17,7 +17,7 @@ from zorba.files import write_whole
 from zorba.identity import ModelIdentity, identity_of
 from zorba.log import LogEntry, apply_entries
 from zorba.tables import Tables, fingerprint
-from zorba_kernels.noise import NOISE_VERSION, Distribution, Rounding
+from zorba_kernels.noise import VERSIONS, Distribution, Rounding
 
 CHECKPOINT_SCHEMA = 1
 _KEY = "zorba_replica"  # of a checkpoint's metadata
@@ -178,7 +178,7 @@ class Replica:
 
     def _law(self) -> dict[str, Any]:
         law = {"distribution": self.distribution, "rounding": self.rounding}
-        return {"schema": CHECKPOINT_SCHEMA, "noise_version": NOISE_VERSION} | law
+        return {"schema": CHECKPOINT_SCHEMA, "noise_version": VERSIONS[self.distribution]} | law
 
     def _check_whole(self) -> None:
         if self._interrupted:

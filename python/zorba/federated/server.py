@@ -15,7 +15,7 @@ from zorba.federated.round import Receipt, Round, RoundReport
 from zorba.federated.settings import FederationSettings, Masks
 from zorba.identity import ModelIdentity, package_version
 from zorba.log import LogError, LogFile, LogHeader
-from zorba_kernels.noise import NOISE_VERSION
+from zorba_kernels.noise import VERSIONS
 
 # A client that lacks more of the log gets it in several plans, and measures after that.
 MAX_PLAN_LOG_BYTES = 1 << 26
@@ -181,7 +181,7 @@ class Server:
 
     def _check_hello(self, name: str, hello: Hello) -> None:
         for what, theirs, mine in (
-            ("noise version", hello.noise_version, NOISE_VERSION),
+            ("noise version", hello.noise_version, VERSIONS[self.settings.distribution]),
             ("package version", hello.package, package_version()),
             ("distribution", hello.distribution, self.settings.distribution),
             ("rounding", hello.rounding, self.settings.rounding),

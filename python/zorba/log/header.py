@@ -19,7 +19,7 @@ import torch
 from zorba.identity import MAX_BLOCKS, ModelIdentity, package_version
 from zorba.log.binary import CRC, DamagedLogError, LogError, Reader
 from zorba.tables import TableLike, each_table
-from zorba_kernels.noise import DISTRIBUTIONS, NOISE_VERSION, ROUNDINGS, Distribution, Rounding
+from zorba_kernels.noise import DISTRIBUTIONS, ROUNDINGS, VERSIONS, Distribution, Rounding
 from zorba_kernels.table import DTYPE_CODES
 
 MAGIC, FORMAT = b"ZORBALOG", 2
@@ -55,7 +55,7 @@ class LogHeader:
     architecture: str | None = None  # class of the model
     dtype: str | None = None  # of most of the model's weights, as in "bfloat16"
     package: str = field(default_factory=package_version)  # that wrote it
-    noise_version: int = NOISE_VERSION  # of the noise contract
+    noise_version: int = -1  # of the noise contract; -1: the one that defined the distribution
 
     def __post_init__(self) -> None:
         me = self.identity
@@ -69,6 +69,8 @@ class LogHeader:
             raise LogError(f"{me.num_blocks} groups; a log has 1 to {MAX_BLOCKS}")
         if self.distribution not in DISTRIBUTIONS or self.rounding not in ROUNDINGS:
             raise LogError(f"unknown noise {self.distribution!r} or rounding {self.rounding!r}")
+        if self.noise_version < 0:
+            object.__setattr__(self, "noise_version", VERSIONS[self.distribution])
         texts = [self.package, *(t for t in (self.architecture, self.dtype) if t is not None)]
         if not isinstance(self.settings, Mapping) or not all(isinstance(t, str) for t in texts):
             raise LogError("settings are no mapping, or a name is no text")
@@ -164,6 +166,8 @@ def decode_header(data: bytes | memoryview) -> tuple[LogHeader, int]:
         if len(text) != plain_bytes or not stream.eof or stream.unused_data:
             raise LogError(f"the header's text should have {plain_bytes} bytes unpacked")
         values = json.loads(text)
+        if not values["noise_version"] > 0:
+            raise ValueError("the noise has no version")
         values["identity"] = ModelIdentity(**values["identity"])
         rows = zip(*values["parameters"], strict=True)
         values["parameters"] = tuple(Parameter(n, tuple(s), d, g) for n, s, d, g in rows)
@@ -171,10 +175,11 @@ def decode_header(data: bytes | memoryview) -> tuple[LogHeader, int]:
     except (zlib.error, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise LogError(f"the header's text makes no sense: {error!r}") from None
     # Noise of another version has other values: replaying it would build another model.
-    if header.noise_version != NOISE_VERSION:
+    mine = VERSIONS[header.distribution]
+    if header.noise_version != mine:
         raise LogError(
             f"the log is of noise version {header.noise_version}, this package makes version "
-            f"{NOISE_VERSION}: replay it with the package that wrote it"
+            f"{mine} of {header.distribution} noise: replay it with the package that wrote it"
         )
     return header, end
 

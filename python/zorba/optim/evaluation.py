@@ -18,11 +18,12 @@ from zorba.offload import Offload
 from zorba.optim.owners import Probe
 from zorba.optim.placement import Placement
 from zorba.optim.reuse import PrefixReuse, ReuseError
-from zorba.optim.terms import NoiseTerms
+from zorba.optim.terms import Terms
 from zorba.optim.thread import GeneratorState, ThreadState, deferred_interrupts
 
-Run = Callable[[NoiseTerms], Any]
-Losses = Callable[[Sequence[NoiseTerms]], list[Any]]
+Run = Callable[[Terms], Any]
+Losses = Callable[..., list[Any]]
+"""Takes noises, and another closure where it is not the step's own; see ``Evaluator.step``."""
 
 
 class Evaluator:
@@ -62,7 +63,7 @@ class Evaluator:
             device = self._placement.table.device
             generators = GeneratorState(device) if self._model.training else None
 
-            def run(terms: NoiseTerms) -> Any:
+            def run(call: Callable[[], Any], terms: Terms) -> Any:
                 self._placement.move_to(terms)
                 # Autocast keeps copies of weights by their tensors: they would miss the noise.
                 torch.clear_autocast_cache()
@@ -71,11 +72,19 @@ class Evaluator:
                 self._reuse.begin()
                 # The closure is the caller's code: there Ctrl-C may stop it, as it may hang.
                 with gate.open():
-                    return self._read(closure())
+                    return self._read(call())
 
-            yield partial(self._losses, run)
+            def losses(noises: Sequence[Terms], other: Callable[[], Any] | None = None) -> Any:
+                return self._losses(partial(run, closure if other is None else other), noises)
 
-    def _losses(self, run: Run, noises: Sequence[NoiseTerms]) -> list[Any]:
+            yield losses
+
+    @property
+    def reuses(self) -> bool:
+        """Whether blocks run once a step and are skipped in all evaluations but the first."""
+        return self._reuse.enabled
+
+    def _losses(self, run: Run, noises: Sequence[Terms]) -> list[Any]:
         losses: list[Any] = [] if self._watched else [self._first(run, noises[0])]
         calls = [partial(run, terms) for terms in noises[len(losses) :]]
         offload = self._offload
@@ -96,7 +105,7 @@ class Evaluator:
             self._give_up("blocks get other inputs in each evaluation of a step")
             return call()
 
-    def _first(self, run: Run, terms: NoiseTerms) -> Any:
+    def _first(self, run: Run, terms: Terms) -> Any:
         """The loss of the first evaluation of all."""
         # It is watched: parameters that are used without their module are told to the placement.
         # In later steps this would cost a look at every operation.
@@ -113,7 +122,7 @@ class Evaluator:
                 f"{' and more' if len(probe.unread) > 5 else ''}: updates will move them at "
                 "random. Freeze them (requires_grad=False), unless other batches use them, as "
                 "experts of a mixture",
-                stacklevel=6,
+                stacklevel=7,
             )
         if placement.by_module and probe.functional:
             # The loss above is of weights that were perturbed in part, and so is what was kept.
@@ -130,7 +139,7 @@ class Evaluator:
 
     def _give_up(self, why: str) -> None:
         # At the caller of ``step``: behind methods of this file, and torch's wrappers.
-        warnings.warn(f"prefix reuse is switched off: {why}", stacklevel=7)
+        warnings.warn(f"prefix reuse is switched off: {why}", stacklevel=8)
         self._reuse.disable()
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import zorba_kernels as zk
 from zorba.blocks import find_blocks
-from zorba.defaults import ESTIMATORS
+from zorba.defaults import DIRECTIONS, ESTIMATORS
 from zorba.offload import Offload
-from zorba_kernels.noise import DISTRIBUTIONS, NOISE_VERSION, ROUNDINGS, canonical_name
+from zorba_kernels.noise import DISTRIBUTIONS, ROUNDINGS, VERSIONS, canonical_name
 from zorba_kernels.program import check_choice, check_uint64, integer
 
 Blocks = str | Sequence[bool] | Tensor
@@ -39,10 +39,15 @@ def check_options(**options: Any) -> dict[str, Any]:
     check_choice("estimator", options["estimator"], ESTIMATORS)
     check_choice("distribution", options["distribution"], DISTRIBUTIONS)
     check_choice("rounding", options["rounding"], ROUNDINGS)
+    check_choice("directions", options["directions"], DIRECTIONS)
+    each = integer(options["examples_per_direction"], "examples_per_direction")
+    if each < 1:
+        raise ValueError(f"examples_per_direction must be at least 1, got {each}")
     _check_group(options)
     own = {"num_perturbations": count, "seed": check_uint64(options["seed"], "seed")}
     # ``step`` is the number of the next one. Noise of another version would make another run.
-    return {**options, **own, "step": 0, "noise_version": NOISE_VERSION}
+    version = VERSIONS[options["distribution"]]
+    return {**options, **own, "step": 0, "noise_version": version}
 
 
 def _check_group(options: Mapping[str, Any]) -> None:

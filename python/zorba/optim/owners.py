@@ -33,7 +33,10 @@ class Owner:
         self.held = held  # whether they read scratch for whole evaluations, not in that forward
         # Several of one name where equal weights are tied by their storage alone.
         self._parameters = parameters
-        self.names = {name for name, _ in parameters}
+        self.parameter_names = [name for name, _ in parameters]
+        self.names = set(self.parameter_names)
+        local = {id(p): name for name, p in module.named_parameters(recurse=False)}
+        self.local_names = [local.get(id(p), name) for name, p in parameters]  # in the module
         self._weights = {e.name: e.tensor for e in whole.entries if e.name in self.names}
         groups = {e.name: e.group for e in whole.entries if e.name in self.names}
         self._table_of = partial(zk.ParamTable, groups=groups, num_groups=whole.num_groups)

@@ -17,7 +17,7 @@ from zorba.optim.owners import Owner
 from zorba.optim.terms import NoiseTerms
 from zorba.optim.thread import deferred_interrupts
 
-PlacementName = Literal["scratch", "inplace"]
+PlacementName = Literal["scratch", "inplace", "fused"]
 PLACEMENTS: tuple[PlacementName, ...] = get_args(PlacementName)
 
 
@@ -42,8 +42,11 @@ class Placement(ABC):
         """Context of a step. On leaving it, by an exception too, no perturbation is left."""
 
     @abstractmethod
-    def move_to(self, terms: NoiseTerms) -> None:
-        """Makes the following forwards see the weights plus ``terms``; inside a session."""
+    def move_to(self, terms: Any) -> None:
+        """Makes the following forwards see the weights plus ``terms``; inside a session.
+
+        ``NoiseTerms``; ``FusedPlacement`` takes ``RowTerms`` too.
+        """
 
     def update(
         self,
@@ -82,10 +85,7 @@ class Placement(ABC):
         """Follows parameters that have moved, to a device or another dtype; between sessions."""
         table = self.table
         if not table.current:
-            tensors = {entry.name: entry.source for entry in table.entries}
-            groups = {entry.name: entry.group for entry in table.entries}
-            offsets = {entry.name: entry.offset for entry in table.entries}
-            self.table = zk.ParamTable(tensors, groups, offsets, table.num_groups)
+            self.table = table.with_tensors({e.name: e.source for e in table.entries})
             self._find_owners()
 
     def _find_owners(self) -> None:  # noqa: B027

@@ -7,14 +7,26 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from zorba.defaults import DISTRIBUTION, EPS, ESTIMATOR, NUM_PERTURBATIONS, Distribution, Estimator
+from zorba.defaults import (
+    DISTRIBUTION,
+    EPS,
+    ESTIMATOR,
+    EXAMPLES_PER_DIRECTION,
+    NUM_PERTURBATIONS,
+    Directions,
+    Distribution,
+    Estimator,
+)
 from zorba.optim.evaluation import Evaluator
+from zorba.optim.fused import FusedPlacement, fusable
 from zorba.optim.options import Blocks, active_parameters, active_table, check_options, param_groups
+from zorba.optim.own import OwnDirections, example_losses
 from zorba.optim.owners import find_owners
 from zorba.optim.placement import PLACEMENTS, InplacePlacement, Placement, PlacementName
 from zorba.optim.scratch import ScratchPlacement
@@ -69,9 +81,20 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         eps: distance at which losses are taken.
         num_perturbations: P, directions a step.
         estimator: "central" (2P forwards) or "forward" (P + 1).
-        distribution: "gaussian" or "rademacher" noise.
+        distribution: "gaussian", "rademacher" or "rank1" noise; by default "gaussian", and "rank1"
+            where the placement is "fused".
+        directions: "shared", one direction for a whole batch, as in MeZO; or "own", one for each
+            ``examples_per_direction`` examples: as many scalars more, for the same forwards. The
+            closure then returns a loss for each example, a tensor [examples].
+        examples_per_direction: of consecutive examples of a batch.
+        normalize: divide the scalars of a step by their root mean square, so that ``lr`` is the
+            length of a step along each direction whatever the loss.
         placement: "scratch" leaves the weights' bits alone until the update, and costs a buffer of
-            the largest module's parameters; "inplace" costs no memory, and restoring rounds.
+            the largest module's parameters; "fused" makes rank-one noise inside of linear layers
+            and norms, which costs neither memory nor passes over weights, and lets each example
+            have a direction of its own in one forward; parameters of other modules (embeddings,
+            convolutions) are named in a warning and stay. "inplace" costs no memory, and restoring
+            rounds. "scratch" and "inplace" run a forward for each direction of "own".
         rounding: of updates to 16-bit weights, "stochastic" (unbiased) or "nearest" (loses updates
             below half a unit in the last place).
         weight_decay: decoupled, ``w <- w - lr * weight_decay * w`` in the same rounding.
@@ -108,7 +131,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         eps: float = EPS,
         num_perturbations: int = NUM_PERTURBATIONS,
         estimator: Estimator = ESTIMATOR,
-        distribution: Distribution = DISTRIBUTION,
+        distribution: Distribution | None = None,
         placement: PlacementName = "scratch",
         rounding: Rounding = "stochastic",
         weight_decay: float = 0.0,
@@ -118,6 +141,9 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         groups: Sequence[Mapping[str, Any]] | None = None,
         prefix_reuse: bool = True,
         two_pass: bool = False,
+        directions: Directions = "shared",
+        examples_per_direction: int = EXAMPLES_PER_DIRECTION,
+        normalize: bool = False,
         seed: int = 0,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -126,23 +152,30 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 "perturbing needs its modules, not only its parameters"
             )
         check_choice("placement", placement, PLACEMENTS)
-        if two_pass and (placement, estimator) != ("inplace", "central"):
+        if two_pass and (placement, estimator, directions) != ("inplace", "central", "shared"):
             raise ValueError(
-                "two_pass is for placement='inplace' with estimator='central'; got "
-                f"{placement!r} and {estimator!r}"
+                "two_pass is for placement='inplace' with estimator='central' and shared "
+                f"directions; got {placement!r}, {estimator!r} and {directions!r}"
             )
+        if distribution is None:
+            distribution = "rank1" if placement == "fused" else DISTRIBUTION
         options = check_options(
             lr=lr, eps=eps, num_perturbations=num_perturbations, estimator=estimator,
             distribution=distribution, rounding=rounding, weight_decay=weight_decay,
-            momentum=momentum, clip=clip, seed=seed,
+            momentum=momentum, clip=clip, directions=directions,
+            examples_per_direction=examples_per_direction, normalize=normalize, seed=seed,
         )  # fmt: skip
         parameters = active_parameters(model, blocks)
+        if placement == "fused":
+            parameters = fusable(model, parameters)
         super().__init__(param_groups(parameters, groups or (), options), options)
         group_of = {id(p): g for g, group in enumerate(self.param_groups) for p in group["params"]}
         table = active_table(model, {name: group_of[id(p)] for name, p in parameters.items()})
         self.placement: Placement
         if placement == "scratch":
             self.placement = ScratchPlacement(model, table, distribution)
+        elif placement == "fused":
+            self.placement = FusedPlacement(model, table, distribution)
         else:
             self.placement = InplacePlacement(table, distribution, find_owners(model, table))
             if two_pass:
@@ -150,7 +183,9 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 # know the placement alone, do not prevent. At exit nobody needs them any more.
                 weakref.finalize(self, self.placement.guard(model)).atexit = False
         self._two_pass = two_pass
-        self._evaluator = Evaluator(model, self.placement, prefix_reuse)
+        read = float if directions == "shared" else example_losses
+        self._evaluator = Evaluator(model, self.placement, prefix_reuse, read)
+        self._own = OwnDirections(self.placement)
         self.last_step: StepReport | None = None
         self.recorder: Recorder | None = None
 
@@ -171,7 +206,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where another optimizer stopped; ValueError where that made other noise."""
         options = state_dict["param_groups"][0]
-        for name in ("distribution", "noise_version"):
+        for name in ("distribution", "noise_version", "directions", "examples_per_direction"):
             mine = self.param_groups[0][name]
             if options.get(name) != mine:
                 raise ValueError(
@@ -192,14 +227,21 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         """Does nothing; the counterpart of ``eval``."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float | Tensor] | None = None) -> Tensor:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Callable[..., float | Tensor] | None = None, batch: Any = None
+    ) -> Tensor:
         """Evaluates the closure 2P times (or P + 1) and updates the weights.
 
         Args:
             closure: runs the model on one batch and returns what to minimise, a loss or minus an
-                accuracy, without calling backward. Every call must use the same batch. Randomness
-                from torch's generators (dropout) is repeated for each call while the model is in
-                training mode. The first step may call it a few times more than that.
+                accuracy, without calling backward; for own directions, of each example. Every call
+                must use the same batch. Randomness from torch's generators (dropout) is repeated
+                for each call while the model is in training mode. The first step may call it a few
+                times more than that.
+            batch: given to the closure, which then takes it as its argument. With own directions
+                and placement "fused" both sides of a difference may run as one batch of twice as
+                many rows; where memory runs out, or blocks in front of the active ones are run
+                once a step, they are two calls.
 
         Returns:
             Mean of the losses seen, a 0-dimensional float32 tensor.
@@ -218,13 +260,21 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         options = self.param_groups[0]
         step, clip = options["step"], options["clip"]
         seed = step_seed(options["seed"], step)
-        with self._evaluator.step(closure) as losses_at:
-            losses = losses_at(self._noises(step))
-            scalars = differences(losses, options["eps"], options["estimator"])
+        losses: list[Any]
+        with self._evaluator.step(closure if batch is None else partial(closure, batch)) as at:
+            if options["directions"] == "own":
+                both = None if self._evaluator.reuses else batch
+                losses, scalars = self._own(at, options, self._shares(), closure, both)
+            else:
+                losses = at(self._noises(step))
+                scalars = differences(losses, options["eps"], options["estimator"])
             # One bad batch must not end a run, nor move the weights in a direction of no meaning.
             skipped = not all(map(math.isfinite, scalars))
             if clip is not None:
                 scalars = [min(max(g, -clip), clip) for g in scalars]
+            if options["normalize"] and not skipped:
+                size = math.sqrt(math.fsum(g * g for g in scalars) / len(scalars))
+                scalars = [g / size for g in scalars] if size > 0 else scalars
             # Ctrl-C waits until here: weights, step number and record change together.
             update = None if skipped else self._update(seed, scalars)
             options["step"] += 1

@@ -67,7 +67,46 @@ class NoiseTerms:
         """Whether the group's weights change at all."""
         return bool((self.coefs[group] != 0).any())
 
+    def by_row(self, group: int, rows: int) -> list[tuple[int, Tensor, Tensor]]:
+        """Returns seed, samples int64 [rows] and scale float32 [rows] of each term."""
+        return [
+            (seed, torch.full((rows,), sample), coef.expand(rows))
+            for seed, sample, coef in zip(
+                self.seeds, self.samples, self.coefs[group].unbind(), strict=True
+            )
+            if coef != 0
+        ]
 
+
+@dataclass(frozen=True)
+class RowTerms:
+    """Noise of its own for each example of a batch, whose examples have directions of their own.
+
+    The batch may be there several times, one behind the other, with a sign each: 1 and -1 for both
+    sides of a central difference in one forward.
+    """
+
+    seed: int  # uint64
+    examples: int  # rows, one after the other, that share a direction
+    distances: Tensor  # float32 [groups]: what z is multiplied by; 0 leaves a group alone
+    sample: int = 0  # of the first direction
+    stride: int = 1  # from the sample of one direction to that of the next
+    signs: tuple[float, ...] = (1.0,)
+
+    def active(self, group: int) -> bool:
+        """Whether the group has any noise."""
+        return bool(self.distances[group] != 0) and any(self.signs)
+
+    def by_row(self, group: int, rows: int) -> list[tuple[int, Tensor, Tensor]]:
+        """Returns seed, samples int64 [rows] and scale float32 [rows] of the one term."""
+        each = rows // len(self.signs)
+        directions = torch.arange(each) // self.examples
+        samples = (directions * self.stride + self.sample).repeat(len(self.signs))
+        signs = torch.tensor(self.signs).repeat_interleave(each)
+        return [(self.seed, samples, signs * self.distances[group])]
+
+
+Terms = NoiseTerms | RowTerms
 Evaluate = Callable[[Sequence[NoiseTerms]], Sequence[float]]
 """Returns the loss at the weights plus each of the noises, and leaves the weights as they are.
 It gets all evaluations of a step at once, so that it may run them side by side."""

@@ -98,6 +98,12 @@ def rademacher(index: int, seed: int, stream: int, sample: int) -> float:
     return -1.0 if word >> index % 32 & 1 else 1.0
 
 
+def rank1_sign(index: int, seed: int, stream: int, sample: int) -> float:
+    """u[index] of a noise; that of one dimension is u."""
+    word = words(index // 128 + (3 << 30), seed, stream, sample)[index % 128 // 32]
+    return -1.0 if word >> index % 32 & 1 else 1.0
+
+
 def rounding_noise(index: int, seed: int, stream: int) -> tuple[int, float]:
     """16 random bits of an element and the dither of its block: docs/noise.md, Stochastic."""
     block = index // 8
@@ -137,7 +143,8 @@ STREAM = zk.noise.stream_of("w")
 
 
 def test_noise(server, rng, distribution):
-    key, contract = rng.key(), {"gaussian": gaussian, "rademacher": rademacher}
+    key = rng.key()
+    contract = {"gaussian": gaussian, "rademacher": rademacher, "rank1": rank1_sign}
     for index in [*INDICES, *rng.integers(20, bits=35)]:
         z = zk.noise(1, **key, offset=index, distribution=distribution)
         assert z.item() == contract[distribution](index, **key)

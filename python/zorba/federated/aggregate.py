@@ -1,4 +1,4 @@
-"""Scalars of many clients become one coefficient a block and perturbation."""
+"""Scalars of many clients become coefficients of blocks and directions."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def clip_scalars(scalars: npt.NDArray[np.float32], clip: float | None) -> _Float
 
 
 def update_coefs(scalars: _Floats, lr: float) -> npt.NDArray[np.float32]:
-    """Returns ``-lr * g / P`` in float32, for g of shape [K, P]."""
+    """Returns ``-lr * g / P`` in float32, for g of shape [..., P]."""
     # Server and clients use this one function, so that a local step that rides along unwritten has
     # the coefficients which the log would give it. In float64 up to here: one rounding, at the end.
     with np.errstate(over="ignore"):  # whoever uses them checks that they are finite
-        coefs: npt.NDArray[np.float32] = (-lr * scalars / scalars.shape[1]).astype(np.float32)
+        coefs: npt.NDArray[np.float32] = (-lr * scalars / scalars.shape[-1]).astype(np.float32)
     return coefs
 
 
@@ -82,6 +82,46 @@ def aggregate(
             combined = fold(taken) / copies[rows].sum()
         out[blocks] = update_coefs(combined.reshape(shape), lr)
     return out
+
+
+def aggregate_own(
+    scalars: npt.NDArray[np.float32],  # g, finite, [clients, K, P], in the order of the names
+    masks: npt.NDArray[np.bool_],  # a, [clients, blocks]
+    examples: npt.NDArray[np.integer[Any]],  # as in ``aggregate``
+    lr: float,
+    weighting: Weighting = "examples",
+    clip: float | None = None,  # as in ``aggregate``
+    part_bound: float | None = None,  # times the median client's part, see below; None: no limit
+) -> npt.NDArray[np.float32]:
+    """Returns coefficients ``-lr w g / P`` of own directions, float32 [blocks, K, clients, P].
+
+    The weights of clients are those of ``aggregate``, w[n, b] = p[n] a[n, b] / sum_m p[m] a[m, b];
+    a block that client n did not have active has 0. The part of client n in the round is
+    ``p[n] sqrt(sum g[n]^2)``: the length of what it adds, but for a common factor. Where it is more
+    than ``part_bound`` times the median of the parts that are not 0, its scalars are scaled down to
+    that.
+    """
+    copies = (
+        np.ones(len(scalars), np.int64) if weighting == "uniform" else examples.astype(np.int64)
+    )
+    values = clip_scalars(scalars, clip)
+    # Exact sums, so that every server makes the same bits.
+    parts = [
+        float(n) * math.sqrt(math.fsum((g * g).ravel().tolist()))
+        for n, g in zip(copies, values, strict=True)
+    ]
+    some = sorted(part for part in parts if part > 0)
+    if part_bound is not None and some:
+        # The lower one of two in the middle: of two clients, one alone cannot move the limit.
+        limit = part_bound * some[(len(some) - 1) // 2]
+        scale = [min(1.0, limit / part) if part > 0 else 1.0 for part in parts]
+        values *= np.array(scale)[:, None, None]
+    shares = masks * copies[:, None].astype(np.float64)  # [clients, blocks]
+    total = fold(shares.copy())
+    shares = np.divide(shares, total, out=np.zeros_like(shares), where=total > 0)
+    # [blocks, K, clients, P]
+    spread = shares.T[:, None, :, None] * values.transpose(1, 0, 2)[None]
+    return update_coefs(spread, lr)
 
 
 def fold(values: npt.NDArray[Any]) -> npt.NDArray[Any]:

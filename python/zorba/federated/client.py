@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,13 +18,21 @@ from zorba.federated.messages import Greeting, Hello, Plan, Reply, decode
 from zorba.federated.privacy import PrivacyAccountant
 from zorba.federated.replica import Replica
 from zorba.identity import package_version
-from zorba.optim.terms import Evaluate, NoiseTerms, differences, evaluation_noises, mean_loss
+from zorba.optim.own import own_scalars
+from zorba.optim.terms import (
+    Evaluate,
+    NoiseTerms,
+    RowTerms,
+    differences,
+    evaluation_noises,
+    mean_loss,
+)
 from zorba_kernels.noise import VERSIONS
 
 Objective = Callable[[int, int], tuple[Evaluate, int]]
 """``objective(round, step)`` picks a batch and returns (the losses on it at the weights plus given
 noises, its number of examples). The same round and step must pick the same batch. A loss may be an
-array of one for each example, which privacy of examples needs."""
+array of one for each example, which privacy of examples and ``by_row`` need."""
 
 
 class Client:
@@ -39,6 +47,9 @@ class Client:
             it, call ``replica.load`` before.
         checkpoint_every: rounds between checkpoints.
         privacy: makes the scalars private before anybody sees them; None tells what was measured.
+        by_row: whether the objective takes ``RowTerms``, as ``ModelObjective.by_row`` tells. Then
+            a batch is cut into a part for each direction that is the client's own, and all of them
+            are measured in one forward. Else each is measured on the whole batch.
     """
 
     def __init__(
@@ -49,6 +60,7 @@ class Client:
         checkpoint: str | Path | None = None,
         checkpoint_every: int = 50,
         privacy: PrivacyAccountant | None = None,
+        by_row: bool = False,
     ) -> None:
         self.name = check_name(name, "client name")
         self.replica = replica
@@ -57,6 +69,7 @@ class Client:
         self.checkpoint_every = checkpoint_every
         self._saved_round = replica.applied_round
         self.privacy = privacy
+        self.by_row = by_row
         # Digest of what the last plan asked, and the reply to it.
         self._last = None if privacy is None else privacy.last
 
@@ -137,7 +150,10 @@ class Client:
         # Asked first: a budget that is spent must not be found out after the measurement.
         spent = None if self.privacy is None else self.privacy.afford(len(plan.seeds))
         mask = torch.tensor(plan.mask, dtype=torch.float32)
-        samples = tuple(range(plan.num_perturbations))
+        count, first = plan.num_perturbations, plan.first_sample
+        samples = tuple(range(first, first + count))
+        whole = self.privacy is not None and self.privacy.privacy.unit == "client"
+        cut = plan.directions == "own" and self.by_row and not whole
         scalars = np.zeros((len(plan.seeds), len(samples)), dtype=np.float32)
         # Steps after the first see the earlier ones as noise that rides along with theirs: the
         # weights are never written, so a crash, or clients that share a replica, cost nothing.
@@ -145,18 +161,35 @@ class Client:
         losses: list[float] = []
         examples = 0
         for step, seed in enumerate(plan.seeds):
-            evaluate, count = self.objective(plan.round, step)
-            how = (plan.eps, len(samples), plan.estimator, plan.mask, pending)
-            seen = list(evaluate(evaluation_noises(seed, *how)))
-            examples += count
+            evaluate, rows = self.objective(plan.round, step)
+            each = -(-rows // count)  # examples of a direction, where the batch is cut
+            noises: Sequence[NoiseTerms | RowTerms]
+            if cut:
+                noises = _row_noises(
+                    RowTerms(seed, each, plan.eps * mask, first, base=pending), plan
+                )
+            else:
+                how = (plan.eps, count, plan.estimator, plan.mask, pending, first)
+                noises = evaluation_noises(seed, *how)
+            seen = list(evaluate(noises))
+            if cut and any(np.shape(loss) != (rows,) for loss in seen):
+                raise FederationError(
+                    f"{self.name} measured {rows} examples by row, but got losses of shape "
+                    f"{list(np.shape(seen[0]))}: there must be one for each"
+                )
+            examples += rows
             if self.privacy is not None:  # finite or not: whether it is would tell something
                 measured = differences(seen, plan.eps, plan.estimator)
-                scalars[step] = self.privacy.release(measured, count)
+                scalars[step] = self.privacy.release(measured, rows, count if cut else 1)
             else:
                 means = [float(np.mean(loss)) for loss in seen]
                 losses.append(mean_loss(means))
-                with np.errstate(over="ignore"):  # checked below
-                    scalars[step] = differences(means, plan.eps, plan.estimator)
+                with np.errstate(over="ignore", invalid="ignore"):  # checked below
+                    scalars[step] = (
+                        own_scalars(seen, plan.eps, plan.estimator, each, count)
+                        if cut
+                        else differences(means, plan.eps, plan.estimator)
+                    )
             # Cut and scaled as the server does it: these are the coefficients that the log would
             # have if the client were alone, bit for bit.
             coefs = update_coefs(clip_scalars(scalars[step : step + 1], plan.clip), plan.local_lr)
@@ -172,3 +205,10 @@ class Client:
         return Reply(
             plan.job, plan.round, self.name, *measured_at, scalars, examples, loss, privacy=spent
         )
+
+
+def _row_noises(terms: RowTerms, plan: Plan) -> list[NoiseTerms | RowTerms]:
+    """Where a batch is evaluated whose parts have directions of their own."""
+    if plan.estimator == "forward":
+        return [terms.base or NoiseTerms.none(len(plan.mask)), terms]
+    return [replace(terms, signs=(sign,)) for sign in (1.0, -1.0)]

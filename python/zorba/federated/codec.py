@@ -17,7 +17,7 @@ from zorba.log import binary
 from zorba_kernels.noise import DISTRIBUTION_CODES
 
 MAGIC = b"ZRBM"
-SCHEMA = 2  # version of the messages; a decoder refuses every other one
+SCHEMA = 3  # version of the messages; a decoder refuses every other one
 MAX_MESSAGE_BYTES = 1 << 28  # no message is larger, whatever its header says
 
 # Fields that are one of a few words. Their numbers are fixed for good: a new word gets a new one.
@@ -25,6 +25,7 @@ CODES: dict[str, Mapping[Any, int]] = {
     "distribution": DISTRIBUTION_CODES,
     "rounding": {"nearest": 0, "stochastic": 1},
     "estimator": {"central": 0, "forward": 1},
+    "directions": {"shared": 0, "own": 1},
     "unit": {None: 0, "example": 1, "client": 2},
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import ClassVar
@@ -11,14 +11,14 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from zorba.defaults import Estimator
+from zorba.defaults import Directions, Estimator
 from zorba.federated.codec import Layout, Reader, check_name, frame, pack_name, unframe
 from zorba.federated.errors import MessageError
 from zorba.federated.privacy import PrivacySpent
 from zorba.federated.settings import MAX_STEPS, positive_in_float32
 from zorba.identity import MAX_BLOCKS, ModelIdentity
 from zorba.log import LogEntry, LogError, decode_entries
-from zorba_kernels.noise import VERSIONS, Distribution, Rounding
+from zorba_kernels.noise import ROUNDING_DOMAIN, VERSIONS, Distribution, Rounding
 
 # A field of fixed size is named here and in its message's class, and nowhere else. The codes are
 # those of the module struct: Q is a uint64, I a uint32, H a uint16, B a uint8, d and f are floats.
@@ -31,8 +31,10 @@ _HELLO = Layout(
 _PLAN = Layout(
     "plan",
     "job:Q round:I base_round:I mask_version:I noise_version:B estimator:B distribution:B "
-    "rounding:B steps:H num_perturbations:H blocks:H eps:d local_lr:d clip:d num_entries:I",
+    "rounding:B directions:B steps:H num_perturbations:H blocks:H eps:d local_lr:d clip:d "
+    "num_entries:I",
 )
+_FIRST = Layout("plan", "first_sample:I")
 _REPLY = Layout(
     "reply",
     "job:Q round:I applied_round:I steps:H samples:H num_examples:I loss:f fingerprint:Q unit:B",
@@ -86,7 +88,7 @@ class Plan:
     round: int  # that is measured, at the weights that round - 1 left
     base_round: int  # that the server knows the client to have applied; entries start after it
     seeds: tuple[int, ...]  # uint64 [K], the same for all clients. None at all: only apply
-    num_perturbations: int  # P
+    num_perturbations: int  # P, of this client
     eps: float  # distance of the evaluations
     estimator: Estimator
     distribution: Distribution  # of the noise, in the log entries too
@@ -95,6 +97,8 @@ class Plan:
     mask_version: int  # of the masks of all clients
     local_lr: float  # learning rate of the local steps that ride along unwritten
     clip: float = math.inf  # largest absolute scalar in those local steps
+    directions: Directions = "shared"  # "own": no other client measures these
+    first_sample: int = 0  # of each seed; the client's directions are samples from here on
     num_entries: int = 0  # log entries that the plan carries
     frames: bytes = b""  # their bytes, one after the other, as they are in the log
     noise_version: int = -1  # as in ``Hello``
@@ -102,7 +106,7 @@ class Plan:
     def __post_init__(self) -> None:
         _set_version(self)
         steps, samples, blocks = len(self.seeds), self.num_perturbations, len(self.mask)
-        before, reached = self.round, self.reached
+        before, reached, last = self.round, self.reached, self.first_sample + samples - 1
         for fits, wrong in (
             (steps <= MAX_STEPS, f"at most {MAX_STEPS} local steps, got {steps}"),
             (1 <= samples <= MAX_STEPS, f"1 to {MAX_STEPS} perturbations, got {samples}"),
@@ -110,6 +114,8 @@ class Plan:
             (positive_in_float32(self.eps), f"a positive, finite eps in float32, got {self.eps}"),
             (0 <= self.local_lr < math.inf, f"a finite local_lr from 0 on, got {self.local_lr}"),
             (self.clip > 0, f"a positive clip, got {self.clip}"),
+            (0 <= self.first_sample <= last < ROUNDING_DOMAIN, f"samples below 2**31, got {last}"),
+            (self.directions == "own" or not self.first_sample, "sample 0 first where all share"),
             (reached < before, f"the log of rounds before {before}, got {reached}"),
         ):
             if not fits:
@@ -133,15 +139,22 @@ class Plan:
 
     def encode(self) -> bytes:
         """Returns the message."""
-        return self.encode_each(np.array([self.mask]))[0]
+        return self.encode_each(np.array([self.mask]), [self.first_sample])[0]
 
-    def encode_each(self, masks: npt.NDArray[np.bool_]) -> list[bytes]:
-        """Returns this plan for many clients, bool [clients, blocks] in the place of ``mask``."""
+    def encode_each(
+        self, masks: npt.NDArray[np.bool_], first_samples: Sequence[int]
+    ) -> list[bytes]:
+        """Returns this plan for many clients, with masks and first samples of their own.
+
+        ``masks`` is bool [clients, blocks], ``first_samples`` [clients].
+        """
         fixed = vars(self) | {"steps": len(self.seeds), "blocks": masks.shape[1]}
         head = _PLAN.pack(fixed) + np.array(self.seeds, "<u8").tobytes()
-        packed = [row.tobytes() for row in np.packbits(masks, axis=1, bitorder="little")]
-        # Clients with the same mask share one message: with thousands of them, each would take its
-        # own copy of the log entries.
+        firsts = [_FIRST.pack({"first_sample": first}) for first in first_samples]
+        rows = np.packbits(masks, axis=1, bitorder="little")
+        packed = [first + row.tobytes() for first, row in zip(firsts, rows, strict=True)]
+        # Clients that are asked the same share one message: with thousands of them, each would take
+        # its own copy of the log entries.
         made = {bits: frame(self.KIND, head + bits + self.frames) for bits in set(packed)}
         return [made[bits] for bits in packed]
 
@@ -200,6 +213,7 @@ def _read_plan(reader: Reader) -> Plan:
     fixed = _PLAN.unpack(reader)
     blocks = fixed.pop("blocks")
     seeds = reader.array("<u8", fixed.pop("steps"), "seeds")
+    fixed |= _FIRST.unpack(reader)
     bits = np.unpackbits(reader.array("u1", (blocks + 7) // 8, "mask"), bitorder="little")
     # One plan, one form: a client knows by its bytes whether it was asked the same before.
     if bits[blocks:].any():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,11 @@ from torch import Tensor, nn
 import zorba_kernels as zk
 from zorba.offload import Offload
 from zorba.optim.evaluation import Evaluator
+from zorba.optim.fused import FusedPlacement, unfusable
+from zorba.optim.own import both_signs
+from zorba.optim.placement import Placement
 from zorba.optim.scratch import ScratchPlacement
-from zorba.optim.terms import Evaluate, NoiseTerms
+from zorba.optim.terms import Evaluate, Terms
 from zorba.tables import DeviceTables, Tables
 from zorba_kernels.noise import Distribution
 
@@ -23,8 +26,10 @@ Batches = Callable[[int, int], tuple[Any, int]]
 
 @dataclass(eq=False, repr=False)
 class ModelObjective:
-    """An ``Objective`` of ``Client``: the loss of a model, perturbed exactly (placement "scratch").
+    """An ``Objective`` of ``Client``: the loss of a model, perturbed exactly.
 
+    Noise of distribution "rank1" is made inside of the forwards where the parameters' modules can
+    do it (placement "fused"), other noise in a copy of the weights (placement "scratch").
     Only the blocks that a plan's mask activates are perturbed. Where the model is offloaded
     (``zorba.offload.Offload``), blocks move between host and device as the mask says, and the table
     must be ``DeviceTables`` (ValueError).
@@ -37,8 +42,8 @@ class ModelObjective:
     # Tensor [examples].
     loss: Callable[[Any], float | Tensor]
     distribution: Distribution  # of the noise, the replica's
-    # Whether ``loss`` tells the examples apart, as ``Privacy`` with the unit "example" needs it.
-    # Without privacy the scalars are those of the examples' mean.
+    # Whether ``loss`` tells the examples apart, as directions of their own in one forward need it,
+    # and ``Privacy`` with the unit "example". Else the scalars are those of the examples' mean.
     per_example: bool = False
 
     def __post_init__(self) -> None:
@@ -53,17 +58,26 @@ class ModelObjective:
         if self.per_example:
             self._read = lambda losses: losses.detach().double().cpu().numpy()
         self._active: list[int] | None = None
+        self._fused = self.distribution == "rank1" and not unfusable(
+            self.model, self._part(range(self.table.num_groups))
+        )
+
+    @property
+    def by_row(self) -> bool:
+        """Whether it takes ``RowTerms``; the argument of ``Client``."""
+        return self._fused and self.per_example
 
     def __call__(self, round_number: int, step: int) -> tuple[Evaluate, int]:
         """See ``Objective``."""
         batch, count = self.batches(round_number, step)
 
         @torch.no_grad()
-        def evaluate(noises: Sequence[NoiseTerms]) -> Sequence[Any]:
+        def evaluate(noises: Sequence[Terms]) -> Sequence[Any]:
             groups = range(self.table.num_groups)
             self._activate([g for g in groups if any(terms.active(g) for terms in noises)])
             with self._evaluator.step(lambda: self.loss(batch)) as losses_at:
-                return losses_at(noises)
+                both = None if self._evaluator.reuses else batch
+                return both_signs(losses_at, noises, self.loss, both, self._placement)
 
         return evaluate, count
 
@@ -80,12 +94,16 @@ class ModelObjective:
             names = {entry.name for entry in self.table.entries if entry.group in active}
             offload.set_active([b.name for b in offload.blocks if names & set(b.parameters)])
         # Of active blocks alone: scratch is made for each parameter of a table, perturbed or not.
-        entries = [entry for entry in self.table.entries if entry.group in active]
-        table = zk.ParamTable(
+        how = (self.model, self._part(active), self.distribution)
+        self._placement: Placement = FusedPlacement(*how) if self._fused else ScratchPlacement(*how)
+        self._evaluator: Evaluator = Evaluator(self.model, self._placement, True, self._read)
+        self._active = active
+
+    def _part(self, groups: Collection[int]) -> zk.ParamTable:
+        """A table of some groups' parameters."""
+        entries = [entry for entry in self.table.entries if entry.group in groups]
+        return zk.ParamTable(
             {entry.name: entry.source for entry in entries},
             groups={entry.name: entry.group for entry in entries},
             num_groups=self.table.num_groups,
         )
-        self._placement: ScratchPlacement = ScratchPlacement(self.model, table, self.distribution)
-        self._evaluator: Evaluator = Evaluator(self.model, self._placement, True, self._read)
-        self._active = active

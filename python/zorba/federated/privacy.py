@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from zorba.federated.errors import FederationError
 from zorba.files import write_whole
+from zorba.optim.own import direction_means
 from zorba_kernels.program import check_choice
 
 LEDGER_SCHEMA = 1
@@ -36,6 +37,10 @@ class Privacy:
     averaged over the batch's n (n = 1 for "client"), and a Gaussian of standard deviation
     ``noise_multiplier * 2 * clip / n`` is added to each of the P numbers: 2 clip / n is how far the
     mean can move when one example is replaced by any other, or with "client" all of its data.
+
+    Where each example has but one of the P directions (own directions, a batch in P parts), its
+    vector is that one number, the mean is over its part, and n stands for n / P. With "client" a
+    batch is never cut: the fewer examples a scalar is of, the more of it is the clip.
     """
 
     unit: Unit  # whom epsilon protects: each example, or the client with all of its examples
@@ -123,8 +128,13 @@ class PrivacyAccountant:
             )
         return after
 
-    def release(self, differences: Sequence[Any], examples: int) -> npt.NDArray[np.float32]:
-        """Makes P numbers, or P arrays [examples] for the unit "example", private: float32 [P]."""
+    def release(
+        self, differences: Sequence[Any], examples: int, parts: int = 1
+    ) -> npt.NDArray[np.float32]:
+        """Makes P numbers, or P arrays [examples] for the unit "example", private: float32 [P].
+
+        With P ``parts`` there is one array, and each part of the examples has a direction.
+        """
         # In float64: rounding to float32 comes last, after the noise, and so tells nothing more.
         rows = np.array([np.asarray(d, dtype=np.float64) for d in differences])
         if self.privacy.unit == "client":
@@ -137,12 +147,15 @@ class PrivacyAccountant:
             )
         # An example that is not finite counts as zeros: leaving it out, or giving up, would tell.
         rows = np.where(np.isfinite(rows).all(axis=0), rows, 0.0)
-        clip, noise = self.privacy.clip, np.array([self._gaussian() for _ in rows])
+        clip = self.privacy.clip
         with np.errstate(over="ignore"):  # an infinite norm cuts an example to zeros
             cut = rows * (clip / np.maximum(np.linalg.norm(rows, axis=0), clip))
             # What is not finite in float32 is refused where it is used.
-            scale = self.privacy.noise_multiplier * 2 * clip / rows.shape[1]
-            told: npt.NDArray[np.float32] = (cut.mean(axis=1) + scale * noise).astype(np.float32)
+            scale = self.privacy.noise_multiplier * 2 * clip * parts / rows.shape[1]
+            each = -(-rows.shape[1] // parts)
+            means = np.concatenate([direction_means(row, each, parts) for row in cut])
+            noise = np.array([self._gaussian() for _ in means])
+            told: npt.NDArray[np.float32] = (means + scale * noise).astype(np.float32)
         return told
 
     def note(self, steps: int, digest: bytes, answer: bytes) -> None:

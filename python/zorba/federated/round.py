@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from zorba.federated.aggregate import aggregate
+from zorba.federated.aggregate import aggregate, aggregate_own
 from zorba.federated.errors import MessageError
 from zorba.federated.messages import Reply
 from zorba.federated.settings import FederationSettings, Masks
@@ -54,6 +55,7 @@ class Round:
         self, number: int, settings: FederationSettings, masks: Masks, *, measures: bool = True
     ) -> None:
         self.number = number
+        self.directions = settings.directions_of(len(masks.rows))
         self.measures = measures  # whether clients are asked for scalars; else they only catch up
         self.to_ask: set[str] = set()  # clients that a plan is due to, see ``Server.ask_again``
         self.asked: dict[str, int] = {}  # round after which each client is to answer
@@ -77,6 +79,12 @@ class Round:
         # Ranks are a function of job and round: a round that is begun again draws the same.
         ranks = self._settings.ranks_of(self.number, len(rows)).tolist()
         return sorted(sorted(ready, key=lambda name: ranks[rows[name]])[:room])
+
+    def first_samples(self, names: Sequence[str]) -> list[int]:
+        """Returns where the samples of these clients begin: each has P that are its own."""
+        # By the client's place among all: a round that is begun again asks for the same.
+        each = self._settings.num_perturbations if self.directions == "own" else 0
+        return [self._masks.rows[name] * each for name in names]
 
     def note(self, name: str, data: bytes, receipt: Receipt) -> None:
         """Counts an answer, and keeps the reason where the server refused it."""
@@ -143,15 +151,21 @@ class Round:
         s, replies = self._settings, self._used
         if not replies:
             return NoiseTerms.none(self._masks.array.shape[1])
-        coefs = aggregate(
+        names = [reply.client for reply in replies]
+        told = (
             np.stack([reply.scalars for reply in replies]),
-            self._masks.of([reply.client for reply in replies]),
+            self._masks.of(names),
             np.array([reply.num_examples for reply in replies]),
             s.lr_at(self.number),
-            *(s.weighting, s.clip, s.aggregation, s.trim),
+            s.weighting,
+            s.clip,
         )
+        if self.directions == "own":
+            coefs, firsts = aggregate_own(*told, s.part_bound), self.first_samples(names)
+        else:
+            coefs, firsts = aggregate(*told, s.aggregation, s.trim), [0]
         # Steps before perturbations, as clients add local steps: float32 sums depend on the order.
-        samples = tuple(range(s.num_perturbations))
+        samples = tuple(first + p for first in firsts for p in range(s.num_perturbations))
         seeds = tuple(seed for seed in s.seeds_of(self.number) for _ in samples)
         terms = torch.from_numpy(coefs.reshape(len(coefs), -1))
         return NoiseTerms(seeds, samples * s.local_steps, terms)

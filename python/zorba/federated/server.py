@@ -15,7 +15,7 @@ from zorba.federated.round import Receipt, Round, RoundReport
 from zorba.federated.settings import FederationSettings, Masks
 from zorba.identity import ModelIdentity, package_version
 from zorba.log import LogError, LogFile, LogHeader
-from zorba_kernels.noise import VERSIONS
+from zorba_kernels.noise import ROUNDING_DOMAIN, VERSIONS
 
 # A client that lacks more of the log gets it in several plans, and measures after that.
 MAX_PLAN_LOG_BYTES = 1 << 26
@@ -59,6 +59,11 @@ class Server:
         self.fingerprints: dict[str, tuple[int, int]] = {}
         self.privacy: dict[str, PrivacySpent] = {}  # last told by each client that adds noise
         self._masks = Masks(names, masks, identity.num_blocks)
+        if len(names) * settings.num_perturbations > ROUNDING_DOMAIN:
+            raise ValueError(
+                f"{len(names)} clients times num_perturbations {settings.num_perturbations} are "
+                "more than the 2**31 samples of a seed"
+            )
         law = (settings.distribution, settings.rounding)
         with _log_errors():
             self.log = LogFile(log_path, LogHeader(settings.job_id, identity, *law))
@@ -112,7 +117,8 @@ class Server:
         # Clients after the same round get the same plan but for their masks: the log is read once.
         for mark, group in by_mark.items():
             plan = self._plan(mark)
-            plans = plan.encode_each(self._masks.of(group))
+            firsts = self.current.first_samples(group) if plan.seeds else [0] * len(group)
+            plans = plan.encode_each(self._masks.of(group), firsts)
             messages.update(zip(group, plans, strict=True))
             self.current.asked |= dict.fromkeys(group, plan.reached)
         return messages
@@ -136,6 +142,7 @@ class Server:
             mask_version=self._masks.version,
             local_lr=s.lr_at(self.round),
             clip=s.clip or math.inf,
+            directions=self.current.directions,
             num_entries=count,
             frames=frames,
         )

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zorba import defaults
-from zorba.defaults import ESTIMATORS, Estimator
+from zorba.defaults import DIRECTIONS, ESTIMATORS, Directions, Estimator
 from zorba.federated.codec import check_name
 from zorba_kernels.noise import DISTRIBUTIONS, ROUNDINGS, Distribution, Rounding
 from zorba_kernels.program import check_choice, check_uint64, integer
@@ -37,7 +37,7 @@ class FederationSettings:
     job: str  # name of the job
     seed: int  # uint64 from which every seed of the job is derived
     lr: float | Callable[[int], float]  # learning rate, or a function from the round (from 1) to it
-    num_perturbations: int = defaults.NUM_PERTURBATIONS  # P, perturbations of a local step
+    num_perturbations: int = defaults.NUM_PERTURBATIONS  # P, directions of a client's local step
     local_steps: int = 1  # K, local steps of a round
     eps: float = defaults.EPS  # distance of the evaluations
     estimator: Estimator = defaults.ESTIMATOR
@@ -46,8 +46,15 @@ class FederationSettings:
     clip: float | None = None  # largest absolute scalar; larger ones are cut to it. None: no limit
     clients_per_round: int | None = None  # how many clients take part in a round; None for all
     weighting: Weighting = "examples"  # clients weigh by their examples, or all alike
-    # Of a block's scalars: their mean, their median, or the mean of what is left when they are
-    # trimmed at both ends. See ``zorba.federated.aggregate``.
+    # "shared": all clients measure the same P directions, and "own": each measures P of its own, so
+    # that a round has P for every client. None: own ones while at most ``own_up_to`` take part.
+    directions: Directions | None = None
+    own_up_to: int = 64
+    # With own directions nobody can compare clients' scalars; so no client moves the weights by
+    # more than this, times what the median client does. None: no limit.
+    part_bound: float | None = 5.0
+    # Of a block's scalars, with shared directions: their mean, their median, or the mean of what is
+    # left when they are trimmed at both ends. See ``zorba.federated.aggregate``.
     aggregation: Aggregation = "mean"
     # Share of a block's weight that is trimmed at each end, at least 0 and below 0.5: more than the
     # share of clients that may lie.
@@ -71,6 +78,16 @@ class FederationSettings:
         check_choice("rounding", self.rounding, ROUNDINGS)
         check_choice("weighting", self.weighting, get_args(Weighting))
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
+        if self.directions is not None:
+            check_choice("directions", self.directions, DIRECTIONS)
+        if self.directions == "own" and self.aggregation != "mean":
+            raise ValueError(
+                f"aggregation {self.aggregation!r} compares clients along the same direction, and "
+                "directions are 'own': take directions='shared', or aggregation='mean'"
+            )
+        _check_count("own_up_to", self.own_up_to, 1 << 20)
+        if self.part_bound is not None and _check_number("part_bound", self.part_bound) < 1:
+            raise ValueError(f"part_bound must be at least 1, got {self.part_bound!r}")
         if _check_number("trim", self.trim) >= 0.5:
             raise ValueError(f"trim must be below 0.5, got {self.trim!r}: 0.5 is the median")
         if not callable(self.lr):  # a schedule is checked where it is called: ``lr_at``
@@ -80,6 +97,14 @@ class FederationSettings:
     def job_id(self) -> int:
         """uint64 that messages and the log carry: a hash of the job's name and seed."""
         return self._derive("job", self.job.encode())
+
+    def directions_of(self, clients: int) -> Directions:
+        """Returns whose the directions of a job with this many clients are."""
+        if self.directions is not None:
+            return self.directions
+        taking_part = min(clients, self.clients_per_round or clients)
+        robust = self.aggregation != "mean"
+        return "shared" if robust or taking_part > self.own_up_to else "own"
 
     def lr_at(self, round_number: int) -> float:
         """Returns the learning rate of a round, or raises ValueError where the schedule fails."""

@@ -158,6 +158,11 @@ class LabelWordLoss:
             scores = scores / torch.tensor(batch.lengths, device=scores.device)
         return pad_sequence(list(torch.split(scores, batch.choices)), True, -torch.inf)
 
+    @property
+    def by_row(self) -> bool:
+        """Whether each example is one row of the forward: where all words are of one token."""
+        return self._columns is not None
+
     def __call__(self, batch: LabelWordBatch) -> Tensor:
         """Returns the mean cross-entropy of the right words among the candidates, a scalar."""
         return self.losses(batch, reduction="mean")

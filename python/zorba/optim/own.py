@@ -8,8 +8,9 @@ along all D directions makes about D times the progress (docs/theory.md).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from zorba.defaults import Estimator
 from zorba.optim.evaluation import Losses
 from zorba.optim.fused import FusedPlacement
 from zorba.optim.placement import Placement
-from zorba.optim.terms import NoiseTerms, RowTerms, differences, step_seed
+from zorba.optim.terms import NoiseTerms, RowTerms, Terms, differences, step_seed
 
 
 class OwnDirections:
@@ -86,21 +87,14 @@ class OwnDirections:
             terms = [RowTerms(seed, each, distances, p, stride, signs) for p in samples]
             try:
                 found = losses_at(terms, partial(closure, twice))
-                return [half for one in found for half in np.split(self._checked(one), 2)]
+                return [
+                    half for one in found for half in np.split(_checked(one, self._placement), 2)
+                ]
             except torch.OutOfMemoryError:
                 self._both_at_once = False  # two calls, from here on
         base = [NoiseTerms.none(len(distances))] if len(signs) == 1 else []
         sides = [RowTerms(seed, each, distances, p, stride, (s,)) for p in samples for s in signs]
-        return [self._checked(one) for one in losses_at([*base, *sides])]
-
-    def _checked(self, losses: Any) -> Any:
-        rows = getattr(self._placement, "rows", None)
-        if rows is not None and rows != len(losses):
-            raise ValueError(
-                f"the closure returned {len(losses)} losses, but the model's layers saw {rows} "
-                "rows: directions='own' needs one row of the batch for each loss"
-            )
-        return losses
+        return [_checked(one, self._placement) for one in losses_at([*base, *sides])]
 
 
 def example_losses(value: Any) -> Any:
@@ -119,7 +113,9 @@ def direction_count(examples: int, each: int) -> int:
     return -(-examples // each)
 
 
-def own_scalars(losses: Sequence[Any], eps: float, estimator: Estimator, each: int) -> list[float]:
+def own_scalars(
+    losses: Sequence[Any], eps: float, estimator: Estimator, each: int, count: int | None = None
+) -> list[float]:
     """Returns the scalars of a batch's directions, in the order of their samples.
 
     Args:
@@ -128,15 +124,57 @@ def own_scalars(losses: Sequence[Any], eps: float, estimator: Estimator, each: i
         eps: distance.
         estimator: kind of difference.
         each: examples that share a direction; the last may have fewer.
+        count: D; by default as many as the examples fill. Those behind have a scalar of 0.
 
     Returns:
         D * P numbers. Their mean weighs all examples alike: a direction of fewer counts for less.
     """
-    starts = np.arange(0, len(losses[0]), each)
-    weight = len(starts) / len(losses[0])
-    # [P, D]: sums over the examples of each direction.
-    sums = [np.add.reduceat(g, starts) * weight for g in differences(losses, eps, estimator)]
-    return [float(g) for g in np.stack(sums, axis=1).reshape(-1)]
+    found = differences(losses, eps, estimator)
+    sums = np.stack([direction_means(g, each, count) for g in found], axis=1)  # [D, P]
+    return [float(g) for g in sums.reshape(-1)]
+
+
+def direction_means(values: Any, each: int, count: int | None = None) -> Any:
+    """Returns ``D / n`` times the sums over each ``each`` of n values, [D]; see ``own_scalars``."""
+    starts = np.arange(0, len(values), each)
+    sums = np.add.reduceat(values, starts)
+    out = np.zeros(len(starts) if count is None else count)
+    out[: len(starts)] = sums * (len(out) / len(values))
+    return out
+
+
+def both_signs(
+    losses_at: Losses,
+    noises: Sequence[Terms],
+    loss: Callable[[Any], Any],
+    batch: Any,
+    placement: Placement,
+) -> list[Any]:
+    """Returns the losses at noises; two ``RowTerms`` run as one batch of twice as many rows.
+
+    Or one after the other, where the batch is None or cannot be repeated, or memory runs out.
+    ValueError: the rows of the forward are not those of the losses.
+    """
+    if len(noises) == 2 and batch is not None and all(isinstance(n, RowTerms) for n in noises):
+        first, second = cast(Sequence[RowTerms], noises)
+        if (twice := repeated(batch, 2)) is not None:
+            terms = replace(first, signs=first.signs + second.signs)
+            try:
+                [found] = losses_at([terms], partial(loss, twice))
+                return np.split(_checked(found, placement), 2)
+            except torch.OutOfMemoryError:
+                pass
+    return [_checked(one, placement) for one in losses_at(noises)]
+
+
+def _checked(losses: Any, placement: Placement) -> Any:
+    rows = getattr(placement, "rows", None)  # None: no noise differed by row
+    if rows is not None and rows != np.size(losses):
+        raise ValueError(
+            f"{np.size(losses)} losses were returned, but the model's layers saw {rows} rows: "
+            "directions='own' needs one row of the batch for each loss"
+        )
+    return losses
 
 
 def repeated(batch: Any, times: int) -> Any:

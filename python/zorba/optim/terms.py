@@ -92,24 +92,28 @@ class RowTerms:
     sample: int = 0  # of the first direction
     stride: int = 1  # from the sample of one direction to that of the next
     signs: tuple[float, ...] = (1.0,)
+    base: NoiseTerms | None = None  # noise that all rows have besides
 
     def active(self, group: int) -> bool:
         """Whether the group has any noise."""
-        return bool(self.distances[group] != 0) and any(self.signs)
+        own = bool(self.distances[group] != 0) and any(self.signs)
+        return own or (self.base is not None and self.base.active(group))
 
     def by_row(self, group: int, rows: int) -> list[tuple[int, Tensor, Tensor]]:
-        """Returns seed, samples int64 [rows] and scale float32 [rows] of the one term."""
+        """Returns seed, samples int64 [rows] and scale float32 [rows] of each term."""
         each = rows // len(self.signs)
         directions = torch.arange(each) // self.examples
         samples = (directions * self.stride + self.sample).repeat(len(self.signs))
         signs = torch.tensor(self.signs).repeat_interleave(each)
-        return [(self.seed, samples, signs * self.distances[group])]
+        common = [] if self.base is None else self.base.by_row(group, rows)
+        return [*common, (self.seed, samples, signs * self.distances[group])]
 
 
 Terms = NoiseTerms | RowTerms
-Evaluate = Callable[[Sequence[NoiseTerms]], Sequence[float]]
+Evaluate = Callable[[Sequence[Any]], Sequence[Any]]
 """Returns the loss at the weights plus each of the noises, and leaves the weights as they are.
-It gets all evaluations of a step at once, so that it may run them side by side."""
+It gets all evaluations of a step at once, so that it may run them side by side. Noises are
+``NoiseTerms``, and ``RowTerms`` where it is known to take them: then the loss of each row."""
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -126,18 +130,19 @@ def evaluation_noises(
     estimator: Estimator,
     active: Sequence[float],
     pending: NoiseTerms | None = None,
+    first_sample: int = 0,
 ) -> list[NoiseTerms]:
     """Returns the noises at which to evaluate: 2P, or P + 1 for ``forward``.
 
-    Perturbation p is sample p of the uint64 ``seed``, ``eps`` away. ``active`` is the mask M: 1 for
-    a group that is perturbed, else 0. ``pending`` is noise that the weights are understood to carry
-    already (local steps not written).
+    Perturbation p is sample ``first_sample + p`` of the uint64 ``seed``, ``eps`` away. ``active``
+    is the mask M: 1 for a group that is perturbed, else 0. ``pending`` is noise that the weights
+    are understood to carry already (local steps not written).
     """
     mask = torch.as_tensor(active, dtype=torch.float32)
     base = NoiseTerms.none(len(mask)) if pending is None else pending
     central = estimator == "central"
     noises = [] if central else [base]
-    for sample in range(num_perturbations):
+    for sample in range(first_sample, first_sample + num_perturbations):
         for distance in (eps, -eps) if central else (eps,):
             noises.append(base.plus(NoiseTerms.single(seed, sample, distance * mask)))
     return noises

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +113,14 @@ def build_client(folder: Path) -> Client:
         _log.warning("continuing after round %d", replica.applied_round)
     objective = make_objective(task, model, tokenizer)
     label = config.label if config.words and config.balanced else None
-    accountant, each = None, False
+    accountant, each = None, objective.by_row and replica.distribution == "rank1"
     if config.privacy is not None:
         policy = Privacy(**config.privacy.model_dump())
         # One account for each folder, whatever the job: scalars that were told stay told.
         accountant = PrivacyAccountant(policy, run / "privacy.json")
-        # Only the unit example needs the losses of the rows apart from each other.
-        each = policy.unit == "example"
+        # The unit example needs the losses of the rows apart from each other, as directions do
+        # that are of some rows of a batch.
+        each |= policy.unit == "example"
     measured = ModelObjective(
         model,
         replica.table,
@@ -127,7 +129,8 @@ def build_client(folder: Path) -> Client:
         replica.distribution,
         per_example=each,
     )
-    return Client(config.name, replica, measured, checkpoint, config.checkpoint_every, accountant)
+    every, by_row = config.checkpoint_every, objective.by_row and measured.by_row
+    return Client(config.name, replica, measured, checkpoint, every, accountant, by_row)
 
 
 def pick_batches(
@@ -142,11 +145,13 @@ def pick_batches(
     def pick(round_number: int, step: int) -> tuple[Any, int]:
         # A generator of its own for each step: a repeated plan gets the same rows.
         order = np.random.default_rng([seed, round_number, step])
-        chosen = [
-            rows[n]
+        drawn = [
+            order.choice(groups[value], min(count, len(groups[value])), replace=False)
             for value, count in zip(sorted(groups, key=str), sizes, strict=True)
-            for n in order.choice(groups[value], min(count, len(groups[value])), replace=False)
         ]
+        # In turns, so that a part of the batch, which may have a direction of its own, has as many
+        # of each label, too.
+        chosen = [rows[n] for turn in zip_longest(*drawn) for n in turn if n is not None]
         return encode(chosen), len(chosen)
 
     return pick

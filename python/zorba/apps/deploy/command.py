@@ -13,7 +13,7 @@ from tyro.conf import Positional, UseAppendAction
 
 from zorba.apps.command import Command
 from zorba.apps.finetune.settings import Labels, Words
-from zorba.defaults import DISTRIBUTION, EPS, NUM_PERTURBATIONS, Distribution
+from zorba.defaults import DISTRIBUTION, EPS, NUM_PERTURBATIONS, Directions, Distribution
 
 
 # The comment of a field is its help on the command line.
@@ -45,6 +45,8 @@ class InitSettings:
     local_steps: int = 1  # K: local steps in a round.
     clip: float | None = None  # Largest absolute value of a scalar.
     distribution: Distribution = DISTRIBUTION  # Distribution of the noise.
+    # Whether sites measure directions of their own; by default, if they are few.
+    directions: Directions | None = None
     # Whether sites weigh by their examples or all alike.
     weighting: Literal["examples", "uniform"] = "examples"
     batch_size: int = 16  # Rows in a batch.

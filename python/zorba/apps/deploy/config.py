@@ -12,7 +12,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from zorba.apps.deploy.yaml_file import ConfigError as ConfigError
 from zorba.apps.deploy.yaml_file import Section
-from zorba.defaults import Distribution, Estimator
+from zorba.defaults import Directions, Distribution, Estimator
 
 # Numbers are strict: True is no number, and "16" is text.
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -109,7 +109,17 @@ class RoundSettings(Section):
     clip: Positive | None = about("largest absolute value of a scalar; null for none")
     clients_per_round: Count | None = about("sites in a round; null for all")
     weighting: Literal["examples", "uniform"] = about("by a site's examples, or all sites alike")
-    aggregation: Literal["mean", "median", "trimmed"] = about("of a block's scalars")
+    directions: Directions | None = about(
+        "own: each site measures P of its own; shared: all the same; null: own for few sites"
+    )
+    own_up_to: Count = about("sites in a round up to which null means own")
+    part_bound: float | None = about(
+        "own: most that a site moves the weights, in units of the median site's; null for no limit",
+        strict=True,
+        ge=1,
+        allow_inf_nan=False,
+    )
+    aggregation: Literal["mean", "median", "trimmed"] = about("of a block's scalars; shared alone")
     trim: float = about("share that trimmed leaves out at each end", strict=True, ge=0, lt=0.5)
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,7 @@ class Text:
     tokenizer: Any
     template: str
     max_length: int
+    by_row: ClassVar[bool] = True  # as of ``LabelWordLoss``
 
     def encode(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Returns int64 [rows, longest] each on the model's device, padded on the right."""

@@ -136,8 +136,10 @@ def test_ctrl_c_passes_and_the_run_goes_on_later(world: World) -> None:
     assert world.run(3).replicas_identical
 
 
-def test_bytes_are_counted_as_encoded(make_world: Any) -> None:
-    world, seen, sent = make_world(num_perturbations=5), [], dict.fromkeys(NAMES, 0)
+@pytest.mark.parametrize(("directions", "parts"), [("shared", 1), ("own", len(NAMES))])
+def test_bytes_are_counted_as_encoded(make_world: Any, directions: str, parts: int) -> None:
+    world = make_world(num_perturbations=5, directions=directions)
+    seen, sent = [], dict.fromkeys(NAMES, 0)
     exchange = world.transport.exchange
 
     def counted(plans: Any, timeout: Any) -> Any:
@@ -149,7 +151,7 @@ def test_bytes_are_counted_as_encoded(make_world: Any) -> None:
     assert tuple(seen) == result.reports
     for report in result.reports:
         assert set(report.scalar_bytes_up.values()) == {20}
-        assert report.scalar_bytes_down <= 4 * 4 * 5 + 8
+        assert report.scalar_bytes_down <= parts * 4 * 4 * 5 + 8
     assert set(result.reports[-1].bytes_up.values()) <= set(range(60, 81))
     for name in NAMES:
         total = sum(r.bytes_down[name] for r in result.reports) + result.flush_bytes_down[name]

@@ -72,7 +72,7 @@ def fall(path: Path, lie: Lie | None, **changes: Any) -> float:
 
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory: pytest.TempPathFactory) -> float:
-    return fall(tmp_path_factory.mktemp("honest") / "log", None)
+    return fall(tmp_path_factory.mktemp("honest") / "log", None, directions="shared")
 
 
 @pytest.mark.parametrize("lie", LIES)
@@ -81,4 +81,15 @@ def test_two_liars_of_eight_are_outvoted(tmp_path: Path, honest: float, lie: str
     for rule in ("trimmed", "median"):
         assert fall(tmp_path / rule, LIES[lie], aggregation=rule) > 0.5 * honest, rule
     with np.errstate(all="ignore"):
-        assert not fall(tmp_path / "mean", LIES[lie]) > 0.1 * honest, "one liar moves a mean"
+        mean = fall(tmp_path / "mean", LIES[lie], directions="shared")
+    assert not mean > 0.1 * honest, "one liar moves a mean"
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_liar_moves_own_directions_no_further_than_the_bound(tmp_path: Path, lie: str) -> None:
+    """Nobody can compare scalars of different directions: their length alone is bounded."""
+    honest = fall(tmp_path / "honest", None, directions="own")
+    assert fall(tmp_path / "bounded", LIES[lie], directions="own", part_bound=1.0) > 0.25 * honest
+    with np.errstate(all="ignore"):
+        free = fall(tmp_path / "free", LIES[lie], directions="own", part_bound=None)
+    assert not free > 0.1 * honest

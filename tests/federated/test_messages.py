@@ -123,8 +123,14 @@ def test_a_plan_carries_its_entries() -> None:
 
 def test_plans_of_many_clients_are_the_plan_with_each_mask() -> None:
     masks = np.array([[1, 0, 1, 1, 0], [0, 1, 0, 0, 0], [1, 0, 1, 1, 0]], bool)
-    each = [replace(PLAN, mask=tuple(mask)).encode() for mask in masks.tolist()]
-    assert PLAN.encode_each(masks) == each
+    plan, firsts = replace(PLAN, directions="own"), [0, 7, 1 << 30]
+    each = [
+        replace(plan, mask=tuple(mask), first_sample=first).encode()
+        for mask, first in zip(masks.tolist(), firsts, strict=True)
+    ]
+    assert plan.encode_each(masks, firsts) == each
+    together = plan.encode_each(masks, [0, 0, 0])
+    assert together[0] is together[2], "clients that are asked the same share a message"
 
 
 @pytest.mark.parametrize("kind", MESSAGES)
@@ -169,7 +175,7 @@ def put(at: int, *parts: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("data", "told"),
     [
-        (REPLY[:4] + struct.pack("<H", 9) + REPLY[6:], "schema 9, expected 2"),
+        (REPLY[:4] + struct.pack("<H", 9) + REPLY[6:], "schema 9, expected 3"),
         (put(6, b"\xc8"), "kind 200"),
         (b"GET / HTTP/1.1\r\n", "starts with"),
         (b"", "at least 16 bytes, got 0"),

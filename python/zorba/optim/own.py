@@ -25,9 +25,10 @@ from zorba.optim.terms import NoiseTerms, RowTerms, differences, step_seed
 class OwnDirections:
     """Evaluates a batch whose examples have directions of their own."""
 
-    def __init__(self, placement: Placement) -> None:
+    def __init__(self, placement: Placement, drew: Callable[[], bool]) -> None:
         self._placement = placement
-        self._both_at_once = True  # whether both signs fit a batch, as far as is known
+        self._drew = drew  # whether the last evaluation drew random numbers, see ``Evaluator``
+        self._both_at_once = True  # whether both signs may be one batch, as far as is known
 
     def __call__(
         self,
@@ -50,10 +51,10 @@ class OwnDirections:
         distances = torch.tensor(shares, dtype=torch.float64) * options["eps"]
         signs = (1.0, -1.0) if options["estimator"] == "central" else (1.0,)
         plan = (seed, each, distances.float(), options["num_perturbations"], signs)
-        if not isinstance(self._placement, FusedPlacement):
-            losses = self._one_by_one(losses_at, *plan)
+        if isinstance(self._placement, FusedPlacement):
+            losses = self._in_rows(self._placement, losses_at, *plan, closure, batch)
         else:
-            losses = self._in_rows(losses_at, *plan, closure, batch)
+            losses = self._one_by_one(losses_at, *plan)
         scalars = own_scalars(losses, options["eps"], options["estimator"], each)
         return [float(one.mean()) for one in losses], scalars
 
@@ -74,8 +75,9 @@ class OwnDirections:
         return [*([first] if len(signs) == 1 else []), *(one for p in kept for one in p)]
 
     def _in_rows(
-        self, losses_at: Losses, seed: int, each: int, distances: Tensor, count: int,
-        signs: tuple[float, ...], closure: Callable[..., Any], batch: Any,
+        self, placement: FusedPlacement, losses_at: Losses, seed: int, each: int,
+        distances: Tensor, count: int, signs: tuple[float, ...], closure: Callable[..., Any],
+        batch: Any,
     ) -> list[Any]:  # fmt: skip
         """All directions in one forward, a row each; both signs too, where the batch can be."""
         samples, stride = range(count), count
@@ -86,21 +88,18 @@ class OwnDirections:
             terms = [RowTerms(seed, each, distances, p, stride, signs) for p in samples]
             try:
                 found = losses_at(terms, partial(closure, twice))
-                return [half for one in found for half in np.split(self._checked(one), 2)]
+                placement.check_rows(len(found[-1]))
+                # Dropout gives each half masks of its own: not the difference of one network.
+                if not self._drew():
+                    return [half for one in found for half in np.split(one, 2)]
             except torch.OutOfMemoryError:
-                self._both_at_once = False  # two calls, from here on
+                pass
+            self._both_at_once = False  # two calls, from here on
         base = [NoiseTerms.none(len(distances))] if len(signs) == 1 else []
         sides = [RowTerms(seed, each, distances, p, stride, (s,)) for p in samples for s in signs]
-        return [self._checked(one) for one in losses_at([*base, *sides])]
-
-    def _checked(self, losses: Any) -> Any:
-        rows = getattr(self._placement, "rows", None)
-        if rows is not None and rows != len(losses):
-            raise ValueError(
-                f"the closure returned {len(losses)} losses, but the model's layers saw {rows} "
-                "rows: directions='own' needs one row of the batch for each loss"
-            )
-        return losses
+        found = losses_at([*base, *sides])
+        placement.check_rows(len(found[-1]))
+        return found
 
 
 def example_losses(value: Any) -> Any:

@@ -80,6 +80,17 @@ class GeneratorState:
         self._python = random.getstate()
         self._numpy = np.random.get_state()  # noqa: NPY002  # masks of speech models
 
+    def moved(self) -> bool:
+        """Whether a generator is in another state by now."""
+        now = GeneratorState(self._device)
+        cuda = (self._cuda, now._cuda)
+        return not (
+            torch.equal(self._cpu, now._cpu)
+            and (cuda[0] is None or cuda[1] is None or torch.equal(*cuda))
+            and self._python == now._python
+            and all(map(np.array_equal, self._numpy, now._numpy))
+        )
+
     def rewind(self) -> None:
         """Brings the generators back to it."""
         torch.set_rng_state(self._cpu)

@@ -83,10 +83,11 @@ class GeneratorState:
     def moved(self) -> bool:
         """Whether a generator is in another state by now."""
         now = GeneratorState(self._device)
-        cuda = (self._cuda, now._cuda)
+        pairs = [(self._cpu, now._cpu)]
+        if self._cuda is not None and now._cuda is not None:
+            pairs.append((self._cuda, now._cuda))
         return not (
-            torch.equal(self._cpu, now._cpu)
-            and (cuda[0] is None or cuda[1] is None or torch.equal(*cuda))
+            all(torch.equal(before, after) for before, after in pairs)
             and self._python == now._python
             and all(map(np.array_equal, self._numpy, now._numpy))
         )

@@ -96,6 +96,84 @@ def test_both_signs_in_one_batch_are_two_calls(count):
         )
 
 
+def dropping(with_batch):
+    """Scalars of two steps of a model with dropout, and the rows of each call of the closure."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Linear(64, 1)).train()
+    batch, rows = torch.randn(EXAMPLES, 4), []
+
+    def losses(x=batch):
+        rows.append(len(x))
+        return model(x).square().squeeze(1)
+
+    options = {"placement": "fused", "directions": "own", "examples_per_direction": 3}
+    optimizer = ZerothOrderSGD(model, 1e-3, eps=1e-2, **options)
+    scalars = []
+    for _ in range(2):
+        optimizer.step(losses, *([batch] if with_batch else []))
+        scalars += optimizer.last_step.scalars
+    return scalars, rows
+
+
+def test_dropout_has_the_same_masks_on_both_sides():
+    """One batch of both signs would draw masks for each half: it is given up, and two calls run."""
+    scalars, rows = dropping(with_batch=True)
+    assert rows == [2 * EXAMPLES] + 4 * [EXAMPLES]
+    assert scalars == dropping(with_batch=False)[0]
+
+
+@pytest.mark.parametrize("sizes", [(3, 4), (4, 3), (2, 2, 3)])
+@pytest.mark.parametrize("estimator", ["central", "forward"])
+def test_parts_of_a_batch_have_its_directions(sizes, estimator):
+    found = []
+    for parts in (sizes, (EXAMPLES,)):
+        model = model_of("llama")
+        ids, losses = task(model)
+        options = {"num_perturbations": 2, "estimator": estimator, "examples_per_direction": 3}
+        optimizer = ZerothOrderSGD(
+            model, 1e-3, eps=1e-2, placement="fused", directions="own", **options
+        )
+
+        def in_parts(parts=parts, ids=ids, losses=losses, optimizer=optimizer):
+            made = []
+            for part in ids.split(parts):
+                optimizer.rows_from(sum(map(len, made)))
+                made.append(losses(part))
+            return torch.cat(made)
+
+        optimizer.step(in_parts)
+        found.append(optimizer.last_step.scalars)
+    largest = max(map(abs, found[1]))
+    for g, h in zip(*found, strict=True):
+        assert abs(g - h) <= bound("fused scalar") * largest
+
+
+def test_parts_must_be_of_the_rows_that_ran():
+    model, x = nn.Linear(4, 1), torch.randn(6, 4)
+    optimizer = ZerothOrderSGD(model, 1e-2, placement="fused", directions="own")
+
+    def losses():
+        optimizer.rows_from(0)
+        first = model(x[:3])
+        optimizer.rows_from(2)
+        return torch.cat([first, model(x[3:])]).squeeze(1)
+
+    with pytest.raises(ValueError, match=r"2 losses.*3 rows"):
+        optimizer.step(losses)
+
+
+def test_a_head_that_computes_a_part_of_its_logits_is_named():
+    from zorba.hf import narrow_logits
+
+    torch.manual_seed(0)
+    model, two = LlamaForCausalLM(LLAMA).eval(), torch.tensor([0, 1])
+    model.model.embed_tokens.requires_grad_(False)
+    ids = torch.randint(0, 50, (2, 9))
+    optimizer = ZerothOrderSGD(model, 1e-2, placement="fused", directions="own")
+    with pytest.raises(ValueError, match=r"'lm_head' \(Linear\) made .*freeze"):
+        optimizer.step(lambda: narrow_logits(model, {"input_ids": ids}, two, two + 5, two)[:, 0])
+
+
 def test_a_direction_of_fewer_examples_counts_for_less():
     """7 examples by 3: the mean of the scalars weighs all examples alike."""
     from zorba.optim.own import own_scalars

@@ -13,7 +13,7 @@ import zorba_kernels as zk
 from zorba.offload import Offload
 from zorba.optim.evaluation import Evaluator
 from zorba.optim.fused import FusedPlacement, unfusable
-from zorba.optim.own import both_signs
+from zorba.optim.own import BothSigns
 from zorba.optim.placement import Placement
 from zorba.optim.scratch import ScratchPlacement
 from zorba.optim.terms import Evaluate, Terms
@@ -77,7 +77,7 @@ class ModelObjective:
             self._activate([g for g in groups if any(terms.active(g) for terms in noises)])
             with self._evaluator.step(lambda: self.loss(batch)) as losses_at:
                 both = None if self._evaluator.reuses else batch
-                return both_signs(losses_at, noises, self.loss, both, self._placement)
+                return self._both_signs(losses_at, noises, self.loss, both)
 
         return evaluate, count
 
@@ -97,6 +97,7 @@ class ModelObjective:
         how = (self.model, self._part(active), self.distribution)
         self._placement: Placement = FusedPlacement(*how) if self._fused else ScratchPlacement(*how)
         self._evaluator: Evaluator = Evaluator(self.model, self._placement, True, self._read)
+        self._both_signs = BothSigns(self._placement, self._evaluator.drew)
         self._active = active
 
     def _part(self, groups: Collection[int]) -> zk.ParamTable:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from zorba.defaults import DISTRIBUTION, EPS, ESTIMATOR, NUM_PERTURBATIONS
+from zorba.defaults import EPS, ESTIMATOR, EXAMPLES_PER_DIRECTION, NUM_PERTURBATIONS
+from zorba.hf.losses import ExampleLosses, MicroBatches
 from zorba.log import TrajectoryWriter
-from zorba.optim import ZerothOrderSGD, active_parameters
+from zorba.optim import ZerothOrderSGD, active_parameters, active_table
+from zorba.optim.fused import unfusable
 
 
 def _option(default: Any, help: str) -> Any:
@@ -29,8 +32,15 @@ class ZOArguments(TrainingArguments):
     zo_eps: float = _option(EPS, "Distance at which losses are taken.")
     zo_perturbations: int = _option(NUM_PERTURBATIONS, "P: directions a step.")
     zo_estimator: str = _option(ESTIMATOR, "central or forward.")
-    zo_distribution: str = _option(DISTRIBUTION, "gaussian or rademacher.")
-    zo_placement: str = _option("scratch", "scratch or inplace.")
+    zo_distribution: str | None = _option(
+        None, "gaussian, rademacher or rank1; by default gaussian, or rank1 for placement fused."
+    )
+    zo_directions: str = _option("shared", "own: a direction for each few examples of a batch.")
+    zo_examples_per_direction: int = _option(EXAMPLES_PER_DIRECTION, "Of own directions.")
+    zo_normalize: bool = _option(False, "Divide a step's scalars by their root mean square.")
+    zo_placement: str = _option(
+        "scratch", "scratch, inplace, or fused: noise inside of linear layers and norms."
+    )
     zo_rounding: str = _option("stochastic", "Of updates to 16-bit weights, or nearest.")
     zo_momentum: float = _option(0.0, "Replayed from seeds.")
     zo_clip: float | None = _option(None, "Largest size of a scalar.")
@@ -53,8 +63,12 @@ class ZOTrainer(Trainer):
 
     - Gradient accumulation makes one larger batch: a step evaluates all of its micro-batches for
       each perturbation, and holds their inputs meanwhile.
+    - With ``zo_directions="own"`` the loss of each example counts. It is taken from the model's
+      output, and proven at the first step: the mean must be the loss that ``Trainer`` computes. A
+      ``compute_loss_func`` (or ``compute_loss``) that returns a tensor [examples] is taken as it
+      is.
     - With several processes each evaluates its own share of the data; losses are averaged, so that
-      only scalars travel, and all replicas take the same step.
+      only scalars travel, and all replicas take the same step. Directions must be shared.
     - Logs have ``zo_scalar`` and ``zo_skipped_steps`` (steps whose loss was not finite) in place of
       ``grad_norm``.
     - ``zo_trajectory`` records the run in a file of some kilobytes, from which ``zorba replay``
@@ -66,8 +80,9 @@ class ZOTrainer(Trainer):
     options, and ``optimizers`` may hold a scheduler.
 
     Raises:
-        ValueError: an optimizer is given, a trajectory with placement "inplace", or DeepSpeed, FSDP
-            or several GPUs in one process.
+        ValueError: an optimizer is given, a trajectory with placement "inplace", own directions in
+            several processes, or DeepSpeed, FSDP or several GPUs in one process. ``train`` raises
+            it for own directions where losses of examples are not known.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -93,15 +108,22 @@ class ZOTrainer(Trainer):
             f.name.removeprefix("zo_"): getattr(self.args, f.name, f.default) for f in added
         }
         self._trajectory: str | None = options.pop("trajectory")
-        if self._trajectory and options["placement"] != "scratch":
+        if self._trajectory and options["placement"] == "inplace":
             raise ValueError(
-                "zo_trajectory needs zo_placement='scratch': restoring in place rounds, which no "
-                "record tells"
+                "zo_trajectory needs zo_placement='scratch' or 'fused': restoring in place rounds, "
+                "which no record tells"
+            )
+        if options["directions"] == "own" and self.args.world_size > 1:
+            raise ValueError(
+                "zo_directions='own' runs in one process: several would give other examples the "
+                "same directions. Set zo_directions='shared', whose losses are averaged"
             )
         options["num_perturbations"] = options.pop("perturbations")
         self._options = options  # of ZerothOrderSGD, by its names
         # It scales gradients, and would skip steps whose gradients it has not seen.
         self.accelerator.scaler = None
+        smoothing = 0.0 if self.label_smoother is None else self.args.label_smoothing_factor
+        self._example_losses = ExampleLosses(self.accelerator.unwrap_model(self.model), smoothing)
         self._micro_batches: list[dict[str, Any]] = []
         self._skipped_steps = 0
         self._writer: TrajectoryWriter | None = None
@@ -120,8 +142,12 @@ class ZOTrainer(Trainer):
             if self.args.weight_decay:
                 decaying = set(self.get_decay_parameter_names(target))
                 names = {id(p): name for name, p in target.named_parameters()}
-                active = active_parameters(target, self._options["blocks"]).values()
-                spared = [p for p in active if names[id(p)] not in decaying]
+                active = active_parameters(target, self._options["blocks"])
+                if self._options["placement"] == "fused":
+                    # The optimizer leaves these out, and refuses groups that name them.
+                    left = unfusable(target, active_table(target, dict.fromkeys(active, 0)))
+                    active = {name: p for name, p in active.items() if name not in left}
+                spared = [p for p in active.values() if names[id(p)] not in decaying]
                 groups = [{"params": spared, "weight_decay": 0.0}] if spared else None
             options: dict[str, Any] = {
                 "lr": self.args.learning_rate,
@@ -148,28 +174,65 @@ class ZOTrainer(Trainer):
         self._start_recording()
         model.train()
 
-        # Reduced in the closure: every process sees the same losses, and so takes the same step.
-        def closure() -> float:
-            losses = [self._loss(model, b, num_items_in_batch, len(batches)) for b in batches]
-            return float(self.accelerator.reduce(torch.stack(losses).sum(), reduction="mean"))
-
-        loss = self.zo_optimizer.step(closure)
+        if self._options["directions"] == "own":
+            closure = partial(self._own_losses, model, num_items_in_batch)
+            loss = self.zo_optimizer.step(closure, MicroBatches(tuple(batches)))
+        else:
+            loss = self.zo_optimizer.step(
+                partial(self._shared_loss, model, num_items_in_batch, batches)
+            )
         report = self.zo_optimizer.last_step
         self._skipped_steps += int(report is not None and report.skipped)
         return loss.to(self.args.device)
 
-    def _loss(self, model: nn.Module, batch: dict[str, Any], num_items: Any, count: int) -> Tensor:
-        with self.compute_loss_context_manager():
-            loss: Any = self.compute_loss(model, dict(batch), num_items_in_batch=num_items)
+    def _shared_loss(self, model: nn.Module, items: Any, batches: list[dict[str, Any]]) -> float:
+        """The loss of a batch."""
+        losses = []
+        for batch in batches:
+            with self.compute_loss_context_manager():
+                loss: Any = self.compute_loss(model, dict(batch), num_items_in_batch=items)
+            losses.append((loss / self._divisor(items, len(batches))).detach().float())
+        # Reduced here: every process sees the same losses, and so takes the same step.
+        return float(self.accelerator.reduce(torch.stack(losses).sum(), reduction="mean"))
+
+    def _own_losses(self, model: nn.Module, items: Any, batch: MicroBatches) -> Tensor:
+        """The loss of each example of a batch, [examples]; their mean is the batch's loss."""
+        found: list[Tensor] = []
+        scales: list[float] = []  # of each micro-batch's mean
+        if items is not None:
+            items = items * batch.times
+        for inputs in batch.parts:
+            self.zo_optimizer.rows_from(sum(map(len, found)))
+            with self.compute_loss_context_manager():
+                both: Any = self.compute_loss(
+                    model, dict(inputs), return_outputs=True, num_items_in_batch=items
+                )
+            loss, outputs = both if isinstance(both, tuple) else (both, None)
+            if loss.ndim == 1:
+                # Losses of examples by whoever wrote the function: nothing is known better here.
+                found.append(loss.detach())
+                scales.append(0.0)
+            else:
+                found.append(self._example_losses(outputs, inputs, loss.detach(), items))
+                scales.append(1 / self._divisor(items, len(batch.parts)))
+        # Those of a micro-batch have its loss as their mean, which is a share of the batch's.
+        total = sum(map(len, found))
+        scaled = [
+            losses * (scale * total / len(losses)) if scale else losses
+            for losses, scale in zip(found, scales, strict=True)
+        ]
+        return torch.cat(scaled)
+
+    def _divisor(self, items: Any, count: int) -> int:
+        """By what the loss of one of ``count`` micro-batches is divided, before they are added."""
         # A loss that is divided by the batch's items sums up over micro-batches; a mean of its
         # micro-batch is to be divided by their number. transformers decides in the same way, by a
         # switch of the trainer or else by the model's signature.
         shared = getattr(self, "loss_is_scaled_for_ga", None)
         if shared is None:
-            by_items = self.model_accepts_loss_kwargs and num_items is not None
+            by_items = self.model_accepts_loss_kwargs and items is not None
             shared = by_items or self.compute_loss_func is not None
-        share: Tensor = (loss if shared else loss / count).detach().float()
-        return share
+        return 1 if shared else count
 
     # There is no gradient to clip, nor a scale to take off it.
     def _clip_grad_norm(self, model: nn.Module) -> float:
@@ -233,5 +296,7 @@ class _SteppedByTrainer(ZerothOrderSGD):
     """Trainer's loop calls ``step`` behind ``training_step``, which has taken the step already."""
 
     # A class of its own: without a closure the optimizer raises, which others should find out.
-    def step(self, closure: Callable[[], float | Tensor] | None = None) -> Tensor:  # type: ignore[override]
-        return torch.zeros(()) if closure is None else super().step(closure)
+    def step(  # type: ignore[override]
+        self, closure: Callable[..., float | Tensor] | None = None, batch: Any = None
+    ) -> Tensor:
+        return torch.zeros(()) if closure is None else super().step(closure, batch)

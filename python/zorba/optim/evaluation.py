@@ -46,6 +46,7 @@ class Evaluator:
         # In place and without reuse it does not matter how the closure uses its parameters.
         self._watched = not (placement.by_module or self._reuse.enabled)
         self._offload = Offload.of(model)
+        self._generators: GeneratorState | None = None  # at the start of a step that may draw
 
     @contextmanager
     def step(self, closure: Callable[[], Any]) -> Iterator[Losses]:
@@ -62,6 +63,7 @@ class Evaluator:
             stack.enter_context(self._reuse.session())
             device = self._placement.table.device
             generators = GeneratorState(device) if self._model.training else None
+            self._generators = generators
 
             def run(call: Callable[[], Any], terms: Terms) -> Any:
                 self._placement.move_to(terms)
@@ -78,6 +80,10 @@ class Evaluator:
                 return self._losses(partial(run, closure if other is None else other), noises)
 
             yield losses
+
+    def drew(self) -> bool:
+        """Whether the last evaluation drew random numbers that are repeated for each."""
+        return self._generators is not None and self._generators.moved()
 
     @property
     def reuses(self) -> bool:

@@ -49,7 +49,8 @@ class FusedPlacement(Placement):
         self._model = model
         self._stack = ExitStack()
         self._terms: NoiseTerms | RowTerms = NoiseTerms.none(table.num_groups)
-        self.rows: int | None = None  # of the batch, as the layers of this evaluation have seen it
+        self._rows: int | None = None  # of the batch, as the layers of this forward have seen it
+        self._start = 0  # number of the first of them, where a batch runs in parts
         self._made: dict[tuple[int, int, torch.device], _Rows] = {}
         self._proven: set[nn.Module] = set()  # that broadcast a vector a row
         self._find_owners()
@@ -103,16 +104,39 @@ class FusedPlacement(Placement):
     def move_to(self, terms: NoiseTerms | RowTerms) -> None:
         """See ``Placement.move_to``; costs nothing until a forward runs."""
         self._show_weights()
-        self._terms, self.rows = terms, None
+        self._terms = terms
+        self._begin_rows(0)
+
+    def rows_from(self, start: int) -> None:
+        """Is told, within an evaluation, that the next forward is of the rows from ``start`` on.
+
+        ValueError: the forwards before it had another number of rows.
+        """
+        if start:
+            self.check_rows(start)
+        self._begin_rows(start)
+
+    def _begin_rows(self, start: int) -> None:
+        self._rows, self._start = None, start
         self._made.clear()
+
+    def check_rows(self, losses: int) -> None:
+        """Raises ValueError unless the layers have seen a row for each loss of an evaluation."""
+        if self._rows is not None and self._start + self._rows != losses:
+            raise ValueError(
+                f"the closure returned {losses} losses, but the model's layers saw "
+                f"{self._start + self._rows} rows: with placement='fused' and directions='own' "
+                "each loss must be of one row (not of several choices, for example); "
+                "placement='scratch' has no such need"
+            )
 
     def park(self) -> Any:
         """See ``Placement.park``."""
-        return self._terms, self.rows
+        return self._terms, self._rows, self._start
 
     def resume(self, parked: Any) -> None:
         """See ``Placement.resume``."""
-        self._terms, self.rows = parked
+        self._terms, self._rows, self._start = parked
         self._made.clear()
 
     def _after_product(
@@ -120,6 +144,9 @@ class FusedPlacement(Placement):
     ) -> Tensor:
         """Adds the noise of a linear layer's weight and bias to its output."""
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        # A head whose logits are computed in part (``narrow_logits``) has other positions.
+        if y.shape[:-1] != x.shape[:-1]:
+            raise self._refused(module, f"made {tuple(y.shape)} of {tuple(x.shape)}")
         y = y.contiguous()  # so that what is written to a view of it is seen
         # Noise that all rows share: whatever they are, they are the tokens of one.
         shape = (1, -1) if self._shared else x.shape[:-1]
@@ -191,23 +218,23 @@ class FusedPlacement(Placement):
         rows = 1 if isinstance(terms, NoiseTerms) else x.shape[0]
         if isinstance(terms, RowTerms):
             # The first layer of an evaluation says how many there are; all others must agree.
-            self.rows = rows if self.rows is None else self.rows
-            if x.ndim < 2 or rows != self.rows:
+            self._rows = rows if self._rows is None else self._rows
+            if x.ndim < 2 or rows != self._rows:
                 raise self._refused(
-                    owner.module, f"saw rows {tuple(x.shape)} of a batch of {self.rows}"
+                    owner.module, f"saw rows {tuple(x.shape)} of a batch of {self._rows}"
                 )
         key = (group, rows, x.device)
         if key not in self._made:
             self._made[key] = [
                 (seed, samples.to(x.device), scale.to(x.device))
-                for seed, samples, scale in terms.by_row(group, rows)
+                for seed, samples, scale in terms.by_row(group, rows, self._start)
             ]
         return self._made[key]
 
     def _refused(self, module: nn.Module, why: str) -> ValueError:
         return ValueError(
             f"{self._names.get(module, '?')!r} ({type(module).__name__}) {why}, so its noise "
-            "cannot differ by example: freeze its parameters (requires_grad=False), or use "
+            "cannot be made by row: freeze its parameters (requires_grad=False), or use "
             "placement='scratch'"
         )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +26,9 @@ from zorba.optim.terms import NoiseTerms, RowTerms, Terms, differences, step_see
 class OwnDirections:
     """Evaluates a batch whose examples have directions of their own."""
 
-    def __init__(self, placement: Placement) -> None:
+    def __init__(self, placement: Placement, drew: Callable[[], bool]) -> None:
         self._placement = placement
-        self._both_at_once = True  # whether both signs fit a batch, as far as is known
+        self._both_signs = BothSigns(placement, drew)
 
     def __call__(
         self,
@@ -51,10 +51,10 @@ class OwnDirections:
         distances = torch.tensor(shares, dtype=torch.float64) * options["eps"]
         signs = (1.0, -1.0) if options["estimator"] == "central" else (1.0,)
         plan = (seed, each, distances.float(), options["num_perturbations"], signs)
-        if not isinstance(self._placement, FusedPlacement):
-            losses = self._one_by_one(losses_at, *plan)
-        else:
+        if isinstance(self._placement, FusedPlacement):
             losses = self._in_rows(losses_at, *plan, closure, batch)
+        else:
+            losses = self._one_by_one(losses_at, *plan)
         scalars = own_scalars(losses, options["eps"], options["estimator"], each)
         return [float(one.mean()) for one in losses], scalars
 
@@ -79,22 +79,54 @@ class OwnDirections:
         signs: tuple[float, ...], closure: Callable[..., Any], batch: Any,
     ) -> list[Any]:  # fmt: skip
         """All directions in one forward, a row each; both signs too, where the batch can be."""
-        samples, stride = range(count), count
-        twice = None
-        if batch is not None and len(signs) == 2 and self._both_at_once:
+        sides: list[Terms] = [NoiseTerms.none(len(distances))] if len(signs) == 1 else []
+        sides += [
+            RowTerms(seed, each, distances, p, count, (s,)) for p in range(count) for s in signs
+        ]
+        return self._both_signs(losses_at, sides, closure, batch)
+
+
+class BothSigns:
+    """Evaluates both sides of differences in one batch of twice as many rows, where that can be."""
+
+    def __init__(self, placement: Placement, drew: Callable[[], bool]) -> None:
+        self._placement = placement
+        self._drew = drew  # whether the last evaluation drew random numbers, see ``Evaluator``
+        self._possible = isinstance(placement, FusedPlacement)  # as far as is known
+
+    def __call__(
+        self,
+        losses_at: Losses,
+        noises: Sequence[Terms],
+        closure: Callable[..., Any],
+        batch: Any,
+    ) -> list[Any]:
+        """Returns the losses at noises; two ``RowTerms`` after each other are sides of one.
+
+        One after the other, where the batch is None or cannot be repeated, memory runs out, or the
+        model draws random numbers. ValueError: the forward's rows are not those of the losses.
+        """
+        rows = [terms for terms in noises if isinstance(terms, RowTerms)]
+        if self._possible and batch is not None and len(rows) == len(noises):
             twice = repeated(batch, 2)
-        if twice is not None:
-            terms = [RowTerms(seed, each, distances, p, stride, signs) for p in samples]
+            self._possible = twice is not None
             try:
-                found = losses_at(terms, partial(closure, twice))
-                return [
-                    half for one in found for half in np.split(_checked(one, self._placement), 2)
-                ]
+                if twice is not None:
+                    pairs = zip(rows[::2], rows[1::2], strict=True)
+                    terms = [replace(plus, signs=plus.signs + minus.signs) for plus, minus in pairs]
+                    found = self._checked(losses_at(terms, partial(closure, twice)))
+                    # Dropout gives each half masks of its own: not the difference of one network.
+                    if not self._drew():
+                        return [half for one in found for half in np.split(one, 2)]
             except torch.OutOfMemoryError:
-                self._both_at_once = False  # two calls, from here on
-        base = [NoiseTerms.none(len(distances))] if len(signs) == 1 else []
-        sides = [RowTerms(seed, each, distances, p, stride, (s,)) for p in samples for s in signs]
-        return [_checked(one, self._placement) for one in losses_at([*base, *sides])]
+                pass
+            self._possible = False  # two calls, from here on
+        return self._checked(losses_at(noises))
+
+    def _checked(self, losses: list[Any]) -> list[Any]:
+        if isinstance(self._placement, FusedPlacement):
+            self._placement.check_rows(np.size(losses[-1]))
+        return losses
 
 
 def example_losses(value: Any) -> Any:
@@ -141,40 +173,6 @@ def direction_means(values: Any, each: int, count: int | None = None) -> Any:
     out = np.zeros(len(starts) if count is None else count)
     out[: len(starts)] = sums * (len(out) / len(values))
     return out
-
-
-def both_signs(
-    losses_at: Losses,
-    noises: Sequence[Terms],
-    loss: Callable[[Any], Any],
-    batch: Any,
-    placement: Placement,
-) -> list[Any]:
-    """Returns the losses at noises; two ``RowTerms`` run as one batch of twice as many rows.
-
-    Or one after the other, where the batch is None or cannot be repeated, or memory runs out.
-    ValueError: the rows of the forward are not those of the losses.
-    """
-    if len(noises) == 2 and batch is not None and all(isinstance(n, RowTerms) for n in noises):
-        first, second = cast(Sequence[RowTerms], noises)
-        if (twice := repeated(batch, 2)) is not None:
-            terms = replace(first, signs=first.signs + second.signs)
-            try:
-                [found] = losses_at([terms], partial(loss, twice))
-                return np.split(_checked(found, placement), 2)
-            except torch.OutOfMemoryError:
-                pass
-    return [_checked(one, placement) for one in losses_at(noises)]
-
-
-def _checked(losses: Any, placement: Placement) -> Any:
-    rows = getattr(placement, "rows", None)  # None: no noise differed by row
-    if rows is not None and rows != np.size(losses):
-        raise ValueError(
-            f"{np.size(losses)} losses were returned, but the model's layers saw {rows} rows: "
-            "directions='own' needs one row of the batch for each loss"
-        )
-    return losses
 
 
 def repeated(batch: Any, times: int) -> Any:

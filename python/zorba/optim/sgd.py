@@ -185,7 +185,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         self._two_pass = two_pass
         read = float if directions == "shared" else example_losses
         self._evaluator = Evaluator(model, self.placement, prefix_reuse, read)
-        self._own = OwnDirections(self.placement)
+        self._own = OwnDirections(self.placement, self._evaluator.drew)
         self.last_step: StepReport | None = None
         self.recorder: Recorder | None = None
 
@@ -240,8 +240,9 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 times more than that.
             batch: given to the closure, which then takes it as its argument. With own directions
                 and placement "fused" both sides of a difference may run as one batch of twice as
-                many rows; where memory runs out, or blocks in front of the active ones are run
-                once a step, they are two calls.
+                many rows; where memory runs out, the model draws random numbers (dropout), or
+                blocks in front of the active ones are run once a step, they are two calls. A batch
+                is tensors, mappings, lists and tuples of them, or has ``repeat(times)``.
 
         Returns:
             Mean of the losses seen, a 0-dimensional float32 tensor.
@@ -288,6 +289,16 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         in_kernels = self.placement.kernel_seconds - kernel_before
         self.last_step = StepReport(seed, tuple(scalars), loss, skipped, seconds, in_kernels)
         return torch.tensor(loss)
+
+    def rows_from(self, start: int) -> None:
+        """Tells, in a closure of own directions, that the next forward begins with row ``start``.
+
+        For a batch that is evaluated in parts: call it before each part, with the number of
+        examples in front of it. The directions are then those of the batch as a whole.
+        """
+        # Other placements run all parts along one direction: they need not know.
+        if isinstance(self.placement, FusedPlacement):
+            self.placement.rows_from(start)
 
     def _noises(self, step: int) -> list[NoiseTerms]:
         """Where a step evaluates."""

@@ -67,7 +67,7 @@ class NoiseTerms:
         """Whether the group's weights change at all."""
         return bool((self.coefs[group] != 0).any())
 
-    def by_row(self, group: int, rows: int) -> list[tuple[int, Tensor, Tensor]]:
+    def by_row(self, group: int, rows: int, start: int = 0) -> list[tuple[int, Tensor, Tensor]]:
         """Returns seed, samples int64 [rows] and scale float32 [rows] of each term."""
         return [
             (seed, torch.full((rows,), sample), coef.expand(rows))
@@ -99,10 +99,13 @@ class RowTerms:
         own = bool(self.distances[group] != 0) and any(self.signs)
         return own or (self.base is not None and self.base.active(group))
 
-    def by_row(self, group: int, rows: int) -> list[tuple[int, Tensor, Tensor]]:
-        """Returns seed, samples int64 [rows] and scale float32 [rows] of each term."""
+    def by_row(self, group: int, rows: int, start: int = 0) -> list[tuple[int, Tensor, Tensor]]:
+        """Returns seed, samples int64 [rows] and scale float32 [rows] of each term.
+
+        ``start`` is the first row's number in the batch, where that runs in parts.
+        """
         each = rows // len(self.signs)
-        directions = torch.arange(each) // self.examples
+        directions = (start + torch.arange(each)) // self.examples
         samples = (directions * self.stride + self.sample).repeat(len(self.signs))
         signs = torch.tensor(self.signs).repeat_interleave(each)
         common = [] if self.base is None else self.base.by_row(group, rows)

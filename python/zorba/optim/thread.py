@@ -80,6 +80,18 @@ class GeneratorState:
         self._python = random.getstate()
         self._numpy = np.random.get_state()  # noqa: NPY002  # masks of speech models
 
+    def moved(self) -> bool:
+        """Whether a generator is in another state by now."""
+        now = GeneratorState(self._device)
+        pairs = [(self._cpu, now._cpu)]
+        if self._cuda is not None and now._cuda is not None:
+            pairs.append((self._cuda, now._cuda))
+        return not (
+            all(torch.equal(before, after) for before, after in pairs)
+            and self._python == now._python
+            and all(map(np.array_equal, self._numpy, now._numpy))
+        )
+
     def rewind(self) -> None:
         """Brings the generators back to it."""
         torch.set_rng_state(self._cpu)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from zorba.forward import replaced_forward
+from zorba.optim.own import repeated
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class Prefix:
     kwargs: dict[str, Any]  # the other arguments that the model hands to each of its blocks
     last: Tensor  # int64 [batch], index of each row's last real position
     labels: Tensor  # int64 [batch]
+
+    def repeat(self, times: int) -> Prefix:
+        """Returns the batch several times, one behind the other."""
+        return Prefix(**repeated(vars(self), times))
 
 
 # The model's own forward makes masks and positions in front of its blocks, of every architecture in

@@ -135,7 +135,10 @@ def balanced_batches(pool: Sequence[Example], rows: int, size: int) -> list[list
         if not mine:
             raise ValueError(f"a client has no sentence of label {label}")
         halves.append(batches_by_length(list(islice(cycle(mine), rows // 2)), size // 2))
-    return [first + second for first, second in zip(*halves, strict=True)]
+    # Labels take turns, so that a part of a batch, which may have a direction of its own, is
+    # balanced too.
+    pairs = (zip(first, second, strict=True) for first, second in zip(*halves, strict=True))
+    return [[example for pair in batch for example in pair] for batch in pairs]
 
 
 def pick(batches: Sequence[T], number: int, seed: int) -> T:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -19,7 +19,11 @@ from zorba.apps.reviews.data import Example, Reviews, balanced_batches, pick
 from zorba.apps.reviews.settings import OWN_REPLICA, ReviewSettings
 from zorba.federated import Client, FederationSettings, Replica, model_fingerprint
 from zorba.hf import Block, Prefix, extend_prefix, find_blocks, run_prefix, run_suffix
-from zorba.optim import Evaluate, NoiseTerms, ScratchPlacement, one_by_one
+from zorba.optim import Evaluate, ScratchPlacement
+from zorba.optim.fused import FusedPlacement
+from zorba.optim.own import BothSigns
+from zorba.optim.placement import Placement
+from zorba.optim.terms import Terms
 from zorba.planning import BlockPlan, MemoryModel, model_weights_memory, plan_blocks
 
 
@@ -57,18 +61,35 @@ class Suffix:
         groups = {name: b for b, block in enumerate(blocks) for name in block.parameters}
         named = zip(groups, self.blocks.parameters(), strict=True)
         self.table = zk.ParamTable(named, groups=groups, num_groups=len(blocks))
-        self.placement = ScratchPlacement(self.blocks, self.table, distribution)
+        kind = FusedPlacement if distribution == "rank1" else ScratchPlacement
+        self.placement: Placement = kind(self.blocks, self.table, distribution)
+        self._both_signs = BothSigns(self.placement, lambda: False)  # blocks have no dropout
 
     def logits(self, prefix: Prefix, first: int = 0) -> Tensor:
         """Returns float32 [batch, 2] for a prefix in front of trainable block ``first``."""
         return run_suffix(prefix, list(self.blocks)[first:], self.norm, self.head)
 
-    def loss(self, prefix: Prefix, first: int, terms: NoiseTerms) -> float:
-        """Returns the cross-entropy over the two answers at the weights plus ``terms``."""
-        with torch.no_grad(), self.placement.session():
-            self.placement.move_to(terms)
+    @torch.no_grad()
+    def losses(self, prefix: Prefix, first: int, noises: Sequence[Terms]) -> list[Any]:
+        """Returns the cross-entropy over the two answers at the weights plus each of the noises.
+
+        Of each sentence: float64 arrays [batch].
+        """
+
+        def closure(prefix: Prefix = prefix) -> Any:
             logits = self.logits(prefix, first)
-        return float(nn.functional.cross_entropy(logits, prefix.labels))
+            each = nn.functional.cross_entropy(logits, prefix.labels, reduction="none")
+            return each.double().numpy()
+
+        def losses_at(noises: Sequence[Terms], other: Callable[[], Any] = closure) -> list[Any]:
+            found = []
+            for terms in noises:
+                self.placement.move_to(terms)
+                found.append(other())
+            return found
+
+        with self.placement.session():
+            return self._both_signs(losses_at, noises, closure, prefix)
 
     @torch.no_grad()
     def score(self, prefixes: Sequence[Prefix]) -> Score:
@@ -97,7 +118,7 @@ class Pool:
         # asks for the same step again, and must get the same scalars.
         prefix = pick(self.prefixes, (round_ - 1) * self.local_steps + step, self.seed)
         near = extend_prefix(prefix, list(self.suffix.blocks)[: self.first])
-        return one_by_one(partial(self.suffix.loss, near, self.first)), len(prefix.labels)
+        return partial(self.suffix.losses, near, self.first), len(prefix.labels)
 
 
 @dataclass(frozen=True)
@@ -171,7 +192,7 @@ def build(
         # Each client goes through its batches in an order of its own.
         order = settings.seed * 1000 + n
         pools[name] = Pool(suffixes[key], mine, first, settings.local_steps, order)
-        clients[name] = Client(name, replicas[key], pools[name].objective)
+        clients[name] = Client(name, replicas[key], pools[name].objective, by_row=law == "rank1")
     server = FederationSettings(
         job="demo",
         seed=settings.seed,
@@ -180,6 +201,7 @@ def build(
         local_steps=settings.local_steps,
         eps=settings.eps,
         distribution=law,
+        directions=settings.directions,
         clip=settings.clip,
         weighting="uniform",
     )

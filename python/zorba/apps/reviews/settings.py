@@ -9,7 +9,7 @@ from pathlib import Path
 from tyro.conf import Suppress
 
 from zorba.apps.command import check_at_least
-from zorba.defaults import Distribution
+from zorba.defaults import Directions, Distribution
 
 CLIENTS = {
     "phone-1": 1, "phone-2": 1, "tablet-1": 2, "tablet-2": 2, "tablet-3": 2,
@@ -39,12 +39,14 @@ class ReviewSettings:
     # of the package (those are in zorba.defaults).
 
     trainable: int = 4  # Last blocks that are trained; the others stay frozen.
-    perturbations: int = 5  # P, finite differences that a client measures in a local step.
+    # Whether each client measures directions of its own, or all measure the same.
+    directions: Directions = "own"
+    perturbations: int = 1  # P, directions of a client in a local step.
     local_steps: int = 1  # K, local steps in a round.
     lr: float = 1.6e-2  # Learning rate of the first round; it falls linearly to 0.
     eps: float = 1e-3  # Distance at which losses are taken.
     clip: float = 3.0  # Largest absolute value of a scalar.
-    distribution: Distribution = "rademacher"  # Distribution of the noise.
+    distribution: Distribution = "rank1"  # Distribution of the noise.
     batch_size: int = 8  # Sentences in a batch, half of each label.
     pool: int = 96  # Sentences that each client trains on; their frozen prefix is computed once.
     longest: int = 24  # Tokens of the longest training prompt.

@@ -104,7 +104,8 @@ class DemoRuns:
             order = pool.seed if seed is None else seed * 1000 + n
             own = replace(pool, first=int(masks[n].argmax()), seed=order)
             replica = replicas.get(name, replicas["shared"])
-            clients[name] = wrap(name, Client(name, replica, own.objective))
+            by_row = made.clients[name].by_row
+            clients[name] = wrap(name, Client(name, replica, own.objective, by_row=by_row))
         if seed is not None:
             changes["seed"] = seed
         falling = lambda at: lr * (1 - (at - 1) / rounds)  # noqa: E731

@@ -29,6 +29,12 @@ from zorba.apps.reviews.settings import ReviewSettings
 from zorba.federated import Client, LocalTransport, Replica, RoundReport, Server, run_federation
 from zorba.files import write_whole
 
+SHARED: dict[str, Any] = {
+    "directions": "shared", "perturbations": 5, "distribution": "rademacher", "lr": 1.6e-2,
+    "clip": 3.0, "batch_size": 8, "pool": 96,
+}  # fmt: skip
+"""Settings of the demo with shared directions, by which clients and masks are compared."""
+
 Masks = npt.NDArray[np.bool_]  # [clients, blocks]
 Run = dict[str, Any]  # what a run found, as it stands in the JSON file
 

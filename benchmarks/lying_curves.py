@@ -15,7 +15,7 @@ import numpy as np
 from zorba.apps.reviews.settings import CLIENTS, ReviewSettings
 from zorba.federated import Client
 
-from benchmarks.experiment import DemoRuns, Run, kept_runs, picture
+from benchmarks.experiment import SHARED, DemoRuns, Run, kept_runs, picture
 from benchmarks.lying_clients import LIES, LyingClient
 
 BLOCKS, EVERY = 4, 5  # trainable blocks; rounds between two scores
@@ -55,7 +55,7 @@ def cases_of(lie: str, clip: float | None) -> dict[str, Case]:
 
 def main() -> None:
     clients = dict.fromkeys(CLIENTS, BLOCKS)
-    settings = ReviewSettings(clients=clients, rounds=40, out=Path("runs/lying"))
+    settings = ReviewSettings(clients=clients, rounds=40, out=Path("runs/lying"), **SHARED)
     cases = [cases_of(*panel) for panel in PANELS]
     table = {name: partial(run, case=case) for some in cases for name, case in some.items()}
     runs = kept_runs(Path("benchmarks/results/lying.json"), settings, table)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from zorba.apps.reviews.settings import CLIENTS, ReviewSettings
 
-from benchmarks.experiment import DemoRuns, Masks, Run, kept_runs, picture
+from benchmarks.experiment import SHARED, DemoRuns, Masks, Run, kept_runs, picture
 
 COUNTS = (1, 1, 1, 1, 2, 2, 4, 4)
 BLOCKS = 8
@@ -72,8 +72,8 @@ def rounds_to(curve: list[tuple[int, float]], target: float) -> float:
 def main() -> None:
     clients = dict(zip(CLIENTS, COUNTS, strict=True))
     settings = ReviewSettings(
-        clients=clients, trainable=BLOCKS, rounds=60, perturbations=2, batch_size=4, longest=16,
-        out=Path("runs/masks"),
+        clients=clients, trainable=BLOCKS, rounds=60, longest=16, out=Path("runs/masks"),
+        **SHARED | {"perturbations": 2, "batch_size": 4},
     )  # fmt: skip
     table = {
         f"{kind}, seed {seed}, lr {lr:g}": partial(run, kind=kind, seed=seed)

@@ -99,7 +99,7 @@ def test_a_whole_demo_on_a_tiny_random_model(
     summary = demo.run_demo(settings, Console(file=output, width=200))
     assert summary["conditions"].startswith("2 of 3 blocks trained; 7 of 8 clients share")
     assert summary["catch-up"].startswith(f"{OWN_REPLICA} missed 4 rounds, and took 4 passes")
-    assert summary["scalars up"] == "20 B a client and round"
+    assert summary["scalars up"] == "4 B a client and round"
     assert json.loads((tmp_path / "summary.json").read_text())["total"] == summary["total"]
     for name in ("curves.png", "plan.png", "report.html"):
         assert (tmp_path / name).stat().st_size > 0

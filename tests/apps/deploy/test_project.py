@@ -104,7 +104,10 @@ def test_budgets_decide_who_activates_which_blocks(
         ({"lr": float("nan")}, "lr is nan; expected a finite number"),
         ({"eps": 1e-60}, "eps must be positive and finite in float32"),
         ({"perturbations": 1 << 20}, "num_perturbations must be an integer from 1 to 4096"),
-        ({"distribution": "uniform"}, "distribution is 'uniform'; expected 'gaussian', 'rademacher' or 'rank1'"),
+        (
+            {"distribution": "uniform"},
+            "distribution is 'uniform'; expected 'gaussian', 'rademacher' or 'rank1'",
+        ),
     ],
     ids=str,
 )

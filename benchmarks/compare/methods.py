@@ -47,7 +47,8 @@ def plan_masks(model: Any, shares: Mapping[str, float]) -> BlockPlan:
 class Zorba:
     """Server and clients on one shared replica; see ``benchmarks.peers.method.Method``.
 
-    Transformer blocks are trained; embeddings, norm and head are frozen.
+    Transformer blocks are trained; embeddings, norm and head are frozen. Each client measures a
+    direction of its own, of rank one.
     """
 
     work: Work
@@ -63,14 +64,16 @@ class Zorba:
         groups = {p: b for b, block in enumerate(find_blocks(model)) for p in block.parameters}
         named = dict(model.named_parameters())
         table = DeviceTables({name: named[name] for name in groups}, groups)
-        self.replica = Replica(table, model_fingerprint(named.items()), "rademacher")
+        self.replica = Replica(table, model_fingerprint(named.items()), "rank1")
         names = list(self.work.sizes)
+        objectives = {name: self._objective(name, table) for name in names}
         self.clients = {
-            name: Client(name, self.replica, self._objective(name, table)) for name in names
+            name: Client(name, self.replica, objective, by_row=objective.by_row)
+            for name, objective in objectives.items()
         }
         settings = FederationSettings(
             "compare", self.seed, self.lr, local_steps=self.local_steps, eps=self.eps,
-            num_perturbations=1, distribution="rademacher", weighting="uniform",
+            num_perturbations=1, distribution="rank1", weighting="uniform",
         )  # fmt: skip
         masks = np.array([list(self.masks[name]) for name in names])
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +119,11 @@ class Zorba:
             batch = self.work.batch(client, round_, step)
             return batch, len(batch.labels)
 
-        return ModelObjective(self.work.model, table, batches, self.work.loss, "rademacher")
+        each = self.work.losses
+        return ModelObjective(
+            self.work.model, table, batches, each or self.work.loss, "rank1",
+            per_example=each is not None,
+        )  # fmt: skip
 
 
 METHODS: Mapping[str, Any] = {

@@ -52,7 +52,11 @@ class AnswerLoss:
         return narrow_logits(self.model, inputs, rows, batch.last, self.answers)
 
     def __call__(self, batch: Batch) -> Tensor:
-        return nn.functional.cross_entropy(self.logits(batch), batch.labels)
+        return self.losses(batch).mean()
+
+    def losses(self, batch: Batch) -> Tensor:
+        """Returns the loss of each prompt, float32 [batch]."""
+        return nn.functional.cross_entropy(self.logits(batch), batch.labels, reduction="none")
 
     @torch.no_grad()
     def score(self, batches: Sequence[Batch]) -> Score:
@@ -124,7 +128,8 @@ def work_of(
         return batch_of(picked(client, number))
 
     sizes = dict.fromkeys(clients, settings.pool)
-    return Work(loss.model, loss, batch, {POOLED: sum(sizes.values())} if together else sizes)
+    sizes = {POOLED: sum(sizes.values())} if together else sizes
+    return Work(loss.model, loss, batch, sizes, loss.losses)
 
 
 def measured_work(loss: AnswerLoss, client: str, shape: tuple[int, int]) -> Work:
@@ -136,4 +141,4 @@ def measured_work(loss: AnswerLoss, client: str, shape: tuple[int, int]) -> Work
         ids = torch.randint(vocabulary, shape, generator=generator)
         return Batch(ids, torch.full(shape[:1], shape[1] - 1), torch.arange(shape[0]) % 2)
 
-    return Work(loss.model, loss, batch, {client: shape[0]})
+    return Work(loss.model, loss, batch, {client: shape[0]}, loss.losses)

@@ -41,6 +41,7 @@ class Work:
     loss: Callable[[Any], Tensor]  # scalar loss of the model on a batch, as it is now
     batch: Callable[[str, int, int], Any]  # of client, round (from 1) and step alone
     sizes: Mapping[str, int]  # examples that each client trains on
+    losses: Callable[[Any], Tensor] | None = None  # of each example, where they can be told apart
 
     def shares(self, clients: Iterable[str]) -> dict[str, float]:
         """Returns the share of each of some clients in the examples of all of these."""

@@ -96,7 +96,7 @@ def test_every_batch_of_a_client_comes_before_one_comes_again(settings, examples
     seen = [str(rows_of(batch)) for batch in batches]
     assert len(set(seen[:3])) == 3
     assert set(seen[:3]) == set(seen[3:])
-    assert all(batch.labels.tolist() == [0, 0, 1, 1] for batch in batches)
+    assert all(batch.labels.tolist() == [0, 1, 0, 1] for batch in batches)
 
 
 def test_one_machine_trains_on_what_the_clients_train_on_together(settings, examples) -> None:

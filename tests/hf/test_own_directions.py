@@ -175,13 +175,16 @@ def by_example(outputs: Any, labels: Tensor, **rest: Any) -> Tensor:
 
 
 def test_losses_of_ones_own_are_taken_as_they_are(tmp_path: Path) -> None:
-    given = {"compute_loss_func": by_example}
+    given, found = {"compute_loss_func": by_example}, []
     for micro in (1, 2):
         parts = {"per_device_train_batch_size": 8 // micro, "gradient_accumulation_steps": micro}
         options = {**OWN, **parts, "zo_eps": 0.3, "max_steps": 1, "logging_strategy": "steps"}
         trainer = train(tmp_path, fusable(), given=given, **options)
         assert -1.0 <= logged(trainer, "loss")[0] <= 0.0
         assert len(trainer.zo_optimizer.last_step.scalars) == 4
+        shared = {**options, "zo_directions": "shared", "zo_eps": 1e-6}
+        found.append(logged(train(tmp_path, fusable(), given=given, **shared), "loss")[0])
+    assert found[0] == pytest.approx(found[1])
 
 
 def test_a_loss_of_ones_own_that_is_no_models_is_refused(tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ def test_what_it_refuses(tmp_path: Path) -> None:
         ZOTrainer(model=tiny(), args=args)
     with pytest.raises(ValueError, match="distribution"):
         train(tmp_path, tiny(), zo_distribution="cauchy")
-    with pytest.raises(ValueError, match="zo_placement='scratch'"):
+    with pytest.raises(ValueError, match="zo_placement='scratch' or 'fused'"):
         train(tmp_path, tiny(), zo_placement="inplace", zo_trajectory=str(tmp_path / "run.zot"))
 
 

@@ -36,6 +36,19 @@ class LabelWordBatch:
     def __len__(self) -> int:
         return len(self.choices)
 
+    def repeat(self, times: int) -> LabelWordBatch:
+        """Returns the examples several times, one batch behind the other."""
+        sequences = len(self.inputs["input_ids"])
+        return LabelWordBatch(
+            {name: torch.cat([value] * times) for name, value in self.inputs.items()},
+            torch.cat([self.rows + number * sequences for number in range(times)]),
+            self.positions.repeat(times),
+            None if self.targets is None else self.targets.repeat(times),
+            self.lengths * times,
+            self.choices * times,
+            None if self.labels is None else self.labels.repeat(times),
+        )
+
 
 class LabelWordLoss:
     """Cross-entropy over label words behind a prompt, as in MeZO's experiments (2305.17333).

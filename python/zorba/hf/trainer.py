@@ -66,7 +66,7 @@ class ZOTrainer(Trainer):
     - With ``zo_directions="own"`` the loss of each example counts. It is taken from the model's
       output, and proven at the first step: the mean must be the loss that ``Trainer`` computes. A
       ``compute_loss_func`` (or ``compute_loss``) that returns a tensor [examples] is taken as it
-      is.
+      is, and with shared directions its mean.
     - With several processes each evaluates its own share of the data; losses are averaged, so that
       only scalars travel, and all replicas take the same step. Directions must be shared.
     - Logs have ``zo_scalar`` and ``zo_skipped_steps`` (steps whose loss was not finite) in place of
@@ -191,7 +191,10 @@ class ZOTrainer(Trainer):
         for batch in batches:
             with self.compute_loss_context_manager():
                 loss: Any = self.compute_loss(model, dict(batch), num_items_in_batch=items)
-            losses.append((loss / self._divisor(items, len(batches))).detach().float())
+            divisor = self._divisor(items, len(batches))
+            if loss.ndim == 1:  # losses of examples, as own directions take them
+                loss, divisor = loss.mean(), len(batches)
+            losses.append((loss / divisor).detach().float())
         # Reduced here: every process sees the same losses, and so takes the same step.
         return float(self.accelerator.reduce(torch.stack(losses).sum(), reduction="mean"))
 

@@ -15,6 +15,7 @@ from zorba.apps.finetune.run import FinetuneTrainer
 from zorba.apps.finetune.settings import FinetuneSettings
 from zorba.apps.finetune.task import Objective, Row, Text, read_data, score
 from zorba.hf import LabelWordLoss
+from zorba.optim.own import repeated
 
 from tests.apps.finetune.tiny import ROWS, save_tiny_llama
 from tests.command import Result, zorba
@@ -85,6 +86,25 @@ def test_it_learns_text_and_saves_a_trajectory_alone(finetune: Finetune, tmp_pat
     assert {path.name for path in out.iterdir()} == {"loss.png", "metrics.json", "trajectory.zot"}
 
 
+@pytest.mark.filterwarnings("ignore:placement='fused' cannot")
+@pytest.mark.parametrize("words", [" terrible, great", ""], ids=["words", "text"])
+@pytest.mark.parametrize("placement", ["fused", "scratch"])
+def test_own_directions(
+    finetune: Finetune, model: Path, tmp_path: Path, words: str, placement: str
+) -> None:
+    out = tmp_path / "out"
+    own = ("--directions", "own", "--examples-per-direction", 2, "--placement", placement)
+    # Blocks alone: the head of this model is not tied, and label words read a part of it.
+    options = ("--blocks", "last:2", "--words", words, "--steps", 40, "--batch-size", 8)
+    result = finetune(out, "--lr", 1e-2, "--eps", 1e-2, *own, *options, "--save", "both")
+    assert result.exit_code == 0, result.output
+    first, last = json.loads((out / "metrics.json").read_text())["evaluations"]
+    assert last["loss"] < first["loss"] - 0.05
+    again = zorba("replay", model, out / "trajectory.zot", tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    assert_same_models(out / "model", tmp_path / "again")
+
+
 def test_an_interrupted_run_leaves_its_trajectory(
     finetune: Finetune, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +134,16 @@ REFUSED: dict[str, tuple[list[object], int, str]] = {
     "blocks that are not there": (["--blocks", "last:9"], 1, "last:9"),
     "one word": (["--words", " good"], 2, "leaves nothing to choose"),
     "an in-place trajectory": (["--placement", "inplace", "--save", "both"], 2, "needs placement"),
+    "fused noise of another kind": (
+        ["--placement", "fused", "--distribution", "gaussian"],
+        2,
+        "rank1, not gaussian",
+    ),
+    "directions of no rows": (
+        ["--examples-per-direction", "0"],
+        2,
+        "examples_per_direction is 0",
+    ),
     "offloading nothing": (["--offload", "host"], 1, "give blocks last:N"),
     "a batch of nothing": (["--batch-size", "0"], 2, "batch_size is 0; expected at least 1"),
 }
@@ -212,9 +242,18 @@ def test_losses_are_those_of_the_rows_alone(objective: Objective) -> None:
     assert losses.dtype == torch.float32
     assert len(set(losses.tolist())) > 4
     torch.testing.assert_close(losses, torch.stack(alone), rtol=1e-5, atol=1e-6)
-    if isinstance(objective, LabelWordLoss):  # text has a mean over tokens
-        mean = objective(objective.encode(LONG))
-        torch.testing.assert_close(losses.mean(), mean, rtol=1e-5, atol=1e-6)
+    if isinstance(objective, Text):  # its loss is a mean over tokens
+        losses = objective.losses(objective.encode(LONG), by_tokens=True)
+    mean = objective(objective.encode(LONG))
+    torch.testing.assert_close(losses.mean(), mean, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_rows_that_are_there_twice_have_the_same_losses(objective: Objective) -> None:
+    batch = objective.encode(LONG)
+    once = objective.losses(batch)
+    twice = objective.losses(repeated(batch, 2))
+    torch.testing.assert_close(twice, torch.cat([once, once]), rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()

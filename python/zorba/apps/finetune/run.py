@@ -130,10 +130,15 @@ class FinetuneTrainer(ZOTrainer):
         return inputs
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
-        """Returns the objective's loss of a batch: float32 []."""
+        """Returns the objective's loss of a batch, float32 [], or of each row, float32 [rows]."""
         # No dropout, as in MeZO: it would add noise to differences of losses.
         model.eval()
-        return self._objective(inputs["batch"])
+        objective, batch = self._objective, inputs["batch"]
+        if self._settings.directions == "shared":
+            return objective(batch)
+        if isinstance(objective, task.Text):
+            return objective.losses(batch, by_tokens=True)
+        return objective.losses(batch)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Takes a step, keeps its report, and scores the model where it is time."""

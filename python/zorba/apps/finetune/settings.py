@@ -51,9 +51,16 @@ class FinetuneSettings:
     perturbations: int = defaults.NUM_PERTURBATIONS  # P: directions a step.
     # Kind of finite difference: central takes 2P losses a step, forward P + 1.
     estimator: defaults.Estimator = defaults.ESTIMATOR
-    distribution: defaults.Distribution = defaults.DISTRIBUTION  # Distribution of the noise.
-    # Where perturbed weights live: in a buffer, which is exact, or in the weights, which rounds.
-    placement: Literal["scratch", "inplace"] = "scratch"
+    # Distribution of the noise; by default gaussian, and rank1 with placement fused.
+    distribution: defaults.Distribution | None = None
+    # Where perturbed weights live: in a buffer, which is exact; in the weights, which rounds; or
+    # fused, nowhere, as linear layers and norms add the noise to what they compute.
+    placement: Literal["scratch", "inplace", "fused"] = "scratch"
+    # Directions of a batch: one for all rows, or own ones, each of a few rows. Own ones need
+    # placement fused to run in one forward.
+    directions: defaults.Directions = "shared"
+    examples_per_direction: int = defaults.EXAMPLES_PER_DIRECTION  # Rows of an own direction.
+    normalize: bool = False  # Divide the scalars of a step by their root mean square.
     blocks: str = "all"  # Blocks to train: all, or last:N.
     offload: Path | None = None  # Folder for idle blocks, which are then streamed to the device.
     momentum: float = 0.0  # Of heavy-ball SGD, replayed from seeds.
@@ -69,10 +76,15 @@ class FinetuneSettings:
     def __post_init__(self) -> None:
         """Refuses what would only fail, or pass in silence, once the model is loaded."""
         check_at_least(self, steps=1, batch_size=1, max_length=2, perturbations=1, eval_every=0)
-        if self.save != "model" and self.placement != "scratch":
+        check_at_least(self, examples_per_direction=1)
+        if self.save != "model" and self.placement == "inplace":
             raise ValueError(
-                f"a trajectory needs placement scratch, not {self.placement}: restoring in place "
+                "a trajectory needs placement scratch or fused, not inplace: restoring in place "
                 "rounds, which no record tells"
+            )
+        if self.placement == "fused" and self.distribution not in (None, "rank1"):
+            raise ValueError(
+                f"placement fused makes noise of distribution rank1, not {self.distribution}"
             )
         if len(self.words) == 1:
             raise ValueError(f"one label word, {self.words[0]!r}, leaves nothing to choose")

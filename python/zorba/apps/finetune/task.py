@@ -137,15 +137,21 @@ class Text:
         loss: Tensor = self.model(**batch, use_cache=False).loss
         return loss
 
-    def losses(self, batch: dict[str, Tensor]) -> Tensor:
-        """Returns each row's mean over its predicted tokens, 0 without any: float32 [rows]."""
+    def losses(self, batch: dict[str, Tensor], by_tokens: bool = False) -> Tensor:
+        """Returns each row's mean over its predicted tokens, 0 without any: float32 [rows].
+
+        ``by_tokens`` weighs the rows by their tokens: the mean is then that over all tokens.
+        """
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         logits = self.model(**inputs, use_cache=False).logits[:, :-1].float()
         targets = batch["labels"][:, 1:]
         # By row, as the model's own loss is one mean over all tokens of the batch: a row's loss is
         # the same whatever other rows are in it.
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-        return losses.sum(dim=1) / (targets != _IGNORED).sum(dim=1).clamp(min=1)
+        tokens = (targets != _IGNORED).sum(dim=1)
+        if by_tokens:
+            return losses.sum(dim=1) * (len(tokens) / tokens.sum())
+        return losses.sum(dim=1) / tokens.clamp(min=1)
 
 
 Objective = LabelWordLoss | Text

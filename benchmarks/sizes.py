@@ -82,6 +82,8 @@ class Sizes:
     compared: tuple[str, ...]  # titles of those that other implementations go over too
     step: Callable[[], Shapes]  # that the passes of a step go over
     many_seeds: Callable[[], Shapes]  # that 64 seeds go over
+    batches: tuple[tuple[int, int], ...]  # rows and tokens that a perturbed layer gets
+    layers: tuple[tuple[int, int], ...]  # inputs and outputs of such layers
     calls: int  # small calls whose cost to the host is measured
     offload: Callable[[], Any]  # LlamaConfig of the model whose idle blocks are on the host
     offload_active: int  # number of its active blocks
@@ -94,8 +96,9 @@ GPU = Sizes(
     chunk_other=1 << 26,
     least_other=1 << 31,
     # 8 Gaussian seeds show every backend each of the 2**32 words 32 times on average, so all of
-    # them; 16 Rademacher seeds over all 2**35 indices, 128 a counter, make 2**32 counters.
-    seeds={"gaussian": 8, "rademacher": 16},
+    # them; 16 Rademacher seeds over all 2**35 indices, 128 a counter, make 2**32 counters. Rank-one
+    # noise has the counters of its rows and columns alone: one seed for each kind of row.
+    seeds={"gaussian": 8, "rademacher": 16, "rank1": 5},
     weights=((8192, 8192), (4097, 4099), (1_000_003,), (7,)),
     runs=20,
     # Far larger than any L2 cache, so that every pass finds its weights in memory.
@@ -106,6 +109,8 @@ GPU = Sizes(
     compared=("matrices of 4096 x 4096",),
     step=lambda: shapes_of(llama_config(40, 5120, 13824, 32000)),
     many_seeds=lambda: squares(16, 4096),
+    batches=((8, 128), (8, 2048), (64, 128), (64, 2048)),
+    layers=((2048, 2048), (4096, 4096), (4096, 11008)),
     calls=2000,
     offload=lambda: llama_config(24, 2048, 5632, 256),
     offload_active=6,
@@ -116,13 +121,15 @@ REHEARSAL = Sizes(
     chunk=1 << 13,
     chunk_other=1 << 12,
     least_other=1 << 13,
-    seeds={"gaussian": 2, "rademacher": 2},
+    seeds={"gaussian": 2, "rademacher": 2, "rank1": 5},
     weights=((64, 64), (31, 33), (7,)),
     runs=3,
     tables={"matrices of 64 x 64": lambda: squares(3, 64)},
     compared=("matrices of 64 x 64",),
     step=lambda: shapes_of(llama_config(2, 64, 96, 128)),
     many_seeds=lambda: squares(2, 64),
+    batches=((2, 3), (3, 5)),
+    layers=((64, 96), (70, 33)),
     calls=5,
     offload=lambda: llama_config(4, 64, 96, 256),
     offload_active=1,

@@ -57,6 +57,7 @@ STAGES = (
     Stage("suites", "tests on the GPU", 150, 30, ("tests",)),
     Stage("passes", "speed of a pass and of a step", 75, 20, ("benchmarks/bench_passes.py",)),
     Stage("seeds", "64 seeds in a pass", 60, 20, ("benchmarks/bench_seeds.py",)),
+    Stage("perturb", "noise in outputs", 45, 15, ("benchmarks/gpu/test_perturb.py",)),
     Stage("offload", "idle blocks on the host", 45, 20, ("benchmarks/bench_offload.py",)),
     Stage("peers", "speed against others", 60, 20, ("benchmarks/bench_peers.py",), True),
     Stage("sanitizer", "compute-sanitizer", 90, 20, ("benchmarks/gpu/test_sanitizer.py",), True),

@@ -1,6 +1,6 @@
 """compute-sanitizer over the kernels, where the tool is there and the machine lets it work.
 
-    python -m benchmarks.gpu.test_sanitizer BACKEND DEVICE DISTRIBUTION [DISTRIBUTION]
+    python -m benchmarks.gpu.test_sanitizer BACKEND DEVICE DISTRIBUTION ...
 
 runs a little of every kernel, which the tool watches, and compares it with the cpu backend.
 """
@@ -19,12 +19,13 @@ import torch
 import zorba_kernels as zk
 from benchmarks.bench import Bench
 from benchmarks.gpu.stages import tool
+from zorba_kernels.noise import DISTRIBUTIONS
 
 pytestmark = pytest.mark.gpu
 
-# Signs of Rademacher are shared by the lanes of a warp: only they can race.
-BOTH = ("gaussian", "rademacher")
-RUNS = {"memcheck": BOTH, "racecheck": ("rademacher",), "initcheck": BOTH}
+# Signs are shared by the lanes of a warp: only they can race.
+SIGNS = ("rademacher", "rank1")
+RUNS = {"memcheck": DISTRIBUTIONS, "racecheck": SIGNS, "initcheck": DISTRIBUTIONS}
 SIZES = (1, 7, 513, 4096, 9001)
 DONE = "the sanitized kernels gave the right bits"
 

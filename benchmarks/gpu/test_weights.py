@@ -10,6 +10,7 @@ import torch
 
 import zorba_kernels as zk
 from benchmarks.bench import Bench, assert_equal_bits, reference_chunk
+from zorba_kernels.noise import DISTRIBUTIONS
 
 pytestmark = pytest.mark.gpu
 
@@ -31,7 +32,7 @@ def program(kind: str, rng: random.Random) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("kind", ["one term", "rounds of terms"])
 def test_weights(bench: Bench, kind: str, distribution: str, rounding: str) -> None:
     """The cpu backend gives what the others, the oracle on the device among them, must give."""

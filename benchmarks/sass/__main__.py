@@ -11,7 +11,7 @@ from pathlib import Path
 import tyro
 
 from benchmarks.sass import disassembly, pipes
-from benchmarks.sass.rows import Counted, Recorded, Row, cuda_rows, triton_row
+from benchmarks.sass.rows import Counted, Recorded, Row, cuda_rows, triton_rows
 
 LEGEND = f"""
 bound: cycles of a scheduler a weight, by its slots or its busiest pipe (see pipes.py).
@@ -44,13 +44,13 @@ def count_triton() -> Counted | str:
         return "triton is not installed, or has no cuobjdump"
     from benchmarks.sass import triton_code
 
-    compiled = [*triton_code.add_noise(), triton_code.peer()]
+    compiled = [*triton_code.kernels(), triton_code.peer()]
     made = f"triton {triton_code.triton.__version__}, ptxas "
     versions = {about["backend"]: made + disassembly.assembler(cubin) for cubin, about in compiled}
     with ThreadPoolExecutor(2) as pool:  # it is cuobjdump that takes time
         kernels = list(pool.map(disassembly.disassemble_cubin, [cubin for cubin, _ in compiled]))
     found = zip(kernels, compiled, strict=True)
-    rows = [triton_row(code, **about) for code, (_, about) in found]
+    rows = [row for code, (_, about) in found for row in triton_rows(code, **about)]
     return Counted(rows, kernels[:-1], versions)  # the last is tl.randn
 
 

@@ -116,6 +116,19 @@ def store_loops(blocks: Blocks) -> Iterator[Path]:
             yield instructions_of(blocks, reach[store][body][1] + to_store)
 
 
+def quiet_loops(blocks: Blocks) -> list[Path]:
+    """The shortest loop through each block that has arithmetic, of those that store nothing."""
+    math = {a: sum(i.opcode in MATH for i in b.instructions) for a, b in blocks.items()}
+    stores = [a for a, b in blocks.items() if b.stored_bytes]
+    quiet = {
+        a: Block(b.instructions, [s for s in b.successors if s not in stores])
+        for a, b in blocks.items() if a not in stores
+    }  # fmt: skip
+    bodies = [a for a in quiet if math[a] >= MIN_MATH]
+    around = {a: shortest(quiet, a).get(a) for a in bodies}
+    return [instructions_of(quiet, walk[1]) for walk in around.values() if walk is not None]
+
+
 def straight_path(blocks: Blocks) -> Path:
     """From entry to exit: the shortest of the paths that store the most.
 

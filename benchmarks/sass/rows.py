@@ -1,4 +1,7 @@
-"""Rows of the table: one hot path each, of one variant of the pass of one term; and their record.
+"""Rows of the table, one hot path each, and their record.
+
+The hot path is that of a pass of one term, of a further term in a pass of many, or of noise in the
+inputs or outputs of a layer.
 
 recorded.json is written by ``python -m benchmarks.sass --record``. Another compiler than the one it
 names may count otherwise; the same 10 % apply, because what matters is the code that it makes.
@@ -16,10 +19,12 @@ from typing import Any, NamedTuple
 
 from benchmarks.sass import pipes
 from benchmarks.sass.disassembly import Code, register
-from benchmarks.sass.flow import Path, blocks_of, hot_paths
+from benchmarks.sass.flow import Path, blocks_of, hot_paths, quiet_loops
 from zorba_kernels.noise import DISTRIBUTIONS
+from zorba_kernels.table import DTYPE_CODES
 
 FILE = FilePath(__file__).with_name("recorded.json")
+DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 TOLERANCE = 1.10
 TRITON_TO_CUDA = 1.3
 LIMITS = {  # slots a weight of the CUDA kernels: bfloat16, no decay
@@ -28,7 +33,8 @@ LIMITS = {  # slots a weight of the CUDA kernels: bfloat16, no decay
     ("rademacher", "nearest"): 7.0,
 }
 RECORD = "if that is meant, run: python -m benchmarks.sass --record"
-CUDA_KERNEL = re.compile(r"add_noise\w*ILN\w*?Distribution\w*?E([01])ELb([01])E\w*?Single")
+CUDA_KERNEL = re.compile(r"add_noise\w*ILN\w*?Distribution\w*?E([012])ELb([01])E\w*?(Single|Many)")
+PERTURB = re.compile(r"perturb_outputs\w*?DTypeE([012])E")
 
 
 @dataclass(frozen=True)
@@ -36,9 +42,9 @@ class Row:
     """A hot path, without the work that a tile of weights takes once: its place, CUDA's signs."""
 
     backend: str  # "cuda", "triton" or "tl.randn"
-    distribution: str
-    rounding: str
-    dtype: str
+    distribution: str  # or "perturb"
+    rounding: str  # or what the path goes over: "further term", "inputs", "outputs"
+    dtype: str  # or "" where the path is the same for all
     decay: bool  # with weight decay in the same pass
     weights: int  # that a lane handles on the path
     slots: int
@@ -48,7 +54,7 @@ class Row:
     @property
     def work(self) -> str:
         decay = " with decay" if self.decay else ""
-        return f"{self.distribution} {self.rounding} {self.dtype}{decay}"
+        return f"{self.distribution} {self.rounding} {self.dtype}".strip() + decay
 
     @property
     def name(self) -> str:
@@ -97,10 +103,15 @@ def stored_dtype(path: Path) -> str:
 
 
 def cuda_rows(code: Code) -> list[Row]:
-    """Counts one kernel, which serves all dtypes; none if it is not the pass of one term."""
+    """Counts one kernel; no rows if there is nothing in it to count."""
+    if match := PERTURB.search(code.name):
+        dtype = str(DTYPES[int(match[1])]).removeprefix("torch.")
+        return perturb_rows(code, backend="cuda", dtype=dtype)
     match = CUDA_KERNEL.search(code.name)
     if match is None:
         return []
+    if match[3] == "Many":
+        return cuda_term_rows(code, DISTRIBUTIONS[int(match[1])], stochastic=match[2] == "1")
     about: dict[str, Any] = {
         "backend": "cuda",
         "distribution": DISTRIBUTIONS[int(match[1])],
@@ -118,8 +129,63 @@ def cuda_rows(code: Code) -> list[Row]:
     return [replace(row, decay=row is not firsts[row.dtype]) for row in found]
 
 
+def cuda_term_rows(code: Code, distribution: str, stochastic: bool) -> list[Row]:
+    """The loop over terms whose signs are made, which is the same for all dtypes and roundings."""
+    # A product of the tensor cores gives a lane four signs, each of a weight.
+    loops = [path for path in quiet_loops(blocks_of(code.instructions)) if count(path, "HMMA")]
+    if stochastic or not loops:
+        return []
+    hot = min(loops, key=lambda path: len(path) / count(path, "HMMA"))
+    about = {"distribution": distribution, "rounding": "further term", "dtype": ""}
+    return [row_of(code, hot, 4 * count(hot, "HMMA"), backend="cuda", decay=False, **about)]
+
+
+def perturb_rows(code: Code, **about: Any) -> list[Row]:
+    """The loops over a token's inputs and outputs, of the kernel of one dtype."""
+    more = {"distribution": "perturb", "decay": False, **about}
+    blocks = blocks_of(code.instructions)
+    (out,) = hot_paths(blocks)
+    outputs = sum(i.stored_bytes for i in out) // itemsize(about["dtype"])
+    # An addition each; aligned loads are the way with fewer instructions.
+    loops = [path for path in quiet_loops(blocks) if count(path, "FADD") >= outputs]
+    into = min(loops, key=len)
+    return [
+        row_of(code, into, outputs, rounding="inputs", **more),
+        row_of(code, out, outputs, rounding="outputs", **more),
+    ]
+
+
+def triton_rows(code: Code, **about: Any) -> list[Row]:
+    """Counts a Triton kernel, which serves one dtype."""
+    if about["distribution"] == "perturb":
+        return perturb_rows(code, **about)
+    row = triton_term_row if about["rounding"] == "further term" else triton_row
+    return [row(code, **about)]
+
+
+def triton_term_row(code: Code, **about: Any) -> Row:
+    """The loop over terms of a pass that rounds to nearest, signs or normals included."""
+    # It adds to each weight of the lane, as the loop over rounds does too, and makes Philox calls.
+    loops = [
+        path
+        for path in quiet_loops(blocks_of(code.instructions))
+        if count(path, "FADD") >= 16 and count_products(path) >= 18
+    ]
+    hot = min(loops, key=len)
+    return row_of(code, hot, count(hot, "FADD"), **about)
+
+
+def count_products(path: Path) -> int:
+    """Products of 64 bits, of which a Philox call has some 20."""
+    return sum(i.name.startswith(("IMAD.WIDE", "IMAD.HI")) for i in path)
+
+
+def count(path: Path, opcode: str) -> int:
+    return sum(i.opcode == opcode for i in path)
+
+
 def triton_row(code: Code, **about: Any) -> Row:
-    """Counts a Triton kernel, which serves one dtype; a lane's weights are what it stores."""
+    """A pass of one term; a lane's weights are what it stores."""
     size = itemsize(about["dtype"])
     paths = hot_paths(blocks_of(code.instructions))
     counted = [(hot, sum(i.stored_bytes for i in hot) // size) for hot in paths]

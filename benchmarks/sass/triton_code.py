@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from benchmarks.peers import tl_randn
 from zorba_kernels.backends.triton_variants import Variant, variants
-from zorba_kernels.noise import DISTRIBUTIONS
+from zorba_kernels.noise import DISTRIBUTION_CODES, DISTRIBUTIONS
 from zorba_kernels.table import DTYPE_CODES
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -35,19 +36,41 @@ def compile_all(some: Iterable[Variant], arch: int) -> list[CompiledKernel]:
         gc.enable()
 
 
-def add_noise() -> list[Compiled]:
-    """Every variant of the pass of one term, with the configuration of small tables."""
-    some = [v for v in variants() if v.op == "add_noise" and not v.flags["MANY"]]
-    kernels = compile_all(some, TARGET.arch)
-    return [(bytes(k.asm["cubin"]), about(v)) for v, k in zip(some, kernels, strict=True)]
+def kernels() -> list[Compiled]:
+    """What is counted, with the configuration of small tables.
+
+    That is every variant of the pass of one term, a pass of many terms for each noise of signs, and
+    noise in the outputs of a layer.
+    """
+    some = [v for v in variants() if is_counted(v)]
+    made = compile_all(some, TARGET.arch)
+    return [(bytes(k.asm["cubin"]), about(v)) for v, k in zip(some, made, strict=True)]
+
+
+def is_counted(variant: Variant) -> bool:
+    flags = variant.flags
+    if variant.op == "perturbed_linear":
+        return bool(flags["HAS_X"] and not flags["TRANSPOSED"])
+    if variant.op != "add_noise":
+        return False
+    # The loop over terms is the same for all dtypes and roundings: one stands for all.
+    plain = flags["DTYPE"] == DTYPE_CODES[torch.bfloat16] and not flags["STOCHASTIC"]
+    signs = flags["DISTRIBUTION"] != DISTRIBUTION_CODES["gaussian"]
+    return (plain and signs) if flags["MANY"] else True
 
 
 def about(variant: Variant) -> dict[str, Any]:
     flags = variant.flags
     names = {code: str(dtype).removeprefix("torch.") for dtype, code in DTYPE_CODES.items()}
+    if variant.op == "perturbed_linear":
+        return {"backend": "triton", "distribution": "perturb", "dtype": names[flags["DTYPE"]]}
+    distribution = DISTRIBUTIONS[flags["DISTRIBUTION"]]
+    if flags["MANY"]:
+        term = {"rounding": "further term", "dtype": "", "decay": False}
+        return {"backend": "triton", "distribution": distribution, **term}
     return {
         "backend": "triton",
-        "distribution": DISTRIBUTIONS[flags["DISTRIBUTION"]],
+        "distribution": distribution,
         "rounding": "stochastic" if flags["STOCHASTIC"] else "nearest",
         "dtype": names[flags["DTYPE"]],
         "decay": flags["DECAYS"],

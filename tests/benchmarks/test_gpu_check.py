@@ -26,7 +26,7 @@ from benchmarks.record import read_results, write_results
 from benchmarks.sizes import GPU
 from tests.conftest import INTERPRETED
 from zorba_kernels.backends import triton, triton_tuning
-from zorba_kernels.dispatch import NoiseKey
+from zorba_kernels.dispatch import NoiseKey, RowNoise
 from zorba_kernels.table import DTYPE_CODES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,9 +72,9 @@ def test_rehearsal_of_every_check_and_measurement(tmp_path, full):
     }
     assert {name.split("::")[-1] for name in passed} == {
         *("test_description", "test_backends_serve", "test_all_counters", "test_weights"),
-        *("test_chunks_in_random_order", *(measurements if full else ())),
+        *("test_chunks_in_random_order", "test_perturb", *(measurements if full else ())),
     }
-    assert len(compared) == 2 + 4 + 8 + 2 * full
+    assert len(compared) == 3 + 6 + 12 + 3 * full
     wanted = {"copy", "64 passes", "one pass, 64 rounds", "MeZO", "offload"}
     assert not full or wanted <= names
 
@@ -178,7 +178,7 @@ def test_errors_of_the_sanitizer(output, errors):
 
 # --- Triton's cache -------------------------------------------------------------------------------
 
-OPS = ("add_noise", "noise", "fingerprint")
+OPS = ("add_noise", "noise", "fingerprint", "perturbed_linear")
 
 
 @pytest.fixture
@@ -224,6 +224,10 @@ def test_what_is_compiled_ahead_is_what_triton_tunes(compiled):
     for distribution in zk.noise.DISTRIBUTIONS:
         triton.noise(8, 0, NoiseKey(1, 2, 0, distribution), torch.device("cpu"))
     triton.fingerprint(table)
+    inputs = (None, torch.zeros(1, 1, 8))
+    for dtype, x, transposed in itertools.product(DTYPE_CODES, inputs, (False, True)):
+        key = RowNoise(1, 2, torch.zeros(1, dtype=torch.int64), torch.ones(1), transposed)
+        triton.perturb(x, torch.zeros(1, 1, 8, dtype=dtype), key)
     launched = set(compiled)
     compiled.clear()
     for kernel in map(triton.kernel, OPS):

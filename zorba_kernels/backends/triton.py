@@ -36,6 +36,9 @@ LANES = 256
 PERTURBED_PIECE = 512
 """Elements of a layer's input or output that a program takes at a time."""
 
+PERTURBED = EXACT | {"num_warps": 1}
+"""Options of that launch: a call makes the signs of 128 elements, of which a thread then has 16."""
+
 NOISE_BLOCKS = 256
 """Blocks of 8 values that a program of the noise makes."""
 
@@ -318,7 +321,14 @@ def perturb(x: Tensor | None, y: Tensor, noise: RowNoise) -> None:
     flags = {"HAS_X": x is not None, "TRANSPOSED": noise.transposed, "PIECE": PERTURBED_PIECE}
     with _guard(y.device):
         kernel("perturbed_linear")[(rows * tokens,)](
-            *places, tokens, inputs, outputs, *words, DTYPE=DTYPE_CODES[y.dtype], **flags, **EXACT
+            *places,
+            tokens,
+            inputs,
+            outputs,
+            *words,
+            DTYPE=DTYPE_CODES[y.dtype],
+            **flags,
+            **PERTURBED,
         )
 
 

@@ -67,5 +67,12 @@ def variants(every_candidate: bool = False) -> Iterator[Variant]:
     for distribution, code in DISTRIBUTION_CODES.items():
         flags = {"DISTRIBUTION": code, "BLOCKS": triton.NOISE_BLOCKS}
         yield Variant(f"noise/{distribution}", "noise", flags, dict(triton.EXACT))
+    for has_x, transposed, code in itertools.product((True, False), (False, True), names):
+        flags = {
+            "DTYPE": code, "HAS_X": has_x, "TRANSPOSED": transposed,
+            "PIECE": triton.PERTURBED_PIECE,
+        }  # fmt: skip
+        name = f"perturb {names[code]}{' x' * has_x}{' transposed' * transposed}"
+        yield Variant(name, "perturbed_linear", flags, dict(triton.PERTURBED))
     flags = {"TILE": TILE, "LANES": triton.LANES}
     yield Variant("fingerprint", "fingerprint", flags, dict(triton.EXACT))

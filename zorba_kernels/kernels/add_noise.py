@@ -20,7 +20,7 @@ from zorba_kernels.kernels.noise import (
     as_float,
     gaussian,
     philox,
-    rank1_bits,
+    rank1_words,
     round_nearest,
     round_stochastic,
     rounding_bits,
@@ -103,7 +103,7 @@ def signed(bytes_, coef):
 
 @triton.jit
 def add_term(
-    total0, total1, block0, first_block, index0, columns,
+    total0, total1, block0, first_block, columns,
     stream_lo, stream_hi, sample, seed_lo, seed_hi, coef,
     DISTRIBUTION: tl.constexpr, FRESH: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
@@ -113,17 +113,14 @@ def add_term(
         z1 = gaussian(block0 + PAIR // 2, stream_lo, stream_hi, sample, seed_lo, seed_hi)
         total0 = tl.fma(z0, coef, total0)
         total1 = tl.fma(z1, coef, total1)
-    elif DISTRIBUTION == RANK1:
-        index1 = index0 + PAIR // 2 * BLOCK
-        bits0 = rank1_bits(index0, columns, stream_lo, stream_hi, sample, seed_lo, seed_hi)
-        bits1 = rank1_bits(index1, columns, stream_lo, stream_hi, sample, seed_lo, seed_hi)
-        # The product with +-1 is exact: adding +-coef is the fused multiply-add.
-        total0 += as_float(as_bits(coef) ^ bits0)
-        total1 += as_float(as_bits(coef) ^ bits1)
     else:
-        # A call serves 16 blocks: two of them half a pair, each of their words 4 blocks.
-        call = first_block // (CALL // BLOCK) + tl.arange(0, STRIP // CALL).to(tl.uint32)
-        words = sign_words(call, stream_lo, stream_hi, sample, seed_lo, seed_hi)
+        if DISTRIBUTION == RANK1:
+            word = first_block.to(tl.int64) // 4 + tl.arange(0, STRIP // 32)
+            words = rank1_words(word, columns, stream_lo, stream_hi, sample, seed_lo, seed_hi)
+        else:
+            call = first_block // (CALL // BLOCK) + tl.arange(0, STRIP // CALL).to(tl.uint32)
+            words = sign_words(call, stream_lo, stream_hi, sample, seed_lo, seed_hi)
+        # Four words serve 16 blocks: two of those half a pair, each of the words 4 blocks.
         halves = tl.reshape(words, [STRIP // (PAIR * BLOCK), 2, PAIR // 8])
         words0, words1 = tl.split(tl.permute(halves, [0, 2, 1]))
         bytes0 = sign_bytes(tl.reshape(words0, [STRIP // (8 * BLOCK)]))
@@ -164,7 +161,6 @@ def change_strip(
 
     first_block = (start // BLOCK).to(tl.uint32)
     block0 = first_block + half0.to(tl.uint32)
-    index0 = start + at0
     call = first_block // 2 + pair.to(tl.uint32)  # of the rounding words
     if MANY:
         stop = 0
@@ -189,7 +185,7 @@ def change_strip(
                     changed = True
                     seed_lo, seed_hi = words_of(tl.load(seeds + k))
                     total0, total1 = add_term(
-                        total0, total1, block0, first_block, index0, columns, stream_lo, stream_hi,
+                        total0, total1, block0, first_block, columns, stream_lo, stream_hi,
                         tl.load(samples + k).to(tl.uint32), seed_lo, seed_hi, coef,
                         DISTRIBUTION, False, STRIP,
                     )  # fmt: skip
@@ -205,7 +201,7 @@ def change_strip(
         total0 = begin_round(stored0, w0, w1, decay, DTYPE, STOCHASTIC, DECAYS)
         total1 = begin_round(stored1, w2, w3, decay, DTYPE, STOCHASTIC, DECAYS)
         total0, total1 = add_term(
-            total0, total1, block0, first_block, index0, columns,
+            total0, total1, block0, first_block, columns,
             stream_lo, stream_hi, sample, seed_lo, seed_hi, coef,
             DISTRIBUTION, not (STOCHASTIC or DECAYS), STRIP,
         )  # fmt: skip

@@ -155,27 +155,50 @@ def sign_bits(byte):
 
 
 @triton.jit
-def sign_at(index, stream_lo, stream_hi, sample, seed_lo, seed_hi, DOMAIN: tl.constexpr):
-    """Signs of rows or columns, of any shape: 1 where the sign is minus."""
-    # A call for each element: right for any rows, and far from the fewest calls that would do.
-    call = (index // CALL).to(tl.uint32) + DOMAIN
+def word_at(number, domain, stream_lo, stream_hi, sample, seed_lo, seed_hi):
+    """The signs of rows or columns [32 number, 32 number + 32), a bit each."""
+    call = (number // 4).to(tl.uint32) + domain
     w0, w1, w2, w3 = philox(call, stream_lo, stream_hi, sample, seed_lo, seed_hi)
-    which = (index // 32) % 4
+    which = number % 4
     low = tl.where(which == 0, w0, w1)
     high = tl.where(which == 2, w2, w3)
-    return (tl.where(which < 2, low, high) >> (index % 32).to(tl.uint32)) & 1
+    return tl.where(which < 2, low, high)
 
 
 @triton.jit
-def rank1_bits(index, columns, stream_lo, stream_hi, sample, seed_lo, seed_hi):
-    """Indices of a parameter -> the sign of each in bit 31; ``columns`` 0: it has one dimension."""
-    width = tl.maximum(columns, 1)
-    row = index // width
-    u = sign_at(row, stream_lo, stream_hi, sample, seed_lo, seed_hi, ROW_DOMAIN)
-    if columns != 0:
-        column = index - row * width
-        u ^= sign_at(column, stream_lo, stream_hi, sample, seed_lo, seed_hi, COLUMN_DOMAIN)
-    return u << 31
+def rank1_piece(row, column, columns, stream_lo, stream_hi, sample, seed_lo, seed_hi):
+    """The signs of a row's elements from ``column`` on, up to those of the next 32 columns."""
+    # A vector is a row whose columns have the signs of rows, and no sign of its own.
+    domain = tl.where(columns == 0, ROW_DOMAIN, COLUMN_DOMAIN).to(tl.uint32)
+    v = word_at(column // 32, domain, stream_lo, stream_hi, sample, seed_lo, seed_hi)
+    u = word_at(row // 32, ROW_DOMAIN, stream_lo, stream_hi, sample, seed_lo, seed_hi)
+    u = (u >> (row % 32).to(tl.uint32)) & 1
+    return (v >> (column % 32).to(tl.uint32)) ^ tl.where(columns == 0, 0, 0 - u)
+
+
+@triton.jit
+def rank1_words(word, columns, stream_lo, stream_hi, sample, seed_lo, seed_hi):
+    """Words [n], of 32 elements each -> their signs; ``columns`` 0: the parameter is a vector."""
+    width = tl.where(columns == 0, 1 << 40, columns)  # longer than any parameter
+    row = word * 32 // width
+    column = word * 32 - row * width
+    signs = rank1_piece(row, column, columns, stream_lo, stream_hi, sample, seed_lo, seed_hi)
+    # Where rows are whole words that was all. Otherwise a piece ends with its row, or with the word
+    # of its columns: at most 3 pieces make 32 elements of rows of 32 and more.
+    done = tl.zeros_like(word)
+    further = tl.where(columns % 32 == 0, 0, 30 // width + 2).to(tl.int32)
+    for _ in range(further):
+        count = tl.minimum(32 - column % 32, width - column)
+        done += count
+        column += count
+        row += tl.where(column == width, 1, 0)
+        column = tl.where(column == width, 0, column)
+        piece = rank1_piece(row, column, columns, stream_lo, stream_hi, sample, seed_lo, seed_hi)
+        # What a piece has behind its end is of no meaning, and the next one covers it.
+        at = tl.minimum(done, 31).to(tl.uint32)
+        kept = (tl.full([], 1, tl.uint32) << at) - 1
+        signs = tl.where(done < 32, (signs & kept) | (piece << at), signs)
+    return signs
 
 
 # --- Rounding ------------------------------------------------------------------------------------
@@ -286,10 +309,10 @@ def noise(
         block = (first + tl.arange(0, BLOCKS)).to(tl.uint32)
         z = gaussian(block, stream_lo, stream_hi, sample, seed_lo, seed_hi)
     elif DISTRIBUTION == RANK1:
-        width = tl.full([], 0, tl.int64) + columns
-        index = (first + tl.arange(0, BLOCKS))[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        bits = rank1_bits(index, width, stream_lo, stream_hi, sample, seed_lo, seed_hi)
-        z = as_float(bits | 0x3F800000)
+        word = first // 4 + tl.arange(0, BLOCKS // 4)
+        columns = tl.full([], 0, tl.int64) + columns  # the interpreter counts with plain integers
+        words = rank1_words(word, columns, stream_lo, stream_hi, sample, seed_lo, seed_hi)
+        z = as_float(sign_bits(sign_bytes(words)) | 0x3F800000)
     else:
         RATIO: tl.constexpr = CALL // BLOCK
         call = (first // RATIO + tl.arange(0, BLOCKS // RATIO)).to(tl.uint32)

@@ -5,15 +5,27 @@ import triton.language as tl
 
 from zorba_kernels.kernels.add_noise import load, store
 from zorba_kernels.kernels.noise import (
+    CALL,
     COLUMN_DOMAIN,
     FLOAT32,
     ROW_DOMAIN,
     as_bits,
     as_float,
     round_nearest,
-    sign_at,
+    sign_words,
     widen,
 )
+
+
+@triton.jit
+def signs(
+    start, domain, stream_lo, stream_hi, sample, seed_lo, seed_hi, PIECE: tl.constexpr,
+):  # fmt: skip
+    """Signs of rows or columns [start, start + PIECE), in bit 31; whole calls."""
+    call = tl.arange(0, PIECE // CALL).to(tl.uint32) + domain + start // CALL
+    words = sign_words(call, stream_lo, stream_hi, sample, seed_lo, seed_hi)
+    bits = words[:, None] << (31 - tl.arange(0, 32))[None, :].to(tl.uint32)
+    return tl.reshape(bits, [PIECE]) & 0x80000000
 
 
 @triton.jit(
@@ -46,13 +58,13 @@ def perturbed_linear(
             for start in range(0, inputs, PIECE):
                 at = start + tl.arange(0, PIECE)
                 value = widen(load(source, at, 0, inputs, DTYPE, False), DTYPE)
-                sign = sign_at(at, stream_lo, stream_hi, sample, seed_lo, seed_hi, V)
-                total += as_float(as_bits(value) ^ (sign << 31))
+                sign = signs(start, V, stream_lo, stream_hi, sample, seed_lo, seed_hi, PIECE)
+                total += as_float(as_bits(value) ^ sign)
             size = size * tl.sum(total, 0)
         target = y + token * outputs * SIZE
         for start in range(0, outputs, PIECE):
             at = start + tl.arange(0, PIECE)
             value = widen(load(target, at, 0, outputs, DTYPE, False), DTYPE)
-            sign = sign_at(at, stream_lo, stream_hi, sample, seed_lo, seed_hi, U)
-            value += as_float(as_bits(size) ^ (sign << 31))
+            sign = signs(start, U, stream_lo, stream_hi, sample, seed_lo, seed_hi, PIECE)
+            value += as_float(as_bits(size) ^ sign)
             store(target, at, round_nearest(value, DTYPE), 0, outputs, DTYPE, False)

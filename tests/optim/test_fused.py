@@ -264,3 +264,21 @@ def test_losses_and_rows_must_agree():
 def test_other_noise_is_refused():
     with pytest.raises(ValueError, match="rank1"):
         ZerothOrderSGD(nn.Linear(2, 2), 1e-2, placement="fused", distribution="gaussian")
+
+
+def test_states_of_other_directions_are_refused_and_those_of_an_earlier_version_are_not():
+    model, x = nn.Linear(2, 2), torch.ones(4, 2)
+    options = {"momentum": 0.5, "seed": 3}
+    optimizer = ZerothOrderSGD(model, 1e-2, **options)
+    optimizer.step(lambda: model(x).sum())
+    state = optimizer.state_dict()
+    with pytest.raises(ValueError, match="of directions 'shared'"):
+        ZerothOrderSGD(model, 1e-2, directions="own", **options).load_state_dict(state)
+    # Version 0.1.0 had no such options.
+    for group in state["param_groups"]:
+        for name in ("directions", "examples_per_direction", "normalize"):
+            del group[name]
+    again = ZerothOrderSGD(model, 1e-2, **options)
+    again.load_state_dict(state)
+    again.step(lambda: model(x).sum())
+    assert again.param_groups[0]["step"] == 2

@@ -205,7 +205,11 @@ class ZerothOrderSGD(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where another optimizer stopped; ValueError where that made other noise."""
-        options = state_dict["param_groups"][0]
+        # Version 0.1.0 wrote none of these.
+        earlier = {"directions": "shared", "normalize": False}
+        earlier["examples_per_direction"] = self.defaults["examples_per_direction"]
+        groups = [{**earlier, **group} for group in state_dict["param_groups"]]
+        options = groups[0]
         for name in ("distribution", "noise_version", "directions", "examples_per_direction"):
             mine = self.param_groups[0][name]
             if options.get(name) != mine:
@@ -215,7 +219,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 )
         # A perturbation that was left ahead is of this state's seed, not of the one that comes.
         self.flush()
-        super().load_state_dict(state_dict)
+        super().load_state_dict({**state_dict, "param_groups": groups})
 
     def flush(self) -> None:
         """Takes the next step's perturbation off the weights, where ``two_pass`` left one there."""

@@ -1,8 +1,9 @@
 """Issue slots per weight of the GPU kernels, counted in their machine code. Needs no GPU.
 
 A warp scheduler issues one instruction a cycle, so the instructions on the hot path of a kernel,
-divided by the weights (or inputs and outputs of a layer) that a lane handles there, bound its speed from above. These are counts, not
-measured times: a kernel may be slower (latencies, caches), never faster.
+divided by the weights (or inputs and outputs of a layer) that a lane handles there, bound its speed
+from above. These are counts, not measured times: a kernel may be slower (latencies, caches), never
+faster.
 
     python -m benchmarks.sass [--record]
 

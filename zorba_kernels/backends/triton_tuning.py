@@ -50,16 +50,15 @@ def candidates(flags: Flags) -> tuple[Config, ...]:
     """Returns what may serve a kernel of ``add_noise`` with these flags; first the default.
 
     A Philox call makes the signs of 128 elements, so that noise of signs wants that many of them
-    in each thread; the sums of a program of many terms and stochastic float16 need the registers,
-    and so does all but the plainest pass of rank-one noise, which finds its rows and columns.
+    in each thread; the sums of a program of many terms, stochastic float16, and rank-one noise,
+    which finds its rows and columns, need the registers.
     """
     most = 255 if torch.version.hip is None else None
     if flags["DISTRIBUTION"] == DISTRIBUTION_CODES["gaussian"]:
         most = most if flags["MANY"] else None
         return tuple(Config(s, w, most) for s, w in ((512, 1), (1024, 1), (1024, 2), (2048, 4)))
     rank1 = flags["DISTRIBUTION"] == DISTRIBUTION_CODES["rank1"]
-    tight = flags["STOCHASTIC"] and (rank1 or flags["DTYPE"] == FLOAT16)
-    if flags["MANY"] or tight or (rank1 and flags["DECAYS"]):
+    if flags["MANY"] or rank1 or (flags["STOCHASTIC"] and flags["DTYPE"] == FLOAT16):
         return tuple(Config(1024 * w, w, most) for w in (1, 2, 4))
     return tuple(Config(2048 * w, w, most) for w in (1, 2, 4))
 

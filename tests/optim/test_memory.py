@@ -46,6 +46,22 @@ def test_in_place_allocates_nothing(
     assert peak_bytes(lambda: optimizer.step(closure)) <= inference + MIB
 
 
+@pytest.mark.filterwarnings("ignore:placement='fused'")  # the embedding stays as it is
+def test_fused_allocates_nothing(model: LlamaForCausalLM) -> None:
+    ids = torch.arange(32).reshape(4, 8)
+
+    def losses() -> torch.Tensor:
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+        return logits.float().mean(dim=(1, 2))
+
+    with torch.no_grad():
+        inference = peak_bytes(losses)
+    optimizer = ZerothOrderSGD(
+        model, lr=1e-6, placement="fused", directions="own", examples_per_direction=1
+    )
+    assert peak_bytes(lambda: optimizer.step(losses)) <= inference + MIB
+
+
 @pytest.mark.parametrize(
     ("blocks", "distribution"), [("all", "gaussian"), ("last:1", "rademacher")]
 )

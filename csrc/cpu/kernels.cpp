@@ -70,15 +70,15 @@ void add_noise(const Segment* segments, int64_t count, const Program& program, i
   for (int64_t i = 0; i < count; ++i) groups = std::max(groups, segments[i].group + 1);
   const Prepared prepared(program, groups);
   const bool rank1 = static_cast<Distribution>(program.distribution) == Distribution::kRank1;
-  const int64_t size = rank1 ? kUnit : kTile;
+  const int64_t size = rank1 ? unit_size(program.terms) : kTile;
   std::vector<int64_t> ends(count);  // pieces up to and including each segment
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) ends[i] = total += piece_count(segments[i], size);
 
   parallel_for(total, grain(total, threads), threads, [&](int64_t begin, int64_t end) {
     const FloatingPointState state;
-    std::optional<RankOne> own;
-    if (rank1) own.emplace();
+    // Kept for the thread's life: to fetch fresh memory for each unit takes longer than its work.
+    static thread_local RankOne own;
     int64_t at = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
     for (int64_t piece = begin; piece < end; ++piece) {
       while (piece >= ends[at]) ++at;
@@ -86,7 +86,7 @@ void add_noise(const Segment* segments, int64_t count, const Program& program, i
       const int64_t place = first_piece(segment, size) + piece - (at == 0 ? 0 : ends[at - 1]);
       if (rank1) {
         (program.stochastic ? unit_function<true>(segment.dtype)
-                            : unit_function<false>(segment.dtype))(prepared, segment, place, *own);
+                            : unit_function<false>(segment.dtype))(prepared, segment, place, own);
       } else {
         (program.stochastic ? tile_function<true>(segment.dtype)
                             : tile_function<false>(segment.dtype))(prepared, segment, place);
@@ -101,7 +101,7 @@ void noise(float* out, int64_t numel, int64_t offset, uint64_t seed, uint64_t st
   const Segment run{0, 0, numel, offset, 0, 0, 0, columns};
   const PhiloxKeys keys = philox_keys(seed);
   const bool rank1 = static_cast<Distribution>(distribution) == Distribution::kRank1;
-  const int64_t size = rank1 ? kUnit : kTile;
+  const int64_t size = rank1 ? unit_size(1) : kTile;
   const int64_t pieces = piece_count(run, size);
   parallel_for(pieces, grain(pieces, threads), threads, [&](int64_t begin, int64_t end) {
     const FloatingPointState state;

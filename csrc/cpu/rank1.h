@@ -10,9 +10,10 @@
 namespace zorba {
 namespace ZORBA_ISA {
 
-constexpr int64_t kUnitTiles = 16;
-constexpr int64_t kUnit = kUnitTiles * kTile;  // elements that a thread takes at a time
-constexpr int kBlockRows = 6;                  // a block of sums is in registers, all terms through
+// Elements that a thread takes at a time. Of many terms: many rows, as the signs of columns are
+// made once for all of them. Of few: so many as stay in its cache.
+inline int64_t unit_size(int64_t terms) { return (terms < 16 ? 8 : 64) * kTile; }
+constexpr int kBlockRows = 6;  // a block of sums is in registers, all terms through
 #if defined(__AVX512F__)
 constexpr int kBlockVectors = 4;
 #else
@@ -66,6 +67,16 @@ inline void write_signs(const SignBits& signs, int64_t at, int count, float size
   }
 }
 
+// A vector that need not be aligned: a copy by memcpy would go through the stack.
+typedef float LooseFloats __attribute__((vector_size(4 * kWide), aligned(4), may_alias));
+inline WideFloats load_wide(const float* from) {
+  return *reinterpret_cast<const LooseFloats*>(from);
+}
+inline void store_wide(WideFloats value, float* to) { *reinterpret_cast<LooseFloats*>(to) = value; }
+
+// `value` everywhere. 0 + value would be a sum, as it makes 0 of -0; value - 0 is a copy.
+inline WideFloats spread(float value) { return value - WideFloats{}; }
+
 // a * b + c of vectors, where a * b is exact: how often it rounds does not matter.
 inline WideFloats add_exact(WideFloats a, WideFloats b, WideFloats c) {
 #if defined(__AVX512F__)
@@ -77,41 +88,44 @@ inline WideFloats add_exact(WideFloats a, WideFloats b, WideFloats c) {
 #endif
 }
 
-// Adds all terms to a block of sums: `rows` of them, `stride` apart. coefs is [terms, kBlockRows],
-// signs [terms, kBlockColumns].
+// Adds all terms to a block of sums: `rows` of them, `stride` apart. The coefficients of a term are
+// `step` apart from those of the next, signs are [terms, kBlockColumns].
 template <int rows>
-inline void add_block(int64_t terms, const float* coefs, const float* signs, float* sums,
-                      int64_t stride) {
+inline void add_block(int64_t terms, const float* coefs, int64_t step, const float* signs,
+                      float* sums, int64_t stride) {
   WideFloats sum[rows][kBlockVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {
-    std::memcpy(sum[r], sums + r * stride, sizeof sum[r]);
+#pragma GCC unroll 4
+    for (int j = 0; j < kBlockVectors; ++j) sum[r][j] = load_wide(sums + r * stride + j * kWide);
   }
   for (int64_t k = 0; k < terms; ++k) {
     WideFloats v[kBlockVectors];
-    std::memcpy(v, signs + k * kBlockColumns, sizeof v);
+#pragma GCC unroll 4
+    for (int j = 0; j < kBlockVectors; ++j) v[j] = load_wide(signs + k * kBlockColumns + j * kWide);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      const WideFloats coef = WideFloats{} + coefs[k * kBlockRows + r];
+      const WideFloats coef = spread(coefs[k * step + r]);
 #pragma GCC unroll 4
       for (int j = 0; j < kBlockVectors; ++j) sum[r][j] = add_exact(coef, v[j], sum[r][j]);
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {
-    std::memcpy(sums + r * stride, sum[r], sizeof sum[r]);
+#pragma GCC unroll 4
+    for (int j = 0; j < kBlockVectors; ++j) store_wide(sum[r][j], sums + r * stride + j * kWide);
   }
 }
 
-inline void add_block_of(int rows, int64_t terms, const float* coefs, const float* signs,
-                         float* sums, int64_t stride) {
+inline void add_block_of(int rows, int64_t terms, const float* coefs, int64_t step,
+                         const float* signs, float* sums, int64_t stride) {
   switch (rows) {
-    case 1: return add_block<1>(terms, coefs, signs, sums, stride);
-    case 2: return add_block<2>(terms, coefs, signs, sums, stride);
-    case 3: return add_block<3>(terms, coefs, signs, sums, stride);
-    case 4: return add_block<4>(terms, coefs, signs, sums, stride);
-    case 5: return add_block<5>(terms, coefs, signs, sums, stride);
-    default: return add_block<kBlockRows>(terms, coefs, signs, sums, stride);
+    case 1: return add_block<1>(terms, coefs, step, signs, sums, stride);
+    case 2: return add_block<2>(terms, coefs, step, signs, sums, stride);
+    case 3: return add_block<3>(terms, coefs, step, signs, sums, stride);
+    case 4: return add_block<4>(terms, coefs, step, signs, sums, stride);
+    case 5: return add_block<5>(terms, coefs, step, signs, sums, stride);
+    default: return add_block<kBlockRows>(terms, coefs, step, signs, sums, stride);
   }
 }
 
@@ -142,10 +156,9 @@ inline void by_pairs(int place, int count, F f) {
 
 // What a thread needs for a unit of work; kept between units.
 struct RankOne {
-  std::vector<float> weights = std::vector<float>(kUnit);  // between two rounds
-  std::vector<float> sums = std::vector<float>(kUnit);
+  std::vector<float> weights, sums;             // of a unit; weights between two rounds
   std::vector<SignBits> row_bits, column_bits;  // of each term
-  std::vector<float> coefs;                     // [blocks of rows, terms, kBlockRows], signed
+  std::vector<float> coefs;                     // [terms, rows in whole vectors], signed
   std::vector<float> signs;                     // [terms, kBlockColumns]
 
   // Adds a round's terms to the sums of rows [row, row + rows) and columns [begin, end), which
@@ -154,13 +167,15 @@ struct RankOne {
            int64_t rows, int64_t begin, int64_t end, float* sums) {
     const auto terms = static_cast<int64_t>(round.terms.size());
     const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
-    coefs.resize(static_cast<size_t>(blocks * terms * kBlockRows));
+    const int64_t step = (rows + kWide - 1) / kWide * kWide;
+    coefs.resize(static_cast<size_t>(terms * step));
     signs.resize(static_cast<size_t>(terms * kBlockColumns));
     for (int64_t t = 0; t < terms; ++t) {
       const float size = coef[round.terms[t]];
-      for (int64_t r = 0; r < rows; ++r) {
-        const bool flip = !matrix.vector && row_bits[t].negative(row + r);
-        coefs[(r / kBlockRows * terms + t) * kBlockRows + r % kBlockRows] = flip ? -size : size;
+      if (matrix.vector) {
+        coefs[t * step] = size;
+      } else {
+        write_signs(row_bits[t], row, static_cast<int>(rows), size, &coefs[t * step]);
       }
     }
     for (int64_t c = begin; c < end; c += kBlockColumns) {
@@ -169,12 +184,12 @@ struct RankOne {
       }
       const auto width = static_cast<int>(std::min<int64_t>(kBlockColumns, end - c));
       for (int64_t block = 0; block < blocks; ++block) {
-        const float* a = &coefs[block * terms * kBlockRows];
+        const float* a = &coefs[block * kBlockRows];
         const int count =
             static_cast<int>(std::min<int64_t>(kBlockRows, rows - block * kBlockRows));
         float* at = sums + block * kBlockRows * matrix.columns + (c - begin);
         if (width == kBlockColumns) {
-          add_block_of(count, terms, a, signs.data(), at, matrix.columns);
+          add_block_of(count, terms, a, step, signs.data(), at, matrix.columns);
           continue;
         }
         // The last columns: what lies behind them is of the next row, or of nobody.
@@ -182,7 +197,7 @@ struct RankOne {
         for (int r = 0; r < count; ++r) {
           std::memcpy(edge[r], at + r * matrix.columns, width * sizeof(float));
         }
-        add_block_of(count, terms, a, signs.data(), edge[0], kBlockColumns);
+        add_block_of(count, terms, a, step, signs.data(), edge[0], kBlockColumns);
         for (int r = 0; r < count; ++r) {
           std::memcpy(at + r * matrix.columns, edge[r], width * sizeof(float));
         }
@@ -236,14 +251,19 @@ inline void add_rank1(const Prepared& prepared, const Segment& segment, int64_t 
   constexpr int64_t kSize = 4 / kParts<dtype>;  // bytes an element
   const Stream stream(static_cast<uint64_t>(segment.stream));
   const float* coefs = prepared.program.coefs + segment.group * prepared.program.terms;
-  const int64_t begin = std::max(segment.offset, unit * kUnit);
-  const int64_t end = std::min(segment.offset + segment.numel, (unit + 1) * kUnit);
+  const int64_t size = unit_size(prepared.program.terms);
+  const int64_t begin = std::max(segment.offset, unit * size);
+  const int64_t end = std::min(segment.offset + segment.numel, (unit + 1) * size);
   const char* src = reinterpret_cast<const char*>(segment.src) + (begin - segment.offset) * kSize;
   char* dst = reinterpret_cast<char*>(segment.dst) + (begin - segment.offset) * kSize;
   const std::vector<Prepared::Round>& rounds = prepared.groups[segment.group];
   if (rounds.empty()) {
     if (src != dst) std::memcpy(dst, src, (end - begin) * kSize);
     return;
+  }
+  if (own.sums.size() < static_cast<size_t>(size)) {
+    own.weights.resize(size);
+    own.sums.resize(size);
   }
   float* weights = own.weights.data();
   float* sums = own.sums.data();

@@ -138,25 +138,10 @@ struct Matrix {
   uint32_t column_domain() const { return vector ? kRowDomain : kColumnDomain; }
 };
 
-// Calls f(i, pair, part) for the elements i of a run that begins at element `place` of a tile,
-// whose rounding bits are kept in pairs.
-template <typename F>
-inline void by_pairs(int place, int count, F f) {
-  int i = 0;
-  if (place % 2 == 1 && count > 0) f(i++, place / 2, 1);
-  const int pairs = (count - i) / 2;
-  const int first = (place + i) / 2;
-#pragma GCC ivdep
-  for (int p = 0; p < pairs; ++p) {
-    f(i + 2 * p, first + p, 0);
-    f(i + 2 * p + 1, first + p, 1);
-  }
-  if (i + 2 * pairs < count) f(i + 2 * pairs, first + pairs, 0);
-}
-
 // What a thread needs for a unit of work; kept between units.
 struct RankOne {
   std::vector<float> weights, sums;             // of a unit; weights between two rounds
+  std::vector<uint16_t> random;                 // rounding bits of each element of a unit
   std::vector<SignBits> row_bits, column_bits;  // of each term
   std::vector<float> coefs;                     // [terms, rows in whole vectors], signed
   std::vector<float> signs;                     // [terms, kBlockColumns]
@@ -264,51 +249,48 @@ inline void add_rank1(const Prepared& prepared, const Segment& segment, int64_t 
   if (own.sums.size() < static_cast<size_t>(size)) {
     own.weights.resize(size);
     own.sums.resize(size);
+    own.random.resize(size);
   }
   float* weights = own.weights.data();
   float* sums = own.sums.data();
+  uint16_t* random = own.random.data();
   load_floats<dtype>(src, end - begin, weights);
   for (const Prepared::Round& round : rounds) {
     const float decay = round.decay;
-    // Rounding bits are made a tile at a time, as they are for other noise: a tile's begin and end.
-    const auto each_tile = [&](auto work) {
-      alignas(64) uint32_t random[kTile / 2] = {};
-      alignas(64) float dither[kTile / 2] = {};
+    if constexpr (stochastic) {
+      // Made a tile at a time, as for other noise, and the bits kept until the sums are there.
       for (int64_t tile = begin / kTile; tile * kTile < end; ++tile) {
-        if constexpr (stochastic) {
-          rounding_tile(tile, stream, prepared.rounding_keys[round.index], random, dither);
+        alignas(64) uint32_t pairs[kTile / 2];
+        alignas(64) float dithers[kTile / 2];
+        rounding_tile(tile, stream, prepared.rounding_keys[round.index], pairs, dithers);
+        alignas(64) uint16_t bits[kTile];
+        alignas(64) float dither[kTile];
+        for (int i = 0; i < kTile / 2; ++i) {
+          bits[2 * i] = static_cast<uint16_t>(pairs[i]);
+          bits[2 * i + 1] = static_cast<uint16_t>(pairs[i] >> 16);
+          dither[2 * i] = dither[2 * i + 1] = dithers[i];
         }
         const int64_t from = std::max(begin, tile * kTile);
-        const int64_t to = std::min(end, (tile + 1) * kTile);
-        work(from - begin, static_cast<int>(from - tile * kTile), static_cast<int>(to - from),
-             random, dither);
+        const int64_t count = std::min(end, (tile + 1) * kTile) - from;
+        const int64_t place = from - tile * kTile;
+        std::memcpy(random + (from - begin), bits + place, count * sizeof(uint16_t));
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t at = from - begin + i;
+          sums[at] = rounding_start<dtype>(weights[at], dither[place + i]);
+        }
       }
-    };
-    if (stochastic || decay != 0.0f) {
-      each_tile([&](int64_t at, int place, int count, const uint32_t*, const float* dither) {
-        by_pairs(place, count, [&](int i, int pair, int) {
-          const float weight = weights[at + i];
-          const float start = stochastic ? rounding_start<dtype>(weight, dither[pair]) : 0.0f;
-          sums[at + i] = decay != 0.0f ? fma_rn(weight, -decay, start) : start;
-        });
-      });
     } else {
       std::fill_n(sums, end - begin, 0.0f);
+    }
+    if (decay != 0.0f) {
+      for (int64_t i = 0; i < end - begin; ++i) sums[i] = fma_rn(weights[i], -decay, sums[i]);
     }
     if (!round.terms.empty()) {
       own.add_terms(prepared, round, coefs, stream, Matrix(segment.columns), begin, end, sums);
     }
-    if constexpr (stochastic) {
-      each_tile([&](int64_t at, int place, int count, const uint32_t* random, const float*) {
-        by_pairs(place, count, [&](int i, int pair, int part) {
-          const uint32_t bits = part == 0 ? random[pair] & 0xFFFFu : random[pair] >> 16;
-          weights[at + i] = round_stochastic<dtype>(weights[at + i] + sums[at + i], bits);
-        });
-      });
-    } else {
-      for (int64_t i = 0; i < end - begin; ++i) {
-        weights[i] = round_nearest<dtype>(weights[i] + sums[i]);
-      }
+    for (int64_t i = 0; i < end - begin; ++i) {
+      const float sum = weights[i] + sums[i];
+      weights[i] = stochastic ? round_stochastic<dtype>(sum, random[i]) : round_nearest<dtype>(sum);
     }
   }
   store_floats<dtype>(weights, end - begin, dst);

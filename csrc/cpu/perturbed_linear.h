@@ -31,10 +31,7 @@ inline float dot(const float* a, const float* b, int64_t count) {
   for (; i + kDots * kWide <= count; i += kDots * kWide) {
 #pragma GCC unroll 4
     for (int j = 0; j < kDots; ++j) {
-      WideFloats x, y;
-      std::memcpy(&x, a + i + j * kWide, sizeof x);
-      std::memcpy(&y, b + i + j * kWide, sizeof y);
-      sums[j] = add_exact(x, y, sums[j]);
+      sums[j] = add_exact(load_wide(a + i + j * kWide), load_wide(b + i + j * kWide), sums[j]);
     }
   }
   const WideFloats all = (sums[0] + sums[1]) + (sums[2] + sums[3]);

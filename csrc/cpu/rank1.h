@@ -251,10 +251,12 @@ inline void add_rank1(const Prepared& prepared, const Segment& segment, int64_t 
     own.sums.resize(size);
     own.random.resize(size);
   }
-  float* weights = own.weights.data();
+  // float32 weights are worked on where they go to.
+  constexpr bool kThere = dtype == DType::kFloat32;
+  float* weights = kThere ? reinterpret_cast<float*>(dst) : own.weights.data();
   float* sums = own.sums.data();
   uint16_t* random = own.random.data();
-  load_floats<dtype>(src, end - begin, weights);
+  if (!kThere || src != dst) load_floats<dtype>(src, end - begin, weights);
   for (const Prepared::Round& round : rounds) {
     const float decay = round.decay;
     if constexpr (stochastic) {
@@ -293,7 +295,7 @@ inline void add_rank1(const Prepared& prepared, const Segment& segment, int64_t 
       weights[i] = stochastic ? round_stochastic<dtype>(sum, random[i]) : round_nearest<dtype>(sum);
     }
   }
-  store_floats<dtype>(weights, end - begin, dst);
+  if (!kThere) store_floats<dtype>(weights, end - begin, dst);
 }
 
 // z of the elements [begin, end) of a parameter.

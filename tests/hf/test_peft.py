@@ -82,10 +82,9 @@ def test_a_step_moves_the_adapter_alone(task: str, adapter: str, dtype: torch.dt
 def test_own_directions_of_an_adapter(estimator: str) -> None:
     """LoRA's layers are linear ones: noise in the forward is that of a forward a direction."""
     ids = torch.randint(3, VOCABULARY, (5, 6), generator=torch.Generator().manual_seed(1))
-    found = []
+    start, found = adapted("CAUSAL_LM", "lora"), []
     for placement in ("fused", "scratch"):
-        torch.manual_seed(0)
-        model = adapted("CAUSAL_LM", "lora")
+        model = copy.deepcopy(start)
         before = state_of(model)
         with torch.no_grad():
             for name, p in model.named_parameters():

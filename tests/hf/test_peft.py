@@ -78,6 +78,40 @@ def test_a_step_moves_the_adapter_alone(task: str, adapter: str, dtype: torch.dt
     check_step(model, loss_of, lr=1e-2, eps=EPS)
 
 
+@pytest.mark.parametrize("estimator", ["central", "forward"])
+def test_own_directions_of_an_adapter(estimator: str) -> None:
+    """LoRA's layers are linear ones: noise in the forward is that of a forward a direction."""
+    ids = torch.randint(3, VOCABULARY, (5, 6), generator=torch.Generator().manual_seed(1))
+    start, found = adapted("CAUSAL_LM", "lora"), []
+    for placement in ("fused", "scratch"):
+        model = copy.deepcopy(start)
+        before = state_of(model)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                # They start at zero: half of the noise would have no effect.
+                if "lora_B" in name:
+                    p.fill_(0.1)
+        optimizer = ZerothOrderSGD(
+            model, lr=1e-2, eps=EPS, estimator=estimator, placement=placement, directions="own",
+            distribution="rank1", examples_per_direction=2,
+        )  # fmt: skip
+        for _ in range(2):
+            optimizer.step(lambda: losses_of(model, ids))  # noqa: B023
+            found.append(optimizer.last_step.scalars)
+        assert all(".lora_" in name for name in changed(model, before))
+    for fused, scratch in zip(found[:2], found[2:], strict=True):
+        largest = max(map(abs, scratch))
+        assert largest > 0
+        assert len(fused) == 3
+        for g, h in zip(fused, scratch, strict=True):
+            assert abs(g - h) <= bound("fused scalar") * largest
+
+
+def losses_of(model: nn.Module, ids: Tensor) -> Tensor:
+    logits = model(input_ids=ids).logits[:, :-1].float().transpose(1, 2)
+    return nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none").mean(1)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_a_merged_model_gives_the_same_outputs(task: str) -> None:
     model = adapted(task, "lora")

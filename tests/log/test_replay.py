@@ -72,23 +72,37 @@ def test_one_pass_equals_many(
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("placement", "directions"), [("scratch", "shared"), ("scratch", "own"), ("fused", "own")]
+)
 def test_a_trained_model_is_rebuilt(
-    tmp_path: Path, dtype: torch.dtype, momentum: float, generator: torch.Generator
+    tmp_path: Path,
+    placement: str,
+    directions: str,
+    dtype: torch.dtype,
+    momentum: float,
+    generator: torch.Generator,
 ) -> None:
     torch.manual_seed(3)
     model, base, path = Tied(dtype), Tied(dtype), tmp_path / "run.zot"
     model.embed.weight.requires_grad_(False)
     base.load_state_dict(model.state_dict())
+    options = {"placement": placement, "directions": directions, "examples_per_direction": 3}
+    if directions == "own":
+        options |= {"clip": 1.0} if momentum else {"normalize": True}
     optimizer = ZerothOrderSGD(
-        model, 1e-2, num_perturbations=2, weight_decay=0.1, momentum=momentum, seed=5
+        model, 1e-2, num_perturbations=2, weight_decay=0.1, momentum=momentum, seed=5, **options
     )
-    table = optimizer.placement.table
-    with TrajectoryWriter.create(path, table, 5, "gaussian", "stochastic", model=model) as writer:
+    table, noise = optimizer.placement.table, optimizer.placement.distribution
+    with TrajectoryWriter.create(path, table, 5, noise, "stochastic", model=model) as writer:
         optimizer.recorder = writer
         for step in range(12):
             ids, labels = batch(generator)
             bad = float("nan") if step in (0, 4, 11) else 1.0
-            optimizer.step(lambda: bad * loss_of(model, ids, labels))  # noqa: B023
+            reduction = "mean" if directions == "shared" else "none"
+            # of each of four examples, of nine tokens
+            optimizer.step(lambda: bad * by_example(loss_of(model, ids, labels, reduction)))  # noqa: B023
+            assert len(optimizer.last_step.scalars) == (2 if directions == "shared" else 4)
     log = Log.read(path)
     assert (log.num_steps, log.num_skipped, log.last) == (9, 3, 11)
     assert replay(base, log).verified == 11
@@ -96,6 +110,11 @@ def test_a_trained_model_is_rebuilt(
         assert_same_bits(p, q)
     with pytest.raises(WrongBaseError, match="applied already"):
         replay(base, log)
+
+
+def by_example(losses: Tensor) -> Tensor:
+    """The mean of the tokens of each of four examples, or the mean of all, as it is."""
+    return losses.view(4, 9).mean(1) if losses.ndim else losses
 
 
 # --- Bases ---------------------------------------------------------------------------------------

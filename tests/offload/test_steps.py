@@ -97,6 +97,36 @@ def test_each_idle_block_is_brought_once_a_step(
     assert changed(offloaded, state_of(resident)) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"directions": "shared"},
+        {"num_perturbations": 3},
+        {"num_perturbations": 2, "estimator": "forward", "prefix_reuse": False},
+        {"placement": "scratch", "prefix_reuse": False},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_own_directions_and_noise_in_layers(
+    options: dict[str, Any], kind: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Rows and directions of each evaluation that runs beside others are its own."""
+    options = {"placement": "fused", "directions": "own", "distribution": "rank1"} | options
+    own, case = options["directions"] == "own", case_of(kind)
+    ids = torch.randint(3, 50, (5, 6), generator=torch.Generator().manual_seed(2))
+
+    def loss(model: nn.Module) -> Tensor:
+        logits = model(input_ids=ids).logits[:, :-1].float().transpose(1, 2)
+        found = nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none").mean(1)
+        return found if own else found.mean()
+
+    models = [build(case, dtype), build(case, dtype)]
+    options |= {**MIDDLE, "examples_per_direction": 2}
+    check(models, [case.names[1]], tmp_path, loss, **options)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "t5"])
 def test_dropout_draws_the_same_in_every_evaluation(kind: str, tmp_path: Path) -> None:
     case = case_of(kind)

@@ -50,8 +50,9 @@ def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return ids, torch.randint(0, 37, (4, 9), generator=generator)
 
 
-def loss_of(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(model(ids).float().flatten(0, 1), labels.flatten())
+def loss_of(model: nn.Module, ids: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    logits = model(ids).float().flatten(0, 1)
+    return nn.functional.cross_entropy(logits, labels.flatten(), reduction=reduction)
 
 
 def task(

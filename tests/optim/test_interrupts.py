@@ -25,19 +25,20 @@ SOURCES = (str(Path(zorba.optim.__file__).parent), str(Path(zorba.offload.__file
 class Model(nn.Module):
     """Blocks to reuse, a tied weight, and one that is used without its module."""
 
-    def __init__(self) -> None:
+    def __init__(self, direct: bool = True) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
         self.head = nn.Linear(4, 4, bias=False)
         self.twin = nn.Linear(4, 4, bias=False)
         self.twin.weight = self.head.weight
-        self.direct = nn.Linear(4, 4, bias=False)
+        self.direct = nn.Linear(4, 4, bias=False) if direct else None
         self.layers[0].requires_grad_(False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         for layer in self.layers:
             hidden = torch.tanh(layer(hidden))
-        return self.twin(torch.tanh(self.head(hidden))) @ self.direct.weight
+        hidden = self.twin(torch.tanh(self.head(hidden)))
+        return hidden if self.direct is None else hidden @ self.direct.weight
 
 
 def traced(call: Callable[[], object], at: int | None = None) -> list[tuple[str, int]]:
@@ -73,25 +74,52 @@ def ends(lines: list[tuple[str, int]], in_turn: bool = False) -> list[int]:
     return sorted({*first.values(), *last.values()})
 
 
+class Fusable(Model):
+    """The placement "fused" refuses weights that are used without their module; it has norms."""
+
+    def __init__(self) -> None:
+        super().__init__(direct=False)
+        self.layers[1] = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), Scale())
+
+
+class Scale(nn.Module):
+    """A norm of a kind that is not torch's: its weight is exchanged for one a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden * self.weight
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["first step", "later step"])
-def test_scratch(first: bool) -> None:
+@pytest.mark.parametrize(
+    ("placement", "directions"), [("scratch", "shared"), ("fused", "shared"), ("fused", "own")]
+)
+def test_weights_are_those_of_before_or_after(placement: str, directions: str, first: bool) -> None:
     """In the later step a line that runs in a loop is stopped at its first and at its last run."""
     torch.manual_seed(1)
-    model = Model().to(torch.bfloat16)
+    model = (Fusable() if placement == "fused" else Model()).to(torch.bfloat16)
     x = torch.randn(3, 4).to(torch.bfloat16)
     addresses = [p.data_ptr() for p in model.parameters()]
 
-    def closure() -> Tensor:
-        return model(x).float().square().sum()
+    options = {"placement": placement, "directions": directions, "examples_per_direction": 2}
+    # Without reuse both signs of own directions are one batch.
+    options["prefix_reuse"] = directions == "shared"
+
+    def closure(batch: Tensor) -> Tensor:
+        losses = model(batch).float().square().sum(1)
+        return losses if directions == "own" else losses.sum()
 
     def make() -> ZerothOrderSGD:
-        return ZerothOrderSGD(model, lr=0.5, momentum=0.5, weight_decay=0.1)
+        return ZerothOrderSGD(model, lr=0.5, momentum=0.5, weight_decay=0.1, **options)
 
     optimizer = make()
     if not first:
-        optimizer.step(closure)
+        optimizer.step(closure, x)
     before, fresh = snapshot(model), optimizer.state_dict()
-    lines = traced(lambda: optimizer.step(closure))
+    lines = traced(lambda: optimizer.step(closure, x))
     after, done = snapshot(model), optimizer.state_dict()
     assert not same_bits(model, before)
     candidates = ends(lines, in_turn=first)
@@ -103,7 +131,7 @@ def test_scratch(first: bool) -> None:
         optimizer = make() if first else optimizer
         optimizer.load_state_dict(fresh)
         with pytest.raises(KeyboardInterrupt):
-            traced(lambda: optimizer.step(closure), at)  # noqa: B023
+            traced(lambda: optimizer.step(closure, x), at)  # noqa: B023
         state = optimizer.state_dict()
         taken = state["param_groups"][0]["step"] == done["param_groups"][0]["step"]
         assert same_bits(model, after if taken else before), f"line {lines[at]}"

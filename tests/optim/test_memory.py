@@ -85,6 +85,20 @@ def test_scratch_allocates_the_largest_active_parameter(
     assert whole >= largest, "or the scratch was not counted"
 
 
+@pytest.mark.filterwarnings("ignore:the first evaluation")
+def test_scratch_makes_the_rows_of_an_embedding_that_a_batch_reads() -> None:
+    embed = torch.nn.Embedding(100_000, 64)  # 24 MiB
+    layer = torch.nn.Linear(64, 64)
+    model, ids = torch.nn.Sequential(embed, layer), torch.arange(512)
+
+    def two_steps() -> None:
+        optimizer = ZerothOrderSGD(model, lr=0.0)
+        for _ in range(2):
+            optimizer.step(lambda: model(ids).square().mean())
+
+    assert peak_bytes(two_steps) <= MIB
+
+
 def test_the_count_sees_what_mezo_allocates(
     model: LlamaForCausalLM, closure: Callable[[], torch.Tensor]
 ) -> None:

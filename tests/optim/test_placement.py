@@ -1,4 +1,4 @@
-"""Both placements where a step fails, and what perturbing in place costs and leaves behind."""
+"""All placements where a step fails, and what perturbing in place costs and leaves behind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zorba import ZerothOrderSGD
 from zorba.optim import InplacePlacement, NoiseTerms, active_table
 
-from tests.optim.models import assert_close, same_bits, snapshot
+from tests.optim.models import assert_close, same_bits, snapshot, untouched
 
 
 class _Breaks(nn.Module):
@@ -26,27 +26,42 @@ class _Breaks(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("placement", ["scratch", "inplace"])
+@pytest.mark.parametrize(
+    ("placement", "directions"),
+    [("scratch", "shared"), ("inplace", "shared"), ("fused", "shared"), ("fused", "own")],
+)
 @pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
 def test_a_closure_that_raises_leaves_the_weights(
-    at: int, error: type[BaseException], placement: str, generator: torch.Generator
+    at: int,
+    error: type[BaseException],
+    placement: str,
+    directions: str,
+    generator: torch.Generator,
 ) -> None:
     """The failing module sits between two layers: the first has been perturbed when it fails."""
     model = nn.Sequential(nn.Linear(6, 6), _Breaks(error, at), nn.Linear(6, 6))
     before = snapshot(model)
     x = torch.randn(2, 6, generator=generator)
-    optimizer = ZerothOrderSGD(model, lr=0.1, num_perturbations=2, placement=placement)
+    addresses = [p.data_ptr() for p in model.parameters()]
+    options = {"num_perturbations": 2, "placement": placement, "directions": directions}
+    optimizer = ZerothOrderSGD(model, lr=0.1, **options)
+
+    def closure() -> Tensor:
+        return model(x).sum() if directions == "shared" else model(x).sum(1)
+
     with pytest.raises(error, match="injected"):
-        optimizer.step(lambda: model(x).sum())
+        optimizer.step(closure)
+    assert [p.data_ptr() for p in model.parameters()] == addresses
+    assert untouched(model)
     assert placement == "inplace" or same_bits(model, before)
     assert_close(model, before, "restored in place")
     assert optimizer.param_groups[0]["step"] == 0, "a step that failed is no step"
-    optimizer.step(lambda: model(x).sum())
+    optimizer.step(closure)
     assert optimizer.param_groups[0]["step"] == 1
 
 
-@pytest.mark.parametrize("placement", ["scratch", "inplace"])
+@pytest.mark.parametrize("placement", ["scratch", "inplace", "fused"])
 def test_ctrl_c_reaches_the_closure(placement: str) -> None:
     model = nn.Linear(30, 30)
     before = snapshot(model)

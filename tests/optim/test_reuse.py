@@ -16,6 +16,7 @@ from zorba.hf import find_blocks
 
 from tests.hf.tiny import tiny_config
 from tests.optim.models import same_bits, snapshot
+from tests.tolerances import bound
 
 TEXT = (
     "llama qwen3 gemma3_text phi gpt_neox bloom falcon opt gpt2 mixtral mamba olmo2".split()  # noqa: SIM905
@@ -82,12 +83,13 @@ def same_with_and_without(
 
 # --- Where it works ------------------------------------------------------------------------------
 
-# Reuse does not know the placement: one of each kind of model is enough in place.
+# Reuse does not know the placement: one of each kind of model is enough for the others.
 ARCHITECTURES = [(name, "scratch") for name in TEXT + MASKED + PAIRS] + [
-    (name, "inplace") for name in ("llama", "bert", "t5")
+    (name, placement) for name in ("llama", "bert", "t5") for placement in ("inplace", "fused")
 ]
 
 
+@pytest.mark.filterwarnings("ignore:placement=.fused. cannot")
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "dropout"])
 @pytest.mark.parametrize(("name", "placement"), ARCHITECTURES)
 def test_same_bits_and_fewer_forwards(name: str, training: bool, placement: str, rng: Any) -> None:
@@ -107,6 +109,50 @@ def test_same_bits_and_fewer_forwards(name: str, training: bool, placement: str,
     again = int(name == "mamba" and placement == "scratch")
     assert all_calls == [8 + again] * len(all_calls)
     assert fewer == [2 + again] * (len(fewer) - 1) + [9 + again]
+
+
+def losses_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """One for each row."""
+    logits = model(input_ids=ids).logits[:, :-1].float().transpose(1, 2)
+    return nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none").mean(1)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("placement", ["fused", "scratch"])
+def test_own_directions(name: str, placement: str, rng: Any) -> None:
+    ids = ids_of(rng, 4, 7)
+    options = {"placement": placement, "distribution": "rank1", "directions": "own"}
+    fewer, all_calls = same_with_and_without(
+        lambda: tiny(name, rng).eval(),
+        lambda model: losses_of(model, ids),
+        examples_per_direction=2,
+        **options,
+    )
+    # Two steps of both signs, all directions in one forward; or of each of two directions, behind
+    # a forward that counts the examples. And the proof.
+    each = 2 if placement == "fused" else 5
+    assert all_calls == [2 * each] * len(all_calls)
+    assert fewer == [2] * (len(fewer) - 1) + [2 * each + 1]
+
+
+def test_own_directions_of_both_signs_in_one_batch(rng: Any) -> None:
+    """With reuse they are two: other orders of sums."""
+    ids, found = ids_of(rng, 4, 7), []
+    for reuse in (True, False):
+        model = tiny("llama", rng).eval()
+        counts = calls_of(model)
+        optimizer = ZerothOrderSGD(
+            model, lr=1e-2, eps=1e-2, blocks="last:1", prefix_reuse=reuse, placement="fused",
+            directions="own", examples_per_direction=2,
+        )  # fmt: skip
+        for _ in range(2):
+            optimizer.step(lambda batch, model=model: losses_of(model, batch), ids)
+            found.append(optimizer.last_step.scalars)
+        assert counts == ([2, 2, 5] if reuse else [2, 2, 2])
+    for with_reuse, without in zip(found[:2], found[2:], strict=True):
+        largest = max(map(abs, without))
+        for g, h in zip(with_reuse, without, strict=True):
+            assert abs(g - h) <= bound("fused scalar") * largest
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,9 @@ from tests.tolerances import bound
         ("scratch", torch.bfloat16, 1_000),
         ("scratch", torch.float16, 500),
         ("scratch", torch.float32, 500),
+        ("fused", torch.bfloat16, 1_000),
+        ("fused", torch.float16, 500),
+        ("fused", torch.float32, 1_000),
         ("inplace", torch.float32, 20),
     ],
 )
@@ -29,7 +32,7 @@ def test_steps_without_learning_rate_keep_every_bit(
     placement: str, dtype: torch.dtype, directions: int, full: bool, generator: torch.Generator
 ) -> None:
     """In place to rounding. Twice as many evaluations as directions come and go, one by one."""
-    directions *= 10 if full and placement == "scratch" else 1
+    directions *= 10 if full and placement != "inplace" else 1
     model = nn.Linear(7, 3).to(dtype)
     before = snapshot(model)
     x = torch.randn(5, 7, generator=generator).to(dtype)
@@ -166,8 +169,9 @@ def test_dropout_is_the_same_in_both_evaluations(generator: torch.Generator) -> 
     assert optimizer.last_step.scalars == (0.0,)
 
 
+@pytest.mark.filterwarnings("ignore:placement='fused' cannot")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("placement", ["scratch", "inplace"])
+@pytest.mark.parametrize("placement", ["scratch", "inplace", "fused"])
 def test_a_loss_that_is_not_finite_skips_the_step(
     placement: str, value: float, generator: torch.Generator
 ) -> None:
@@ -177,7 +181,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(
     loss = optimizer.step(lambda: closure() + value)
     assert optimizer.last_step.skipped
     assert not math.isfinite(float(loss))
-    if placement == "scratch":
+    if placement != "inplace":
         assert same_bits(model, before)
     assert_close(model, before, "restored in place")
 
@@ -224,7 +228,8 @@ def test_what_comes_too_late_is_refused() -> None:
     assert optimizer.param_groups[0]["distribution"] == "gaussian"
 
 
-@pytest.mark.parametrize("placement", ["scratch", "inplace"])
+@pytest.mark.filterwarnings("ignore:placement='fused' cannot")
+@pytest.mark.parametrize("placement", ["scratch", "inplace", "fused"])
 def test_it_follows_a_model_that_moves(placement: str, generator: torch.Generator) -> None:
     """To another dtype, or other storage, as ``accelerator.prepare`` does after construction."""
     ids, labels = batch(generator)

@@ -27,14 +27,19 @@ from zorba.optim.thread import deferred_interrupts
 # Samples and scale of each row, one pair a term.
 _Rows = list[tuple[int, Tensor, Tensor]]
 
+# Modules that take hidden states [rows, tokens, n] and run inner layers on [rows * tokens, n], one
+# row after the other, as their source says. The shape alone would not: an expert's may be in any
+# order.
+_FLATTENING = {("transformers.models.opt.modeling_opt", "OPTDecoderLayer")}
+
 
 class FusedPlacement(Placement):
     """Rank-one noise in the forwards of linear layers and norms; see ``unfusable``.
 
     No memory beyond a vector a row for each norm, and weights are written by ``update`` alone.
     Noise may differ by row of the batch (``RowTerms``): then every layer's first dimension must be
-    that of the batch, and one that sees other rows raises ValueError. Noise that all rows share
-    (``NoiseTerms``) has no such limit.
+    that of the batch, and one that sees other rows raises ValueError; but for those in
+    ``_FLATTENING``. Noise that all rows share (``NoiseTerms``) has no such limit.
     """
 
     by_module = True
@@ -51,6 +56,7 @@ class FusedPlacement(Placement):
         self._terms: NoiseTerms | RowTerms = NoiseTerms.none(table.num_groups)
         self._rows: int | None = None  # of the batch, as the layers of this forward have seen it
         self._start = 0  # number of the first of them, where a batch runs in parts
+        self._flattened: torch.Size | None = None  # rows and tokens, in a module of _FLATTENING
         self._made: dict[tuple[int, int, torch.device], _Rows] = {}
         self._proven: set[nn.Module] = set()  # that broadcast a vector a row
         self._find_owners()
@@ -59,6 +65,7 @@ class FusedPlacement(Placement):
         self.owners = find_owners(self._model, self.table)
         self._entries = {entry.name: entry for entry in self.table.entries}
         self._names = {module: name for name, module in self._model.named_modules()}
+        self._flattening = [module for module in self._names if _kind(module) in _FLATTENING]
 
     def hold(self, names: Collection[str]) -> None:
         """Refuses: there are no perturbed weights that could be read outside of a forward."""
@@ -79,6 +86,9 @@ class FusedPlacement(Placement):
     @deferred_interrupts()
     def _enter(self) -> None:
         register = self._stack.enter_context
+        for module in self._flattening:
+            register(module.register_forward_pre_hook(self._flatten, with_kwargs=True))
+            register(module.register_forward_hook(self._unflatten, always_call=True))
         for owner in self.owners:
             module = owner.module
             if _product(module) is None:
@@ -117,7 +127,7 @@ class FusedPlacement(Placement):
         self._begin_rows(start)
 
     def _begin_rows(self, start: int) -> None:
-        self._rows, self._start = None, start
+        self._rows, self._start, self._flattened = None, start, None
         self._made.clear()
 
     def check_rows(self, losses: int) -> None:
@@ -132,12 +142,26 @@ class FusedPlacement(Placement):
 
     def park(self) -> Any:
         """See ``Placement.park``."""
-        return self._terms, self._rows, self._start
+        return self._terms, self._rows, self._start, self._flattened
 
     def resume(self, parked: Any) -> None:
         """See ``Placement.resume``."""
-        self._terms, self._rows, self._start = parked
+        self._terms, self._rows, self._start, self._flattened = parked
         self._made.clear()
+
+    def _flatten(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        known = isinstance(hidden, Tensor) and hidden.ndim == 3
+        self._flattened = hidden.shape[:2] if known else None
+
+    def _unflatten(self, *hook_arguments: Any) -> None:
+        self._flattened = None
+
+    def _by_row(self, x: Tensor) -> Tensor:
+        """What a layer sees with the rows of the batch in front; itself where it has them."""
+        shape = self._flattened
+        flat = shape is not None and x.ndim == 2 and len(x) == shape.numel()
+        return x.reshape(*shape, -1) if shape is not None and flat else x
 
     def _after_product(
         self, owner: Owner, module: nn.Module, args: Any, kwargs: Any, y: Tensor
@@ -148,6 +172,7 @@ class FusedPlacement(Placement):
         if y.shape[:-1] != x.shape[:-1]:
             raise self._refused(module, f"made {tuple(y.shape)} of {tuple(x.shape)}")
         y = y.contiguous()  # so that what is written to a view of it is seen
+        x = self._by_row(x)
         # Noise that all rows share: whatever they are, they are the tokens of one.
         shape = (1, -1) if self._shared else x.shape[:-1]
         for name, weight in zip(owner.parameter_names, owner.weights, strict=True):
@@ -164,7 +189,8 @@ class FusedPlacement(Placement):
         self, owner: Owner, forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         """Runs a norm with a weight (and bias) for each row."""
-        module = owner.module
+        module, seen = owner.module, x
+        x = self._by_row(x)
         shown = []
         for name, weight in zip(owner.parameter_names, owner.weights, strict=True):
             vectors = weight.unsqueeze(0)
@@ -177,21 +203,21 @@ class FusedPlacement(Placement):
                 )  # fmt: skip
             shown.append(vectors)
         if all(len(vectors) == 1 for vectors in shown):
-            return self._with(owner, [v[0] for v in shown], forward, x, *args, **kwargs)
+            return self._with(owner, [v[0] for v in shown], forward, seen, *args, **kwargs)
         # [rows, 1, ..., n], so that they meet x [rows, ..., n].
         spread = [v.view(len(v), *(1,) * (x.ndim - 2), -1) for v in shown]
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             plain = _normalised(module, x)
             for name, vectors in zip(owner.local_names, spread, strict=True):
                 plain = plain * vectors if name == "weight" else plain + vectors
-            return plain.to(x.dtype)
+            return plain.to(x.dtype).reshape(seen.shape)
         y = self._with(owner, spread, forward, x, *args, **kwargs)
         if module not in self._proven:
             last = self._with(owner, [v[-1] for v in shown], forward, x[-1:], *args, **kwargs)
             if y.shape != x.shape or not torch.allclose(y[-1:].float(), last.float(), rtol=1e-3):
                 raise self._refused(module, "does not compute row by row")
             self._proven.add(module)
-        return y
+        return y.reshape(seen.shape) if seen is not x else y
 
     def _with(
         self, owner: Owner, tensors: list[Tensor], forward: Callable[..., Any], *args: Any,
@@ -271,13 +297,16 @@ def fusable(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, 
     return kept
 
 
+def _kind(module: nn.Module) -> tuple[str, str]:
+    return type(module).__module__, type(module).__name__
+
+
 def _product(module: nn.Module) -> str | None:
     """How a module multiplies by its weight: "plain", "transposed", or None: it does not."""
     # By the forward, not by the class: one that overrides it may do anything.
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         return "plain"
-    kind = type(module)
-    if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
+    if _kind(module) == ("transformers.pytorch_utils", "Conv1D"):
         return "transposed"
     return None
 

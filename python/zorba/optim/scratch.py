@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import zorba_kernels as zk
+from zorba.forward import replaced_forward
 from zorba.optim.owners import Owner, find_owners
 from zorba.optim.placement import Placement
 from zorba.optim.terms import NoiseTerms
 from zorba.optim.thread import deferred_interrupts
+from zorba_kernels.rows import RowsTable
 
 
 class ScratchPlacement(Placement):
@@ -23,8 +27,9 @@ class ScratchPlacement(Placement):
     length of the forward), so any module works, tied weights and modules called twice among them.
     The weights themselves are written by ``update`` alone: an evaluation leaves every bit of them
     as it was. Extra memory: the largest module's own active parameters; where modules with active
-    parameters are nested, the largest of each level; and all parameters that ``hold`` names. Names
-    of the table must be the model's canonical ones.
+    parameters are nested, the largest of each level; and all parameters that ``hold`` names. Of an
+    ``nn.Embedding`` whose weight nothing else uses, only the rows that a batch reads are made.
+    Names of the table must be the model's canonical ones.
     """
 
     by_module = True
@@ -37,6 +42,7 @@ class ScratchPlacement(Placement):
         self._program: zk.Program  # of the evaluation that runs
         self._moving: frozenset[int] = frozenset()  # groups that it changes
         self._held: set[str] = set()
+        self._embeddings: set[nn.Module] = set()  # of which the rows in use are made
         self._find_owners()
 
     def _find_owners(self) -> None:
@@ -45,7 +51,8 @@ class ScratchPlacement(Placement):
         # Siblings run one after the other and share a buffer; a module that runs inside of another
         # one's forward needs its own beside it. So there is one size a level.
         levels = range(1 + max(owner.level for owner in self.owners))
-        self._sizes = [max(o.nbytes for o in self.owners if o.level == n) for n in levels]
+        whole = [o for o in self.owners if o.held or o.module not in self._embeddings]
+        self._sizes = [max((o.nbytes for o in whole if o.level == n), default=0) for n in levels]
         self._free: list[list[Tensor]] = [[] for _ in levels]
 
     def hold(self, names: Collection[str]) -> None:
@@ -68,7 +75,16 @@ class ScratchPlacement(Placement):
     @deferred_interrupts()
     def _enter(self) -> None:
         register = self._hooks.enter_context
+        # Looked at in each step: hooks of others may have come, or the model may be tied by now.
+        embeddings = _embeddings(self.owners)
+        if embeddings != self._embeddings:
+            self._embeddings = embeddings
+            self._find_owners()
         for module in self._owner_of:
+            if module in embeddings:
+                forward = partial(self._rows_in_use, module, module.forward)
+                register(replaced_forward(module, forward))
+                continue
             # In front of hooks that compute with the weights, as weight_norm's: they must find
             # perturbed ones. Behind a forward that raises too, or its parameters would keep
             # reading scratch.
@@ -128,6 +144,20 @@ class ScratchPlacement(Placement):
         self._put_back(owner, owner.before)
         return kept
 
+    def _rows_in_use(
+        self, module: nn.Module, forward: Callable[..., Tensor], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The forward of an embedding, from copies of the rows that it reads."""
+        owner = self._owner_of.get(module)
+        ids: Tensor = args[0] if args else kwargs["input"]
+        if owner is None or self._moving.isdisjoint(owner.groups) or not ids.numel():
+            return forward(*args, **kwargs)
+        numbers, places = torch.unique(ids, return_inverse=True)
+        (entry,) = owner.table.entries
+        rows = RowsTable(entry, numbers, self.table.num_groups)
+        self._run(rows, self._program)
+        return nn.functional.embedding(places, rows.tensor)
+
     def _show(self, owner: Owner, buffer: Tensor | None = None) -> None:
         """Writes an owner's perturbed weights to scratch, and lets its parameters read it."""
         if self._moving.isdisjoint(owner.groups):
@@ -155,6 +185,25 @@ class ScratchPlacement(Placement):
             owner.depth = 0  # an evaluation that was cut short has not left its modules
             if owner.buffer is not None:
                 self._put_back(owner, owner.weights)
+
+
+def _embeddings(owners: Sequence[Owner]) -> set[nn.Module]:
+    """Those whose forward looks rows of their own weight up, and does nothing else."""
+    uses = Counter(name for owner in owners for name in owner.names)
+    return {
+        owner.module
+        for owner in owners
+        if isinstance(module := owner.module, nn.Embedding)
+        and not owner.held
+        and type(module).forward is nn.Embedding.forward
+        # A forward on the instance, and hooks, may read the weight.
+        and "forward" not in vars(module)
+        and not (module._forward_pre_hooks or module._forward_hooks)
+        and module.max_norm is None  # writes the weight
+        and not (module.sparse or module.scale_grad_by_freq)
+        and owner.local_names == ["weight"]
+        and uses[owner.parameter_names[0]] == 1  # not tied
+    }
 
 
 def _outside(output: Any, buffer: Tensor) -> Any:

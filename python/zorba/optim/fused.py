@@ -58,6 +58,7 @@ class FusedPlacement(Placement):
         self._start = 0  # number of the first of them, where a batch runs in parts
         self._flattened: torch.Size | None = None  # rows and tokens, in a module of _FLATTENING
         self._made: dict[tuple[int, int, torch.device], _Rows] = {}
+        self._active: dict[int, bool] = {}  # groups that the noise moves, as far as was asked
         self._proven: set[nn.Module] = set()  # that broadcast a vector a row
         self._find_owners()
 
@@ -129,6 +130,7 @@ class FusedPlacement(Placement):
     def _begin_rows(self, start: int) -> None:
         self._rows, self._start, self._flattened = None, start, None
         self._made.clear()
+        self._active.clear()
 
     def check_rows(self, losses: int) -> None:
         """Raises ValueError unless the layers have seen a row for each loss of an evaluation."""
@@ -148,6 +150,7 @@ class FusedPlacement(Placement):
         """See ``Placement.resume``."""
         self._terms, self._rows, self._start, self._flattened = parked
         self._made.clear()
+        self._active.clear()
 
     def _flatten(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         hidden = args[0] if args else kwargs.get("hidden_states")
@@ -239,9 +242,13 @@ class FusedPlacement(Placement):
     def _noise(self, owner: Owner, name: str, x: Tensor) -> _Rows:
         """The terms of a parameter's noise for the rows of a layer's input or output."""
         group, terms = self._entries[name].group, self._terms
-        if not terms.active(group):
+        # Once a group, not once a layer: that a tensor is not 0 takes longer than its noise.
+        if group not in self._active:
+            self._active[group] = terms.active(group)
+        if not self._active[group]:
             return []
         rows = 1 if isinstance(terms, NoiseTerms) else x.shape[0]
+        key = (group, rows, x.device)
         if isinstance(terms, RowTerms):
             # The first layer of an evaluation says how many there are; all others must agree.
             self._rows = rows if self._rows is None else self._rows
@@ -249,7 +256,6 @@ class FusedPlacement(Placement):
                 raise self._refused(
                     owner.module, f"saw rows {tuple(x.shape)} of a batch of {self._rows}"
                 )
-        key = (group, rows, x.device)
         if key not in self._made:
             self._made[key] = [
                 (seed, samples.to(x.device), scale.to(x.device))

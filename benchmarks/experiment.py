@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from zorba import machine
 from zorba.apps.reviews import packages
-from zorba.apps.reviews.data import read_reviews
+from zorba.apps.reviews.data import Reviews, read_reviews
 from zorba.apps.reviews.federation import build
 from zorba.apps.reviews.settings import ReviewSettings
 from zorba.federated import Client, LocalTransport, Replica, RoundReport, Server, run_federation
@@ -79,12 +79,17 @@ def finite(value: Any) -> Any:
 
 
 class DemoRuns:
-    """Model, data and frozen prefixes of ``zorba demo``, for runs that differ in other things."""
+    """Model, data and frozen prefixes of ``zorba demo``, for runs that differ in other things.
 
-    def __init__(self, settings: ReviewSettings) -> None:
+    ``change`` may replace the text, for example what is held out.
+    """
+
+    def __init__(
+        self, settings: ReviewSettings, change: Callable[[Reviews], Reviews] = lambda text: text
+    ) -> None:
         self.settings = settings
         model, tokenizer = packages.load_model(settings.cache)
-        self.federation = build(settings, model, read_reviews(settings, tokenizer))
+        self.federation = build(settings, model, change(read_reviews(settings, tokenizer)))
         self.masks: Masks = np.array(self.federation.plan.mask, dtype=bool)  # the plan's
         self._start = {
             key: [entry.tensor.clone() for entry in replica.table.entries]
@@ -152,6 +157,14 @@ class DemoRuns:
             for prefix in pool.prefixes[::every]
         ]
         return float(torch.stack(losses).mean())
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """Mean loss of the held-out set, at the shared replica's weights."""
+        suffix, held_out = self.federation.suffixes["shared"], self.federation.held_out
+        logits = torch.cat([suffix.logits(prefix) for prefix in held_out])
+        labels = torch.cat([prefix.labels for prefix in held_out])
+        return float(nn.functional.cross_entropy(logits, labels))
 
     @torch.no_grad()
     def _restored(self, key: str) -> Replica:

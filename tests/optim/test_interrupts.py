@@ -23,7 +23,7 @@ SOURCES = (str(Path(zorba.optim.__file__).parent), str(Path(zorba.offload.__file
 
 
 class Model(nn.Module):
-    """Blocks to reuse, a tied weight, and one that is used without its module."""
+    """Blocks to reuse, a tied weight, an embedding, and one that is used without its module."""
 
     def __init__(self, direct: bool = True) -> None:
         super().__init__()
@@ -32,11 +32,14 @@ class Model(nn.Module):
         self.twin = nn.Linear(4, 4, bias=False)
         self.twin.weight = self.head.weight
         self.direct = nn.Linear(4, 4, bias=False) if direct else None
+        self.embed = nn.Embedding(9, 4) if direct else None
         self.layers[0].requires_grad_(False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         for layer in self.layers:
             hidden = torch.tanh(layer(hidden))
+        if self.embed is not None:
+            hidden = hidden + self.embed(torch.arange(len(hidden)))
         hidden = self.twin(torch.tanh(self.head(hidden)))
         return hidden if self.direct is None else hidden @ self.direct.weight
 

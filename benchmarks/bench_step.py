@@ -21,6 +21,8 @@ from benchmarks.peers import mezo
 from benchmarks.sizes import random_llama, smollm_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IDS = torch.randint(0, 49152, (16, 32), generator=torch.Generator().manual_seed(1))
+BATCH = (IDS.to(DEVICE), torch.arange(16, device=DEVICE) % 2)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MOST_OVER_FORWARDS = 1.06  # target of the fused placement
 MOST_MIB = 2  # target of its memory above a forward's
@@ -44,11 +46,10 @@ def model(dtype: str) -> Any:
 
 @pytest.fixture(scope="module")
 def losses(model: Any) -> Any:
-    """A closure that returns the loss of each sequence."""
-    ids = torch.randint(0, 49152, (16, 32), generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    answers = torch.arange(16, device=DEVICE) % 2
+    """A closure that returns the loss of each sequence of a batch, by default of ``BATCH``."""
 
-    def each() -> torch.Tensor:
+    def each(batch: tuple[torch.Tensor, torch.Tensor] = BATCH) -> torch.Tensor:
+        ids, answers = batch
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1, :2]
         return torch.nn.functional.cross_entropy(logits.float(), answers, reduction="none")
 
@@ -93,6 +94,8 @@ def bench_mezo(bench: Bench, dtype: str, model: Any, closure: Any) -> None:
 def bench_fused(bench: Bench, dtype: str, model: Any, losses: Any) -> None:
     """Own directions: two of eight sequences each."""
     optimizer = ZerothOrderSGD(model, lr=1e-7, placement="fused", directions="own")
+    name = "fused, own directions, both signs in a batch"
+    measure(bench, dtype, losses, name, lambda: optimizer.step(losses, BATCH))
     name = "fused, own directions"
     found = measure(bench, dtype, losses, name, lambda: optimizer.step(losses))
     alone = peak_bytes(lambda: two_forwards(losses), DEVICE) / 2**20

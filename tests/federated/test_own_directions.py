@@ -14,11 +14,15 @@ from zorba.federated import (
     Client,
     FederationError,
     ModelObjective,
+    Privacy,
+    PrivacyAccountant,
     Replica,
+    Server,
     model_fingerprint,
 )
 from zorba.federated.aggregate import aggregate, aggregate_own
 from zorba.optim import active_table
+from zorba.optim.terms import RowTerms
 
 import zorba_kernels as zk
 from tests.federated.world import (
@@ -190,8 +194,6 @@ MASKS = [[True, False, True], [False, True, True]]
 
 def asked(client: Client, path: Path, **changes: Any) -> Any:
     """The reply to the plan of a client that is the second of two."""
-    from zorba.federated import Server
-
     client.name = "bob"
     settings = make_settings(distribution="rank1", directions="own", **changes)
     server = Server(settings, client.replica.identity, ("ada", "bob"), MASKS, path)
@@ -249,6 +251,21 @@ def test_each_part_of_a_batch_has_a_direction(
         samples += range(4, 8)
         coefs += [-0.01 * float(g) / 4 for g in reply.scalars[step]]
     assert reply.num_examples == steps * count
+
+
+@pytest.mark.parametrize("unit", ["example", "client"])
+def test_private_clients_cut_their_batch_for_examples_alone(tmp_path: Path, unit: Any) -> None:
+    """A client that is protected as a whole measures each direction on its whole batch."""
+    accountant = PrivacyAccountant(Privacy(unit, 1.0, 4.0, 1e-5))
+    client = model_client(True, 12, privacy=accountant)
+    seen = spy(client)
+    reply = asked(client, tmp_path / "log", num_perturbations=4)
+    cut = [isinstance(terms, RowTerms) for terms in seen]
+    assert cut == ([True] * 2 if unit == "example" else [False] * 8)
+    assert reply.scalars.shape == (1, 4)
+    assert reply.privacy.unit == unit
+    one_step = PrivacyAccountant(Privacy(unit, 1.0, 4.0, 1e-5)).spent(1).epsilon
+    assert reply.privacy.epsilon == pytest.approx(one_step), "a step is one release, cut or not"
 
 
 def test_losses_that_are_not_of_rows_are_refused(tmp_path: Path) -> None:

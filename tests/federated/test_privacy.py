@@ -78,6 +78,38 @@ def test_replacing_an_example_moves_the_mean_no_further_than_the_noise_is_scaled
     assert np.linalg.norm(ends[0] - ends[1]) > limit, "the bound is on one example, not on all"
 
 
+@pytest.mark.parametrize("examples", [12, 11, 3])
+def test_an_example_of_a_part_moves_one_scalar_within_the_noise(
+    numbers: np.random.Generator, examples: int
+) -> None:
+    """Own directions: each of 4 parts of a batch has a scalar, P / n times the sum of its part."""
+    accountant, parts, far = quiet(PrivacyAccountant(EXAMPLE)), 4, 0.0
+    for size in (1e-3, 1.0, 1e30, math.inf, math.nan):
+        one = numbers.normal(size=examples) * 1e-3
+        other = one.copy()
+        other[2] = numbers.normal() * size
+        moved = accountant.release([one], examples, parts) - accountant.release(
+            [other], examples, parts
+        )
+        assert np.count_nonzero(moved) == 1
+        far = max(far, float(np.abs(moved).max()))
+    assert far <= 2 * EXAMPLE.clip * parts / examples * (1 + 1e-6)
+    told = accountant.release([one], examples, parts)
+    each = -(-examples // parts)
+    expected = [one[p * each : (p + 1) * each].sum() * parts / examples for p in range(parts)]
+    np.testing.assert_allclose(told, expected, rtol=1e-5, atol=1e-12)
+    assert told.mean() == pytest.approx(one.mean(), rel=1e-5, abs=1e-9)
+
+
+def test_noise_of_parts_has_the_scale_that_is_counted() -> None:
+    """As below; each part of 5 of the 20 examples has a mean of its own."""
+    accountant = PrivacyAccountant(EXAMPLE)
+    told = np.concatenate([accountant.release([np.zeros(20)], 20, 4) for _ in range(5_000)])
+    scale = EXAMPLE.noise_multiplier * 2 * EXAMPLE.clip / 5
+    assert abs(told.mean() / scale) < 6 / 141
+    assert abs(told.std() / scale - 1) < 6 / 200
+
+
 @pytest.mark.parametrize("policy", [POLICY, EXAMPLE], ids=["client", "example"])
 def test_small_differences_are_only_averaged(numbers: np.random.Generator, policy: Privacy) -> None:
     rows = numbers.normal(size=(3, 8)) * 1e-3

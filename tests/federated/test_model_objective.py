@@ -44,8 +44,9 @@ def batches(number: int) -> Any:
 
 
 def make_client(
-    name: str, number: int, folder: Path | None, stack: ExitStack, dtype: torch.dtype
-) -> Client:
+    name: str, number: int, folder: Path | None, stack: ExitStack, dtype: torch.dtype,
+    law: Any = "rademacher",
+) -> Client:  # fmt: skip
     """A client with a model of its own; its blocks are offloaded where it has a folder."""
     model: nn.Module = build(CASE, dtype)
     blocks = find_blocks(model)
@@ -60,19 +61,29 @@ def make_client(
     def loss(ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids, labels=ids, use_cache=False).loss
 
-    replica = Replica(table, origin, distribution="rademacher")
-    objective = ModelObjective(model, table, batches(number), loss, "rademacher")
-    return Client(name, replica, objective)
+    def losses(ids: torch.Tensor) -> torch.Tensor:
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float().transpose(1, 2)
+        return nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none").mean(dim=1)
+
+    # Rank-one noise is made inside of the forward: with the losses of examples, by row.
+    rows = law == "rank1"
+    replica = Replica(table, origin, distribution=law)
+    objective = ModelObjective(model, table, batches(number), losses if rows else loss, law, rows)
+    assert objective.by_row == rows
+    return Client(name, replica, objective, by_row=rows)
 
 
-def federate(path: Path, offloaded: bool, dtype: torch.dtype) -> tuple[FederationResult, set[int]]:
+def federate(
+    path: Path, offloaded: bool, dtype: torch.dtype, law: Any
+) -> tuple[FederationResult, set[int]]:
     """Five rounds: cleo joins late, masks change in mid-run, bob leaves for good."""
     with ExitStack() as stack:
         clients = {}
         for n, name in enumerate(NAMES):
             folder = path / f"{name}-host" if offloaded and n else None
-            clients[name] = make_client(name, n, folder, stack, dtype)
-        settings = make_settings(distribution="rademacher", local_steps=2, num_perturbations=2)
+            clients[name] = make_client(name, n, folder, stack, dtype, law)
+        settings = make_settings(distribution=law, local_steps=2, num_perturbations=2)
+        assert settings.directions_of(len(NAMES)) == "own"
         identity = clients["ada"].replica.identity
 
         def present(number: int) -> list[str]:
@@ -86,12 +97,13 @@ def federate(path: Path, offloaded: bool, dtype: torch.dtype) -> tuple[Federatio
         return result, {c.replica.fingerprint(fresh=True) for c in clients.values()}
 
 
+@pytest.mark.parametrize("law", ["rademacher", "rank1"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_offloaded_clients_end_with_the_bits_of_resident_ones(
-    tmp_path: Path, dtype: torch.dtype
+    tmp_path: Path, dtype: torch.dtype, law: str
 ) -> None:
-    resident, mine = federate(tmp_path, False, dtype)
-    offloaded, theirs = federate(tmp_path, True, dtype)
+    resident, mine = federate(tmp_path, False, dtype, law)
+    offloaded, theirs = federate(tmp_path, True, dtype, law)
     assert resident.replicas_identical
     assert offloaded.replicas_identical
     assert len(mine | theirs) == 1

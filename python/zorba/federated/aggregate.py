@@ -53,8 +53,7 @@ def aggregate(
     client that claims many examples is many clients.
     """
     count, *shape = scalars.shape
-    # Integers: a sum of weights is exact, whatever its order.
-    copies = np.ones(count, np.int64) if weighting == "uniform" else examples.astype(np.int64)
+    copies = _copies(examples, weighting)
     flat = scalars.reshape(count, -1)
     values = clip_scalars(flat, clip)
     weighted = values * copies[:, None]
@@ -101,9 +100,7 @@ def aggregate_own(
     than ``part_bound`` times the median of the parts that are not 0, its scalars are scaled down to
     that.
     """
-    copies = (
-        np.ones(len(scalars), np.int64) if weighting == "uniform" else examples.astype(np.int64)
-    )
+    copies = _copies(examples, weighting)
     values = clip_scalars(scalars, clip)
     # Exact sums, so that every server makes the same bits.
     parts = [
@@ -140,6 +137,11 @@ def fold(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         rows = half
     total: npt.NDArray[Any] = values[0]
     return total
+
+
+def _copies(examples: npt.NDArray[np.integer[Any]], weighting: Weighting) -> npt.NDArray[np.int64]:
+    # Integers: a sum of weights is exact, whatever its order.
+    return np.ones(len(examples), np.int64) if weighting == "uniform" else examples.astype(np.int64)
 
 
 def _trimmed_mean(ranked: _Floats, copies: npt.NDArray[np.int64], share: float) -> float:

@@ -18,7 +18,7 @@ from zorba.federated.messages import Greeting, Hello, Plan, Reply, decode
 from zorba.federated.privacy import PrivacyAccountant
 from zorba.federated.replica import Replica
 from zorba.identity import package_version
-from zorba.optim.own import own_scalars
+from zorba.optim.own import examples_each, own_scalars
 from zorba.optim.terms import (
     Evaluate,
     NoiseTerms,
@@ -26,6 +26,7 @@ from zorba.optim.terms import (
     differences,
     evaluation_noises,
     mean_loss,
+    row_noises,
 )
 from zorba_kernels.noise import VERSIONS
 
@@ -162,12 +163,11 @@ class Client:
         examples = 0
         for step, seed in enumerate(plan.seeds):
             evaluate, rows = self.objective(plan.round, step)
-            each = -(-rows // count)  # examples of a direction, where the batch is cut
+            each = examples_each(rows, count)  # of a direction, where the batch is cut
             noises: Sequence[NoiseTerms | RowTerms]
             if cut:
-                noises = _row_noises(
-                    RowTerms(seed, each, plan.eps * mask, first, base=pending), plan
-                )
+                own = RowTerms(seed, each, plan.eps * mask, first, base=pending)
+                noises = row_noises([own], plan.estimator)
             else:
                 how = (plan.eps, count, plan.estimator, plan.mask, pending, first)
                 noises = evaluation_noises(seed, *how)
@@ -205,10 +205,3 @@ class Client:
         return Reply(
             plan.job, plan.round, self.name, *measured_at, scalars, examples, loss, privacy=spent
         )
-
-
-def _row_noises(terms: RowTerms, plan: Plan) -> list[NoiseTerms | RowTerms]:
-    """Where a batch is evaluated whose parts have directions of their own."""
-    if plan.estimator == "forward":
-        return [terms.base or NoiseTerms.none(len(plan.mask)), terms]
-    return [replace(terms, signs=(sign,)) for sign in (1.0, -1.0)]

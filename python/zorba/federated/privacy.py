@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from zorba.federated.errors import FederationError
 from zorba.files import write_whole
-from zorba.optim.own import direction_means
+from zorba.optim.own import direction_means, examples_each
 from zorba_kernels.program import check_choice
 
 LEDGER_SCHEMA = 1
@@ -152,7 +152,7 @@ class PrivacyAccountant:
             cut = rows * (clip / np.maximum(np.linalg.norm(rows, axis=0), clip))
             # What is not finite in float32 is refused where it is used.
             scale = self.privacy.noise_multiplier * 2 * clip * parts / rows.shape[1]
-            each = -(-rows.shape[1] // parts)
+            each = examples_each(rows.shape[1], parts)
             means = np.concatenate([direction_means(row, each, parts) for row in cut])
             noise = np.array([self._gaussian() for _ in means])
             told: npt.NDArray[np.float32] = (means + scale * noise).astype(np.float32)

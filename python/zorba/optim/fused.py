@@ -8,8 +8,7 @@ neither reads nor writes weights beyond what its forward does.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,7 @@ import zorba_kernels as zk
 from zorba.forward import replaced_forward
 from zorba.optim.options import active_table
 from zorba.optim.owners import Owner, find_owners
-from zorba.optim.placement import Placement
+from zorba.optim.placement import ModulePlacement
 from zorba.optim.terms import NoiseTerms, RowTerms
 from zorba.optim.thread import deferred_interrupts
 
@@ -33,7 +32,7 @@ _Rows = list[tuple[int, Tensor, Tensor]]
 _FLATTENING = {("transformers.models.opt.modeling_opt", "OPTDecoderLayer")}
 
 
-class FusedPlacement(Placement):
+class FusedPlacement(ModulePlacement):
     """Rank-one noise in the forwards of linear layers and norms; see ``unfusable``.
 
     No memory beyond a vector a row for each norm, and weights are written by ``update`` alone.
@@ -42,17 +41,12 @@ class FusedPlacement(Placement):
     ``_FLATTENING``. Noise that all rows share (``NoiseTerms``) has no such limit.
     """
 
-    by_module = True
-    side_by_side = True
-
     def __init__(self, model: nn.Module, table: zk.ParamTable, distribution: str) -> None:
         if distribution != "rank1":
             raise ValueError(
                 f"placement 'fused' makes noise of distribution 'rank1', not {distribution!r}"
             )
-        super().__init__(table, distribution)
-        self._model = model
-        self._stack = ExitStack()
+        super().__init__(model, table, distribution)
         self._terms: NoiseTerms | RowTerms = NoiseTerms.none(table.num_groups)
         self._rows: int | None = None  # of the batch, as the layers of this forward have seen it
         self._start = 0  # number of the first of them, where a batch runs in parts
@@ -75,18 +69,9 @@ class FusedPlacement(Placement):
             "placement 'fused' cannot add noise; freeze them, or use placement='scratch'"
         )
 
-    @contextmanager
-    def session(self) -> Iterator[None]:
-        """See ``Placement.session``; exact."""
-        try:
-            self._enter()
-            yield
-        finally:
-            self._leave()
-
     @deferred_interrupts()
     def _enter(self) -> None:
-        register = self._stack.enter_context
+        register = self._hooks.enter_context
         for module in self._flattening:
             register(module.register_forward_pre_hook(self._flatten, with_kwargs=True))
             register(module.register_forward_hook(self._unflatten, always_call=True))
@@ -99,12 +84,7 @@ class FusedPlacement(Placement):
                 # In front of other hooks: they must find the output of perturbed weights.
                 hook = partial(self._after_product, owner)
                 handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
-                self._stack.callback(handle.remove)
-
-    @deferred_interrupts()
-    def _leave(self) -> None:
-        self._stack.close()
-        self._show_weights()
+                self._hooks.callback(handle.remove)
 
     def _show_weights(self) -> None:
         for owner in self.owners:

@@ -1,8 +1,8 @@
 """Own directions: small groups of a batch's examples each have a direction of their own.
 
-A scalar of b examples has variance F + S/b along its direction, F being that of the direction and S
-that of an example. A batch cut into D groups gives D scalars for the forwards of one, and a step
-along all D directions makes about D times the progress (docs/theory.md).
+The square of a scalar of b examples is phi + S/b in the mean, phi being that of the slope and S the
+variance of an example's scalar. A batch cut into D groups gives D scalars for the forwards of one,
+and while phi is not small beside S/b a step makes about D times the progress (docs/theory.md, f).
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from zorba.defaults import Estimator
 from zorba.optim.evaluation import Losses
 from zorba.optim.fused import FusedPlacement
 from zorba.optim.placement import Placement
-from zorba.optim.terms import NoiseTerms, RowTerms, Terms, differences, step_seed
+from zorba.optim.terms import (
+    NoiseTerms,
+    RowTerms,
+    Terms,
+    differences,
+    evaluation_noises,
+    row_noises,
+    step_seed,
+)
 
 
 class OwnDirections:
@@ -48,42 +56,38 @@ class OwnDirections:
             batch: to be given twice, for both signs in one forward; None: they are two.
         """
         seed, each = step_seed(options["seed"], options["step"]), options["examples_per_direction"]
-        distances = torch.tensor(shares, dtype=torch.float64) * options["eps"]
-        signs = (1.0, -1.0) if options["estimator"] == "central" else (1.0,)
-        plan = (seed, each, distances.float(), options["num_perturbations"], signs)
+        eps, count, estimator = (options[n] for n in ("eps", "num_perturbations", "estimator"))
         if isinstance(self._placement, FusedPlacement):
-            losses = self._in_rows(losses_at, *plan, closure, batch)
+            # All directions in one forward, a row each; both signs too, where the batch can be.
+            distances = eps * torch.tensor(shares, dtype=torch.float32)
+            rows = [RowTerms(seed, each, distances, p, count) for p in range(count)]
+            losses = self._both_signs(losses_at, row_noises(rows, estimator), closure, batch)
         else:
-            losses = self._one_by_one(losses_at, *plan)
-        scalars = own_scalars(losses, options["eps"], options["estimator"], each)
+            losses = _one_by_one(losses_at, each, count, (seed, eps, estimator, shares))
+        scalars = own_scalars(losses, eps, estimator, each)
         return [float(one.mean()) for one in losses], scalars
 
-    def _one_by_one(
-        self, losses_at: Losses, seed: int, each: int, distances: Tensor, count: int,
-        signs: tuple[float, ...],
-    ) -> list[Any]:  # fmt: skip
-        """A forward for each direction, whose other examples run in vain: any noise can do so."""
-        first = losses_at([NoiseTerms.none(len(distances))])[0]
-        numbers = range(direction_count(len(first), each) * count)
-        noises = [NoiseTerms.single(seed, n, s * distances) for n in numbers for s in signs]
-        found = iter(losses_at(noises))
-        kept = [[np.empty_like(first) for _ in signs] for _ in range(count)]
-        for number in numbers:
-            mine = slice(number // count * each, (number // count + 1) * each)
-            for sign in range(len(signs)):
-                kept[number % count][sign][mine] = next(found)[mine]
-        return [*([first] if len(signs) == 1 else []), *(one for p in kept for one in p)]
 
-    def _in_rows(
-        self, losses_at: Losses, seed: int, each: int, distances: Tensor, count: int,
-        signs: tuple[float, ...], closure: Callable[..., Any], batch: Any,
-    ) -> list[Any]:  # fmt: skip
-        """All directions in one forward, a row each; both signs too, where the batch can be."""
-        sides: list[Terms] = [NoiseTerms.none(len(distances))] if len(signs) == 1 else []
-        sides += [
-            RowTerms(seed, each, distances, p, count, (s,)) for p in range(count) for s in signs
-        ]
-        return self._both_signs(losses_at, sides, closure, batch)
+def _one_by_one(
+    losses_at: Losses, each: int, count: int, how: tuple[int, float, Estimator, Sequence[float]]
+) -> list[Any]:
+    """A forward for each direction, whose other examples run in vain: any noise can do so."""
+    seed, eps, estimator, shares = how
+
+    def noises(number: int) -> list[NoiseTerms]:
+        return evaluation_noises(seed, eps, number, estimator, shares)
+
+    # The first tells how many examples there are, and so how many directions.
+    found = losses_at(noises(1)[:1])
+    examples = len(found[0])
+    number = direction_count(examples, each)
+    found += losses_at(noises(number * count)[1:])
+    base = found[:1] if estimator == "forward" else []
+    sides = np.stack(found[len(base) :]).reshape(number, count, -1, examples)
+    # Of each example those along its own direction: [examples, P, sides].
+    at = np.arange(examples)
+    mine = sides[at // each, :, :, at]
+    return [*base, *mine.transpose(1, 2, 0).reshape(-1, examples)]
 
 
 class BothSigns:
@@ -143,6 +147,11 @@ def example_losses(value: Any) -> Any:
 def direction_count(examples: int, each: int) -> int:
     """Returns how many directions a batch has of which ``each`` examples share one."""
     return -(-examples // each)
+
+
+def examples_each(examples: int, count: int) -> int:
+    """Returns how many examples share a direction where a batch is cut for ``count`` directions."""
+    return direction_count(examples, count)
 
 
 def own_scalars(

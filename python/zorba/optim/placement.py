@@ -101,6 +101,36 @@ class Placement(ABC):
         self.kernel_seconds += time.perf_counter() - started
 
 
+class ModulePlacement(Placement):
+    """Perturbs within the forwards of the modules that hold the weights, by hooks; exact."""
+
+    by_module = True
+    side_by_side = True
+
+    def __init__(self, model: nn.Module, table: zk.ParamTable, distribution: str) -> None:
+        super().__init__(table, distribution)
+        self._model = model
+        self._hooks = ExitStack()  # of a session
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """See ``Placement.session``; exact."""
+        try:
+            self._enter()
+            yield
+        finally:
+            self._leave()
+
+    @abstractmethod
+    def _enter(self) -> None:
+        """Hooks the modules."""
+
+    @deferred_interrupts()
+    def _leave(self) -> None:
+        self._hooks.close()
+        self._show_weights()
+
+
 class InplacePlacement(Placement):
     """Perturbs the weights themselves. No extra memory; restoring rounds, so 16-bit weights drift.
 

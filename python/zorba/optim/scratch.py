@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,13 +13,13 @@ from torch import Tensor, nn
 import zorba_kernels as zk
 from zorba.forward import replaced_forward
 from zorba.optim.owners import Owner, find_owners
-from zorba.optim.placement import Placement
+from zorba.optim.placement import ModulePlacement
 from zorba.optim.terms import NoiseTerms
 from zorba.optim.thread import deferred_interrupts
 from zorba_kernels.rows import RowsTable
 
 
-class ScratchPlacement(Placement):
+class ScratchPlacement(ModulePlacement):
     """Each module's perturbed weights are written to scratch just before its forward.
 
     The module reads the scratch through its own parameters (their ``.data`` is exchanged for the
@@ -32,13 +31,8 @@ class ScratchPlacement(Placement):
     Names of the table must be the model's canonical ones.
     """
 
-    by_module = True
-    side_by_side = True
-
     def __init__(self, model: nn.Module, table: zk.ParamTable, distribution: str) -> None:
-        super().__init__(table, distribution)
-        self._model = model
-        self._hooks = ExitStack()
+        super().__init__(model, table, distribution)
         self._program: zk.Program  # of the evaluation that runs
         self._moving: frozenset[int] = frozenset()  # groups that it changes
         self._held: set[str] = set()
@@ -62,18 +56,9 @@ class ScratchPlacement(Placement):
         self._held |= set(names)
         self._find_owners()
 
-    @contextmanager
-    def session(self) -> Iterator[None]:
-        """See ``Placement.session``; exact."""
-        self._moving = frozenset()
-        try:
-            self._enter()
-            yield
-        finally:
-            self._leave()
-
     @deferred_interrupts()
     def _enter(self) -> None:
+        self._moving = frozenset()
         register = self._hooks.enter_context
         # Looked at in each step: hooks of others may have come, or the model may be tied by now.
         embeddings = _embeddings(self.owners)
@@ -90,11 +75,6 @@ class ScratchPlacement(Placement):
             # reading scratch.
             register(module.register_forward_pre_hook(self._before, prepend=True))
             register(module.register_forward_hook(self._after, always_call=True))
-
-    @deferred_interrupts()
-    def _leave(self) -> None:
-        self._hooks.close()
-        self._show_weights()
 
     def move_to(self, terms: NoiseTerms) -> None:
         """See ``Placement.move_to``; costs nothing until a forward runs."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -149,6 +149,18 @@ def evaluation_noises(
         for distance in (eps, -eps) if central else (eps,):
             noises.append(base.plus(NoiseTerms.single(seed, sample, distance * mask)))
     return noises
+
+
+def row_noises(directions: Sequence[RowTerms], estimator: Estimator) -> list[Terms]:
+    """Returns the noises at which to evaluate a batch whose rows have directions of their own.
+
+    In the order of ``evaluation_noises``; each of ``directions`` is one perturbation of all rows.
+    """
+    if estimator == "forward":
+        one = directions[0]
+        base = NoiseTerms.none(len(one.distances)) if one.base is None else one.base
+        return [base, *directions]
+    return [replace(one, signs=(sign,)) for one in directions for sign in (1.0, -1.0)]
 
 
 def differences(losses: Sequence[Any], eps: float, estimator: Estimator) -> list[Any]:

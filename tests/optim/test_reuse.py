@@ -128,9 +128,9 @@ def test_own_directions(name: str, placement: str, rng: Any) -> None:
         examples_per_direction=2,
         **options,
     )
-    # Two steps of both signs, all directions in one forward; or of each of two directions, behind
-    # a forward that counts the examples. And the proof.
-    each = 2 if placement == "fused" else 5
+    # Two steps of both signs, all directions in one forward; or of each of two directions. And the
+    # proof.
+    each = 2 if placement == "fused" else 4
     assert all_calls == [2 * each] * len(all_calls)
     assert fewer == [2] * (len(fewer) - 1) + [2 * each + 1]
 
